@@ -1,0 +1,61 @@
+# Each target needs python3 (>= 3.11), make and a package index; .venv is made when it is not there.
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+TS := $(VENV)/bin/tinystories
+HOOK := --jaxtyping-packages=tinystories,beartype.beartype
+
+.PHONY: help install demo test test-slow test-gpu check format dist clean
+
+help:
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(VENV)/installed  ## make .venv and install the package with all extras
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or later is needed: make PYTHON=python3.12 ..."; exit 1; }
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (a few minutes the first time)"
+	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0
+	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: install  ## train a tiny model for about a minute and read a story (no network after the install)
+	@echo "== 1. The 172 stories that come with the package, as tokens"
+	$(TS) prepare sample --tokenizer bpe:1024 --out data/demo
+	@echo; echo "== 2. About a minute of training"
+	$(TS) train --config nano --data data/demo --out runs/demo --resume \
+	  --train.steps 220 --train.batch_size 8 --train.micro_batch 8 --train.eval_every 110 --train.sample_tokens 60
+	@echo; echo "== 3. A story (it has read 172 stories for a minute: expect the sound of one, not the sense)"
+	$(TS) generate runs/demo --prompt "Once upon a time" --max-tokens 150 --seed 4
+	@echo; echo "The loss curve is in runs/demo/loss.png. Three commands to try next:"
+	@echo "  $(TS) generate runs/demo --prompt 'The little bear' --temperature 0.6"
+	@echo "  $(TS) train --config small --out runs/small     # downloads TinyStories; an hour on 2 cores"
+	@echo "  $(TS) prepare YOUR_STORIES.txt --tokenizer bpe:2048 --out data/mine   # then train --data data/mine"
+
+test: install  ## fast tests: no network, no GPU
+	$(PY) -m pytest $(HOOK) -m "not compile and not slow and not gpu"
+	$(PY) -m pytest -m "compile and not slow and not gpu"
+
+test-slow: install  ## the tests that take minutes
+	$(PY) -m pytest -m "slow and not gpu" --timeout=3600
+
+test-gpu: install  ## the tests that need a CUDA device
+	$(PY) -m pytest -m gpu
+
+check: install  ## lint, types, import order
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(PY) -m pytest tests/test_architecture.py
+
+format: install  ## apply ruff's formatting
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+dist: install  ## build the wheel and the source archive
+	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt build
+	$(PY) -m build
+
+clean:  ## remove what the demo made
+	rm -rf runs/demo data/demo build dist
