@@ -1,0 +1,57 @@
+"""Keys and values of the tokens already read: an argument of the model, of static shape, that owns its lengths."""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tinystories.config import ModelConfig
+
+
+class KVCache:
+    """Preallocated keys and values, (layer, B, H_kv, n_ctx, D); row b holds `length[b]` tokens.
+
+    `horizon` is a host integer: attention looks at the first `horizon` cached positions. It must be at least the
+    longest length after the call. A small horizon saves work; a constant one keeps every shape static (CUDA graphs).
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch: int,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        shape = (config.n_layer, batch, config.kv_heads, config.n_ctx, config.head_dim)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = torch.zeros(batch, device=device, dtype=torch.long)
+        self.horizon = config.n_ctx
+
+    def rows(self, start: int, stop: int) -> "KVCache":
+        """Rows start..stop-1 as a cache of their own that shares this one's memory."""
+        view = object.__new__(KVCache)
+        view.k, view.v = self.k[:, start:stop], self.v[:, start:stop]
+        view.length, view.horizon = self.length[start:stop], self.horizon
+        return view
+
+    def positions(self, n_tokens: int) -> Int[Tensor, "B T"]:
+        """Positions that the next `n_tokens` tokens of each row will take."""
+        return self.length[:, None] + torch.arange(n_tokens, device=self.length.device)
+
+    def mask(self, positions: Int[Tensor, "B T"]) -> Bool[Tensor, "B 1 T S"]:
+        """True where a token may look: at cached positions up to its own."""
+        seen = torch.arange(self.horizon, device=positions.device)
+        return (seen <= positions[..., None])[:, None]
+
+    def write(
+        self, layer: int, k: Float[Tensor, "B Hkv T D"], v: Float[Tensor, "B Hkv T D"], positions: Int[Tensor, "B T"]
+    ) -> tuple[Float[Tensor, "B Hkv S D"], Float[Tensor, "B Hkv S D"]]:
+        """Store one layer's new keys and values; returns everything attention may look at."""
+        row = torch.arange(k.shape[0], device=k.device)[:, None]
+        self.k[layer][row, :, positions] = k.transpose(1, 2).to(self.k.dtype)
+        self.v[layer][row, :, positions] = v.transpose(1, 2).to(self.v.dtype)
+        return self.k[layer, :, :, : self.horizon], self.v[layer, :, :, : self.horizon]
+
+    def advance(self, n_tokens: int) -> None:
+        self.length += n_tokens

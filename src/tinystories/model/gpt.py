@@ -1,0 +1,188 @@
+"""The whole model: two architectures that share one skeleton.
+
+`classic`: sinusoidal positions, LayerNorm, ReLU, no bias on q, k, v; the original program.
+`modern`: rotary positions, RMSNorm (also on q and k), SwiGLU, grouped heads, no biases; the layout of Qwen3.
+
+Parameters bear Hugging Face's names. Nothing here knows of files, text or devices.
+Letters in shapes: B batch, T tokens in this call, S tokens visible to them, C = n_embd, H heads, D = head_dim, V vocab.
+"""
+
+import math
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tinystories.config import ModelConfig
+from tinystories.model.cache import KVCache
+from tinystories.model.positions import rotary_tables, rotate, sinusoid_table
+
+Rotation = tuple[Tensor, Tensor]
+
+
+def build_norm(config: ModelConfig, width: int) -> nn.Module:
+    if config.architecture == "classic":
+        return nn.LayerNorm(width, eps=config.norm_eps)
+    return nn.RMSNorm(width, eps=config.norm_eps)
+
+
+class Attention(nn.Module):
+    """Causal self-attention over the tokens of this call and, with a cache, over all that came before."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        classic = config.architecture == "classic"
+        self.head_dim = config.head_dim
+        self.grouped = config.kv_heads < config.n_head
+        self.q_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.k_proj = nn.Linear(config.n_embd, config.kv_heads * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.n_embd, config.kv_heads * config.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.n_embd, config.n_embd, bias=classic)
+        normed = config.qk_norm and not classic
+        self.q_norm = build_norm(config, config.head_dim) if normed else nn.Identity()
+        self.k_norm = build_norm(config, config.head_dim) if normed else nn.Identity()
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T C"],
+        rotation: Rotation | None,
+        cache: KVCache | None,
+        layer: int,
+        positions: Int[Tensor, "B T"] | None,
+        mask: Bool[Tensor, "B 1 T S"] | None,
+    ) -> Float[Tensor, "B T C"]:
+        B, T, C = x.shape
+        q_BHTD = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)
+        k_BHTD = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)
+        v_BHTD = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        if rotation is not None:
+            q_BHTD, k_BHTD = rotate(q_BHTD, *rotation), rotate(k_BHTD, *rotation)
+        if cache is not None and positions is not None:
+            k_BHTD, v_BHTD = cache.write(layer, k_BHTD, v_BHTD, positions)
+        y_BHTD = F.scaled_dot_product_attention(
+            q_BHTD, k_BHTD, v_BHTD, attn_mask=mask, is_causal=cache is None, enable_gqa=self.grouped
+        )
+        return self.o_proj(y_BHTD.transpose(1, 2).reshape(B, T, C))
+
+
+class ReluMLP(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(config.n_embd, config.n_ff)
+        self.down_proj = nn.Linear(config.n_ff, config.n_embd)
+
+    def forward(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
+        return self.down_proj(F.relu(self.up_proj(x)))
+
+
+class SwiGLU(nn.Module):
+    """silu(x W_gate) * (x W_up), then W_down (Shazeer 2020, arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.n_embd, config.n_ff, bias=False)
+        self.up_proj = nn.Linear(config.n_embd, config.n_ff, bias=False)
+        self.down_proj = nn.Linear(config.n_ff, config.n_embd, bias=False)
+
+    def forward(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """Pre-norm: x + attention(norm(x)), then x + feed-forward(norm(x))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.input_layernorm = build_norm(config, config.n_embd)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = build_norm(config, config.n_embd)
+        self.mlp = ReluMLP(config) if config.architecture == "classic" else SwiGLU(config)
+        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T C"],
+        rotation: Rotation | None,
+        cache: KVCache | None,
+        layer: int,
+        positions: Int[Tensor, "B T"] | None,
+        mask: Bool[Tensor, "B 1 T S"] | None,
+    ) -> Float[Tensor, "B T C"]:
+        attended = self.self_attn(self.input_layernorm(x), rotation, cache, layer, positions, mask)
+        x = x + self.dropout(attended)
+        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
+
+
+class GPT(nn.Module):
+    """`hidden = model(tokens, cache)`, then `model.logits(hidden)` for the positions whose logits are wanted."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.vocab_size > 0, "vocab_size must be known before the model is built"
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = build_norm(config, config.n_embd)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tied:
+            self.lm_head.weight = self.embed_tokens.weight
+        if config.architecture == "classic":
+            self.register_buffer("sinusoid", sinusoid_table(config.n_ctx, config.n_embd), persistent=False)
+        else:
+            cos, sin = rotary_tables(config.n_ctx, config.head_dim, config.rope_base)
+            self.register_buffer("rope_cos", cos, persistent=False)
+            self.register_buffer("rope_sin", sin, persistent=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """GPT-2's initialisation; logits start near zero, so the first loss is ln(V).
+
+        The untied classic embedding has unit variance, the scale of the sinusoids that are added to it.
+        """
+        config = self.config
+        for name, weight in self.named_parameters():
+            if name.endswith("bias"):
+                weight.zero_()
+            elif weight.ndim == 1:
+                weight.fill_(1.0)
+            elif name == "embed_tokens.weight":
+                weight.normal_(std=1.0 if config.architecture == "classic" and not config.tied else 0.02)
+            elif name == "lm_head.weight":
+                weight.normal_(std=1.0 / config.n_embd)
+            elif name.endswith(("o_proj.weight", "down_proj.weight")):
+                weight.normal_(std=0.02 / math.sqrt(2 * config.n_layer))
+            else:
+                weight.normal_(std=0.02)
+
+    def forward(self, tokens: Int[Tensor, "B T"], cache: KVCache | None = None) -> Float[Tensor, "B T C"]:
+        """Final hidden states of `tokens`, which follow what the cache already holds; advances the cache once.
+
+        Without a cache the tokens stand at positions 0..T-1. T (with the cached length) must not pass n_ctx.
+        """
+        T = tokens.shape[1]
+        assert self.config.n_ctx >= T, "more tokens than the context holds"
+        positions = cache.positions(T) if cache is not None else None
+        mask = cache.mask(positions) if cache is not None and positions is not None else None
+        x = self.embed_tokens(tokens)
+        rotation = None
+        if self.config.architecture == "classic":
+            x = x + (self.sinusoid[:T] if positions is None else self.sinusoid[positions])
+        elif positions is None:
+            rotation = (self.rope_cos[:T], self.rope_sin[:T])
+        else:
+            rotation = (self.rope_cos[positions][:, None], self.rope_sin[positions][:, None])
+        if rotation is not None:
+            rotation = (rotation[0].to(x.dtype), rotation[1].to(x.dtype))
+        x = self.dropout(x)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, rotation, cache, i, positions, mask)
+        if cache is not None:
+            cache.advance(T)
+        return self.norm(x)
+
+    def logits(self, hidden: Float[Tensor, "*rest C"]) -> Float[Tensor, "*rest V"]:
+        """Next-token logits of the given hidden states."""
+        return self.lm_head(hidden)

@@ -1,0 +1,80 @@
+"""Cross-entropy of the vocabulary head without ever holding all its logits, and the objective training minimises."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from tinystories.model.gpt import GPT
+
+IGNORE = -100  # a target that costs nothing: padding
+CHUNK_BYTES = 96 * 2**20  # logits held at once; larger is no faster
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Sum of -log softmax(hidden @ weight.T)[target] over rows whose target is not IGNORE.
+
+    Rows go through in chunks, and the gradients are made on the way forward, while a chunk's probabilities are at
+    hand: the backward pass only scales them. Softmax and sums are fp32 whatever the dtype of `hidden`.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: torch.autograd.function.FunctionCtx,
+        hidden: Float[Tensor, "N C"],
+        weight: Float[Tensor, "V C"],
+        targets: Int[Tensor, " N"],
+    ) -> Float[Tensor, ""]:
+        needs_grad = any(ctx.needs_input_grad)  # type: ignore[attr-defined]
+        cast = weight.to(hidden.dtype)
+        grad_hidden = torch.empty_like(hidden) if needs_grad else hidden
+        grad_weight = torch.zeros_like(weight) if needs_grad else weight
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+        for start in range(0, hidden.shape[0], rows):
+            h, y = hidden[start : start + rows], targets[start : start + rows, None]
+            counted = (y != IGNORE).float()
+            y = y.clamp(min=0)
+            z = (h @ cast.t()).float()
+            z -= z.amax(dim=1, keepdim=True)
+            z_target = z.gather(1, y)
+            p = z.exp_()
+            p_sum = p.sum(dim=1, keepdim=True)
+            total += ((p_sum.log() - z_target) * counted).sum()
+            if needs_grad:
+                p *= counted / p_sum
+                p.scatter_add_(1, y, -counted)
+                p = p.to(hidden.dtype)
+                torch.mm(p, cast, out=grad_hidden[start : start + rows])
+                if grad_weight.dtype == p.dtype:
+                    grad_weight.addmm_(p.t(), h)
+                else:
+                    grad_weight += p.t() @ h
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return total
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: torch.autograd.function.FunctionCtx, grad: Float[Tensor, ""]
+    ) -> tuple[Tensor, Tensor, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors  # type: ignore[attr-defined]
+        return grad_hidden.mul_(grad), grad_weight.mul_(grad), None
+
+
+def summed_cross_entropy(
+    hidden: Float[Tensor, "*rest C"], weight: Float[Tensor, "V C"], targets: Int[Tensor, "*rest"]
+) -> Float[Tensor, ""]:
+    """Sum of nats over all targets that are not IGNORE."""
+    loss: Tensor = LinearCrossEntropy.apply(hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1))
+    return loss
+
+
+class Objective(nn.Module):
+    """What training minimises. Compilers and DDP wrap this, never the model that is saved."""
+
+    def __init__(self, model: GPT) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Int[Tensor, "B T"], targets: Int[Tensor, "B T"]) -> Float[Tensor, ""]:
+        """Summed nats of the targets (IGNORE where there is none), given the inputs."""
+        return summed_cross_entropy(self.model(inputs), self.model.lm_head.weight, targets)
