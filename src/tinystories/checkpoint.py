@@ -1,0 +1,229 @@
+"""A model is a directory, written whole or not at all. Reading needs no torch; nothing here is ever pickled.
+
+`config.json` holds the architecture, the provenance and the SHA-256 of every other file; it is checked on reading.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tinystories.config import ModelConfig, SamplingConfig, build
+from tinystories.data.tokenizer import Tokenizer
+from tinystories.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from tinystories.model import GPT
+
+FORMAT = 1
+WEIGHTS = "model.safetensors"
+DRAFT = ".draft"
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFiles:
+    """A model directory that has been read and verified; weights and tokeniser are loaded when asked for."""
+
+    folder: Path
+    config: ModelConfig
+    provenance: dict[str, Any]
+    sampling: SamplingConfig
+
+    @property
+    def weights_path(self) -> Path:
+        return self.folder / WEIGHTS
+
+    @functools.cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return Tokenizer.load(self.folder)
+
+    def tokenizer(self) -> Tokenizer:
+        return self._tokenizer
+
+
+def is_model(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
+
+
+def read_model(folder: Path | str) -> ModelFiles:
+    """Verify and describe a model directory. `UserError` where a file is missing, altered or of another format."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such model directory; train one with: tinystories train --out {folder}")
+    if not is_model(folder):
+        raise UserError(f"{folder} holds no model (no config.json); expected what `tinystories train` writes")
+    described = read_json(folder / "config.json")
+    if described.get("format") != FORMAT:
+        raise UserError(
+            f"{folder}/config.json: format {described.get('format')!r} is not {FORMAT}; not written by this program"
+        )
+    verify(folder, described.get("files"))
+    settings = described.get("model")
+    if not isinstance(settings, dict):
+        raise UserError(f"{folder}/config.json: [model] is missing")
+    return ModelFiles(
+        folder=folder,
+        config=build(ModelConfig, settings, f"{folder}/config.json", "model."),
+        provenance=dict(described.get("provenance") or {}),
+        sampling=build(SamplingConfig, read_json(folder / "generation.json"), f"{folder}/generation.json"),
+    )
+
+
+def verify(folder: Path, sums: object) -> None:
+    """Compare every file that config.json names with its SHA-256."""
+    if not isinstance(sums, dict) or WEIGHTS not in sums:
+        raise UserError(f"{folder}/config.json names no checksums; the model is incomplete")
+    for name, expected in sums.items():
+        path = folder / str(name)
+        if Path(str(name)).name != name:
+            raise UserError(f"{folder}/config.json: file name {name!r} leads out of the model directory")
+        if not path.is_file():
+            raise UserError(f"{path} is missing; the model is incomplete")
+        if sha256(path) != expected:
+            raise UserError(f"{path} does not match its checksum in config.json: it was altered or is damaged")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; the model is incomplete") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} must hold a JSON object")
+    return value
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load_weights(files: ModelFiles, model: "GPT") -> None:
+    """Copy a directory's weights into a model of the same config. `UserError` where names or shapes differ."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        weights = load_file(files.weights_path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{files.weights_path} cannot be read: {error}") from None
+    wanted = saved_weights(model)
+    for name in sorted(wanted.keys() | weights.keys()):
+        if name not in weights or name not in wanted:
+            raise UserError(f"{files.weights_path}: weight {name} is {'unknown' if name in weights else 'missing'}")
+        if weights[name].shape != wanted[name].shape:
+            raise UserError(
+                f"{files.weights_path}: {name} is {tuple(weights[name].shape)}, not {tuple(wanted[name].shape)}"
+            )
+    model.load_state_dict(weights, strict=False)
+
+
+def saved_weights(model: "GPT") -> "dict[str, torch.Tensor]":
+    """The weights that go to disk: a tied head is stored once, as the embedding."""
+    weights = model.state_dict()
+    if model.config.tied:
+        del weights["lm_head.weight"]
+    return {name: weight.contiguous() for name, weight in weights.items()}
+
+
+def write_model(
+    folder: Path,
+    model: "GPT",
+    tokenizer: Tokenizer,
+    sampling: SamplingConfig,
+    provenance: Mapping[str, Any],
+) -> None:
+    """Write the files of a model into an existing folder (a draft: see `whole`)."""
+    from safetensors.torch import save_file
+
+    save_file(saved_weights(model), folder / WEIGHTS, metadata={"format": "pt"})
+    tokenizer.save(folder / "tokenizer.json")
+    write_json(folder / "generation.json", dataclasses.asdict(sampling))
+    names = (WEIGHTS, "tokenizer.json", "generation.json")
+    described = {
+        "format": FORMAT,
+        "model": dataclasses.asdict(model.config),
+        "provenance": dict(provenance),
+        "files": {name: sha256(folder / name) for name in names},
+    }
+    write_json(folder / "config.json", described)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+class whole:
+    """`with whole(final) as draft:` fills `draft`; it becomes `final` by one rename, or leaves nothing.
+
+    Everything is on the disk before the rename. A `final` that exists is replaced.
+    """
+
+    def __init__(self, final: Path) -> None:
+        self.final = final
+        self.draft = final.with_name(final.name + DRAFT)
+
+    def __enter__(self) -> Path:
+        shutil.rmtree(self.draft, ignore_errors=True)
+        self.draft.mkdir(parents=True)
+        return self.draft
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            shutil.rmtree(self.draft, ignore_errors=True)
+            return
+        for path in (*self.draft.rglob("*"), self.draft):
+            sync(path)
+        if self.final.exists():
+            shutil.rmtree(self.final)
+        os.replace(self.draft, self.final)
+        sync(self.final.parent)
+
+
+def sync(path: Path) -> None:
+    """Force a file or directory to the disk (directories cannot be synced on Windows)."""
+    if path.is_dir() and os.name == "nt":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def publish(checkpoint: Path, run: Path) -> None:
+    """Make the run directory itself a model directory: that of a finished checkpoint.
+
+    Each file is replaced by one rename, config.json last. Hard links where the file system has them.
+    """
+    names = [path.name for path in checkpoint.iterdir() if path.is_file() and path.name != "config.json"]
+    for name in (*sorted(names), "config.json"):
+        draft = run / (name + DRAFT)
+        draft.unlink(missing_ok=True)
+        try:
+            os.link(checkpoint / name, draft)
+        except OSError:
+            shutil.copyfile(checkpoint / name, draft)
+            sync(draft)
+        os.replace(draft, run / name)
+        draft.unlink(missing_ok=True)  # renaming a link over its own file leaves both names
+    sync(run)
+
+
+def checkpoints(run: Path) -> list[tuple[int, Path]]:
+    """(step, directory) of a run's whole checkpoints, oldest first. Drafts are not checkpoints."""
+    found = []
+    for path in (run / "checkpoints").glob("step-*"):
+        digits = path.name.removeprefix("step-")
+        if digits.isdigit() and is_model(path):
+            found.append((int(digits), path))
+    return sorted(found)

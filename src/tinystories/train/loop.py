@@ -1,0 +1,373 @@
+"""Training: one clock, pure batches, checkpoints that a straight run and a resumed run reach with the same bits."""
+
+import contextlib
+import logging
+import math
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+
+import tinystories
+from tinystories.config import Config, SamplingConfig, replace_vocab, to_toml
+from tinystories.data.loader import IGNORE, PackedRows
+from tinystories.data.prepared import open_split
+from tinystories.data.tokenizer import Tokenizer
+from tinystories.engine.device import pick_device, pick_precision
+from tinystories.engine.torch_engine import TorchEngine
+from tinystories.errors import UserError
+from tinystories.evaluate.bits import BitsReport, bits_per_byte, prepared
+from tinystories.generate.stories import generate
+from tinystories.model import GPT
+from tinystories.model.loss import Objective
+from tinystories.train import state
+from tinystories.train.display import Display
+from tinystories.train.estimate import require_memory
+from tinystories.train.metrics import Metrics, draw, truncate
+from tinystories.train.optim import build_optimizer
+from tinystories.train.schedule import learning_rate
+
+log = logging.getLogger(__name__)
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; its state is saved. `signal` is the signal's number."""
+
+    def __init__(self, number: int, step: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name} at step {step}")
+        self.signal, self.step = number, step
+
+
+class Trainer:
+    """One training run in one process: owns the model, its optimizer and the clock."""
+
+    def __init__(self, config: Config, run: Path) -> None:
+        folder = Path(config.data.dir)
+        self.rows = PackedRows(folder, "train", config.model.n_ctx, config.train.seed)
+        self.tokenizer = Tokenizer.load(folder)
+        if self.tokenizer.sha256 != self.rows.meta.tokenizer_sha256:
+            raise UserError(f"{folder}/tokenizer.json is not the one the data was made with; prepare the data again")
+        self.config = config = replace_vocab(config, self.rows.meta.vocab_size, str(folder))
+        self.run = run
+        self.device = pick_device(config.train.device)
+        self.precision = pick_precision(self.device, config.train.precision)
+        require_memory(config, self.device)
+        torch.manual_seed(config.train.seed)
+        self.model = GPT(config.model).to(self.device)
+        self.optimizer = build_optimizer(self.model, config.optim)
+        self.objective = self.compiled(Objective(self.model))
+        self.clock = state.Clock(data_sha256=self.rows.meta.splits["train"].sha256)
+        train_split = self.rows.meta.splits["train"]
+        self.tokens_per_byte = (train_split.tokens - 1) / max(1, train_split.bytes)
+        self.stop_signal = 0
+
+    def compiled(self, objective: Objective) -> torch.nn.Module:
+        wanted = self.config.train.compile
+        if wanted == "on" or (wanted == "auto" and self.device.type == "cuda"):
+            compiled: torch.nn.Module = torch.compile(objective)
+            return compiled
+        return objective
+
+    def train_step(self, step: int) -> tuple[Tensor, Tensor, int, float]:
+        """Mean loss in nats per target, gradient norm (both still on the device), targets, learning rate."""
+        config = self.config
+        inputs, targets = self.rows.batch(step, config.train.batch_size)
+        n_targets = int(np.count_nonzero(targets != IGNORE))
+        rate = learning_rate(step, config.train.steps, config.optim.learning_rate, config.schedule)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        if config.model.dropout:
+            torch.manual_seed(hash_seed(config.train.seed, step))
+        total = torch.zeros((), device=self.device)
+        for start in range(0, config.train.batch_size, config.train.micro_batch):
+            part = slice(start, start + config.train.micro_batch)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+                loss = self.objective(self.on_device(inputs[part]), self.on_device(targets[part]))
+            (loss / n_targets).backward()
+            total += loss.detach()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.optim.grad_clip or math.inf)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return total / n_targets, norm, n_targets, rate
+
+    def on_device(self, array: np.ndarray) -> Tensor:  # type: ignore[type-arg]
+        return torch.from_numpy(array).to(self.device, non_blocking=True)
+
+    def evaluate(self, limit: int, display: Display) -> BitsReport | None:
+        """Bits per byte on `limit` fixed validation stories (0: on all); None where there are none."""
+        tokens, index = open_split(Path(self.config.data.dir), "val")
+        if len(index) < 2:
+            return None
+        engine = TorchEngine(self.model, device=self.device, precision=self.precision)
+        n_stories = len(index) - 1
+        wanted = min(limit, n_stories) if limit else n_stories
+
+        def progress(done: int) -> None:
+            if self.stop_signal:
+                raise Interrupted(self.stop_signal, self.clock.step)
+            display.update(self.clock.step, f"evaluating {done:,} of {wanted:,} stories", line=False)
+
+        return bits_per_byte(engine, prepared(tokens, index, limit), progress)
+
+    def sample(self, metrics_text: str) -> None:
+        """Append a story for each prompt to samples.md; the seeds are fixed so that evaluations compare."""
+        engine = TorchEngine(self.model, device=self.device, precision=self.precision, n_slots=1)
+        parts = [f"## Step {self.clock.step:,} ({metrics_text})\n"]
+        for i, prompt in enumerate(self.config.train.sample_prompts):
+            story = generate(
+                engine,
+                self.tokenizer,
+                prompt,
+                settings=SamplingConfig(),
+                seed=i,
+                max_tokens=self.config.train.sample_tokens,
+            )
+            quoted = "\n".join("> " + line for line in story.text.splitlines())
+            parts.append(f"{quoted}\n")
+        with (self.run / "samples.md").open("a", encoding="utf-8") as file:
+            file.write("\n".join(parts) + "\n")
+
+    def provenance(self, report: BitsReport | None) -> dict[str, Any]:
+        meta, clock = self.rows.meta, self.clock
+        facts: dict[str, Any] = {
+            "code_version": tinystories.__version__,
+            "torch": torch.__version__,
+            "data_source": meta.source,
+            "data_revision": meta.revision,
+            "data_sha256": clock.data_sha256,
+            "tokenizer": meta.tokenizer,
+            "tokenizer_sha256": meta.tokenizer_sha256,
+            "step": clock.step,
+            "tokens_seen": clock.tokens,
+            "epochs": round(clock.step * self.config.train.batch_size / self.rows.n_rows, 3),
+            "train_seconds": round(clock.seconds, 1),
+            "seed": self.config.train.seed,
+        }
+        if report is not None:
+            facts |= {"val_bits_per_byte": report.bits_per_byte, "val_stories": report.stories}
+        return facts
+
+    def save(self, metrics: Metrics, report: BitsReport | None) -> None:
+        """Checkpoint this step, with the lengths of the files that are appended to."""
+        self.clock.metrics_bytes = metrics.size()
+        samples = self.run / "samples.md"
+        self.clock.samples_bytes = samples.stat().st_size if samples.exists() else 0
+        state.save(
+            self.run, self.clock, self.config, self.model, self.optimizer, self.tokenizer, self.provenance(report)
+        )
+
+    def loop(self, metrics: Metrics, display: Display) -> BitsReport | None:
+        """Train from where the clock stands to the last step, evaluate on everything, save; returns the final score."""
+        config, clock = self.config.train, self.clock
+        report: BitsReport | None = None
+        recent = Recent()
+        while clock.step < config.steps:
+            started = time.perf_counter()
+            loss, norm, n_targets, rate = self.train_step(clock.step)
+            clock.step += 1
+            clock.tokens += n_targets
+            recent.add(loss, norm, n_targets, time.perf_counter() - started)
+            self.require_finite(loss, norm)
+            clock.seconds += time.perf_counter() - started
+            last = clock.step == config.steps
+            if clock.step % config.log_every == 0 or last:
+                self.record(metrics, display, recent, rate)
+                recent = Recent()
+            if self.stop_signal:
+                self.save(metrics, report)
+                raise Interrupted(self.stop_signal, clock.step)
+            best = False
+            if clock.step % config.eval_every == 0 and not last:
+                report = self.evaluate(config.eval_stories, display)
+                best = self.record_evaluation(metrics, display, report)
+            if best or last or clock.step % config.checkpoint_every == 0:
+                self.save(metrics, report)
+        return self.finish(metrics, display)
+
+    def finish(self, metrics: Metrics, display: Display) -> BitsReport | None:
+        """The whole validation set, the last samples, and the checkpoint that carries the score."""
+        if metrics.records and metrics.records[-1].get("final"):
+            return None
+        display.say("evaluating on the whole validation set")
+        report = self.evaluate(0, display)
+        self.record_evaluation(metrics, display, report, final=True)
+        self.save(metrics, report)
+        return report
+
+    def require_finite(self, loss: Tensor, norm: Tensor) -> None:
+        if math.isfinite(loss.item()) and math.isfinite(norm.item()):
+            return
+        good = state.latest(self.run)
+        kept = f"the last good checkpoint is {good}" if good else "no checkpoint had been written yet"
+        raise UserError(
+            f"loss {loss.item()} and gradient norm {norm.item()} at step {self.clock.step} are not finite; {kept}."
+            f" Lower optim.learning_rate={self.config.optim.learning_rate:g} (a third of it), lengthen schedule.warmup,"
+            " or set optim.grad_clip=1"
+        )
+
+    def record(self, metrics: Metrics, display: Display, recent: "Recent", rate: float) -> None:
+        loss = recent.loss()
+        bits = loss / math.log(2) * self.tokens_per_byte
+        speed = recent.targets / recent.seconds
+        metrics.write(
+            {
+                "step": self.clock.step,
+                "tokens": self.clock.tokens,
+                "loss": loss,
+                "bits_per_byte": bits,
+                "learning_rate": rate,
+                "grad_norm": recent.norm.item(),
+                "seconds": round(self.clock.seconds, 3),
+                "tokens_per_s": round(speed, 1),
+            }
+        )
+        memory = memory_bytes(self.device) / 1e9
+        text = f"loss {loss:.4f}  {bits:.3f} bits/byte  {speed:,.0f} tokens/s  {memory:.1f} GB"
+        display.update(self.clock.step, text, line=True)
+
+    def record_evaluation(
+        self, metrics: Metrics, display: Display, report: BitsReport | None, *, final: bool = False
+    ) -> bool:
+        """Write an evaluation, samples and the curve; True when it is the best so far."""
+        clock, best = self.clock, False
+        note = "no validation stories"
+        record: dict[str, Any] = {"step": clock.step, "tokens": clock.tokens}
+        if report is not None:
+            best = report.bits_per_byte < clock.best_bits_per_byte
+            if best and not final:
+                clock.best_step, clock.best_bits_per_byte = clock.step, report.bits_per_byte
+            note = f"{report.bits_per_byte:.4f} bits per byte on {report.stories:,} validation stories"
+            record |= {
+                "val_bits_per_byte": report.bits_per_byte,
+                "val_nats_per_token": report.nats_per_token,
+                "val_stories": report.stories,
+            }
+        if final:
+            record["final"] = True
+        self.sample(note)
+        metrics.write(record)
+        draw(
+            metrics.records,
+            self.run / "loss.png",
+            f"{self.run.name}: {self.config.model.n_params / 1e6:.1f}M parameters",
+        )
+        display.say(f"step {clock.step}: {note}")
+        return best and not final
+
+
+class Recent:
+    """Sums since the last log line; nothing is read from the device until `loss()`."""
+
+    def __init__(self) -> None:
+        self.nats = torch.zeros(())
+        self.norm = torch.zeros(())
+        self.targets = 0
+        self.seconds = 0.0
+
+    def add(self, loss: Tensor, norm: Tensor, n_targets: int, seconds: float) -> None:
+        self.nats = self.nats.to(loss.device) + loss * n_targets
+        self.norm = norm
+        self.targets += n_targets
+        self.seconds += seconds
+
+    def loss(self) -> float:
+        return float(self.nats.item()) / self.targets
+
+
+def train(config: Config, run: Path, *, resume: bool = False) -> BitsReport | None:
+    """Train in `run` (a new directory, or with `resume` one that holds a run). Returns the final evaluation.
+
+    Raises `Interrupted` after SIGINT or SIGTERM, once the checkpoint is on the disk.
+    """
+    last = state.latest(run) if resume else None
+    require_place(run, resume)
+    trainer = Trainer(config, run)
+    if last is not None:
+        require_same_run(state.read_config(last), trainer.config, last)
+        data_sha256 = trainer.clock.data_sha256
+        trainer.clock = state.restore(last, trainer.model, trainer.optimizer)
+        if trainer.clock.data_sha256 != data_sha256:
+            raise UserError(
+                f"{config.data.dir} is not the data that {run} was trained on; give the same --data, or another --out"
+            )
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "config.toml").write_text(to_toml(trainer.config), encoding="utf-8")
+    truncate(run / "samples.md", trainer.clock.samples_bytes)
+    metrics = Metrics(run, resume_bytes=trainer.clock.metrics_bytes, tensorboard=config.train.tensorboard)
+    log.info(
+        "%s parameters, %s rows of %d tokens an epoch, %s in %s",
+        f"{trainer.config.model.n_params:,}",
+        f"{trainer.rows.n_rows:,}",
+        config.model.n_ctx,
+        trainer.device,
+        trainer.precision,
+    )
+    if resume:
+        log.info("resuming at step %d of %d", trainer.clock.step, config.train.steps)
+    with (
+        contextlib.closing(metrics),
+        stopping_politely(trainer),
+        Display(config.train.steps, trainer.clock.step) as display,
+    ):
+        return trainer.loop(metrics, display)
+
+
+def require_place(run: Path, resume: bool) -> None:
+    """A run is written into an empty place, or goes on where one is."""
+    if run.is_file():
+        raise UserError(f"--out {run} is a file; name a directory")
+    if not run.exists() or not any(run.iterdir()):
+        return
+    if not (run / "config.toml").exists():
+        raise UserError(f"--out {run} holds something else than a training run; name another directory")
+    if not resume:
+        raise UserError(f"--out {run} already holds a training run; add --resume to go on, or name another directory")
+
+
+def require_same_run(old: Config, new: Config, folder: Path) -> None:
+    """Settings that decide which weights come out must not change on the way."""
+    for name in ("model", "train.seed", "train.batch_size"):
+        was, now = old, new
+        for part in name.split("."):
+            was, now = getattr(was, part), getattr(now, part)
+        if was != now:
+            raise UserError(
+                f"{name} is {now} but {folder} was trained with {was}; resume with the same, or name another --out"
+            )
+
+
+@contextlib.contextmanager
+def stopping_politely(trainer: Trainer) -> Iterator[None]:
+    """The first SIGINT or SIGTERM lets the step finish and saves; the second one ends at once."""
+
+    def ask(number: int, _: FrameType | None) -> None:
+        if trainer.stop_signal:
+            raise KeyboardInterrupt
+        trainer.stop_signal = number
+        log.info("stopping after this step and saving; once more to stop at once")
+
+    former = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def hash_seed(seed: int, step: int) -> int:
+    """A seed for dropout that is a function of the step, so that resuming needs no generator state."""
+    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0])
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Resident size of this process, or the peak allocated on its GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return int(psutil.Process().memory_info().rss)

@@ -1,0 +1,95 @@
+"""What a run leaves to look at: metrics.jsonl for programs, loss.png and TensorBoard for people."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+class Metrics:
+    """Appends one JSON object a line; keeps the records in memory to draw from.
+
+    `resume_bytes`: the length of the file when the checkpoint was made; what came after it is cut off.
+    """
+
+    def __init__(self, run: Path, *, resume_bytes: int = 0, tensorboard: bool = False) -> None:
+        self.path = run / "metrics.jsonl"
+        truncate(self.path, resume_bytes)
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        self.records: list[dict[str, Any]] = [json.loads(line) for line in lines]
+        self.file = self.path.open("a", encoding="utf-8")
+        self.writer = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            first = self.records[-1]["step"] + 1 if self.records else 0
+            self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=first)
+
+    def write(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+        if self.writer is not None:
+            for key, value in record.items():
+                if key != "step" and isinstance(value, int | float):
+                    self.writer.add_scalar(key, value, record["step"])
+
+    def size(self) -> int:
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        return self.path.stat().st_size
+
+    def close(self) -> None:
+        self.file.close()
+        if self.writer is not None:
+            self.writer.close()
+
+
+def truncate(path: Path, size: int) -> None:
+    """Cut a file that is appended to back to what a checkpoint knew of it."""
+    if path.exists() and path.stat().st_size > size:
+        with path.open("r+b") as file:
+            file.truncate(size)
+
+
+def draw(records: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Training and validation loss in bits per byte over tokens, with the learning rate below, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    train = [r for r in records if "bits_per_byte" in r]
+    val = [r for r in records if "val_bits_per_byte" in r]
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    loss.plot(
+        [r["tokens"] for r in train], [r["bits_per_byte"] for r in train], lw=0.8, color="#9ecae1", label="training"
+    )
+    loss.plot(
+        [r["tokens"] for r in val],
+        [r["val_bits_per_byte"] for r in val],
+        "o-",
+        ms=3,
+        color="#08519c",
+        label="validation",
+    )
+    if val:
+        last = val[-1]
+        loss.annotate(
+            f"{last['val_bits_per_byte']:.3f}",
+            (last["tokens"], last["val_bits_per_byte"]),
+            (0, 6),
+            textcoords="offset points",
+            ha="right",
+        )
+        near = min(r["val_bits_per_byte"] for r in val)
+        loss.set_ylim(0.9 * min([near, *(r["bits_per_byte"] for r in train)]), 2.5 * near)
+    loss.set(ylabel="bits per byte", title=title)
+    loss.grid(alpha=0.3)
+    loss.legend()
+    rate.plot([r["tokens"] for r in train], [r["learning_rate"] for r in train], lw=1, color="#636363")
+    rate.set(xlabel="training tokens", ylabel="learning rate")
+    rate.grid(alpha=0.3)
+    draft = path.with_name("." + path.name)
+    figure.savefig(draft, format="png")
+    os.replace(draft, path)

@@ -1,0 +1,89 @@
+"""The import order of docs/architecture.md, and the promise that writing stories needs no torch."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SRC = Path(__file__).parents[1] / "src" / "tinystories"
+ORDER = [
+    "errors",
+    "config",
+    "model data",
+    "checkpoint",
+    "engine",
+    "generate",
+    "evaluate",
+    "interop",
+    "train",
+    "serve",
+    "cli",
+]
+LEVEL = {name: i for i, names in enumerate(ORDER) for name in names.split()}
+
+
+def imports_of(tree: ast.Module) -> Iterator[str]:
+    """First package part after "tinystories." of everything the file imports, also inside functions."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            names = [node.module or ""]
+            if node.module == "tinystories":
+                names = [f"tinystories.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            if name.startswith("tinystories.") and not name.startswith("tinystories.__"):
+                yield name.split(".")[1]
+
+
+@pytest.mark.parametrize("path", sorted(SRC.rglob("*.py")), ids=lambda path: str(path.relative_to(SRC)))
+def test_imports_point_down(path: Path) -> None:
+    here = path.relative_to(SRC).parts[0].removesuffix(".py")
+    if here == "__init__":
+        return
+    for there in imports_of(ast.parse(path.read_text(encoding="utf-8"))):
+        assert there == here or LEVEL[there] < LEVEL[here], f"{here} must not import {there}"
+
+
+def test_the_rule_sees_a_wrong_import() -> None:
+    wrong = ast.parse("def f():\n    from tinystories.train import loop\n    import tinystories.cli")
+    assert set(imports_of(wrong)) == {"train", "cli"}
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "tinystories",
+        "tinystories.cli",
+        "tinystories.checkpoint",
+        "tinystories.data.prepare",
+        "tinystories.data.sources",
+        "tinystories.data.tokenizer",
+        "tinystories.engine.protocol",
+        "tinystories.evaluate.bits",
+        "tinystories.generate.output",
+        "tinystories.generate.sampling",
+        "tinystories.generate.stories",
+    ],
+)
+def test_imports_no_torch(module: str) -> None:
+    program = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_no_pickle_and_no_eval() -> None:
+    for path in SRC.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = {alias.name for alias in node.names} | {getattr(node, "module", "")}
+                assert not names & {"pickle", "marshal", "shelve", "dill"}, path
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id not in {"eval", "exec"}, path
+            if isinstance(node, ast.Attribute) and node.attr == "load" and isinstance(node.value, ast.Name):
+                assert node.value.id != "torch", path
