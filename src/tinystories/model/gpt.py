@@ -117,6 +117,10 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """`hidden = model(tokens, cache)`, then `model.logits(hidden)` for the positions whose logits are wanted."""
 
+    sinusoid: Tensor
+    rope_cos: Tensor
+    rope_sin: Tensor
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         assert config.vocab_size > 0, "vocab_size must be known before the model is built"
@@ -140,16 +144,21 @@ class GPT(nn.Module):
     def reset_parameters(self) -> None:
         """GPT-2's initialisation; logits start near zero, so the first loss is ln(V).
 
-        The untied classic embedding has unit variance, the scale of the sinusoids that are added to it.
+        The untied classic embedding has unit variance, the scale of the sinusoids that are added to it. A tied one is
+        the head as well: a token's logit for itself is about std x C at first, so wide models start below GPT-2's std.
         """
         config = self.config
+        if config.tied:
+            embedding_std = min(0.02, 4 / config.n_embd)
+        else:
+            embedding_std = 1.0 if config.architecture == "classic" else 0.02
         for name, weight in self.named_parameters():
             if name.endswith("bias"):
                 weight.zero_()
             elif weight.ndim == 1:
                 weight.fill_(1.0)
             elif name == "embed_tokens.weight":
-                weight.normal_(std=1.0 if config.architecture == "classic" and not config.tied else 0.02)
+                weight.normal_(std=embedding_std)
             elif name == "lm_head.weight":
                 weight.normal_(std=1.0 / config.n_embd)
             elif name.endswith(("o_proj.weight", "down_proj.weight")):

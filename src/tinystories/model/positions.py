@@ -32,7 +32,7 @@ def rotary_tables(
 
 
 def rotate(
-    x: Float[Tensor, "B H T D"], cos: Float[Tensor, "*#B #H T D"], sin: Float[Tensor, "*#B #H T D"]
+    x: Float[Tensor, "B H T D"], cos: Float[Tensor, "*rows T D"], sin: Float[Tensor, "*rows T D"]
 ) -> Float[Tensor, "B H T D"]:
-    """Rotate each pair (i, i + D/2) of every head by its position's angle."""
+    """Rotate each pair (i, i + D/2) of every head by its position's angle; rows is nothing, or B 1."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)

@@ -5,12 +5,13 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import psutil
 import torch
 from torch import Tensor
@@ -51,6 +52,7 @@ class Trainer:
     def __init__(self, config: Config, run: Path) -> None:
         folder = Path(config.data.dir)
         self.rows = PackedRows(folder, "train", config.model.n_ctx, config.train.seed)
+        self.val = open_split(folder, "val")
         self.tokenizer = Tokenizer.load(folder)
         if self.tokenizer.sha256 != self.rows.meta.tokenizer_sha256:
             raise UserError(f"{folder}/tokenizer.json is not the one the data was made with; prepare the data again")
@@ -68,11 +70,10 @@ class Trainer:
         self.tokens_per_byte = (train_split.tokens - 1) / max(1, train_split.bytes)
         self.stop_signal = 0
 
-    def compiled(self, objective: Objective) -> torch.nn.Module:
+    def compiled(self, objective: Objective) -> Callable[[Tensor, Tensor], Tensor]:
         wanted = self.config.train.compile
         if wanted == "on" or (wanted == "auto" and self.device.type == "cuda"):
-            compiled: torch.nn.Module = torch.compile(objective)
-            return compiled
+            return torch.compile(objective)
         return objective
 
     def train_step(self, step: int) -> tuple[Tensor, Tensor, int, float]:
@@ -97,12 +98,12 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return total / n_targets, norm, n_targets, rate
 
-    def on_device(self, array: np.ndarray) -> Tensor:  # type: ignore[type-arg]
+    def on_device(self, array: npt.NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
 
     def evaluate(self, limit: int, display: Display) -> BitsReport | None:
         """Bits per byte on `limit` fixed validation stories (0: on all); None where there are none."""
-        tokens, index = open_split(Path(self.config.data.dir), "val")
+        tokens, index = self.val
         if len(index) < 2:
             return None
         engine = TorchEngine(self.model, device=self.device, precision=self.precision)

@@ -1,0 +1,157 @@
+"""A model directory: a round trip loses nothing, damage is noticed, nothing half-written is ever taken for a model."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tinystories import checkpoint
+from tinystories.config import ModelConfig, SamplingConfig
+from tinystories.data.tokenizer import Tokenizer
+from tinystories.errors import UserError
+from tinystories.model import GPT
+
+
+def tiny(**changes: object) -> GPT:
+    torch.manual_seed(0)
+    shape = {"vocab_size": 400, "n_ctx": 32, "n_layer": 2, "n_head": 2, "n_embd": 16, "n_ff": 32}
+    return GPT(ModelConfig(**(shape | changes)))  # type: ignore[arg-type]
+
+
+def write(folder: Path, model: GPT, data: Path) -> Path:
+    with checkpoint.whole(folder) as draft:
+        checkpoint.write_model(draft, model, Tokenizer.load(data), SamplingConfig(top_k=7), {"step": 3})
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path, sample_data: Path) -> Path:
+    return write(tmp_path / "model", tiny(), sample_data)
+
+
+@pytest.mark.parametrize("architecture", ["classic", "modern"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_round_trip(tmp_path: Path, sample_data: Path, architecture: str, tied: bool) -> None:
+    model = tiny(architecture=architecture, tied=tied)
+    files = checkpoint.read_model(write(tmp_path / "model", model, sample_data))
+    assert files.config == model.config
+    assert files.sampling == SamplingConfig(top_k=7)
+    assert files.provenance == {"step": 3}
+    assert files.tokenizer().sha256 == Tokenizer.load(sample_data).sha256
+    torch.manual_seed(99)
+    other = GPT(files.config)
+    checkpoint.load_weights(files, other)
+    for name, weight in model.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[name], weight, rtol=0, atol=0)
+    assert (other.lm_head.weight is other.embed_tokens.weight) == tied
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "generation.json"])
+def test_an_altered_file_is_noticed(folder: Path, name: str) -> None:
+    data = bytearray((folder / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / name).write_bytes(data)
+    with pytest.raises(UserError, match=f"{name} does not match its checksum"):
+        checkpoint.read_model(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "generation.json", "config.json"])
+def test_a_missing_file_is_named(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    with pytest.raises(UserError, match=name):
+        checkpoint.read_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 2}, "format 2"),
+        ({"model": []}, "model"),
+        ({"model": {"n_head": 5}}, "n_head"),
+        ({"model": {"n_heads": 3}}, "unknown setting"),
+        ({"files": {}}, "checksums"),
+        ({"files": {"model.safetensors": "0", "../../etc/passwd": "0"}}, "checksum|leads out"),
+    ],
+)
+def test_a_hostile_config_is_refused(folder: Path, change: dict[str, object], message: str) -> None:
+    described = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(described | change))
+    with pytest.raises(UserError, match=message):
+        checkpoint.read_model(folder)
+
+
+def test_a_file_name_that_leads_out_is_refused(folder: Path) -> None:
+    described = json.loads((folder / "config.json").read_text())
+    described["files"] = {"../model/model.safetensors": "0"} | described["files"]
+    (folder / "config.json").write_text(json.dumps(described))
+    with pytest.raises(UserError, match="leads out"):
+        checkpoint.read_model(folder)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "\x00"])
+def test_a_garbled_config_is_refused(folder: Path, text: str) -> None:
+    (folder / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"config\.json"):
+        checkpoint.read_model(folder)
+
+
+@pytest.mark.parametrize("change", [{"n_embd": 32}, {"n_layer": 3}, {"tied": False}])
+def test_weights_of_another_shape_are_refused(folder: Path, change: dict[str, object]) -> None:
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        checkpoint.load_weights(checkpoint.read_model(folder), tiny(**change))
+
+
+def test_no_directory_and_no_model(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such model directory"):
+        checkpoint.read_model(tmp_path / "none")
+    with pytest.raises(UserError, match="holds no model"):
+        checkpoint.read_model(tmp_path)
+
+
+def test_a_draft_that_fails_leaves_the_old_and_no_trace(folder: Path) -> None:
+    before = (folder / "model.safetensors").read_bytes()
+
+    def fail_half_way() -> None:
+        with checkpoint.whole(folder) as draft:
+            (draft / "model.safetensors").write_bytes(b"half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail_half_way()
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_only_whole_checkpoints_count(tmp_path: Path, folder: Path) -> None:
+    for name in ("step-0000010", "step-0000020", "step-0000030.draft", "step-x"):
+        shutil.copytree(folder, tmp_path / "run" / "checkpoints" / name)
+    (tmp_path / "run" / "checkpoints" / "step-0000020" / "config.json").unlink()
+    assert [step for step, _ in checkpoint.checkpoints(tmp_path / "run")] == [10]
+
+
+def test_publishing_makes_the_run_a_model(tmp_path: Path, folder: Path, sample_data: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    checkpoint.publish(folder, run)
+    checkpoint.publish(folder, run)
+    other = write(tmp_path / "other", tiny(n_layer=1), sample_data)
+    checkpoint.publish(other, run)
+    assert checkpoint.read_model(run).config.n_layer == 1
+    assert checkpoint.read_model(folder).config.n_layer == 2
+    assert not list(run.glob("*.draft"))
+
+
+def test_publishing_copies_where_there_are_no_links(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    run = tmp_path / "run"
+    run.mkdir()
+    checkpoint.publish(folder, run)
+    assert checkpoint.read_model(run).config == checkpoint.read_model(folder).config

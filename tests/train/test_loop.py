@@ -1,0 +1,296 @@
+"""Training runs in one process: what is learnt, what is left behind, and what is refused."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tinystories import checkpoint
+from tinystories.config import Config, load_config
+from tinystories.data.prepare import prepare
+from tinystories.errors import UserError
+from tinystories.train import estimate, state
+from tinystories.train.loop import Interrupted, Trainer, train
+
+
+def changed(config: Config, section: str, **values: Any) -> Config:
+    """The config with some settings of one section replaced."""
+    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_clock(run: Path) -> list[dict[str, Any]]:
+    timed = ("seconds", "tokens_per_s")
+    return [{key: value for key, value in record.items() if key not in timed} for record in records(run)]
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """As if SIGTERM came during the given step."""
+    plain = Trainer.train_step
+
+    def stopping(self: Trainer, at: int) -> Any:
+        if at == step - 1:
+            self.stop_signal = 15
+        return plain(self, at)
+
+    monkeypatch.setattr(Trainer, "train_step", stopping)
+
+
+def test_a_run_leaves_a_model_a_curve_and_stories(config: Config, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    report = train(config, run)
+    assert report is not None
+    files = checkpoint.read_model(run)
+    assert files.config.vocab_size == 400
+    assert files.provenance["val_bits_per_byte"] == report.bits_per_byte
+    assert files.provenance["step"] == 12
+    assert load_config(run / "config.toml").model == files.config
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    samples = (run / "samples.md").read_text()
+    assert samples.count("## Step") == 3
+    assert samples.count("> The cat") == 3
+    final = records(run)[-1]
+    assert final["final"] is True
+    assert final["val_stories"] == report.stories > config.train.eval_stories
+    assert not list(run.rglob("*.pt")) + list(run.rglob("*.pkl")) + list(run.rglob("*.draft"))
+
+
+def test_it_learns(config: Config, tmp_path: Path) -> None:
+    config = changed(changed(config, "train", steps=60, eval_every=100), "model", dropout=0.0)
+    train(config, tmp_path / "run")
+    losses = [r["loss"] for r in records(tmp_path / "run") if "loss" in r]
+    assert losses[0] == pytest.approx(math.log(400), rel=0.02)
+    assert losses[-1] < losses[0] - 0.8
+
+
+@pytest.mark.parametrize("step", [3, 4, 9])
+def test_an_interrupted_run_ends_with_the_same_bits(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    train(config, straight)
+    with monkeypatch.context() as patch:
+        stop_after(patch, step)
+        with pytest.raises(Interrupted) as stop:
+            train(config, broken)
+    assert stop.value.step == step
+    assert checkpoint.read_model(broken).provenance["step"] == step
+    train(config, broken, resume=True)
+    assert (broken / "model.safetensors").read_bytes() == (straight / "model.safetensors").read_bytes()
+    name = "checkpoints/step-0000012/state/optimizer.safetensors"
+    assert (broken / name).read_bytes() == (straight / name).read_bytes()
+    assert [r["step"] for r in without_clock(broken) if "val_stories" in r] == [5, 10, 12]
+    evaluations = [[r for r in without_clock(run) if "val_stories" in r] for run in (straight, broken)]
+    assert evaluations[0] == evaluations[1]
+    assert (broken / "samples.md").read_text() == (straight / "samples.md").read_text()
+
+
+def test_resuming_a_finished_run_changes_nothing(config: Config, tmp_path: Path) -> None:
+    train(config, tmp_path / "run")
+    before = {p: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.is_file()}
+    assert train(config, tmp_path / "run", resume=True) is None
+    assert {p: p.read_bytes() for p in before} == before
+
+
+def test_a_finished_run_can_go_on_to_more_steps(config: Config, tmp_path: Path) -> None:
+    train(config, tmp_path / "run")
+    train(changed(config, "train", steps=16), tmp_path / "run", resume=True)
+    assert checkpoint.read_model(tmp_path / "run").provenance["step"] == 16
+    assert records(tmp_path / "run")[-1]["final"] is True
+
+
+def test_resuming_where_nothing_was_saved_starts_anew(config: Config, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.toml").write_text("")
+    (run / "metrics.jsonl").write_text('{"step": 1}\n')
+    train(config, run, resume=True)
+    assert next(iter(records(run)))["step"] == 2
+
+
+def test_a_damaged_checkpoint_is_passed_over(config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run, straight = tmp_path / "run", tmp_path / "straight"
+    train(config, straight)
+    train(config, run)
+    for name in ("model.safetensors", "state/optimizer.safetensors"):
+        folder = state.latest(run)
+        assert folder is not None
+        (folder / name).write_bytes((folder / name).read_bytes()[:-7])
+        train(config, run, resume=True)
+        assert "passing over a damaged checkpoint" in caplog.text
+        assert (run / "model.safetensors").read_bytes() == (straight / "model.safetensors").read_bytes()
+
+
+def test_gradient_accumulation_does_not_change_the_gradient(config: Config, tmp_path: Path) -> None:
+    config = changed(config, "model", dropout=0.0)
+    weights = []
+    for micro_batch in (1, 2, 8):
+        trainer = Trainer(changed(config, "train", micro_batch=micro_batch), tmp_path)
+        for step in range(3):
+            trainer.train_step(step)
+        weights.append(torch.cat([w.flatten() for w in trainer.model.parameters()]).detach())
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(weights[0], weights[2], rtol=1e-3, atol=1e-4)
+
+
+def test_a_seed_decides_the_run_and_another_seed_another_one(config: Config, tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train(changed(config, "train", steps=2, seed=seed), tmp_path / name)
+    same, again, other = ((tmp_path / n / "model.safetensors").read_bytes() for n in "abc")
+    assert same == again
+    assert same != other
+
+
+def test_decay_touches_matrices_only(config: Config, tmp_path: Path) -> None:
+    trainer = Trainer(config, tmp_path)
+    decayed, plain = trainer.optimizer.param_groups
+    assert decayed["weight_decay"] == config.optim.weight_decay
+    assert plain["weight_decay"] == 0
+    assert {w.ndim for w in decayed["params"]} == {2}
+    assert {w.ndim for w in plain["params"]} == {1}
+    assert sum(w.numel() for g in trainer.optimizer.param_groups for w in g["params"]) == trainer.config.model.n_params
+
+
+def test_gradients_are_clipped(config: Config, tmp_path: Path) -> None:
+    trainer = Trainer(changed(config, "optim", grad_clip=1e-3), tmp_path)
+    seen = []
+    plain = trainer.optimizer.step
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        seen.append(torch.cat([w.grad.flatten() for w in trainer.model.parameters() if w.grad is not None]).norm())
+        return plain(*args, **kwargs)
+
+    trainer.optimizer.step = spy  # type: ignore[method-assign]
+    trainer.train_step(0)
+    assert seen[0].item() == pytest.approx(1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_good(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    plain = Trainer.train_step
+
+    def exploding(self: Trainer, step: int) -> Any:
+        loss, norm, n_targets, rate = plain(self, step)
+        if step == 6:
+            with torch.no_grad():
+                self.model.norm.weight.fill_(float("nan"))
+            loss, norm = (loss * float("nan"), norm) if where == "loss" else (loss, norm * float("inf"))
+        return loss, norm, n_targets, rate
+
+    monkeypatch.setattr(Trainer, "train_step", exploding)
+    with pytest.raises(UserError, match=r"step 7 are not finite.*step-0000005.*optim\.learning_rate"):
+        train(config, tmp_path / "run")
+    weights = load_file(tmp_path / "run" / "model.safetensors")
+    assert all(torch.isfinite(weight).all() for weight in weights.values())
+
+
+def test_kept_are_the_newest_and_the_best(config: Config, tmp_path: Path) -> None:
+    config = changed(config, "train", steps=14, checkpoint_every=1, eval_every=3, keep_checkpoints=2)
+    train(config, tmp_path / "run")
+    steps = [step for step, _ in checkpoint.checkpoints(tmp_path / "run")]
+    last = state.latest(tmp_path / "run")
+    assert last is not None
+    best = state.read_clock(last).best_step
+    assert steps == sorted({best, 13, 14})
+
+
+def test_a_run_that_cannot_fit_is_refused_with_the_estimate(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimate, "free_bytes", lambda _: 10**6)
+    with pytest.raises(UserError, match=r"needs about \d+\.\d GB .*train\.micro_batch"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_places_that_hold_something_are_refused(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="is a file"):
+        train(config, tmp_path / "file")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match="something else"):
+        train(config, tmp_path / "other")
+    assert [p.name for p in (tmp_path / "other").iterdir()] == ["thesis.tex"]
+    train(changed(config, "train", steps=1), tmp_path / "run")
+    with pytest.raises(UserError, match="--resume"):
+        train(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("section", "values"), [("model", {"n_layer": 1}), ("train", {"seed": 3}), ("train", {"batch_size": 4})]
+)
+def test_resuming_with_what_would_change_the_weights_is_refused(
+    config: Config, tmp_path: Path, section: str, values: dict[str, Any]
+) -> None:
+    train(changed(config, "train", steps=1), tmp_path / "run")
+    with pytest.raises(UserError, match=f"{section}.*was trained with"):
+        train(changed(config, section, **values), tmp_path / "run", resume=True)
+
+
+def test_resuming_on_other_data_is_refused(config: Config, tmp_path: Path, sample_data: Path) -> None:
+    train(changed(config, "train", steps=1), tmp_path / "run")
+    (tmp_path / "one.txt").write_text("A dog ran.\n<|endoftext|>\n" * 3 + "It was a long, long day.\n<|endoftext|>\n")
+    tokenizer = str(sample_data / "tokenizer.json")
+    prepare(tmp_path / "one.txt", tmp_path / "data", tokenizer=tokenizer, progress=False)
+    with pytest.raises(UserError, match="is not the data"):
+        train(changed(config, "data", dir=str(tmp_path / "data")), tmp_path / "run", resume=True)
+
+
+def test_another_vocabulary_than_asked_for_is_refused(config: Config, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"model\.vocab_size=999 but the data .* has 400 ids"):
+        train(changed(config, "model", vocab_size=999), tmp_path / "run")
+
+
+def test_a_tokenizer_that_is_not_the_datas_is_refused(config: Config, tmp_path: Path, sample_data: Path) -> None:
+    for path in sample_data.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    text = json.loads((tmp_path / "tokenizer.json").read_text())
+    text["model"]["merges"].pop()
+    (tmp_path / "tokenizer.json").write_text(json.dumps(text))
+    with pytest.raises(UserError, match="prepare the data again"):
+        train(changed(config, "data", dir=str(tmp_path)), tmp_path / "run")
+
+
+def test_without_validation_stories_it_trains_all_the_same(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text("A dog ran.\n<|endoftext|>\nIt was a long, long day.\n<|endoftext|>\n")
+    prepare(tmp_path / "one.txt", tmp_path / "data", tokenizer="bpe:260", val_fraction=0.0, progress=False)
+    config = changed(changed(config, "data", dir=str(tmp_path / "data")), "train", steps=6)
+    assert train(config, tmp_path / "run") is None
+    assert checkpoint.read_model(tmp_path / "run").provenance["step"] == 6
+
+
+def test_tensorboard_when_asked(config: Config, tmp_path: Path) -> None:
+    train(changed(config, "train", steps=2, tensorboard=True), tmp_path / "run")
+    assert list((tmp_path / "run" / "tensorboard").glob("events.out.tfevents.*"))
+    train(changed(config, "train", steps=1), tmp_path / "plain")
+    assert not (tmp_path / "plain" / "tensorboard").exists()
+
+
+def test_the_first_loss_of_a_seed_is_golden(config: Config, tmp_path: Path) -> None:
+    loss, _, n_targets, _ = Trainer(config, tmp_path).train_step(0)
+    assert n_targets == 256
+    assert loss.item() == pytest.approx(5.9914, abs=0.02), (
+        "initialisation, data order or loss changed: if that was intended, say so in CHANGELOG.md and set the new value"
+    )
+
+
+def test_estimates_are_near_the_truth(config: Config) -> None:
+    model = dataclasses.replace(config.model, vocab_size=400)
+    by_hand = 6 * (2 * (4 * 16 * 16 + 3 * 16 * 32) + 400 * 16) + 6 * 2 * 32 * 16
+    norms = 6 * (2 * (2 * 16 + 2 * 8) + 16)
+    assert estimate.flops_per_token(model) == by_hand + norms
+    sized = changed(config, "model", vocab_size=400)
+    assert estimate.train_bytes(changed(sized, "train", micro_batch=8)) > estimate.train_bytes(sized)
+    assert np.isfinite(estimate.train_seconds(sized, torch.device("cpu")))
