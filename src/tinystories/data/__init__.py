@@ -1,0 +1,1 @@
+"""Data: stories of any source, to token files, to training batches. Knows nothing of models."""

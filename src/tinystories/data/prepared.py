@@ -1,0 +1,98 @@
+"""Prepared data on disk: `train.bin`, `val.bin`, `*.idx`, `tokenizer.json`, `meta.json` (see `open_split`)."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tinystories.config import build
+from tinystories.errors import UserError
+
+FORMAT = 1
+SPLITS = ("train", "val")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SplitMeta:
+    """`tokens` counts every id in the .bin, the END before each story and after the last one included."""
+
+    stories: int
+    tokens: int
+    bytes: int  # UTF-8 bytes of the stories' text, without the ENDs
+    sha256: str  # of the .bin
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Meta:
+    """What a prepared folder holds and what it was made of: the contents of its `meta.json`."""
+
+    format: int
+    source: str
+    val_source: str  # empty: held out of the source
+    revision: str  # commit of a Hub source, else empty
+    val_revision: str
+    text_field: str
+    errors: str
+    keep_duplicates: bool
+    tokenizer: str
+    tokenizer_sha256: str
+    vocab_size: int
+    end_id: int
+    dtype: str  # uint16 or uint32, little-endian
+    splits: dict[str, SplitMeta]  # "train" and "val"
+    duplicates: int  # stories dropped because an equal one came before
+    also_in_val: int  # train stories dropped because the validation set has them
+    empty: int  # stories dropped because nothing was in them
+    fingerprint: str  # of the request and its input files
+
+
+def read_meta(folder: Path | str) -> Meta:
+    """The meta.json of a prepared folder; `UserError` when it is no (whole) prepared data."""
+    path = Path(folder) / "meta.json"
+    cure = "make it by: tinystories prepare SOURCE --out DIR"
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        version = values["format"]
+    except FileNotFoundError:
+        raise UserError(f"{folder} holds no prepared data (no meta.json); {cure}") from None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} cannot be read ({type(error).__name__}); {cure}") from None
+    if version != FORMAT:
+        raise UserError(f"{path} has format {version}, this version reads {FORMAT}; {cure}")
+    try:
+        splits = {name: build(SplitMeta, values["splits"][name], str(path)) for name in SPLITS}
+        return Meta(**{**values, "splits": splits})
+    except (TypeError, KeyError) as error:
+        raise UserError(f"{path} is not as prepare writes it ({error}); {cure}") from None
+
+
+def open_split(folder: Path | str, split: str) -> tuple[np.memmap, npt.NDArray[np.uint64]]:
+    """Tokens and stories of one split, as `END s1 END s2 ... END sN END`.
+
+    Returns the ids (memory-mapped, read only) and an index of shape (N + 1, 2): row i holds the position of the END
+    before story i and the UTF-8 bytes of all stories before it; the last row the final END and all bytes.
+    """
+    folder = Path(folder)
+    meta = read_meta(folder)
+    sizes = meta.splits[split]
+    tokens = mapped(folder / f"{split}.bin", np.dtype(meta.dtype).newbyteorder("<"), sizes.tokens)
+    index = mapped(folder / f"{split}.idx", np.dtype("<u8"), 2 * (sizes.stories + 1)).reshape(-1, 2)
+    if tuple(index[-1]) != (sizes.tokens - 1, sizes.bytes):
+        raise UserError(f"{folder / split}.idx does not belong to its meta.json; remove {folder} and prepare it again")
+    return tokens, index
+
+
+def mapped(path: Path, dtype: np.dtype[Any], items: int) -> np.memmap:
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; prepare the data again") from None
+    if size != items * dtype.itemsize:
+        raise UserError(
+            f"{path} has {size} bytes where meta.json says {items * dtype.itemsize};"
+            f" remove {path.parent} and prepare it again"
+        )
+    return np.memmap(path, dtype=dtype, mode="r", shape=(items,))

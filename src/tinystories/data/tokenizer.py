@@ -1,0 +1,138 @@
+"""Text <-> ids by a `tokenizer.json`. Needs neither torch, tiktoken nor datasets; generating imports this."""
+
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tinystories.errors import UserError
+
+END = "<|endoftext|>"  # stands before every story and after the last
+
+
+class Tokenizer:
+    """A `tokenizer.json`, made by `load` or by `vocabulary.build`; `END` is always one of its special tokens.
+
+    Text never yields a special token: `END` written in a story is encoded as ordinary text.
+    """
+
+    def __init__(self, text: str, where: str = "tokenizer.json") -> None:
+        """`text` is the JSON; `where` names it in errors. It is kept word for word, so `save` copies it unchanged."""
+        import tokenizers
+
+        try:
+            self._backend = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the Rust library raises bare Exception
+            raise UserError(f"{where} is not a Hugging Face tokenizer: {one_line(error)}") from None
+        special = (str(token) for token in self._backend.get_added_tokens_decoder().values() if token.special)
+        if END not in special:
+            self._backend.add_special_tokens([tokenizers.AddedToken(END, special=True, normalized=False)])
+            text = self._backend.to_str()
+        self.text = text
+        self._backend.no_padding()
+        self._backend.no_truncation()
+        self._backend.encode_special_tokens = True
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        self.vocab_size: int = max(vocabulary.values()) + 1
+        self.end_id: int = vocabulary[END]
+        if self.end_id in self.encode(f"a {END} b"):
+            raise UserError(f"{where}: its model turns the text {END} into the special token; use another tokenizer")
+
+    @classmethod
+    def load(cls, path: Path | str) -> "Tokenizer":
+        """From a file, or from a directory that holds `tokenizer.json`."""
+        path = Path(path)
+        file = path / "tokenizer.json" if path.is_dir() else path
+        try:
+            text = file.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise UserError(f"tokenizer {file} does not exist; give a tokenizer.json, gpt2 or bpe:4096") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"tokenizer {file} cannot be read: {one_line(error)}") from None
+        return cls(text, str(file))
+
+    def save(self, path: Path | str) -> None:
+        """To a file, or into an existing directory as `tokenizer.json`."""
+        path = Path(path)
+        (path / "tokenizer.json" if path.is_dir() else path).write_text(self.text, encoding="utf-8", newline="\n")
+
+    @functools.cached_property
+    def parts(self) -> dict[str, Any]:
+        """The parsed `tokenizer.json`."""
+        parts: dict[str, Any] = json.loads(self.text)
+        return parts
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Identity of the tokenizer: the hash of its JSON with sorted keys and no spaces."""
+        canonical = json.dumps(self.parts, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """As `encode`, on all cores."""
+        return [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids; special tokens leave no trace, bytes that are not UTF-8 become U+FFFD."""
+        if self.lossless:
+            return b"".join([self.bytes_of[i] for i in ids]).decode("utf-8", "replace")
+        return self._backend.decode(list(ids), skip_special_tokens=True)
+
+    @functools.cached_property
+    def lossless(self) -> bool:
+        """Whether decoding the ids of any text gives back that text, byte for byte (byte-level BPE)."""
+        parts = self.parts
+        alphabet = set(byte_of_char())
+        return (
+            (parts["decoder"] or {}).get("type") == "ByteLevel"
+            and parts["normalizer"] is None
+            and (parts["pre_tokenizer"] or {}).get("type") == "ByteLevel"
+            and not parts["pre_tokenizer"]["add_prefix_space"]
+            and alphabet <= set(self._backend.get_vocab(with_added_tokens=False))
+        )
+
+    @functools.cached_property
+    def bytes_of(self) -> list[bytes]:
+        """Table id -> bytes, of length `vocab_size`; special tokens and unused ids are empty.
+
+        Exact for byte-level BPE. Other decoders may treat a token differently by its place in the text (a leading
+        space dropped, bytes fused); there the entry is what the token adds after another word.
+        """
+        added = {t["id"]: t for t in self.parts["added_tokens"]}
+        decoder = json.dumps(self.parts["decoder"])
+        table = [b""] * self.vocab_size
+        for token, i in self._backend.get_vocab(with_added_tokens=True).items():
+            if i in added:
+                table[i] = b"" if added[i]["special"] else token.encode()
+            elif '"ByteLevel"' in decoder:
+                table[i] = bytes([byte_of_char()[c] for c in token if c in byte_of_char()])
+            else:
+                table[i] = self._plain_bytes(token, i, decoder)
+        return table
+
+    def _plain_bytes(self, token: str, i: int, decoder: str) -> bytes:
+        if '"ByteFallback"' in decoder and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            return bytes([int(token[3:5], 16)])
+        if "\N{LOWER ONE EIGHTH BLOCK}" in decoder:  # the sentencepiece space
+            return token.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()
+        alone, twice = self._backend.decode([i]), self._backend.decode([i, i])
+        return twice[len(alone) :].encode() if twice.startswith(alone) else alone.encode()
+
+
+@functools.cache
+def byte_of_char() -> dict[str, int]:
+    """Inverse of GPT-2's printable alphabet for the 256 bytes (`bytes_to_unicode` in openai/gpt-2, src/encoder.py)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    table = {chr(b): b for b in printable}
+    rest = [b for b in range(256) if b not in set(printable)]
+    table.update({chr(256 + n): b for n, b in enumerate(rest)})
+    return table
+
+
+def one_line(error: object) -> str:
+    return " ".join(str(error).split())
