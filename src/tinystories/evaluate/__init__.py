@@ -1,0 +1,1 @@
+"""Measuring a model. Importing this package imports no torch."""

@@ -1,0 +1,1 @@
+"""From logits to stories: sampling, whole characters, stop rules. Importing this package imports no torch."""

@@ -1,0 +1,64 @@
+"""Stories on their way out: in order to a reader, one by one to a file."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+
+from tinystories.data.tokenizer import END
+from tinystories.errors import UserError
+from tinystories.generate.stories import Story
+
+RULE = "\n\n---\n\n"  # between stories on the screen
+
+
+def in_order(events: Iterable[tuple[int, str | Story]], told: Callable[[Story], None]) -> Iterator[str]:
+    """Text of stories that are told side by side, as if they were told one after the other.
+
+    The first unfinished story streams; those behind it wait their turn. Each piece begins with the prompt where a
+    story does. `told` gets each Story, in order.
+    """
+    current, waiting, whole = 0, dict[int, str](), dict[int, Story]()
+    for number, item in events:
+        if isinstance(item, Story):
+            whole[number] = item
+        elif number == current:
+            yield item
+        else:
+            waiting[number] = waiting.get(number, "") + item
+        while current in whole:
+            told(whole.pop(current))
+            current += 1
+            if current in waiting:
+                yield waiting.pop(current)
+
+
+class StoryFile:
+    """`with StoryFile(path) as file: file.write(story)`; .jsonl (one object a line) or .txt (END after each story).
+
+    Every story is on the disk when `write` returns, so that an interrupt loses none that was whole.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if path.suffix not in (".txt", ".jsonl"):
+            raise UserError(f"--out {path}: the name must end in .txt or .jsonl")
+        self.path = path
+        try:
+            self.file = path.open("w", encoding="utf-8", newline="\n")
+        except OSError as error:
+            raise UserError(f"--out {path} cannot be written: {error.strerror}") from None
+
+    def __enter__(self) -> "StoryFile":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.file.close()
+
+    def write(self, story: Story) -> None:
+        if self.path.suffix == ".jsonl":
+            self.file.write(json.dumps(story.as_dict(), ensure_ascii=False) + "\n")
+        else:
+            self.file.write(f"{story.text}\n{END}\n")
+        self.file.flush()
