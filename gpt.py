@@ -1,0 +1,9 @@
+"""Train the original model, then let it write 10,000 tokens: see `python gpt.py --help`."""
+
+import sys
+
+from tinystories.cli.command import run
+from tinystories.cli.original import gpt
+
+if __name__ == "__main__":
+    sys.exit(run(gpt, name="python gpt.py"))

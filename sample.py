@@ -1,0 +1,9 @@
+"""Print tokens as they are made: see `python sample.py --help`."""
+
+import sys
+
+from tinystories.cli.command import run
+from tinystories.cli.original import sample
+
+if __name__ == "__main__":
+    sys.exit(run(sample, name="python sample.py"))

@@ -1,0 +1,36 @@
+"""How every command runs: what people can mend becomes one line on stderr and an exit code."""
+
+import logging
+import os
+import sys
+
+import click
+
+from tinystories.errors import UserError
+
+SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+TRAIN_EXTRA = 'this command needs more packages; install them with: pip install "tinystories-gpt[train]"'
+
+
+def run(command: click.Command, argv: list[str] | None = None, name: str = "tinystories") -> int:
+    """Run a command and turn what people can mend into one line on stderr; returns the exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        result = command.main(argv, prog_name=name, standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except UserError as error:
+        click.echo(f"error: {error}", err=True)
+        return 2
+    except click.ClickException as error:
+        click.echo(f"error: {error.format_message()} (see {name} --help)", err=True)
+        return 2
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("stopped", err=True)
+        return 130
+    except BrokenPipeError:  # the reader of our output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except ModuleNotFoundError as error:
+        click.echo(f"error: {error.name} is not installed; {TRAIN_EXTRA}", err=True)
+        return 2

@@ -1,0 +1,53 @@
+"""`tinystories eval`."""
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import click
+
+from tinystories.cli.command import SETTINGS
+
+
+@click.command("eval", context_settings=SETTINGS)
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "--data", required=True, help="Story file, folder, named source, or a folder made by `tinystories prepare`."
+)
+@click.option(
+    "--text-field", default="text", show_default=True, help="Field or column of JSONL, CSV and parquet files."
+)
+@click.option("--limit", type=click.IntRange(min=0), default=0, help="Only that many stories (0: all).")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object last.")
+def evaluate(model: Path, data: str, text_field: str, limit: int, device: str, as_json: bool) -> None:
+    """Measure a model in bits per byte over whole stories (docs/evaluation.md).
+
+    Each story stands on its own after <|endoftext|>; its closing <|endoftext|> counts. Lower is better.
+    """
+    from tinystories.evaluate.report import evaluate_model
+    from tinystories.generate.storyteller import Storyteller
+
+    teller = Storyteller.load(model, device=device)
+    with counting("stories scored") as progress:
+        report = evaluate_model(teller, data, text_field=text_field, limit=limit, progress=progress)
+    low, high = report.interval
+    click.echo(f"{report.bits_per_byte:.4f} bits per byte (95 % interval {low:.4f} to {high:.4f} over the stories)")
+    click.echo(
+        f"{report.nats_per_token:.4f} nats per token; {report.stories:,} stories, {report.tokens:,} tokens,"
+        f" {report.bytes:,} bytes in {report.seconds:.1f} s"
+    )
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(report)))
+
+
+@contextlib.contextmanager
+def counting(what: str) -> Iterator[Callable[[int], None]]:
+    """A live count on standard error, where that is a terminal."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with console.status(f"0 {what}") if console.is_terminal else contextlib.nullcontext() as status:
+        yield lambda n: status.update(f"{n:,} {what}") if status else None

@@ -1,0 +1,112 @@
+"""`tinystories generate`."""
+
+import contextlib
+import dataclasses
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from tinystories.cli.command import SETTINGS
+
+if TYPE_CHECKING:
+    from tinystories.generate.stories import Request
+    from tinystories.generate.storyteller import Storyteller
+
+
+@click.command(context_settings=SETTINGS)
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--prompt", default="", help="How the story begins.  [default: the model begins]")
+@click.option("--max-tokens", type=click.IntRange(min=1), default=400, show_default=True, help="Longest continuation.")
+@click.option("--temperature", type=float, help="0: always the likeliest token.")
+@click.option("--top-k", type=int, help="Only the K likeliest tokens (0: off).")
+@click.option("--top-p", type=float, help="Only the likeliest tokens that make up P (1: off).")
+@click.option("--min-p", type=float, help="Only tokens at least P times as likely as the likeliest (0: off).")
+@click.option("--repetition-penalty", type=float, help="Above 1: tokens already used become less likely (1: off).")
+@click.option("--seed", type=click.IntRange(min=0), help="Same seed, same story.  [default: a new one each time]")
+@click.option("--num", type=click.IntRange(min=1), default=1, show_default=True, help="How many stories.")
+@click.option("--stop", multiple=True, help="End the story before this text; may be repeated.")
+@click.option("--ignore-end", is_flag=True, help="Go on with a new story after <|endoftext|>, up to --max-tokens.")
+@click.option(
+    "--engine", type=click.Choice(["auto", "torch"]), default="auto", show_default=True, help="What computes."
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "fp32", "bf16"]),
+    default="auto",
+    show_default=True,
+    help="Of the weights.",
+)
+@click.option("--stream/--no-stream", default=True, show_default=True, help="Show text as it is made.")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Also write to FILE.txt or FILE.jsonl.")
+def generate(
+    model: Path,
+    prompt: str,
+    max_tokens: int,
+    seed: int | None,
+    num: int,
+    stop: tuple[str, ...],
+    ignore_end: bool,
+    engine: str,
+    device: str,
+    precision: str,
+    stream: bool,
+    out: Path | None,
+    **sampling: float | int | None,
+) -> None:
+    """Write stories with a trained model. Sampling defaults are the model's own (generation.json).
+
+    Text goes to standard output, everything else to standard error.
+    """
+    from tinystories.generate.storyteller import N_SLOTS, Storyteller
+
+    teller = Storyteller.load(model, engine=engine, device=device, precision=precision, n_slots=min(num, N_SLOTS))
+    request = teller.request(
+        prompt,
+        {"max_tokens": max_tokens, "seed": seed, "stop": stop, "ignore_end": ignore_end, **sampling},  # type: ignore[typeddict-item]
+    )
+    tell(teller, request, num, stream=stream, out=out)
+
+
+def tell(teller: "Storyteller", request: "Request", num: int, *, stream: bool, out: Path | None) -> None:
+    """Write stories to standard output and, where asked, to a file; says how fast on standard error."""
+    from tinystories.generate import output
+    from tinystories.generate.stories import Story
+    from tinystories.generate.stories import stream as events_of
+
+    done: list[Story] = []
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(output.StoryFile(out)) if out else None
+
+        def told(story: Story) -> None:
+            if file:
+                file.write(story)
+            if not stream:
+                click.echo(story.text, nl=False)
+            done.append(story)
+            begin(len(done))
+
+        def begin(number: int) -> None:
+            if number < num:
+                click.echo((output.RULE if number else "") + (request.prompt if stream else ""), nl=False)
+
+        began = time.perf_counter()
+        requests = (dataclasses.replace(request, number=number) for number in range(num))
+        events = stack.enter_context(contextlib.closing(events_of(teller.engine, teller.tokenizer, requests)))
+        begin(0)
+        try:
+            for piece in output.in_order(events, told):
+                if stream:
+                    click.echo(piece, nl=False)
+        finally:
+            click.echo()
+    tokens, seconds = sum(story.n_generated for story in done), time.perf_counter() - began
+    reasons = {"end": "ended by itself", "stop": "stopped at --stop", "length": "cut at --max-tokens"}
+    how = (
+        reasons[done[0].stop_reason]
+        if num == 1
+        else f"{sum(s.stop_reason == 'end' for s in done)} of {num} ended by themselves"
+    )
+    click.echo(f"[{tokens} tokens, {tokens / seconds:.0f} tokens/s, seed {request.seed}; {how}]", err=True)

@@ -1,0 +1,128 @@
+"""`tinystories train`."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import get_type_hints
+
+import click
+
+from tinystories.cli.command import SETTINGS
+from tinystories.cli.prepare import print_prepared
+from tinystories.config import PRESETS, Config, load_config
+from tinystories.errors import UserError
+
+
+class SettingsCommand(click.Command):
+    """A command whose help also lists every `--section.key` setting with its default."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        defaults = load_config("nano")
+        for section in get_type_hints(Config):
+            rows = []
+            for field in dataclasses.fields(getattr(defaults, section)):
+                value = getattr(getattr(defaults, section), field.name)
+                rows.append(
+                    (f"--{section}.{field.name}", " | ".join(value) if isinstance(value, tuple) else str(value))
+                )
+            with formatter.section(f"Settings of [{section}], with the values of preset nano"):
+                formatter.write_dl(rows)
+
+
+@click.command(
+    cls=SettingsCommand, context_settings=SETTINGS | {"ignore_unknown_options": True, "allow_extra_args": True}
+)
+@click.option(
+    "--config", "config_file", default="nano", show_default=True, help=f"TOML file, or a preset: {', '.join(PRESETS)}."
+)
+@click.option("--data", type=click.Path(path_type=Path), help="Folder made by `tinystories prepare`.")
+@click.option("--out", type=click.Path(path_type=Path), help="Run directory.  [default: runs/NAME of the config]")
+@click.option("--resume", is_flag=True, help="Go on from the last checkpoint in --out.")
+@click.option("--print-config", is_flag=True, help="Print the resolved settings as TOML and stop.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object last.")
+@click.pass_context
+def train(
+    context: click.Context,
+    config_file: str,
+    data: Path | None,
+    out: Path | None,
+    resume: bool,
+    print_config: bool,
+    as_json: bool,
+) -> int:
+    """Train a model. Settings come from --config, and over it any --SECTION.KEY VALUE below.
+
+    \b
+    Ctrl-C saves a checkpoint and says how to go on. The run directory is a model:
+      tinystories generate runs/nano          read its stories
+      tinystories eval runs/nano --data FILE  measure it
+    It also holds loss.png, samples.md, metrics.jsonl and config.toml.
+    """
+    out = out or Path("runs") / Path(config_file).stem
+    overrides = dotted_overrides(context.args)
+    saved = out / "config.toml"
+    given = context.get_parameter_source("config_file") is not click.core.ParameterSource.DEFAULT
+    source = saved if resume and not given and saved.exists() else config_file
+    config = load_config(source, overrides | ({"data.dir": str(data)} if data else {}))
+    if print_config:
+        from tinystories.config import to_toml
+
+        click.echo(to_toml(config), nl=False)
+        return 0
+    if data is None:
+        ensure_prepared(config)
+    return train_run(config, out, resume=resume, as_json=as_json)
+
+
+def train_run(config: Config, out: Path, *, resume: bool, as_json: bool = False) -> int:
+    """Train and say what to do next; returns the exit code."""
+    from tinystories.train.loop import Interrupted, train
+
+    try:
+        report = train(config, out, resume=resume)
+    except Interrupted as stop:
+        click.echo(f"{stop}; saved. Go on with: tinystories train --out {out} --resume", err=True)
+        return 128 + stop.signal
+    if report is not None:
+        click.echo(f"{report.bits_per_byte:.4f} bits per byte on {report.stories:,} validation stories", err=True)
+    click.echo(f"done: {out} (loss.png, samples.md). Read a story: tinystories generate {out}", err=True)
+    if as_json:
+        score = dataclasses.asdict(report) if report is not None else {}
+        click.echo(json.dumps({"out": str(out), "steps": config.train.steps} | score))
+    return 0
+
+
+def is_finished(run: Path) -> bool:
+    """Whether a run directory holds a run that has reached its last step and its last evaluation."""
+    metrics = run / "metrics.jsonl"
+    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
+    return bool(lines) and bool(json.loads(lines[-1]).get("final"))
+
+
+def ensure_prepared(config: Config) -> None:
+    """Prepare the data that a config names, where it is not there yet."""
+    folder = Path(config.data.dir)
+    if (folder / "meta.json").exists():
+        return
+    from tinystories.data.prepare import prepare as prepare_data
+
+    click.echo(f"{folder} is not there yet: preparing {config.data.source} ({config.data.tokenizer})", err=True)
+    report = prepare_data(config.data.source, folder, val=config.data.val or None, tokenizer=config.data.tokenizer)
+    print_prepared(report)
+
+
+def dotted_overrides(arguments: list[str]) -> dict[str, str]:
+    """`--train.steps 40` and `--train.steps=40` as {"train.steps": "40"}."""
+    overrides: dict[str, str] = {}
+    rest = list(arguments)
+    while rest:
+        flag = rest.pop(0)
+        if not flag.startswith("--") or "." not in flag:
+            raise UserError(f"unexpected argument {flag}; settings look like --train.steps 40")
+        name, equals, value = flag[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise UserError(f"--{name} needs a value")
+            value = rest.pop(0)
+        overrides[name] = value
+    return overrides

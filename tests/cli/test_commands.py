@@ -1,0 +1,166 @@
+"""The commands as a user types them, in processes of their own: output, exit codes, one-line errors."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TINY = "--model.n_layer 1 --model.n_embd 16 --model.n_ff 32 --model.n_head 2 --model.n_ctx 64 --train.device cpu"
+SHORT = "--train.steps 6 --train.batch_size 4 --train.micro_batch 2 --train.log_every 2 --train.eval_every 4"
+
+
+def tinystories(*words: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    program = [sys.executable, "-c", "from tinystories.cli import main; main()"]
+    return subprocess.run(
+        [*program, *words], cwd=cwd, env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+
+
+def one_line_error(result: subprocess.CompletedProcess[str]) -> str:
+    """The error line of a command that failed by the user's mistake."""
+    assert result.returncode == 2, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert "Traceback" not in result.stderr
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def run(sample_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained run, made by the command line."""
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    result = tinystories(
+        "train", "--data", str(sample_data), "--out", str(out), *TINY.split(), *SHORT.split(), "--json"
+    )
+    assert result.returncode == 0, result.stderr
+    last = json.loads(result.stdout.splitlines()[-1])
+    assert last["steps"] == 6
+    assert last["bits_per_byte"] > 0
+    assert "tinystories generate" in result.stderr
+    return out
+
+
+def test_help_is_quick_and_teaches() -> None:
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        result = tinystories("--help")
+        seconds.append(time.perf_counter() - began)
+    assert "tinystories generate" in result.stdout
+    assert min(seconds) < 0.3
+
+
+@pytest.mark.parametrize("command", ["prepare", "train", "generate", "eval", "info"])
+def test_every_command_has_help(command: str) -> None:
+    result = tinystories(command, "--help")
+    assert result.returncode == 0
+    assert len(result.stdout.splitlines()) > 8
+
+
+def test_generate_twice_gives_the_same_text(run: Path) -> None:
+    words = ["generate", str(run), "--prompt", "Once upon a time", "--max-tokens", "30", "--seed", "1"]
+    first, second, other = tinystories(*words), tinystories(*words), tinystories(*words[:-1], "2")
+    assert first.stdout == second.stdout != other.stdout
+    assert first.stdout.startswith("Once upon a time")
+    assert re.search(r"30 tokens, \d+ tokens/s, seed 1", first.stderr)
+    whole = tinystories(*words, "--no-stream")
+    assert whole.stdout == first.stdout
+
+
+def test_generate_writes_jsonl_and_txt(run: Path, tmp_path: Path) -> None:
+    common = ["generate", str(run), "--prompt", "The cat", "--num", "3", "--seed", "5", "--max-tokens", "20"]
+    shown = tinystories(*common, "--out", str(tmp_path / "s.jsonl"))
+    assert shown.returncode == 0
+    stories = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [story["number"] for story in stories] == [0, 1, 2]
+    assert len({story["text"] for story in stories}) == 3
+    assert shown.stdout == "\n\n---\n\n".join(story["text"] for story in stories) + "\n"
+    tinystories(*common, "--out", str(tmp_path / "s.txt"), "--no-stream")
+    text = (tmp_path / "s.txt").read_text(encoding="utf-8")
+    assert text == "".join(story["text"] + "\n<|endoftext|>\n" for story in stories)
+    assert "must end in .txt or .jsonl" in one_line_error(tinystories(*common, "--out", str(tmp_path / "s.doc")))
+
+
+def test_eval_ends_with_one_json_object(run: Path, sample_data: Path, tmp_path: Path) -> None:
+    story = "The little dog ran home. He was glad."
+    (tmp_path / "s.txt").write_text(f"{story}\n<|endoftext|>\nA cat sat.\n<|endoftext|>\n", encoding="utf-8")
+    result = tinystories("eval", str(run), "--data", str(tmp_path / "s.txt"), "--json")
+    score = json.loads(result.stdout.splitlines()[-1])
+    assert {"bits_per_byte", "nats_per_token", "tokens", "bytes", "stories"} <= score.keys()
+    assert score["stories"] == 2
+    assert score["bytes"] == len(story) + len("A cat sat.")
+    assert score["bits_per_byte"] * score["bytes"] * 0.6931472 == pytest.approx(
+        score["nats_per_token"] * score["tokens"], rel=1e-5
+    )
+    prepared = tinystories("eval", str(run), "--data", str(sample_data), "--limit", "2", "--json")
+    assert json.loads(prepared.stdout.splitlines()[-1])["stories"] == 2
+
+
+def test_info_of_a_model_of_data_and_of_a_config(run: Path, sample_data: Path) -> None:
+    def facts(*words: str) -> dict[str, Any]:
+        result = tinystories("info", *words, "--json")
+        assert result.returncode == 0, result.stderr
+        found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+        return found
+
+    assert facts("--config", str(ROOT / "configs" / "seed-89m.toml"))["parameters"] == 89_274_368
+    assert facts("--config", "seed-89m")["parameters"] == 89_274_368
+    model = facts(str(run))
+    assert model["model"]["n_embd"] == 16
+    assert model["provenance"]["step"] == 6
+    assert facts(str(sample_data))["vocab_size"] == 400
+    assert "parameters" in tinystories("info", str(run)).stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("train --config nano --train.stpes 3", "unknown setting train.stpes; did you mean train.steps?"),
+        ("train --config nan0", "did you mean the preset nano?"),
+        ("train --train.steps many", "expected a value of type int"),
+        ("train --train.steps", "needs a value"),
+        ("train steps", "settings look like --train.steps 40"),
+        ("train --data nowhere --out never", "nowhere"),
+        ("generate nowhere", "no such model directory"),
+        ("generate", "MODEL"),
+        ("eval nowhere --data nothing.txt", "no such model directory"),
+        ("prepare nothing.txt --out never", "nothing.txt"),
+        ("info", "name either"),
+        ("frobnicate", "frobnicate"),
+        ("generate . --temperature -1", "config.json"),
+    ],
+)
+def test_mistakes_get_one_line_and_exit_code_2(words: str, message: str, tmp_path: Path) -> None:
+    assert message in one_line_error(tinystories(*words.split(), cwd=tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [("--temperature -1", "temperature"), ("--top-p 0", "top_p"), ("--min-p 2", "min_p"), ("--engine cpu", "engine")],
+)
+def test_sampling_out_of_range_is_named(run: Path, flags: str, message: str) -> None:
+    assert message in one_line_error(tinystories("generate", str(run), *flags.split()))
+
+
+def test_a_reader_that_leaves_is_no_error(run: Path) -> None:
+    program = (
+        f"{sys.executable} -c 'from tinystories.cli import main; main()' generate {run} --max-tokens 300 | head -c 5"
+    )
+    result = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=True)
+    assert "Traceback" not in result.stderr
+
+
+def test_the_resolved_config_can_be_printed_and_read_back(tmp_path: Path) -> None:
+    printed = tinystories("train", "--config", "nano", "--train.steps", "7", "--print-config").stdout
+    (tmp_path / "mine.toml").write_text(printed, encoding="utf-8")
+    again = tinystories("train", "--config", str(tmp_path / "mine.toml"), "--print-config").stdout
+    assert printed == again
+    assert "steps = 7" in printed
