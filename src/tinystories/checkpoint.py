@@ -183,10 +183,13 @@ class whole:
             return
         for path in (*self.draft.rglob("*"), self.draft):
             sync(path)
+        former = self.final.with_name(self.final.name + ".former" + DRAFT)
+        shutil.rmtree(former, ignore_errors=True)
         if self.final.exists():
-            shutil.rmtree(self.final)
+            os.replace(self.final, former)
         os.replace(self.draft, self.final)
         sync(self.final.parent)
+        shutil.rmtree(former, ignore_errors=True)
 
 
 def sync(path: Path) -> None:

@@ -5,12 +5,11 @@ Unknown names, wrong types and impossible values are `UserError`s that name the 
 
 import dataclasses
 import difflib
+import math
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
-
-import tomli_w
 
 from tinystories.errors import UserError
 
@@ -128,9 +127,10 @@ class ScheduleConfig:
     def __post_init__(self) -> None:
         require(0 <= self.warmup < 1, f"schedule.warmup={self.warmup} must be in [0, 1)")
         require(0 <= self.floor <= 1, f"schedule.floor={self.floor} must be in [0, 1]")
+        require(0 <= self.decay <= 1, f"schedule.decay={self.decay} must be in [0, 1]")
         require(
-            0 <= self.decay <= 1 - self.warmup,
-            f"schedule.decay={self.decay} must be in [0, 1 - schedule.warmup]",
+            self.kind == "cosine" or self.warmup + self.decay <= 1,
+            f"schedule.warmup={self.warmup} and schedule.decay={self.decay} must not exceed 1 together",
         )
 
 
@@ -167,7 +167,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingConfig:
-    """How the next token is drawn. Filters apply in the order of the fields below `temperature`."""
+    """How the next token is drawn: penalty, then temperature, then top_k, top_p and min_p in this order."""
 
     temperature: float = 0.8  # 0: greedy
     top_k: int = 0  # 0: off
@@ -176,11 +176,14 @@ class SamplingConfig:
     repetition_penalty: float = 1.0  # 1: off
 
     def __post_init__(self) -> None:
-        require(self.temperature >= 0, f"temperature={self.temperature} must not be negative")
+        require(0 <= self.temperature < math.inf, f"temperature={self.temperature} must be 0 or a positive number")
         require(self.top_k >= 0, f"top_k={self.top_k} must not be negative")
         require(0 < self.top_p <= 1, f"top_p={self.top_p} must be in (0, 1]")
         require(0 <= self.min_p <= 1, f"min_p={self.min_p} must be in [0, 1]")
-        require(self.repetition_penalty > 0, f"repetition_penalty={self.repetition_penalty} must be positive")
+        require(
+            0 < self.repetition_penalty < math.inf,
+            f"repetition_penalty={self.repetition_penalty} must be a positive number",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -226,12 +229,12 @@ def read_toml(file: str | Path) -> dict[str, Any]:
     """Tables of a TOML file; a bare preset name means the preset."""
     path = preset_path(str(file)) if str(file) in PRESETS else Path(file)
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # Windows editors put a byte order mark first
     except FileNotFoundError:
         near = difflib.get_close_matches(path.stem, PRESETS, n=1)
         hint = f"did you mean the preset {near[0]}?" if near else f"presets: {', '.join(PRESETS)}"
         raise UserError(f"config {file} does not exist; {hint}") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # not UTF-8, not TOML, nested or long beyond reason
         raise UserError(f"config {file} cannot be read: {error}") from None
 
 
@@ -244,7 +247,8 @@ def build(kind: type[T], settings: Mapping[str, Any], where: str, prefix: str = 
     values: dict[str, Any] = {}
     for key, value in settings.items():
         if key not in hints:
-            known = setting_names() if kind in (Config, *get_type_hints(Config).values()) else list(hints)
+            sections = get_type_hints(Config)
+            known = [*sections, *setting_names()] if kind in (Config, *sections.values()) else list(hints)
             raise UserError(f"{where}: {unknown_setting(prefix + key, known)}")
         values[key] = checked(value, hints[key], where, prefix + key)
     try:
@@ -267,10 +271,14 @@ def checked(value: Any, hint: Any, where: str, name: str) -> Any:
         if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
             raise UserError(f"{where}: {name} must be a list of strings")
         return tuple(value)
+    if type(value) is int and not -(2**63) <= value < 2**63:
+        raise UserError(f"{where}: {name} must be a number of at most 64 bits")
     if hint is float and type(value) is int:
         return float(value)
     if type(value) is not hint:
         raise UserError(f"{where}: {name}={value!r} must be of type {hint.__name__}")
+    if hint is float and not math.isfinite(value):
+        raise UserError(f"{where}: {name}={value} must be finite")
     return value
 
 
@@ -281,14 +289,14 @@ def parse_text(text: str, hint: Any, name: str) -> Any:
     if hint is bool:
         words = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
         if text.lower() not in words:
-            raise UserError(f"--{name} {text}: expected true or false")
+            raise UserError(f"--{name} {text!r}: expected true or false")
         return words[text.lower()]
     if get_origin(hint) is tuple:
         return tuple(part.strip() for part in text.split("|") if part.strip())
     try:
         return hint(text.replace("_", "")) if hint is int else hint(text)
     except ValueError:
-        raise UserError(f"--{name} {text}: expected a value of type {hint.__name__}") from None
+        raise UserError(f"--{name} {text!r}: expected a value of type {hint.__name__}") from None
 
 
 def setting_names() -> list[str]:
@@ -298,7 +306,8 @@ def setting_names() -> list[str]:
 
 def unknown_setting(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"unknown setting {name}" + (f"; did you mean {near[0]}?" if near else "; see tinystories train --help")
+    shown = name if name.isprintable() else repr(name)
+    return f"unknown setting {shown}" + (f"; did you mean {near[0]}?" if near else "; see tinystories train --help")
 
 
 def replace_vocab(config: Config, vocab_size: int, where: str) -> Config:
@@ -313,4 +322,6 @@ def replace_vocab(config: Config, vocab_size: int, where: str) -> Config:
 
 def to_toml(config: Config) -> str:
     """The resolved config as TOML text; `load_config` reads it back to an equal value."""
+    import tomli_w  # comes with the [train] extra: only training writes TOML
+
     return tomli_w.dumps(dataclasses.asdict(config))

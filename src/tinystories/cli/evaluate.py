@@ -5,6 +5,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -19,10 +20,31 @@ from tinystories.cli.command import SETTINGS
 @click.option(
     "--text-field", default="text", show_default=True, help="Field or column of JSONL, CSV and parquet files."
 )
-@click.option("--limit", type=click.IntRange(min=0), default=0, help="Only that many stories (0: all).")
+@click.option(
+    "--errors",
+    type=click.Choice(["strict", "replace"]),
+    default="strict",
+    show_default=True,
+    help="What to do with bytes that are not UTF-8: stop, or put U+FFFD in their place.",
+)
+@click.option(
+    "--limit",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Only that many stories, the first of files, evenly spaced ones of prepared data (0: all).",
+)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "fp32", "bf16"]),
+    default="auto",
+    show_default=True,
+    help="Of the weights.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object last.")
-def evaluate(model: Path, data: str, text_field: str, limit: int, device: str, as_json: bool) -> None:
+def evaluate(
+    model: Path, data: str, text_field: str, errors: Any, limit: int, device: str, precision: str, as_json: bool
+) -> None:
     """Measure a model in bits per byte over whole stories (docs/evaluation.md).
 
     Each story stands on its own after <|endoftext|>; its closing <|endoftext|> counts. Lower is better.
@@ -30,9 +52,9 @@ def evaluate(model: Path, data: str, text_field: str, limit: int, device: str, a
     from tinystories.evaluate.report import evaluate_model
     from tinystories.generate.storyteller import Storyteller
 
-    teller = Storyteller.load(model, device=device)
+    teller = Storyteller.load(model, device=device, precision=precision)
     with counting("stories scored") as progress:
-        report = evaluate_model(teller, data, text_field=text_field, limit=limit, progress=progress)
+        report = evaluate_model(teller, data, text_field=text_field, errors=errors, limit=limit, progress=progress)
     low, high = report.interval
     click.echo(f"{report.bits_per_byte:.4f} bits per byte (95 % interval {low:.4f} to {high:.4f} over the stories)")
     click.echo(

@@ -45,7 +45,7 @@ def prepare(
     errors: Any,
     keep_duplicates: bool,
     as_json: bool,
-) -> None:
+) -> int:
     """Turn stories into token files to train on.
 
     \b
@@ -61,18 +61,23 @@ def prepare(
     """
     from tinystories.data.prepare import prepare as prepare_data
 
-    report = prepare_data(
-        list(source),
-        out,
-        val=list(val) or None,
-        tokenizer=tokenizer,
-        text_field=text_field,
-        errors=errors,
-        keep_duplicates=keep_duplicates,
-    )
+    try:
+        report = prepare_data(
+            list(source),
+            out,
+            val=list(val) or None,
+            tokenizer=tokenizer,
+            text_field=text_field,
+            errors=errors,
+            keep_duplicates=keep_duplicates,
+        )
+    except KeyboardInterrupt:
+        click.echo("stopped; the same command goes on where it was", err=True)
+        return 130
     print_prepared(report)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(report), default=str))
+    return 0
 
 
 def print_prepared(report: "PrepareReport") -> None:

@@ -53,20 +53,17 @@ class Draft:
         self._saved = time.monotonic()
 
     def _take_up(self, request: dict[str, Any]) -> None:
-        if not (self.folder / "request.json").exists():
-            return
         journal = read_json(self.folder / "journal.json") or {}
         sizes: dict[str, int] = journal.get("sizes", {})
         whole = all((self.folder / n).exists() and (self.folder / n).stat().st_size >= s for n, s in sizes.items())
+        rest = [path for path in self.folder.iterdir() if path.name != "lock"]
         if read_json(self.folder / "request.json") == request and whole:
             self.journal = Journal(**journal)
             log.info("going on with %s", self.folder)
-            return
-        log.warning("%s is the draft of another request or damaged: starting anew", self.folder)
-        shutil.rmtree(self.data, ignore_errors=True)
-        for path in self.folder.iterdir():
-            if path.name != "lock":
-                path.unlink()
+        elif rest:
+            log.warning("%s is the draft of another request or damaged: starting anew", self.folder)
+            for path in rest:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def __enter__(self) -> "Draft":
         return self

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -111,7 +112,7 @@ class HubSource:
         except ImportError:
             raise UserError(f"{self.name} needs datasets: pip install 'tinystories-gpt[train]'") from None
         for package in (datasets, huggingface_hub):
-            package.logging.set_verbosity_error()
+            package.logging.set_verbosity(logging.CRITICAL)
         datasets.disable_progress_bars()
         return huggingface_hub
 

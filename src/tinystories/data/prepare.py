@@ -196,7 +196,7 @@ class Run:
             tokenizer_sha256=self.tokenizer.sha256,
             vocab_size=self.tokenizer.vocab_size,
             end_id=self.tokenizer.end_id,
-            dtype=f"uint{8 * self.dtype.itemsize}",
+            dtype="uint16" if self.dtype.itemsize == 2 else "uint32",
             splits=splits,
             duplicates=counts.get("duplicates", 0),
             also_in_val=counts.get("also_in_val", 0),

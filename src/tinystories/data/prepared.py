@@ -3,12 +3,13 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
 
-from tinystories.config import build
+from tinystories.config import build, checked, require
+from tinystories.data.tokenizer import one_line
 from tinystories.errors import UserError
 
 FORMAT = 1
@@ -23,6 +24,10 @@ class SplitMeta:
     tokens: int
     bytes: int  # UTF-8 bytes of the stories' text, without the ENDs
     sha256: str  # of the .bin
+
+    def __post_init__(self) -> None:
+        for name in ("stories", "tokens", "bytes"):
+            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +46,7 @@ class Meta:
     tokenizer_sha256: str
     vocab_size: int
     end_id: int
-    dtype: str  # uint16 or uint32, little-endian
+    dtype: Literal["uint16", "uint32"]  # little-endian
     splits: dict[str, SplitMeta]  # "train" and "val"
     duplicates: int  # stories dropped because an equal one came before
     also_in_val: int  # train stories dropped because the validation set has them
@@ -63,10 +68,11 @@ def read_meta(folder: Path | str) -> Meta:
     if version != FORMAT:
         raise UserError(f"{path} has format {version}, this version reads {FORMAT}; {cure}")
     try:
-        splits = {name: build(SplitMeta, values["splits"][name], str(path)) for name in SPLITS}
-        return Meta(**{**values, "splits": splits})
+        splits = {name: build(SplitMeta, values["splits"][name], str(path), f"splits.{name}.") for name in SPLITS}
+        hints = {name: hint for name, hint in get_type_hints(Meta).items() if name != "splits"}
+        return Meta(**{**values, **{n: checked(values[n], hints[n], str(path), n) for n in hints}, "splits": splits})
     except (TypeError, KeyError) as error:
-        raise UserError(f"{path} is not as prepare writes it ({error}); {cure}") from None
+        raise UserError(f"{path} is not as prepare writes it ({one_line(error)}); {cure}") from None
 
 
 def open_split(folder: Path | str, split: str) -> tuple[np.memmap, npt.NDArray[np.uint64]]:

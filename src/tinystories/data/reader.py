@@ -4,7 +4,7 @@ import csv
 import dataclasses
 import json
 from collections.abc import Iterable, Iterator
-from typing import Any, BinaryIO, Literal, Protocol
+from typing import Any, BinaryIO, Literal, Protocol, runtime_checkable
 
 from tinystories.data.tokenizer import END, one_line
 from tinystories.errors import UserError
@@ -37,6 +37,7 @@ class Batch:
     read: int  # bytes of the source behind this batch
 
 
+@runtime_checkable
 class Cursor(Protocol):
     """How far reading has come."""
 

@@ -1,10 +1,11 @@
 """One token at a time on a CPU: a model's weights, packed for products of few rows.
 
-Such a product reads its matrix once and does little else, so its layout decides: along the longer side it is read up to
-twice as fast. Letters: B rows, C = n_embd, D = head_dim, H heads, F = n_ff, V vocab, S tokens visible.
+Such a product reads its matrix once and does little else, so its layout and the number of cores that read decide.
+Letters: B rows, C = n_embd, D = head_dim, H heads, F = n_ff, V vocab, S tokens visible.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import torch
@@ -16,27 +17,35 @@ from tinystories.model import GPT, KVCache
 from tinystories.model.gpt import Block, ReluMLP, SwiGLU
 from tinystories.model.positions import rotate
 
+PARTS_PER_THREAD = 2
+
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """x @ matrix + bias, of one linear layer or of several with the same input side by side."""
+    """x @ matrix + bias, of one linear layer or of several with the same input side by side.
 
-    matrix: Float[Tensor, "inner outer"]
+    The inner side is cut into parts whose products are summed: all cores then read at once, which they do not in a
+    product of one row (docs/log.md has the rates). A part is a slice of the whole matrix, not a copy.
+    """
+
+    matrix: Float[Tensor, "parts inner_of_part outer"]
     bias: Float[Tensor, " outer"] | None
 
     def __call__(self, x: Float[Tensor, "B inner"]) -> Float[Tensor, "B outer"]:
-        return torch.mm(x, self.matrix) if self.bias is None else torch.addmm(self.bias, x, self.matrix)
+        n_parts, inner, _ = self.matrix.shape
+        y = torch.bmm(x.view(len(x), n_parts, inner).transpose(0, 1), self.matrix).sum(0)
+        return y if self.bias is None else y + self.bias
 
 
 def pack(*layers: nn.Linear) -> Product:
-    """The layers' weights in one matrix, contiguous along its longer side; the layers become views of it."""
-    weight = torch.cat([layer.weight.detach() for layer in layers])
-    matrix = weight.t().contiguous() if weight.shape[0] > weight.shape[1] else weight.t()
+    """The layers' weights in one matrix, contiguous along its outer side; the layers become views of it."""
+    matrix = torch.cat([layer.weight.detach() for layer in layers]).t().contiguous()
     for layer, part in zip(layers, matrix.split([layer.out_features for layer in layers], dim=1), strict=True):
         layer.weight = nn.Parameter(part.t(), requires_grad=False)
+    n_parts = math.gcd(len(matrix), PARTS_PER_THREAD * torch.get_num_threads())
     biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
     assert len(biases) in (0, len(layers)), "packed layers have a bias all or none"
-    return Product(matrix, torch.cat(biases) if biases else None)
+    return Product(matrix.view(n_parts, -1, matrix.shape[1]), torch.cat(biases) if biases else None)
 
 
 class Decoder:

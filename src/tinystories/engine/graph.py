@@ -24,18 +24,17 @@ class StepGraph:
         self.model = model
         self.view = cache.rows(0, n_rows)
         self.tokens = torch.zeros((n_rows, 1), dtype=torch.long, device=cache.k.device)
-        self.lengths = torch.tensor(lengths)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UPS):
-                self.view.length.copy_(self.lengths)
-                self.run()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.view.length.copy_(self.lengths)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.logits = self.run()
+        with torch.cuda.device(cache.k.device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UPS):
+                    self.view.length.copy_(torch.tensor(lengths))
+                    self.run()
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.graph(self.graph):
+                self.logits = self.run()
 
     def run(self) -> Float[Tensor, "B V"]:
         return self.model.logits(self.model(self.tokens, self.view)[:, -1]).float()

@@ -16,13 +16,13 @@ from tinystories.engine.graph import StepGraph
 from tinystories.engine.protocol import Ids, Logits, checked_context, checked_ids, checked_sequences
 from tinystories.errors import UserError
 from tinystories.model import GPT, KVCache
-from tinystories.model.gpt import Attention
 
 if TYPE_CHECKING:
     from tinystories.checkpoint import ModelFiles
 
 HORIZON_STEP = 64  # attention looks at a multiple of this many cached positions
-SCORED_AT_ONCE = 8192  # tokens, padding included, of one batch of `logprobs`
+SCORED_AT_ONCE = 2048  # tokens, padding included, of one batch of `logprobs`: what keeps a CPU's caches warm
+SCORED_ON_GPU = 32768
 LOGITS_BYTES = 64 * 2**20  # logits that `logprobs` holds at once
 
 
@@ -128,8 +128,9 @@ class TorchEngine:
     def logprobs(self, sequences: Sequence[Ids]) -> list[npt.NDArray[np.floating[Any]]]:
         arrays = checked_sequences(sequences, self.config)
         results: dict[int, npt.NDArray[np.floating[Any]]] = {}
+        budget = SCORED_AT_ONCE if self.device.type == "cpu" else SCORED_ON_GPU
         with self.running():
-            for members in batches([len(ids) - 1 for ids in arrays], SCORED_AT_ONCE):
+            for members in batches([len(ids) - 1 for ids in arrays], budget):
                 for i, scored in zip(members, self.score([arrays[i] for i in members]), strict=True):
                     results[i] = scored
         return [results[i] for i in range(len(arrays))]
@@ -184,15 +185,12 @@ class TorchEngine:
 
 
 def cast_matrices(model: GPT) -> None:
-    """Make the weights of all products bf16 in place; embeddings and the residual stream stay fp32."""
+    """Make the weights of all products bf16 in place; embeddings, norms and the residual stream stay fp32."""
     if model.config.tied:
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
     for module in model.modules():
         if isinstance(module, nn.Linear):
             module.to(torch.bfloat16)
-        if isinstance(module, Attention):  # these norms stand behind a product, and torch fuses them only in its type
-            module.q_norm.to(torch.bfloat16)
-            module.k_norm.to(torch.bfloat16)
 
 
 def batches(sizes: Sequence[int], budget: int) -> Iterator[list[int]]:

@@ -90,6 +90,7 @@ def draw(p: Logits, u: npt.NDArray[np.float32]) -> Logits:
     xp = array_namespace(p)
     mass = xp.cumulative_sum(p, axis=-1)
     reached = (p > 0) & (mass > xp.asarray(u, dtype=p.dtype, device=device_of(p))[:, None] * mass[:, -1:])
+    # p > 0, because a cumulative sum made in parallel may rise by rounding where p is 0.
     # argmax of a mask is its first true element. Rounding may leave none for u close to 1; then the likeliest token.
     mask = xp.astype(reached, xp.uint8)
     ids = xp.where(xp.any(reached, axis=-1), xp.argmax(mask, axis=-1), xp.argmax(p, axis=-1))

@@ -43,7 +43,7 @@ class Request:
             raise UserError(f"max_tokens={self.max_tokens} must be at least 1")
         if self.seed < 0:
             raise UserError(f"seed={self.seed} must not be negative")
-        if isinstance(self.stop, str) or not all(self.stop):
+        if not all(self.stop):
             raise UserError("a stop string must not be empty; leave it out to stop only at the end of the story")
         require_text(self.prompt, "the prompt")
 

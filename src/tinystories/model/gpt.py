@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from tinystories.config import ModelConfig
 from tinystories.model.cache import KVCache
+from tinystories.model.norm import RMSNorm
 from tinystories.model.positions import rotary_tables, rotate, sinusoid_table
 
 Rotation = tuple[Tensor, Tensor]
@@ -24,7 +25,7 @@ Rotation = tuple[Tensor, Tensor]
 def build_norm(config: ModelConfig, width: int) -> nn.Module:
     if config.architecture == "classic":
         return nn.LayerNorm(width, eps=config.norm_eps)
-    return nn.RMSNorm(width, eps=config.norm_eps)
+    return RMSNorm(width, eps=config.norm_eps)
 
 
 class Attention(nn.Module):

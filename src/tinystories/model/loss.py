@@ -3,6 +3,7 @@
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from tinystories.model.gpt import GPT
 
@@ -53,6 +54,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Float[Tensor, ""]) -> tuple[Tensor, Tensor, None]:
         grad_hidden, grad_weight = ctx.saved_tensors  # type: ignore[attr-defined]
         return grad_hidden.mul_(grad), grad_weight.mul_(grad), None
@@ -61,7 +63,11 @@ class LinearCrossEntropy(torch.autograd.Function):
 def summed_cross_entropy(
     hidden: Float[Tensor, "*rest C"], weight: Float[Tensor, "V C"], targets: Int[Tensor, "*rest"]
 ) -> Float[Tensor, ""]:
-    """Sum of nats over all targets that are not IGNORE."""
+    """Sum of nats over all targets that are not IGNORE; under autocast the products are in its dtype."""
+    if torch.is_autocast_enabled(hidden.device.type):
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    if not torch.is_grad_enabled():  # a Function cannot tell, and would make gradients for nothing
+        hidden, weight = hidden.detach(), weight.detach()
     loss: Tensor = LinearCrossEntropy.apply(hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1))
     return loss
 

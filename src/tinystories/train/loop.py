@@ -1,6 +1,7 @@
 """Training: one clock, pure batches, checkpoints that a straight run and a resumed run reach with the same bits."""
 
 import contextlib
+import dataclasses
 import logging
 import math
 import signal
@@ -69,6 +70,8 @@ class Trainer:
         train_split = self.rows.meta.splits["train"]
         self.tokens_per_byte = (train_split.tokens - 1) / max(1, train_split.bytes)
         self.stop_signal = 0
+        self.recent = Recent()
+        self.unread: tuple[int, Tensor, Tensor] | None = None  # step, loss, gradient norm
 
     def compiled(self, objective: Objective) -> Callable[[Tensor, Tensor], Tensor]:
         wanted = self.config.train.compile
@@ -135,7 +138,8 @@ class Trainer:
         with (self.run / "samples.md").open("a", encoding="utf-8") as file:
             file.write("\n".join(parts) + "\n")
 
-    def provenance(self, report: BitsReport | None) -> dict[str, Any]:
+    def provenance(self, metrics: Metrics) -> dict[str, Any]:
+        """Where the weights come from; the score is that of this very step, or absent."""
         meta, clock = self.rows.meta, self.clock
         facts: dict[str, Any] = {
             "code_version": tinystories.__version__,
@@ -151,46 +155,65 @@ class Trainer:
             "train_seconds": round(clock.seconds, 1),
             "seed": self.config.train.seed,
         }
-        if report is not None:
-            facts |= {"val_bits_per_byte": report.bits_per_byte, "val_stories": report.stories}
+        for record in metrics.records[-3:]:
+            if record["step"] == clock.step and "val_stories" in record:
+                facts |= {name: record[name] for name in ("val_bits_per_byte", "val_stories")}
         return facts
 
-    def save(self, metrics: Metrics, report: BitsReport | None) -> None:
+    def save(self, metrics: Metrics) -> None:
         """Checkpoint this step, with the lengths of the files that are appended to."""
+        self.require_finite()
         self.clock.metrics_bytes = metrics.size()
         samples = self.run / "samples.md"
         self.clock.samples_bytes = samples.stat().st_size if samples.exists() else 0
+        self.clock.recent_nats = float(self.recent.nats.item())
+        self.clock.recent_targets, self.clock.recent_seconds = self.recent.targets, self.recent.seconds
         state.save(
-            self.run, self.clock, self.config, self.model, self.optimizer, self.tokenizer, self.provenance(report)
+            self.run, self.clock, self.config, self.model, self.optimizer, self.tokenizer, self.provenance(metrics)
         )
 
     def loop(self, metrics: Metrics, display: Display) -> BitsReport | None:
         """Train from where the clock stands to the last step, evaluate on everything, save; returns the final score."""
         config, clock = self.config.train, self.clock
-        report: BitsReport | None = None
-        recent = Recent()
+        if clock.step < config.steps and self.evaluation_is_due(metrics):  # interrupted before or during it
+            self.milestone(metrics, display)
         while clock.step < config.steps:
             started = time.perf_counter()
             loss, norm, n_targets, rate = self.train_step(clock.step)
             clock.step += 1
             clock.tokens += n_targets
-            recent.add(loss, norm, n_targets, time.perf_counter() - started)
-            self.require_finite(loss, norm)
+            self.require_finite()
+            self.unread = (clock.step, loss, norm)
+            self.recent.add(loss, norm, n_targets, time.perf_counter() - started)
             clock.seconds += time.perf_counter() - started
-            last = clock.step == config.steps
-            if clock.step % config.log_every == 0 or last:
-                self.record(metrics, display, recent, rate)
-                recent = Recent()
+            if clock.step % config.log_every == 0 or clock.step == config.steps:
+                self.record(metrics, display, rate)
             if self.stop_signal:
-                self.save(metrics, report)
+                self.save(metrics)
                 raise Interrupted(self.stop_signal, clock.step)
-            best = False
-            if clock.step % config.eval_every == 0 and not last:
-                report = self.evaluate(config.eval_stories, display)
-                best = self.record_evaluation(metrics, display, report)
-            if best or last or clock.step % config.checkpoint_every == 0:
-                self.save(metrics, report)
+            self.milestone(metrics, display)
         return self.finish(metrics, display)
+
+    def evaluation_is_due(self, metrics: Metrics) -> bool:
+        """Whether this step has an evaluation that metrics.jsonl does not hold yet."""
+        step = self.clock.step
+        done = any(record["step"] == step and "evaluated" in record for record in metrics.records[-3:])
+        return step > 0 and step % self.config.train.eval_every == 0 and not done
+
+    def milestone(self, metrics: Metrics, display: Display) -> None:
+        """Evaluate and save where the step asks for it; the last step's evaluation is `finish`."""
+        step, last = self.clock.step, self.clock.step == self.config.train.steps
+        best = False
+        if not last and self.evaluation_is_due(metrics):
+            self.require_finite()
+            try:
+                report = self.evaluate(self.config.train.eval_stories, display)
+            except Interrupted:
+                self.save(metrics)
+                raise
+            best = self.record_evaluation(metrics, display, report)
+        if best or last or step % self.config.train.checkpoint_every == 0:
+            self.save(metrics)
 
     def finish(self, metrics: Metrics, display: Display) -> BitsReport | None:
         """The whole validation set, the last samples, and the checkpoint that carries the score."""
@@ -199,21 +222,27 @@ class Trainer:
         display.say("evaluating on the whole validation set")
         report = self.evaluate(0, display)
         self.record_evaluation(metrics, display, report, final=True)
-        self.save(metrics, report)
+        self.save(metrics)
         return report
 
-    def require_finite(self, loss: Tensor, norm: Tensor) -> None:
-        if math.isfinite(loss.item()) and math.isfinite(norm.item()):
+    def require_finite(self) -> None:
+        """Read the loss of the step before, now that the next one is under way: the device never waits for us."""
+        if self.unread is None:
+            return
+        step, loss, norm = self.unread[0], self.unread[1].item(), self.unread[2].item()
+        self.unread = None
+        if math.isfinite(loss) and math.isfinite(norm):
             return
         good = state.latest(self.run)
         kept = f"the last good checkpoint is {good}" if good else "no checkpoint had been written yet"
         raise UserError(
-            f"loss {loss.item()} and gradient norm {norm.item()} at step {self.clock.step} are not finite; {kept}."
+            f"loss {loss} and gradient norm {norm} at step {step} are not finite; {kept}."
             f" Lower optim.learning_rate={self.config.optim.learning_rate:g} (a third of it), lengthen schedule.warmup,"
             " or set optim.grad_clip=1"
         )
 
-    def record(self, metrics: Metrics, display: Display, recent: "Recent", rate: float) -> None:
+    def record(self, metrics: Metrics, display: Display, rate: float) -> None:
+        recent, self.recent = self.recent, Recent()
         loss = recent.loss()
         bits = loss / math.log(2) * self.tokens_per_byte
         speed = recent.targets / recent.seconds
@@ -239,9 +268,9 @@ class Trainer:
         """Write an evaluation, samples and the curve; True when it is the best so far."""
         clock, best = self.clock, False
         note = "no validation stories"
-        record: dict[str, Any] = {"step": clock.step, "tokens": clock.tokens}
+        record: dict[str, Any] = {"step": clock.step, "tokens": clock.tokens, "evaluated": True}
         if report is not None:
-            best = report.bits_per_byte < clock.best_bits_per_byte
+            best = report.bits_per_byte < clock.best_bits_per_byte  # of the fixed subset; the final score is of all
             if best and not final:
                 clock.best_step, clock.best_bits_per_byte = clock.step, report.bits_per_byte
             note = f"{report.bits_per_byte:.4f} bits per byte on {report.stories:,} validation stories"
@@ -266,11 +295,11 @@ class Trainer:
 class Recent:
     """Sums since the last log line; nothing is read from the device until `loss()`."""
 
-    def __init__(self) -> None:
-        self.nats = torch.zeros(())
+    def __init__(self, nats: float = 0.0, targets: int = 0, seconds: float = 0.0) -> None:
+        self.nats = torch.tensor(nats)
         self.norm = torch.zeros(())
-        self.targets = 0
-        self.seconds = 0.0
+        self.targets = targets
+        self.seconds = seconds
 
     def add(self, loss: Tensor, norm: Tensor, n_targets: int, seconds: float) -> None:
         self.nats = self.nats.to(loss.device) + loss * n_targets
@@ -298,6 +327,9 @@ def train(config: Config, run: Path, *, resume: bool = False) -> BitsReport | No
             raise UserError(
                 f"{config.data.dir} is not the data that {run} was trained on; give the same --data, or another --out"
             )
+        clock = trainer.clock
+        trainer.recent = Recent(clock.recent_nats, clock.recent_targets, clock.recent_seconds)
+        checkpoint.publish(last, run)  # a kill may have come between a checkpoint and its publication
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.toml").write_text(to_toml(trainer.config), encoding="utf-8")
     truncate(run / "samples.md", trainer.clock.samples_bytes)
@@ -334,13 +366,14 @@ def require_place(run: Path, resume: bool) -> None:
 
 def require_same_run(old: Config, new: Config, folder: Path) -> None:
     """Settings that decide which weights come out must not change on the way."""
-    for name in ("model", "train.seed", "train.batch_size"):
-        was, now = old, new
-        for part in name.split("."):
-            was, now = getattr(was, part), getattr(now, part)
+    before, after = dataclasses.asdict(old), dataclasses.asdict(new)
+    fixed = [("model", key) for key in after["model"]] + [("train", "seed"), ("train", "batch_size")]
+    for section, key in fixed:
+        was, now = before[section][key], after[section][key]
         if was != now:
             raise UserError(
-                f"{name} is {now} but {folder} was trained with {was}; resume with the same, or name another --out"
+                f"{section}.{key} is {now} but {folder} was trained with {was};"
+                " resume with the same, or name another --out"
             )
 
 

@@ -31,6 +31,9 @@ class Clock:
     best_bits_per_byte: float = float("inf")
     metrics_bytes: int = 0  # length of metrics.jsonl at this step
     samples_bytes: int = 0  # length of samples.md at this step
+    recent_nats: float = 0.0  # summed loss, targets and seconds since the last line of metrics.jsonl
+    recent_targets: int = 0
+    recent_seconds: float = 0.0
     data_sha256: str = ""  # of train.bin
 
 
@@ -76,8 +79,12 @@ def prune(run: Path, best_step: int, keep: int) -> None:
 
 
 def latest(run: Path) -> Path | None:
-    """The newest checkpoint that is whole and undamaged; says so when it has to pass over one."""
-    for _, folder in reversed(checkpoint.checkpoints(run)):
+    """The newest checkpoint that is whole and undamaged; says so when it has to pass over one.
+
+    None where there is no checkpoint at all; `UserError` where there are some and all are damaged.
+    """
+    found = checkpoint.checkpoints(run)
+    for _, folder in reversed(found):
         try:
             checkpoint.read_model(folder)
             read_clock(folder)
@@ -85,6 +92,8 @@ def latest(run: Path) -> Path | None:
             log.warning("passing over a damaged checkpoint: %s", error)
             continue
         return folder
+    if found:
+        raise UserError(f"{run}/checkpoints: every checkpoint is damaged; remove {run} to train anew")
     return None
 
 

@@ -1,0 +1,40 @@
+"""RMSNorm with its gradient written out: PyTorch has no fused kernel for it on a CPU."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.nn import functional as F
+
+
+class RootMeanSquareNorm(torch.autograd.Function):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang and Sennrich 2019, arXiv 1910.07467)."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, x: Float[Tensor, "*rest C"], weight: Float[Tensor, " C"], eps: float
+    ) -> Float[Tensor, "*rest C"]:
+        scale = torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(eps).rsqrt_()[..., None]
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: FunctionCtx, grad: Float[Tensor, "*rest C"]
+    ) -> tuple[Float[Tensor, "*rest C"], Float[Tensor, " C"], None]:
+        x, weight, scale = ctx.saved_tensors  # type: ignore[attr-defined]
+        grad_normed = (grad * x).mul_(scale)
+        grad_weight = grad_normed.reshape(-1, x.shape[-1]).sum(0)
+        along_x = (grad_normed @ weight)[..., None] * scale.square() / -x.shape[-1]
+        return (grad * weight).mul_(scale).addcmul_(x, along_x), grad_weight, None
+
+
+class RMSNorm(nn.RMSNorm):
+    """`nn.RMSNorm`, but faster when it trains on a CPU, and fused for bf16 inputs with an fp32 weight (autocast)."""
+
+    def forward(self, x: Float[Tensor, "*rest C"]) -> Float[Tensor, "*rest C"]:
+        if x.device.type == "cpu" and x.dtype == torch.float32 and torch.is_grad_enabled():
+            normed: Tensor = RootMeanSquareNorm.apply(x, self.weight, self.eps)
+            return normed
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
