@@ -72,7 +72,7 @@ def test_it_learns(config: Config, tmp_path: Path) -> None:
     assert losses[-1] < losses[0] - 0.8
 
 
-@pytest.mark.parametrize("step", [3, 4, 9])
+@pytest.mark.parametrize("step", [3, 4, 5, 9])
 def test_an_interrupted_run_ends_with_the_same_bits(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
@@ -92,6 +92,29 @@ def test_an_interrupted_run_ends_with_the_same_bits(
     evaluations = [[r for r in without_clock(run) if "val_stories" in r] for run in (straight, broken)]
     assert evaluations[0] == evaluations[1]
     assert (broken / "samples.md").read_text() == (straight / "samples.md").read_text()
+
+
+@pytest.mark.parametrize("evaluation", [1, 2, 3])
+def test_an_interrupt_during_an_evaluation_loses_nothing(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, evaluation: int
+) -> None:
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    train(config, straight)
+    plain, calls = Trainer.evaluate, []
+
+    def stopping(self: Trainer, *arguments: Any) -> Any:
+        calls.append(self.clock.step)
+        if len(calls) == evaluation:
+            self.stop_signal = 15
+        return plain(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "evaluate", stopping)
+        with pytest.raises(Interrupted):
+            train(config, broken)
+    train(config, broken, resume=True)
+    assert without_clock(broken) == without_clock(straight)
+    assert (broken / "model.safetensors").read_bytes() == (straight / "model.safetensors").read_bytes()
 
 
 def test_resuming_a_finished_run_changes_nothing(config: Config, tmp_path: Path) -> None:
@@ -128,6 +151,27 @@ def test_a_damaged_checkpoint_is_passed_over(config: Config, tmp_path: Path, cap
         train(config, run, resume=True)
         assert "passing over a damaged checkpoint" in caplog.text
         assert (run / "model.safetensors").read_bytes() == (straight / "model.safetensors").read_bytes()
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(config: Config, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(config, run)
+    for path in run.glob("checkpoints/*/model.safetensors"):
+        path.write_bytes(b"")
+    before = (run / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match="every checkpoint is damaged"):
+        train(config, run, resume=True)
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_resuming_publishes_what_a_kill_left_unpublished(config: Config, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(config, run)
+    weights = (run / "model.safetensors").read_bytes()
+    (run / "model.safetensors").unlink()
+    (run / "model.safetensors").write_bytes(weights[:-4])
+    train(config, run, resume=True)
+    assert checkpoint.read_model(run).provenance["step"] == 12
 
 
 def test_gradient_accumulation_does_not_change_the_gradient(config: Config, tmp_path: Path) -> None:
@@ -175,21 +219,23 @@ def test_gradients_are_clipped(config: Config, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize("bad_step", [7, 8, 10])  # an ordinary one, one with a checkpoint, one with an evaluation
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_good(
-    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, bad_step: int
 ) -> None:
     plain = Trainer.train_step
 
     def exploding(self: Trainer, step: int) -> Any:
         loss, norm, n_targets, rate = plain(self, step)
-        if step == 6:
+        if step == bad_step - 1:
             with torch.no_grad():
                 self.model.norm.weight.fill_(float("nan"))
             loss, norm = (loss * float("nan"), norm) if where == "loss" else (loss, norm * float("inf"))
         return loss, norm, n_targets, rate
 
     monkeypatch.setattr(Trainer, "train_step", exploding)
-    with pytest.raises(UserError, match=r"step 7 are not finite.*step-0000005.*optim\.learning_rate"):
+    good = "step-0000008" if bad_step == 10 else "step-0000005"
+    with pytest.raises(UserError, match=rf"step {bad_step} are not finite.*{good}.*optim\.learning_rate"):
         train(config, tmp_path / "run")
     weights = load_file(tmp_path / "run" / "model.safetensors")
     assert all(torch.isfinite(weight).all() for weight in weights.values())

@@ -1,0 +1,172 @@
+"""Decoding speed of one stream, greedy: this project's torch engine against Hugging Face `generate`.
+
+Both run the same weights (random ones; speed does not depend on them) in one process, taking turns: `classic` is
+GPT2LMHeadModel with ReLU and the sinusoid table as `wpe`. The ids of both must be equal. Prints a table and, last, one
+JSON line. Needs `transformers`.
+
+    python benchmarks/decode.py                                   seed-89m, 200 tokens, 5 runs of each
+    python benchmarks/decode.py --preset nano --vocab 512 --tokens 20 --runs 2
+"""
+
+import argparse
+import dataclasses
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from tinystories.config import ModelConfig, SamplingConfig, load_config
+from tinystories.engine.torch_engine import TorchEngine
+from tinystories.generate.sampling import next_ids
+from tinystories.model import GPT
+
+GREEDY = SamplingConfig(temperature=0.0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="seed-89m", help="preset or TOML file; its sizes, as classic architecture")
+    parser.add_argument("--vocab", type=int, default=50257)
+    parser.add_argument("--prompt-tokens", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=200)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+
+    shape = load_config(options.preset).model
+    config = dataclasses.replace(
+        shape, architecture="classic", n_kv_head=0, tied=False, vocab_size=options.vocab, dropout=0.0
+    )
+    if options.prompt_tokens + options.tokens > config.n_ctx:
+        parser.error(f"prompt and tokens do not fit the context of {config.n_ctx}")
+    model = GPT(config).eval()
+    prompt = torch.randint(config.vocab_size, (options.prompt_tokens,)).tolist()
+    makers = {
+        "hugging_face": hugging_face(model, options.device, prompt, options.tokens),
+        "ours": decoder(TorchEngine(model, device=options.device, precision="fp32", own=True), prompt, options.tokens),
+    }
+    seconds, ids = interleaved(makers, options.runs)
+    assert ids["ours"] == ids["hugging_face"], "the two disagree about the ids"
+
+    rates = {name: [options.tokens / s for s in taken] for name, taken in seconds.items()}
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    gigabytes = 4 * (sum(p.numel() for p in model.parameters()) - model.embed_tokens.weight.numel()) / 1e9
+    print(f"{'':14}{'tokens/s':>10}{'min':>8}{'max':>8}{'weights GB/s':>14}")
+    for name, values in rates.items():
+        print(f"{name:14}{medians[name]:10.1f}{min(values):8.1f}{max(values):8.1f}{medians[name] * gigabytes:14.1f}")
+    ratio = medians["ours"] / medians["hugging_face"]
+    print(f"ratio {ratio:.2f}; equal ids: {options.tokens}")
+    facts = {"tokens_per_s": medians, "ratio": ratio, "runs": rates, "parameters": config.n_params}
+    print(json.dumps({"benchmark": "decode", **vars(options), **facts, **software()}))
+
+
+def decoder(engine: TorchEngine, prompt: list[int], n_tokens: int) -> Callable[[], list[int]]:
+    def run() -> list[int]:
+        u = np.zeros(1, dtype=np.float32)
+        logits = engine.prefill(0, prompt)[None]
+        ids = next_ids(logits, GREEDY, u)
+        while len(ids) < n_tokens:
+            ids += next_ids(engine.step([0], ids[-1:]), GREEDY, u)
+        return ids
+
+    return run
+
+
+def hugging_face(model: GPT, device: str, prompt: list[int], n_tokens: int) -> Callable[[], list[int]]:
+    peer = same_weights(model).to(device)  # a copy: `ours` repacks the model afterwards
+    peer.generation_config.eos_token_id = None
+    tokens = torch.tensor([prompt], device=device)
+
+    def run() -> list[int]:
+        with torch.inference_mode():
+            out = peer.generate(
+                tokens,
+                attention_mask=torch.ones_like(tokens),
+                max_new_tokens=n_tokens,
+                do_sample=False,
+                pad_token_id=0,
+            )
+        ids: list[int] = out[0, len(prompt) :].tolist()
+        return ids
+
+    return run
+
+
+def same_weights(model: GPT) -> Any:
+    """The classic model as GPT2LMHeadModel, whose linear layers hold their matrices transposed."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config: ModelConfig = model.config
+    peer = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=config.vocab_size,
+            n_positions=config.n_ctx,
+            n_embd=config.n_embd,
+            n_layer=config.n_layer,
+            n_head=config.n_head,
+            n_inner=config.n_ff,
+            activation_function="relu",
+            layer_norm_epsilon=config.norm_eps,
+            tie_word_embeddings=False,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    ).eval()
+    ours = model.state_dict()
+    weights = {
+        "transformer.wte.weight": ours["embed_tokens.weight"],
+        "transformer.wpe.weight": model.sinusoid,
+        "lm_head.weight": ours["lm_head.weight"],
+    }
+    names = {
+        "ln_1": "input_layernorm",
+        "ln_2": "post_attention_layernorm",
+        "attn.c_proj": "self_attn.o_proj",
+        "mlp.c_fc": "mlp.up_proj",
+        "mlp.c_proj": "mlp.down_proj",
+    }
+    for i in range(config.n_layer):
+        here, there = f"layers.{i}.", f"transformer.h.{i}."
+        qkv = torch.cat([ours[f"{here}self_attn.{x}_proj.weight"] for x in "qkv"])
+        weights[f"{there}attn.c_attn.weight"] = qkv.t()
+        weights[f"{there}attn.c_attn.bias"] = torch.zeros(len(qkv))
+        for theirs, name in names.items():
+            weight = ours[f"{here}{name}.weight"]
+            weights[f"{there}{theirs}.weight"] = weight.t() if weight.ndim == 2 else weight
+            weights[f"{there}{theirs}.bias"] = ours[f"{here}{name}.bias"]
+    weights |= {f"transformer.ln_f.{x}": ours[f"norm.{x}"] for x in ("weight", "bias")}
+    peer.load_state_dict(weights)
+    return peer
+
+
+def interleaved(
+    makers: dict[str, Callable[[], list[int]]], runs: int
+) -> tuple[dict[str, list[float]], dict[str, list[int]]]:
+    """Seconds of each run, A/B/A/B after one warm-up of each, and the ids of the last."""
+    seconds: dict[str, list[float]] = {name: [] for name in makers}
+    ids: dict[str, list[int]] = {}
+    for i in range(runs + 1):
+        for name, run in makers.items():
+            began = time.perf_counter()
+            ids[name] = run()
+            if i > 0:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds, ids
+
+
+def software() -> dict[str, str]:
+    import transformers
+
+    return {"torch": torch.__version__, "transformers": transformers.__version__, "machine": platform.processor()}
+
+
+if __name__ == "__main__":
+    main()

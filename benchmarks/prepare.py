@@ -1,0 +1,167 @@
+"""Speed and memory of `prepare` with GPT-2's table, against plain uses of tiktoken and of `tokenizers`.
+
+Makes large files of real stories, shuffled and repeated. Every run is a process of its own, from its start to the bytes
+on the disk (fsync). One run on the largest file gives the peak memory of the process and its children; then the three
+take turns. The peers read a slice of the file (they are slower) and write 16-bit ids, without validation split, index,
+resume, checksums or places of bad bytes. Prints a table and, last, one JSON line. Needs tiktoken's table
+(TIKTOKEN_CACHE_DIR).
+
+    python benchmarks/prepare.py                                   1,000 MB, then 3 runs of each over 500 MB
+    python benchmarks/prepare.py --megabytes 20 --runs 1 --slice 10 --memory-megabytes 40
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import psutil
+
+from tinystories.data.sources import stories
+from tinystories.data.tokenizer import END
+
+OURS = """
+from tinystories.data.prepare import prepare
+prepare({source!r}, {out!r}, tokenizer="gpt2", keep_duplicates=True, progress=False)
+"""
+
+PEER = """
+import os
+import numpy as np
+{load}
+with open({source!r}, encoding="utf-8") as file, open({out!r}, "wb") as out:
+    rest = ""
+    while chunk := file.read(8 << 20):
+        *texts, rest = (rest + chunk).split({end!r})
+        for ids in encode([text.strip() for text in texts]):
+            out.write(np.array([50256, *ids], np.uint16).tobytes())
+    out.flush()
+    os.fsync(out.fileno())
+"""
+
+LOADS = {
+    "tiktoken": """
+import tiktoken
+encoding = tiktoken.get_encoding("gpt2")
+encode = lambda texts: encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count())
+""",
+    "tokenizers": """
+import tokenizers
+backend = tokenizers.Tokenizer.from_file({tokenizer!r})
+backend.encode_special_tokens = True
+def encode(texts):
+    for start in range(0, len(texts), 1000):
+        yield from (row.ids for row in backend.encode_batch_fast(texts[start : start + 1000]))
+""",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="../shared/data/train.txt", help="stories to repeat")
+    parser.add_argument("--megabytes", type=int, default=500)
+    parser.add_argument("--slice", type=int, default=50, help="megabytes that the peers read")
+    parser.add_argument(
+        "--memory-megabytes", type=int, default=1000, help="size for the peak of memory; 0: not measured"
+    )
+    parser.add_argument("--runs", type=int, default=3)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="prepare-") as name:
+        folder = Path(name)
+        texts = list(stories(options.data))
+        sizes = {"ours": options.megabytes, "tiktoken": options.slice, "tokenizers": options.slice}
+        files = {size: repeated(folder / f"{size}.txt", texts, size) for size in {*sizes.values()}}
+        memory = options.memory_megabytes
+        peak = run("ours", repeated(folder / "memory.txt", texts, memory), folder)[1] if memory else None
+        if not memory:
+            run("ours", files[options.slice], folder)  # warms the page cache and makes the tokenizer of the peer
+        rates: dict[str, list[float]] = {name: [] for name in sizes}
+        for _ in range(options.runs):
+            for name, size in sizes.items():
+                seconds, _ = run(name, files[size], folder)
+                rates[name].append(files[size].stat().st_size / 1e6 / seconds)
+    report(options, rates, sizes, peak)
+
+
+def repeated(path: Path, texts: list[str], megabytes: int) -> Path:
+    """A file of that size: all stories in a random order, again and again."""
+    order, size = random.Random(1), 0
+    texts = list(texts)
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        while size < megabytes * 10**6:
+            order.shuffle(texts)
+            for text in texts:
+                size += file.write(f"{text}\n{END}\n")
+                if size >= megabytes * 10**6:
+                    break
+    return path
+
+
+def run(name: str, source: Path, folder: Path) -> tuple[float, float]:
+    """Seconds of one process from start to end, and the peak of resident megabytes of it and its children."""
+    out, tokenizer = folder / f"{name}-out", folder / "tokenizer.json"
+    if name == "ours":
+        code = OURS.format(source=str(source), out=str(out))
+    else:
+        load = LOADS[name].format(tokenizer=str(tokenizer))
+        code = PEER.format(load=load, source=str(source), out=str(out), end=END)
+    began = time.perf_counter()
+    process = psutil.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
+    peak = 0
+    while process.poll() is None:
+        peak = max(peak, resident(process))
+        time.sleep(0.02)
+    seconds = time.perf_counter() - began
+    if process.returncode != 0:
+        raise SystemExit(f"{name} failed")
+    if name == "ours":
+        (out / "tokenizer.json").replace(tokenizer)
+        for path in out.iterdir():
+            path.unlink()
+        out.rmdir()
+    return seconds, peak / 1e6
+
+
+def resident(process: psutil.Popen) -> int:
+    total = 0
+    try:
+        for one in (process, *process.children(recursive=True)):
+            total += one.memory_info().rss
+    except psutil.Error:  # it has just ended
+        pass
+    return total
+
+
+def report(
+    options: argparse.Namespace, rates: dict[str, list[float]], sizes: dict[str, int], peak: float | None
+) -> None:
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    ratios = {name: medians["ours"] / median for name, median in medians.items() if name != "ours"}
+    print(f"{'':12}{'MB':>6}{'MB/s':>8}{'min':>8}{'max':>8}{'ours is':>10}")
+    for name, values in rates.items():
+        ratio = f"{ratios[name]:9.1f}x" if name in ratios else ""
+        print(f"{name:12}{sizes[name]:6}{medians[name]:8.1f}{min(values):8.1f}{max(values):8.1f}{ratio}")
+    if peak is not None:
+        print(f"peak memory over {options.memory_megabytes} MB: {peak:.0f} MB")
+    facts = {
+        "mb_per_s": medians,
+        "ratios": ratios,
+        "rates": rates,
+        "peak_mb": peak,
+        "versions": {name: version(name) for name in ("gigatoken", "tiktoken", "tokenizers", "numpy")},
+        "cores": os.cpu_count(),
+        "machine": platform.processor() or platform.machine(),
+    }
+    print(json.dumps({"benchmark": "prepare", **vars(options), **facts}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""Training speed: tokens per second of whole optimizer steps, this project against nanoGPT's model.
+
+Both take turns in one process (A B A B ...) at the same shape, batch and precision: forward, backward, gradient
+clipping at 1.0 and AdamW (0.9, 0.95, decay 0.1; fused for both), on random tokens. nanoGPT is tuned: both of its `bias`
+settings are run and, with --compile, it is compiled as well; its fastest variant counts. Ours is `classic` (the same
+products as nanoGPT's: 4x feed-forward) and `modern` (SwiGLU of the same size). A ratio is the median over the rounds of
+the time of nanoGPT's fastest variant (by its median) over ours, so that a machine that speeds up or slows down changes
+both. Prints a table and one JSON line.
+
+nanoGPT's model.py is not part of this project: name the one of a checkout.
+
+    python benchmarks/train.py --nanogpt nanoGPT/model.py --shape 12x512 --vocab 50257
+    python benchmarks/train.py --nanogpt nanoGPT/model.py --shape 6x240 --heads 6 --vocab 4096 --compile
+    python benchmarks/train.py --nanogpt nanoGPT/model.py --device cuda --compile --micro-batch 16,32,64
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import io
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tinystories.config import ModelConfig, OptimConfig
+from tinystories.engine.device import pick_precision
+from tinystories.model import GPT
+from tinystories.model.loss import Objective
+from tinystories.train.estimate import flops_per_token
+from tinystories.train.optim import build_optimizer
+
+PEAK_BF16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense, FLOP/s, from the makers' data sheets
+
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nanogpt", type=Path, required=True, help="model.py of a nanoGPT checkout")
+    parser.add_argument("--shape", default="6x240", help="layers x width")
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--vocab", type=int, default=4096)
+    parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--micro-batch", default="8", help="rows per step, several with commas")
+    parser.add_argument("--runs", type=int, default=5, help="rounds; each variant is timed once in each")
+    parser.add_argument("--steps", type=int, default=1, help="optimizer steps timed together")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    parser.add_argument("--compile", action="store_true", help="also compiled variants of both")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    torch.set_num_threads(options.threads)
+    torch.backends.cuda.matmul.allow_tf32 = True  # as nanoGPT's train.py does
+    torch.manual_seed(0)
+    results = [compare(options, device, int(rows)) for rows in options.micro_batch.split(",")]
+    machine = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    )
+    facts = {"machine": machine, "threads": options.threads, "torch": torch.__version__}
+    print(json.dumps({"benchmark": "train", **facts, "results": results}))
+
+
+def compare(options: argparse.Namespace, device: torch.device, rows: int) -> dict[str, Any]:
+    """All variants at one micro-batch: medians, and ratios to nanoGPT's fastest."""
+    torch._dynamo.reset()  # else a second micro-batch would be compiled for changing shapes
+    n_layer, n_embd = map(int, options.shape.split("x"))
+    tokens = torch.randint(options.vocab, (rows, options.context + 1), device=device)
+    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    variants: dict[str, Callable[[], None]] = {}
+    flops: dict[str, float] = {}
+    for architecture in ("classic", "modern"):
+        # SwiGLU has three matrices: at two thirds of the width it has as many weights as the 4x feed-forward.
+        n_ff = 4 * n_embd if architecture == "classic" else round(8 * n_embd / 3 / 8) * 8
+        config = ModelConfig(
+            architecture=architecture, n_layer=n_layer, n_embd=n_embd, n_head=options.heads, n_ff=n_ff,
+            n_ctx=options.context, vocab_size=options.vocab, tied=True,
+        )  # fmt: skip
+        for compiled in (False, True) if options.compile else (False,):
+            name = f"ours {architecture}{' compiled' if compiled else ''}"
+            model = GPT(config).to(device)
+            objective = torch.compile(Objective(model)) if compiled else Objective(model)
+            optimizer = build_optimizer(model, OptimConfig())
+            variants[name] = stepper(mean_of(objective), model, optimizer, inputs, targets)
+            flops[name] = flops_per_token(config)
+    for bias in (False, True):
+        for compiled in (False, True) if options.compile else (False,):
+            name = f"nanoGPT bias={bias}{' compiled' if compiled else ''}"
+            peer = nanogpt(options, n_layer, n_embd, bias).to(device)
+            call = torch.compile(peer) if compiled else peer
+            optimizer = peer.configure_optimizers(0.1, 1e-3, (0.9, 0.95), device.type)
+            variants[name] = stepper(second_of(call), peer, optimizer, inputs, targets)
+    seconds = interleaved(variants, options.runs, options.steps, device)
+    return report(options, rows, seconds, flops, device)
+
+
+def nanogpt(options: argparse.Namespace, n_layer: int, n_embd: int, bias: bool) -> Any:
+    """nanoGPT's own model and optimizer, from its own file; what it prints is dropped."""
+    spec = importlib.util.spec_from_file_location("nanogpt_model", options.nanogpt)
+    assert spec is not None, "not a Python file"
+    assert spec.loader is not None, "not a Python file"
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    shape = {"n_layer": n_layer, "n_embd": n_embd, "n_head": options.heads}
+    with contextlib.redirect_stdout(io.StringIO()):
+        config = module.GPTConfig(block_size=options.context, vocab_size=options.vocab, dropout=0.0, bias=bias, **shape)
+        model = module.GPT(config)
+    plain = model.configure_optimizers
+
+    def quietly(*arguments: Any) -> torch.optim.Optimizer:
+        with contextlib.redirect_stdout(io.StringIO()):
+            optimizer: torch.optim.Optimizer = plain(*arguments)
+        for group in optimizer.param_groups:  # nanoGPT fuses on CUDA only; give it the fused CPU kernel too
+            group["fused"], group["foreach"] = True, False
+        return optimizer
+
+    model.configure_optimizers = quietly
+    return model
+
+
+def mean_of(summed: Callable[..., torch.Tensor]) -> Loss:
+    return lambda inputs, targets: summed(inputs, targets) / targets.numel()
+
+
+def second_of(logits_and_loss: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> Loss:
+    return lambda inputs, targets: logits_and_loss(inputs, targets)[1]
+
+
+def stepper(
+    loss_of: Loss, model: torch.nn.Module, optimizer: torch.optim.Optimizer, inputs: torch.Tensor, targets: torch.Tensor
+) -> Callable[[], None]:
+    """One optimizer step."""
+    bf16 = pick_precision(inputs.device) == "bf16"
+
+    def step() -> None:
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=bf16):
+            loss = loss_of(inputs, targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def interleaved(
+    variants: dict[str, Callable[[], None]], runs: int, steps: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds per step of every variant in every round, after two steps of warm-up each."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    for step in variants.values():
+        step()
+        step()
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(runs):
+        for name, step in variants.items():
+            wait()
+            began = time.perf_counter()
+            for _ in range(steps):
+                step()
+            wait()
+            seconds[name].append((time.perf_counter() - began) / steps)
+    return seconds
+
+
+def report(
+    options: argparse.Namespace,
+    rows: int,
+    seconds: dict[str, list[float]],
+    flops: dict[str, float],
+    device: torch.device,
+) -> dict[str, Any]:
+    """Print the table of one micro-batch; returns it for the JSON line."""
+    medians = {name: statistics.median(taken) for name, taken in seconds.items()}
+    peer = min((name for name in medians if name.startswith("nanoGPT")), key=medians.__getitem__)
+    ratios = {name: sorted(b / a for a, b in zip(taken, seconds[peer], strict=True)) for name, taken in seconds.items()}
+    rates = {name: rows * options.context / median for name, median in medians.items()}
+    name_of_device = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peak = next((flop for name, flop in PEAK_BF16.items() if name in name_of_device), None)
+    print(f"\n{options.shape}, {options.heads} heads, vocabulary {options.vocab:,}, {rows} x {options.context} tokens")
+    print(f"{'variant':28} {'tokens/s':>12} {'/ nanoGPT':>10} {'min':>6} {'max':>6} {'MFU':>6}")
+    for name, rate in rates.items():
+        ratio = ratios[name]
+        mfu = f"{rate * flops[name] / peak:6.1%}" if peak and name in flops else ""
+        print(f"{name:28} {rate:12,.0f} {statistics.median(ratio):10.2f} {ratio[0]:6.2f} {ratio[-1]:6.2f} {mfu}")
+    return {
+        "shape": options.shape,
+        "heads": options.heads,
+        "vocab": options.vocab,
+        "context": options.context,
+        "micro_batch": rows,
+        "peer": peer,
+        "tokens_per_s": {name: round(rate, 1) for name, rate in rates.items()},
+        "ratio": {name: round(statistics.median(ratios[name]), 3) for name in rates if name.startswith("ours")},
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""Stories and tokenizers that the data tests share."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tinystories.data.sources import stories
+from tinystories.data.tokenizer import Tokenizer
+from tinystories.data.vocabulary import gpt2, train_bpe
+
+SHARED = Path(__file__).parents[3] / "shared"
+
+
+@pytest.fixture(scope="session")
+def bpe() -> Tokenizer:
+    return train_bpe(400, stories("sample"))
+
+
+@pytest.fixture(scope="session")
+def gpt2_tokenizer() -> Iterator[Tokenizer]:
+    """GPT-2's; tiktoken finds its table too while this is in use."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "TIKTOKEN_CACHE_DIR" not in os.environ:
+            if not (SHARED / "gpt2").is_dir():
+                pytest.skip("needs ../shared/gpt2 or TIKTOKEN_CACHE_DIR")
+            patch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "gpt2"))
+        yield gpt2()
+
+
+@pytest.fixture(scope="session")
+def real_train() -> Path:
+    path = SHARED / "data" / "train.txt"
+    if not path.exists():
+        pytest.skip("needs ../shared/data/train.txt")
+    return path
+
+
+@pytest.fixture
+def many() -> list[str]:
+    """300 different stories, some of them with letters of several bytes."""
+    return [
+        f"Once there was {'a café' if n % 7 == 0 else 'a cat'} number {n}.\nIt said {'hi ' * (n % 5)}."
+        for n in range(300)
+    ]

@@ -1,0 +1,271 @@
+"""The Hub, by the real `datasets` and `huggingface_hub` against a local stand-in; offline, a quick and useful error.
+
+The clients read HF_ENDPOINT when they are imported, so they run in processes of their own.
+"""
+
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from hub_server import REVISION, Hub, serve
+from pyarrow import parquet
+
+from tinystories.data.tokenizer import END
+
+pytest.importorskip("datasets")
+
+READ = """
+import itertools, json
+from tinystories.data import hub, reader
+from tinystories.data.reader import ReadOptions
+from tinystories.data.sources import resolve, stories
+from tinystories.errors import UserError
+
+def attempt(call):
+    try:
+        return call()
+    except UserError as error:
+        return str(error)
+
+def resumed(name, step):
+    "How many positions give other stories than a straight reading, and how many there are."
+    source = resolve(name).pinned()
+    batches = list(source.batches(ReadOptions()))
+    wrong = 0
+    for n in range(0, len(batches), step):
+        position = json.loads(json.dumps(batches[n].position))
+        rest = [s for batch in source.batches(ReadOptions(), position) for s in batch.stories]
+        wrong += rest != [s for batch in batches[n + 1:] for s in batch.stories]
+    return wrong, len(batches)
+
+answers = {}
+for name in ("hf:someone/parquet", "hf:someone/jsonl", "hf:someone/text", "tinystories", "tinystories-v2",
+             "tinystories-clean", "hf:someone/parquet@main", "hf:someone/parquet@REVISION"):
+    answers[name] = {split: list(stories(name, split=split)) for split in ("train", "val")}
+answers["revision"] = resolve("hf:someone/jsonl").pinned().revision
+own = [resolve(name).pinned().validation() for name in ("tinystories", "hf:someone/jsonl")]
+answers["validation"] = [source and source.name for source in own]
+answers["column"] = attempt(lambda: list(stories("hf:someone/other-column")))
+answers["chosen"] = list(stories("hf:someone/other-column", text_field="story"))
+answers["number"] = attempt(lambda: list(stories("hf:someone/other-column", text_field="id")))
+answers["no separator"] = attempt(lambda: list(stories("hf:someone/no-separator")))
+answers["no repository"] = attempt(lambda: list(stories("hf:someone/nothing")))
+answers["no revision"] = attempt(lambda: list(stories("hf:someone/jsonl@v9")))
+answers["no file"] = attempt(lambda: list(stories("hf:someone/empty")))
+answers["broken"] = attempt(lambda: list(stories("hf:someone/broken")))
+reader.BATCH_BYTES = 200
+answers["resumed tinystories-clean"] = resumed("tinystories-clean", 1)
+hub.ROWS = 7
+for name in ("hf:someone/parquet", "hf:someone/jsonl", "hf:someone/text"):
+    answers["resumed " + name] = resumed(name, 9)
+print(json.dumps(answers))
+""".replace("REVISION", REVISION)
+
+TRAIN = [f"Story {n} of a {'café' if n % 9 == 0 else 'cat'}.\nThe end." for n in range(120)]
+VAL = [f"Validation story {n}." for n in range(10)]
+CLEAN = [f"row {n}" for n in range(20_050)]
+
+
+def table(texts: list[str], column: str = "text") -> bytes:
+    out = io.BytesIO()
+    parquet.write_table(pa.table({"id": range(len(texts)), column: texts}), out, row_group_size=25)
+    return out.getvalue()
+
+
+def text(texts: list[str]) -> bytes:
+    return "".join(f"{story}\n{END}\n" for story in texts).encode()
+
+
+def lines(texts: list[str]) -> bytes:
+    return "".join(json.dumps({"text": story}) + "\n" for story in texts).encode()
+
+
+DATASETS = {
+    "someone/parquet": {
+        "README.md": b"---\nlicense: mit\n---\n# Stories\n",
+        "data/train-00000-of-00002.parquet": table(TRAIN[:70]),
+        "data/train-00001-of-00002.parquet": table(TRAIN[70:]),
+        "data/validation-00000-of-00001.parquet": table(VAL),
+    },
+    "someone/jsonl": {"train.jsonl": lines(TRAIN)},
+    "someone/text": {"train.txt": text(TRAIN), "validation.txt": text(VAL)},
+    "roneneldan/TinyStories": {
+        "README.md": b"---\nlicense: cdla-sharing-1.0\n---\n",
+        "TinyStories-train.txt": b"another form of the same",
+        "TinyStoriesV2-GPT4-train.txt": text(["v2", *TRAIN]),
+        "TinyStoriesV2-GPT4-valid.txt": text(["v2", *VAL]),
+        "data/train-00000-of-00001-2d5a1467fff1081b.parquet": table(["v1", *TRAIN]),
+        "data/validation-00000-of-00001-869c898b519ad725.parquet": table(["v1", *VAL]),
+    },
+    "karpathy/tinystories-gpt4-clean": {"train.parquet": table(CLEAN)},
+    "someone/other-column": {"train.parquet": table(TRAIN, "story")},
+    "someone/no-separator": {"train.txt": b"one\ntwo\n"},
+    "someone/empty": {"README.md": b"# Nothing yet\n"},
+    "someone/broken": {"train.parquet": table(TRAIN)[:900]},
+}
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[Hub]:
+    with serve(DATASETS) as server:
+        yield server
+
+
+def child(code: str, endpoint: str, home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    hidden = ("HF_", "HUGGING", "http", "HTTP", "no_proxy", "NO_PROXY")  # settings of whoever runs the tests
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
+    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def answers(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    done = child(READ, hub.endpoint, tmp_path_factory.mktemp("home"))
+    assert done.stderr == ""  # nor do the clients chatter
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.parametrize("name", ["hf:someone/parquet", "hf:someone/text"])
+def test_a_dataset_has_its_own_splits(answers: dict[str, Any], name: str) -> None:
+    assert answers[name] == {"train": TRAIN, "val": VAL}
+
+
+def test_a_dataset_without_validation_split_is_read_whole(answers: dict[str, Any]) -> None:
+    assert answers["hf:someone/jsonl"] == {"train": TRAIN, "val": TRAIN}
+    assert answers["validation"] == ["tinystories (validation)", None]
+
+
+def test_the_known_collections_are_found_in_their_repositories(answers: dict[str, Any]) -> None:
+    assert answers["tinystories"] == {"train": ["v1", *TRAIN], "val": ["v1", *VAL]}
+    assert answers["tinystories-v2"] == {"train": ["v2", *TRAIN], "val": ["v2", *VAL]}
+    assert answers["tinystories-clean"] == {"train": CLEAN[20_000:], "val": CLEAN[10_000:20_000]}
+
+
+def test_everything_is_read_at_one_commit(answers: dict[str, Any], hub: Hub) -> None:
+    assert answers["revision"] == REVISION
+    assert (
+        answers["hf:someone/parquet@main"] == answers[f"hf:someone/parquet@{REVISION}"] == answers["hf:someone/parquet"]
+    )
+    assert not [request for request in hub.requests if "/resolve/main/" in request]
+
+
+@pytest.mark.parametrize("name", ["hf:someone/parquet", "hf:someone/jsonl", "hf:someone/text", "tinystories-clean"])
+def test_streams_resume_from_any_batch(answers: dict[str, Any], name: str) -> None:
+    wrong, batches = answers[f"resumed {name}"]
+    assert wrong == 0
+    assert batches > 10 or name == "tinystories-clean"
+
+
+def test_columns_are_named_and_chosen(answers: dict[str, Any]) -> None:
+    assert "no column 'text'; columns: id, story; choose one by --text-field" in answers["column"]
+    assert answers["chosen"] == TRAIN
+    assert "holds int64, not text" in answers["number"]
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("no repository", "hf:someone/nothing: no dataset someone/nothing on the Hub"),
+        ("no revision", "hf:someone/jsonl@v9: someone/jsonl has no revision v9"),
+        ("no separator", f"no {END} in the whole file"),
+        ("no file", "hf:someone/empty: streaming someone/empty"),
+        ("broken", "hf:someone/broken: streaming someone/broken"),
+    ],
+)
+def test_what_is_wrong_on_the_hub_is_said_in_one_line(answers: dict[str, Any], what: str, message: str) -> None:
+    assert message in answers[what]
+    assert "\n" not in answers[what]
+
+
+PREPARE = """
+import dataclasses, json, sys
+from pathlib import Path
+from tinystories.data import reader
+from tinystories.data.draft import Draft
+from tinystories.data.prepare import prepare
+
+reader.BATCH_BYTES = 200
+right, saves = Draft.save, iter(range(99))
+
+def stop(self, **options):
+    right(self, now=True)
+    assert next(saves) < 5, "stop"
+
+def run(out):
+    report = prepare("hf:someone/parquet", Path(sys.argv[1]) / out, tokenizer="bpe:300", progress=False)
+    return dataclasses.asdict(report)
+
+answers = {}
+if "network" in sys.argv:
+    Draft.save = stop
+    try:
+        run("out")
+    except AssertionError as error:
+        answers["stopped"] = str(error)
+    Draft.save = right
+    answers["straight"] = run("straight")
+answers["out"] = run("out")
+print(json.dumps(answers, default=str))
+"""
+
+
+def test_prepare_records_the_commit_resumes_and_then_needs_no_network(hub: Hub, tmp_path: Path) -> None:
+    answers = json.loads(child(PREPARE, hub.endpoint, tmp_path, str(tmp_path), "network").stdout)
+    assert answers["stopped"] == "stop"
+    assert answers["out"]["meta"] == answers["straight"]["meta"]
+    meta = answers["straight"]["meta"]
+    assert meta["revision"] == meta["val_revision"] == REVISION
+    assert {name: split["stories"] for name, split in meta["splits"].items()} == {"train": 120, "val": 10}
+    again = json.loads(child(PREPARE, "http://127.0.0.1:9", tmp_path, str(tmp_path)).stdout)
+    assert again["out"]["up_to_date"]
+
+
+OFFLINE = """
+import sys
+from tinystories.data import hub
+from tinystories.data.prepare import prepare
+from tinystories.errors import UserError
+
+hub.CONTACT_SECONDS = float(sys.argv[2])
+try:
+    prepare("tinystories", sys.argv[1], tokenizer="bpe:300")
+except UserError as error:
+    print(error)
+"""
+
+
+def offline(endpoint: str, tmp_path: Path, seconds: float) -> str:
+    """What a user without network reads."""
+    began = time.monotonic()
+    done = child(OFFLINE, endpoint, tmp_path, str(tmp_path / "out"), str(seconds))
+    assert time.monotonic() - began < 30
+    assert done.stderr == ""
+    assert done.stdout.count("\n") == 1
+    return done.stdout
+
+
+@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "http://hub.invalid"])  # refuses; has no address
+def test_without_network_one_line_says_how_to_go_on(endpoint: str, tmp_path: Path) -> None:
+    message = offline(endpoint, tmp_path, 20)
+    assert f"{endpoint}/datasets/roneneldan/TinyStories was tried and does not answer" in message
+    for way in ("--data", "local file", "sample"):
+        assert way in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_network_that_never_answers_is_given_up(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        message = offline(f"http://127.0.0.1:{silent.getsockname()[1]}", tmp_path, 1)
+    assert "does not answer" in message
+    assert "sample" in message

@@ -1,0 +1,255 @@
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tinystories import checkpoint
+from tinystories.config import SamplingConfig
+from tinystories.data.vocabulary import build as build_tokenizer
+from tinystories.engine import torch_engine
+from tinystories.engine.torch_engine import TorchEngine, batches
+from tinystories.errors import UserError
+from tinystories.model import GPT
+
+Build = Callable[..., GPT]
+IDS = np.random.default_rng(1).integers(0, 61, 24).tolist()
+
+
+def close(a: Any, b: Any, tolerance: float = 2e-5) -> None:
+    np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=tolerance, rtol=tolerance)
+
+
+def uncached(model: GPT, ids: list[int]) -> np.ndarray:
+    """Logits after each id, by one pass without a cache."""
+    with torch.no_grad():
+        return model.logits(model(torch.tensor([ids])))[0].numpy()
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["borrowed", "own"])
+def test_steps_equal_one_pass_up_to_the_last_place(build: Build, shape: dict[str, object], own: bool) -> None:
+    expected = uncached(build(**shape), IDS)
+    engine = TorchEngine(build(**shape), device="cpu", own=own)
+    close(engine.prefill(0, IDS[:5]), expected[4])
+    for i in range(5, 24):
+        close(engine.step([0], [IDS[i]]), expected[i : i + 1])
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["borrowed", "own"])
+@pytest.mark.parametrize("name", ["classic", "modern"])
+@settings(max_examples=12, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_slots_do_not_touch_each_other(build: Build, name: str, own: bool, seed: int) -> None:
+    """Any order of prefills, frees and steps of any set of slots, in any order, gives what each slot alone would."""
+    rng = np.random.default_rng(seed)
+    model = build(architecture=name, n_ctx=6, n_layer=1, vocab_size=11)
+    engine = TorchEngine(copy.deepcopy(model), n_slots=4, device="cpu", own=own)
+    content: dict[int, list[int]] = {}
+    for action in ["prefill"] * 4 + rng.choice(["prefill", "free", "step", "step", "step"], 8).tolist():
+        slot = int(rng.integers(4))
+        if action == "prefill":
+            content[slot] = rng.integers(0, 11, rng.integers(1, 7)).tolist()
+            close(engine.prefill(slot, content[slot]), uncached(model, content[slot])[-1])
+        elif action == "free":
+            engine.free(slot)
+            content.pop(slot, None)
+        elif ready := [slot for slot, ids in content.items() if len(ids) < 6]:
+            slots = rng.permutation(ready)[: rng.integers(1, len(ready) + 1)].tolist()
+            ids = rng.integers(0, 11, len(slots)).tolist()
+            for slot, one in zip(slots, ids, strict=True):
+                content[slot].append(one)
+            close(engine.step(slots, ids), [uncached(model, content[slot])[-1] for slot in slots])
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["borrowed", "own"])
+def test_a_full_slot_may_stand_between_two_that_step(build: Build, own: bool) -> None:
+    engine = TorchEngine(build(), n_slots=3, device="cpu", own=own)
+    contents = [IDS[:3], IDS, IDS[5:12]]
+    for slot, ids in enumerate(contents):
+        engine.prefill(slot, ids)
+    expected = [uncached(build(), [*contents[slot], 9])[-1] for slot in (2, 0)]
+    close(engine.step([2, 0], [9, 9]), expected)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["borrowed", "own"])
+def test_the_caller_may_keep_what_a_step_returned(build: Build, own: bool) -> None:
+    engine = TorchEngine(build(), n_slots=2, device="cpu", own=own)
+    first = engine.prefill(0, IDS[:3])
+    kept = np.array(first)
+    engine.prefill(1, IDS[4:9])
+    second = engine.step([0, 1], [1, 2])
+    kept_too = np.array(second)
+    engine.step([0, 1], [3, 4])
+    assert (kept == np.asarray(first)).all()
+    assert (kept_too == np.asarray(second)).all()
+
+
+def test_logprobs_equal_log_softmax_in_the_order_given(build: Build, shape: dict[str, object]) -> None:
+    model = build(**shape)
+    engine = TorchEngine(model, device="cpu")
+    sequences = [IDS[:2], [*IDS, 3], IDS[3:9], np.array(IDS[4:16], dtype=np.uint16)]
+    for ids, scored in zip(sequences, engine.logprobs(sequences), strict=True):
+        expected = torch.tensor(uncached(model, list(map(int, ids[:-1])))).log_softmax(-1)
+        close(scored, expected[range(len(ids) - 1), list(map(int, ids[1:]))])
+
+
+def test_nothing_to_score_is_nothing(build: Build) -> None:
+    assert TorchEngine(build(), device="cpu").logprobs([]) == []
+
+
+class Largest(TorchDispatchMode):
+    """Records the most elements of any tensor that is made."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.size = max(self.size, out.numel())
+        return out
+
+
+def test_scoring_many_takes_no_more_memory_than_a_batch(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(vocab_size=1000)
+    sequences = [IDS[i % 20 :] for i in range(9)]
+    engine = TorchEngine(model, device="cpu")
+    expected = engine.logprobs(sequences)
+    monkeypatch.setattr(torch_engine, "SCORED_AT_ONCE", 70)
+    monkeypatch.setattr(torch_engine, "LOGITS_BYTES", 4 * 1000 * 8)
+    with Largest() as largest:
+        scored = engine.logprobs(sequences)
+    assert largest.size <= max(70 * 4 * 32, 8 * 1000)  # attention's own work space, and eight rows of logits
+    for one, other in zip(scored, expected, strict=True):
+        close(one, other)
+
+
+@given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 120))
+def test_batches_hold_each_once_within_the_budget(sizes: list[int], budget: int) -> None:
+    groups = list(batches(sizes, budget))
+    assert sorted(i for group in groups for i in group) == list(range(len(sizes)))
+    for group in groups:
+        assert len(group) == 1 or len(group) * max(sizes[i] for i in group) <= budget
+
+
+def test_a_model_in_training_is_left_as_it_was(build: Build) -> None:
+    """Its mode, weights and gradients; and dropout is off inside the engine."""
+    model = build(dropout=0.5).train()
+    state = {name: weight.clone() for name, weight in model.state_dict().items()}
+    engine = TorchEngine(model, n_slots=2, device="cpu", precision="fp32")
+    first, again = engine.logprobs([IDS])[0], engine.logprobs([IDS])[0]
+    assert (first == again).all()
+    close(engine.prefill(0, IDS[:4]), engine.prefill(1, IDS[:4]))
+    assert model.training
+    assert all((weight == state[name]).all() for name, weight in model.state_dict().items())
+    assert all(weight.grad is None and weight.requires_grad for weight in model.parameters())
+    model.logits(model(torch.tensor([IDS]))).sum().backward()
+    assert model.embed_tokens.weight.grad is not None
+
+
+def test_the_mode_is_restored_after_an_error(build: Build) -> None:
+    model = build().train()
+    model.norm.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        TorchEngine(model, device="cpu").logprobs([IDS])
+    assert model.training
+
+
+def test_scoring_needs_no_cache(build: Build) -> None:
+    engine = TorchEngine(build(), n_slots=1000, device="cpu")
+    engine.logprobs([IDS])
+    assert "cache" not in vars(engine)
+
+
+def test_later_training_steps_are_seen(build: Build) -> None:
+    model = build(tied=False)
+    engine = TorchEngine(model, device="cpu")
+    before = engine.prefill(0, IDS[:3]).copy()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    close(engine.prefill(0, IDS[:3]), 2 * before)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda engine: engine.prefill(0, []),
+        lambda engine: engine.prefill(0, [1] * 25),
+        lambda engine: engine.prefill(0, [61]),
+        lambda engine: engine.prefill(0, [-1]),
+        lambda engine: engine.prefill(2, [1]),
+        lambda engine: engine.prefill(-1, [1]),
+        lambda engine: engine.step([0], [61]),
+        lambda engine: engine.step([7], [1]),
+        lambda engine: engine.free(2),
+        lambda engine: engine.logprobs([[1]]),
+        lambda engine: engine.logprobs([[1, 2], [1] * 26]),
+        lambda engine: engine.logprobs([[1, 61]]),
+    ],
+)
+def test_wrong_calls_are_refused_and_change_nothing(build: Build, wrong: Callable[[TorchEngine], object]) -> None:
+    engine = TorchEngine(build(), n_slots=2, device="cpu")
+    engine.prefill(0, IDS[:3])
+    with pytest.raises(UserError):
+        wrong(engine)
+    close(engine.step([0], [IDS[3]]), uncached(build(), IDS[:4])[-1:])
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_stepping_a_full_or_an_empty_slot_is_our_own_mistake(build: Build, full: bool) -> None:
+    engine = TorchEngine(build(), device="cpu")
+    if full:
+        engine.prefill(0, IDS)
+    with pytest.raises(AssertionError):
+        engine.step([0], [1])
+
+
+def test_an_engine_without_slots_is_refused(build: Build) -> None:
+    with pytest.raises(UserError, match="at least 1"):
+        TorchEngine(build(), n_slots=0, device="cpu")
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["borrowed", "own"])
+def test_bf16_is_near_fp32(build: Build, monkeypatch: pytest.MonkeyPatch, shape: dict[str, object], own: bool) -> None:
+    monkeypatch.setattr(torch_engine, "pick_precision", lambda *_: "bf16")
+    expected = uncached(build(**shape), IDS[:8])
+    engine = TorchEngine(build(**shape), device="cpu", own=own)
+    logits = [engine.prefill(0, IDS[:5]), *(engine.step([0], [i])[0] for i in IDS[5:8])]
+    assert logits[0].dtype == np.float32
+    close(logits, expected[4:], tolerance=0.06)
+    assert np.abs(np.array(logits) - expected[4:]).max() > 1e-4, "this was not computed in bf16"
+    (scored,) = engine.logprobs([IDS[:9]])
+    close(scored, torch.tensor(expected).log_softmax(-1)[range(8), IDS[1:9]], tolerance=0.06)
+
+
+def test_loads_a_model_directory(build: Build, shape: dict[str, object], tmp_path: Path) -> None:
+    tokenizer = build_tokenizer("bpe:257", lambda: ["a"])
+    model = build(**shape | {"vocab_size": tokenizer.vocab_size})
+    with checkpoint.whole(tmp_path / "model") as draft:
+        checkpoint.write_model(draft, model, tokenizer, SamplingConfig(), {})
+    engine = TorchEngine.load(checkpoint.read_model(tmp_path / "model"), n_slots=2, device="cpu")
+    close(engine.prefill(1, IDS[:5]), uncached(model, IDS)[4])
+    close(engine.step([1], [IDS[5]]), uncached(model, IDS)[5:6])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 2e-3), ("bf16", 0.1)])
+def test_cuda_gives_the_logits_of_the_cpu(
+    build: Build, shape: dict[str, object], precision: str, tolerance: float
+) -> None:
+    """Prefills, recorded steps of several widths with holes, and scores."""
+    cpu = TorchEngine(build(**shape), n_slots=5, device="cpu", precision="fp32")
+    gpu = TorchEngine(build(**shape), n_slots=5, device="cuda", precision=precision, own=True)
+    for slot in (0, 1, 4, 0):
+        ids = IDS[slot : 2 * slot + 3]
+        close(gpu.prefill(slot, ids).cpu(), cpu.prefill(slot, ids), tolerance)
+    for slots in ([0], [1, 0], [4, 1], [0, 1, 4], [1]):
+        close(gpu.step(slots, IDS[: len(slots)]).cpu(), cpu.step(slots, IDS[: len(slots)]), tolerance)
+    for one, other in zip(gpu.logprobs([IDS, IDS[:5]]), cpu.logprobs([IDS, IDS[:5]]), strict=True):
+        close(one, other, tolerance)

@@ -1,0 +1,63 @@
+"""Tiny models whose every part matters: weights far from their initial values, in every shape the config allows."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from tinystories.config import ModelConfig
+from tinystories.model import GPT
+
+SHAPES: dict[str, dict[str, object]] = {
+    "classic": {"architecture": "classic", "n_ff": 32, "tied": False},
+    "classic-tied": {"architecture": "classic", "n_ff": 32, "tied": True},
+    "modern": {"tied": False},
+    "modern-grouped-tied": {"n_kv_head": 2, "tied": True},
+    "modern-one-kv-head": {"n_kv_head": 1, "tied": False},
+    "modern-without-qk-norm": {"qk_norm": False, "tied": False},
+}
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[..., ModelConfig]:
+    """The smallest config that has more than one of everything; any setting can be changed."""
+
+    def build(**changes: object) -> ModelConfig:
+        small: dict[str, object] = {"vocab_size": 61, "n_ctx": 24, "n_layer": 2, "n_head": 4, "n_embd": 24, "n_ff": 40}
+        return ModelConfig(**(small | changes))  # type: ignore[arg-type]
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def awake() -> Callable[[ModelConfig], GPT]:
+    """A model in eval mode with random norms and biases and large matrices: nothing is near zero or one."""
+
+    def build(config: ModelConfig) -> GPT:
+        generator = torch.Generator().manual_seed(5)
+        model = GPT(config).eval()
+        with torch.no_grad():
+            for weight in model.parameters():
+                if weight.ndim == 1:
+                    weight.uniform_(0.5, 1.5, generator=generator)
+                else:
+                    weight.normal_(std=weight.shape[1] ** -0.5, generator=generator)
+        return model
+
+    return build
+
+
+@pytest.fixture(scope="session", params=SHAPES, ids=str)
+def model(request: pytest.FixtureRequest, tiny: Callable[..., ModelConfig], awake: Callable[[ModelConfig], GPT]) -> GPT:
+    return awake(tiny(**SHAPES[request.param]))
+
+
+@pytest.fixture(scope="session", params=("classic", "modern"))
+def architecture(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    """Two rows of twelve ids under 61."""
+    return torch.randint(61, (2, 12), generator=torch.Generator().manual_seed(3))

@@ -1,0 +1,85 @@
+"""torch.compile takes both architectures whole: one graph, no breaks, the same numbers.
+
+These run in a pytest call of their own: the shape-checking hook of the other one splits graphs.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from tinystories.config import ModelConfig
+from tinystories.model import GPT, KVCache
+from tinystories.model.loss import IGNORE, Objective
+
+# Capturing a whole graph is dynamo's work and needs no C++ compiler; the default backend does.
+BACKEND = "inductor" if shutil.which("g++") or shutil.which("clang++") else "aot_eager"
+
+# Both warnings are about PyTorch's own code: what the compiler imports, and how it traces a Function.
+pytestmark = [
+    pytest.mark.compile,
+    pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _forget_graphs() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(params=["classic", "modern"])
+def model(request: pytest.FixtureRequest, tiny: Callable[..., ModelConfig], awake: Callable[[ModelConfig], GPT]) -> GPT:
+    """One layer only: the compiler takes seconds for each."""
+    if request.param == "classic":
+        return awake(tiny(architecture="classic", tied=False, n_layer=1))
+    return awake(tiny(n_kv_head=2, n_layer=1))
+
+
+def test_the_model_is_one_graph(model: GPT, tokens: Tensor) -> None:
+    counter = CompileCounterWithBackend(BACKEND)
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(tokens), model(tokens), rtol=1e-4, atol=1e-5)
+    assert counter.frame_count == 1
+
+
+def test_a_step_with_the_cache_is_one_graph_for_all_positions(model: GPT, tokens: Tensor) -> None:
+    """Under a constant horizon nothing is compiled anew as the cache fills."""
+    counter = CompileCounterWithBackend(BACKEND)
+    step = torch.compile(model, fullgraph=True, backend=counter)
+    cache = KVCache(model.config, batch=2)
+    with torch.no_grad():
+        model(tokens[:, :5], cache)
+        hidden = torch.cat([step(tokens[:, t : t + 1], cache) for t in range(5, 12)], dim=1)
+        torch.testing.assert_close(hidden, model(tokens)[:, 5:], rtol=1e-4, atol=1e-5)
+    assert counter.frame_count == 1
+    assert cache.length.tolist() == [12, 12]
+
+
+def test_the_objective_is_one_graph_with_the_same_gradients(model: GPT, tokens: Tensor) -> None:
+    targets = tokens.roll(-1, dims=1)
+    targets[:, -1] = IGNORE
+    counter = CompileCounterWithBackend(BACKEND)
+    compiled = torch.compile(Objective(model), fullgraph=True, backend=counter)
+    weights = list(model.parameters())
+    ours, eager = compiled(tokens, targets), Objective(model)(tokens, targets)
+    torch.testing.assert_close(ours, eager)
+    torch.testing.assert_close(
+        torch.autograd.grad(ours, weights), torch.autograd.grad(eager, weights), rtol=1e-3, atol=1e-4
+    )
+    assert counter.frame_count == 1
+
+
+def test_the_objective_is_one_graph_under_autocast(model: GPT, tokens: Tensor) -> None:
+    compiled = torch.compile(Objective(model), fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        total = compiled(tokens, tokens)
+    total.backward()
+    assert total.item() == pytest.approx(Objective(model)(tokens, tokens).item(), rel=0.05)
+    assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in model.parameters())

@@ -1,0 +1,172 @@
+"""The chunked cross-entropy against PyTorch's own, and what it must never allocate."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tinystories.config import ModelConfig
+from tinystories.model import GPT, loss
+from tinystories.model.loss import IGNORE, Objective, summed_cross_entropy
+
+
+def inputs(rows: int, width: int, vocab_size: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(rows * width + vocab_size)
+    hidden = torch.randn(rows, width, dtype=dtype, generator=generator).requires_grad_()
+    weight = torch.randn(vocab_size, width, dtype=dtype, generator=generator).requires_grad_()
+    return hidden, weight, torch.randint(vocab_size, (rows,), generator=generator)
+
+
+def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(hidden, weight), targets, reduction="sum", ignore_index=IGNORE)
+
+
+class Record(TorchDispatchMode):
+    """Remembers the largest tensor that any operation made, and the types that matrix products were made of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+        self.products: list[set[torch.dtype]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, Tensor):
+                self.largest = max(self.largest, tensor.numel())
+        if "mm" in str(func):
+            self.products.append({argument.dtype for argument in args if isinstance(argument, Tensor)})
+        return result
+
+
+@pytest.mark.parametrize("scale", [1.0, 1 / 37])
+def test_it_is_cross_entropy_with_its_gradients(scale: float) -> None:
+    hidden, weight, targets = inputs(23, 8, 31)
+    targets[::5] = IGNORE
+    ours, theirs = summed_cross_entropy(hidden, weight, targets), plain(hidden, weight, targets)
+    torch.testing.assert_close(ours, theirs)
+    found = torch.autograd.grad(ours * scale, (hidden, weight))
+    torch.testing.assert_close(found, torch.autograd.grad(theirs * scale, (hidden, weight)), rtol=1e-4, atol=1e-5)
+
+
+def test_in_double_precision_gradients_agree_to_the_last_digits() -> None:
+    """The gradients are written by hand; rounding must not hide a small mistake (sums stay fp32, they cost 1e-7)."""
+    hidden, weight, targets = inputs(11, 6, 17, torch.float64)
+    found = torch.autograd.grad(summed_cross_entropy(hidden, weight, targets), (hidden, weight))
+    expected = torch.autograd.grad(plain(hidden, weight, targets), (hidden, weight))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_ignored_targets_cost_nothing() -> None:
+    hidden, weight, targets = inputs(12, 8, 31)
+    targets[4:] = IGNORE
+    total = summed_cross_entropy(hidden, weight, targets)
+    assert total.item() == pytest.approx(summed_cross_entropy(hidden[:4], weight, targets[:4]).item())
+    by_hidden, by_weight = torch.autograd.grad(total, (hidden, weight))
+    assert (by_hidden[4:] == 0).all()
+    assert (by_hidden[:4] != 0).any()
+    nothing = summed_cross_entropy(hidden, weight, torch.full_like(targets, IGNORE))
+    assert nothing.item() == 0
+    assert all((gradient == 0).all() for gradient in torch.autograd.grad(nothing, (hidden, weight)))
+    assert by_weight.abs().max() > 0
+
+
+@settings(deadline=None, max_examples=25)
+@given(rows=st.integers(1, 20), rows_at_once=st.integers(1, 25), seed=st.integers(0, 2**32))
+def test_chunks_do_not_matter(rows: int, rows_at_once: int, seed: int) -> None:
+    hidden, weight, targets = inputs(rows, 5, 13)
+    targets[torch.rand(rows, generator=torch.Generator().manual_seed(seed)) < 0.2] = IGNORE
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss, "CHUNK_BYTES", rows_at_once * 4 * 13)
+        total = summed_cross_entropy(hidden, weight, targets)
+        found = torch.autograd.grad(total, (hidden, weight))
+    expected = plain(hidden, weight, targets)
+    torch.testing.assert_close(total, expected)
+    torch.testing.assert_close(found, torch.autograd.grad(expected, (hidden, weight)), rtol=1e-4, atol=1e-5)
+
+
+def test_large_logits_neither_overflow_nor_vanish() -> None:
+    hidden, weight, targets = inputs(9, 8, 31)
+    hidden = (hidden.detach() * 1000).requires_grad_()
+    total = summed_cross_entropy(hidden, weight, targets)
+    assert total.item() == pytest.approx(plain(hidden, weight, targets).item(), rel=1e-5)
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(total, (hidden, weight)))
+
+
+@pytest.mark.parametrize("with_gradient", [True, False])
+def test_the_full_logits_are_never_held(monkeypatch: pytest.MonkeyPatch, with_gradient: bool) -> None:
+    hidden, weight, targets = inputs(64, 4, 300)
+    monkeypatch.setattr(loss, "CHUNK_BYTES", 8 * 4 * 300)
+    with Record() as record, torch.set_grad_enabled(with_gradient):
+        total = summed_cross_entropy(hidden, weight, targets)
+        if with_gradient:
+            total.backward()
+    assert record.largest == 8 * 300
+    with Record() as record:
+        plain(hidden, weight, targets)
+    assert record.largest == 64 * 300, "the recorder sees logits where there are some"
+
+
+def test_without_gradients_one_product_is_enough() -> None:
+    hidden, weight, targets = inputs(9, 8, 31)
+    with Record() as record, torch.no_grad():
+        total = summed_cross_entropy(hidden, weight, targets)
+    assert len(record.products) == 1
+    assert total.item() == pytest.approx(plain(hidden, weight, targets).item())
+    assert not total.requires_grad
+
+
+def test_bf16_states_and_fp32_weights() -> None:
+    """The product is bf16, softmax and sum are fp32, each gradient has the type of its tensor."""
+    hidden, weight, targets = inputs(40, 8, 31)
+    rounded = hidden.detach().bfloat16().requires_grad_()
+    total = summed_cross_entropy(rounded, weight, targets)
+    assert total.dtype == torch.float32
+    expected = plain(rounded.float(), weight, targets)
+    assert total.item() == pytest.approx(expected.item(), rel=0.01)
+    by_hidden, by_weight = torch.autograd.grad(total, (rounded, weight))
+    assert (by_hidden.dtype, by_weight.dtype) == (torch.bfloat16, torch.float32)
+    for found, right in zip((by_hidden, by_weight), torch.autograd.grad(expected, (rounded, weight)), strict=True):
+        assert F.cosine_similarity(found.float().flatten(), right.float().flatten(), dim=0) > 0.999
+
+
+def test_the_objective_is_the_summed_loss_of_the_model(model: GPT, tokens: Tensor) -> None:
+    targets = tokens.roll(-1, dims=1)
+    targets[:, -1] = IGNORE
+    ours = Objective(model)(tokens, targets)
+    theirs = plain(model.logits(model(tokens)).flatten(0, 1), torch.eye(61), targets.flatten())
+    torch.testing.assert_close(ours, theirs)
+    weights = list(model.parameters())
+    found = torch.autograd.grad(ours, weights)
+    torch.testing.assert_close(found, torch.autograd.grad(theirs, weights), rtol=1e-3, atol=1e-4)
+
+
+def test_under_autocast_every_product_is_bf16(
+    tiny: Callable[..., ModelConfig], architecture: str, tokens: Tensor
+) -> None:
+    """Also those of the head, forward and backward: in-place products are not cast by autocast itself."""
+    objective = Objective(GPT(tiny(architecture=architecture)))
+    with Record() as record:
+        with torch.autocast("cpu", torch.bfloat16):
+            total = objective(tokens, tokens.flip(1))
+        total.backward()
+    assert len(record.products) > 10
+    assert all(types == {torch.bfloat16} for types in record.products)
+    assert total.item() / tokens.numel() == pytest.approx(math.log(61), rel=0.05)
+    assert all(weight.grad is not None and weight.grad.dtype == torch.float32 for weight in objective.parameters())
+
+
+def test_second_derivatives_are_refused_rather_than_wrong() -> None:
+    """The hand-written gradients know nothing of their own derivatives."""
+    hidden, weight, targets = inputs(5, 4, 9)
+    total = summed_cross_entropy(hidden, weight, targets)
+    (gradient,) = torch.autograd.grad(total, hidden, torch.ones((), requires_grad=True), create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.sum().backward()
