@@ -342,7 +342,7 @@ def train(config: Config, run: Path, *, resume: bool = False) -> BitsReport | No
         trainer.device,
         trainer.precision,
     )
-    if resume:
+    if last is not None:
         log.info("resuming at step %d of %d", trainer.clock.step, config.train.steps)
     with (
         contextlib.closing(metrics),
