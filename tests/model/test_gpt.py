@@ -39,8 +39,11 @@ def test_a_batch_gives_what_its_rows_give_alone(model: GPT, batch: int, length: 
         torch.testing.assert_close(model.logits(model(rows)), alone, rtol=1e-4, atol=1e-5)
 
 
-def test_positions_matter(model: GPT) -> None:
-    """Without positions, attention could not tell these two orders apart at their common last token."""
+def test_positions_matter(
+    tiny: Callable[..., ModelConfig], awake: Callable[[ModelConfig], GPT], architecture: str
+) -> None:
+    """Without them one layer could not tell these two orders apart at their common last token."""
+    model = awake(tiny(architecture=architecture, n_layer=1))
     with torch.no_grad():
         one, other = model(torch.tensor([[7, 9, 4], [9, 7, 4]]))[:, -1]
     assert (one - other).abs().max() > 1e-3
