@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import tinystories
+from tinystories import checkpoint
 from tinystories.config import Config, SamplingConfig, replace_vocab, to_toml
 from tinystories.data.loader import IGNORE, PackedRows
 from tinystories.data.prepared import open_split
