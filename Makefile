@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 TS := $(VENV)/bin/tinystories
-HOOK := --jaxtyping-packages=tinystories,beartype.beartype
+HOOK := --jaxtyping-packages=tinystories.model,tinystories.engine,beartype.beartype
 
 .PHONY: help install demo test test-slow test-gpu check format dist clean
 

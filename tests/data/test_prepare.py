@@ -16,6 +16,7 @@ from tinystories.data.prepare import PrepareReport, prepare
 from tinystories.data.prepared import open_split, read_meta
 from tinystories.data.sources import stories
 from tinystories.data.tokenizer import END, Tokenizer
+from tinystories.data.vocabulary import train_bpe
 from tinystories.errors import UserError
 
 
@@ -121,6 +122,15 @@ def test_the_batch_size_does_not_show(tmp_path: Path, source: Path, monkeypatch:
     monkeypatch.setattr(reader, "BATCH_BYTES", 500)
     run(source, tmp_path / "b")
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_held_out_stories_teach_the_tokenizer_nothing(tmp_path: Path, many: list[str]) -> None:
+    run(write_txt(tmp_path / "a.txt", many), tmp_path / "out", val_fraction=0.2)
+    learned = train_bpe(300, texts_of(tmp_path / "out", "train"))
+    assert Tokenizer.load(tmp_path / "out").text == learned.text
+    assert learned.text != train_bpe(300, many).text
+    run(tmp_path / "a.txt", tmp_path / "given", val=write_txt(tmp_path / "val.txt", ["zzz"]))
+    assert Tokenizer.load(tmp_path / "given").text == train_bpe(300, many).text
 
 
 def test_end_in_a_story_is_text(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Source names: what they mean, and what is said to those that mean nothing."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -74,3 +75,16 @@ def test_fingerprints_follow_the_content(small: bool, tmp_path: Path, monkeypatc
     assert changed != first
     put(path, b"x" * 300_001)
     assert file_fingerprint(path) not in (first, changed)
+
+
+def test_a_large_file_written_again_is_another_even_if_no_sample_of_it_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "SMALL_FILE", 100)
+    data = bytearray(8 << 20)  # 64 samples of 64 KB every 128 KB
+    path = put(tmp_path / "a.txt", bytes(data))
+    first = file_fingerprint(path)
+    data[100_000] = 1
+    put(path, bytes(data))
+    os.utime(path, ns=(1, 1))
+    assert file_fingerprint(path) != first
