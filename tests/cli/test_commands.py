@@ -3,9 +3,9 @@
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +48,13 @@ def run(sample_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_help_is_quick_and_teaches() -> None:
+    """Under 0.3 s; processor time, so that a busy machine does not decide, best of five."""
     seconds = []
-    for _ in range(3):
-        began = time.perf_counter()
+    for _ in range(5):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         result = tinystories("--help")
-        seconds.append(time.perf_counter() - began)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert "tinystories generate" in result.stdout
     assert min(seconds) < 0.3
 
