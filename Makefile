@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 TS := $(VENV)/bin/tinystories
-HOOK := --jaxtyping-packages=tinystories.model,tinystories.engine,beartype.beartype
+# numba cannot cache hooked functions: engine/cpu is left out.
+HOOK := --jaxtyping-packages=tinystories.model,tinystories.engine.decoder,tinystories.engine.graph,tinystories.engine.torch_engine,beartype.beartype
 
 .PHONY: help install demo test test-slow test-gpu check format dist clean
 

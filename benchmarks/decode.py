@@ -165,7 +165,7 @@ def interleaved(
 def software() -> dict[str, str]:
     import transformers
 
-    return {"torch": torch.__version__, "transformers": transformers.__version__, "machine": platform.processor()}
+    return {"torch": torch.__version__, "transformers": transformers.__version__, "machine": platform.machine()}
 
 
 if __name__ == "__main__":

@@ -65,6 +65,7 @@ def test_the_rule_sees_a_wrong_import() -> None:
         "tinystories.data.prepare",
         "tinystories.data.sources",
         "tinystories.data.tokenizer",
+        "tinystories.engine.cpu.kernels",
         "tinystories.engine.protocol",
         "tinystories.evaluate.bits",
         "tinystories.generate.output",

@@ -88,7 +88,7 @@ def test_the_first_loss_is_that_of_a_guess(architecture: str, tied: bool, n_embd
     assert F.cross_entropy(logits, tokens[:, 1:].flatten()).item() == pytest.approx(math.log(vocab_size), rel=0.01)
 
 
-def test_every_weight_starts_as_gpt2s(architecture: str) -> None:
+def test_every_weight_starts_as_gpt2s_but_the_head(architecture: str) -> None:
     """A matrix that misses its rule by its name trains all the same, only worse: nothing else would show it."""
     torch.manual_seed(12)
     model = GPT(ModelConfig(architecture=architecture, vocab_size=500, n_layer=8, n_embd=96, tied=False))
@@ -100,6 +100,7 @@ def test_every_weight_starts_as_gpt2s(architecture: str) -> None:
         elif name.startswith("layers"):
             into_the_stream = name.endswith(("o_proj.weight", "down_proj.weight"))
             assert weight.std().item() == pytest.approx(0.02 / (16**0.5 if into_the_stream else 1), rel=0.05), name
+    assert model.lm_head.weight.std().item() == pytest.approx(1 / 96, rel=0.05)
 
 
 def test_a_seed_decides_the_weights(tiny: Callable[..., ModelConfig], architecture: str) -> None:

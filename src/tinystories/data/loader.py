@@ -75,7 +75,7 @@ class PackedRows:
         self.epoch = epoch
 
 
-@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(cache=True)
 def pack(lengths: Ints, n_ctx: int) -> tuple[Ints, Ints, Ints, Ints]:
     """Fill rows of n_ctx places with stories of the given lengths, largest first (best-fit decreasing).
 
@@ -120,7 +120,7 @@ def pack(lengths: Ints, n_ctx: int) -> tuple[Ints, Ints, Ints, Ints]:
     return first[: n_rows + 1], story[:n_placed], offset[:n_placed], size[:n_placed]
 
 
-@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(cache=True)
 def largest(top: Ints, room: int, begins: bool) -> tuple[int, int]:
     """Kind and size of the largest piece that fits (0: none does). Where a row begins, starts come before rests."""
     best_kind, best = 0, 0

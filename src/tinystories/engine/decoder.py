@@ -1,136 +1,64 @@
-"""One token at a time on a CPU: a model's weights, packed for products of few rows.
+"""One token at a time on a CPU in fp32: a torch model's own weights, through the kernels of `engine.cpu`."""
 
-Such a product reads its matrix once and does little else, so its layout and the number of cores that read decide.
-Letters: B rows, C = n_embd, D = head_dim, H heads, F = n_ff, V vocab, S tokens visible.
-"""
-
-import dataclasses
-import math
 from collections.abc import Sequence
 
+import numba
+import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
+from tinystories.engine.cpu import kernels
 from tinystories.model import GPT, KVCache
-from tinystories.model.gpt import Block, ReluMLP, SwiGLU
-from tinystories.model.positions import rotate
+from tinystories.model.gpt import Block, SwiGLU
 
-PARTS_PER_THREAD = 2
-
-
-@dataclasses.dataclass(frozen=True)
-class Product:
-    """x @ matrix + bias, of one linear layer or of several with the same input side by side.
-
-    The inner side is cut into parts whose products are summed: all cores then read at once, which they do not in a
-    product of one row (docs/log.md has the rates). A part is a slice of the whole matrix, not a copy.
-    """
-
-    matrix: Float[Tensor, "parts inner_of_part outer"]
-    bias: Float[Tensor, " outer"] | None
-
-    def __call__(self, x: Float[Tensor, "B inner"]) -> Float[Tensor, "B outer"]:
-        n_parts, inner, _ = self.matrix.shape
-        y = torch.bmm(x.view(len(x), n_parts, inner).transpose(0, 1), self.matrix).sum(0)
-        return y if self.bias is None else y + self.bias
-
-
-def pack(*layers: nn.Linear) -> Product:
-    """The layers' weights in one matrix, contiguous along its outer side; the layers become views of it."""
-    matrix = torch.cat([layer.weight.detach() for layer in layers]).t().contiguous()
-    for layer, part in zip(layers, matrix.split([layer.out_features for layer in layers], dim=1), strict=True):
-        layer.weight = nn.Parameter(part.t(), requires_grad=False)
-    n_parts = math.gcd(len(matrix), PARTS_PER_THREAD * torch.get_num_threads())
-    biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
-    assert len(biases) in (0, len(layers)), "packed layers have a bias all or none"
-    return Product(matrix.view(n_parts, -1, matrix.shape[1]), torch.cat(biases) if biases else None)
+NONE = np.empty(0, dtype=np.float32)
 
 
 class Decoder:
     """The same function as `model.logits(model(tokens, cache))` for one token in each row, within fp32 rounding.
 
-    Repacks the model in place: it goes on giving the same results, but should not be trained or saved any more.
+    Shares the memory of the model's weights: training in place is seen, replaced tensors are not.
     """
 
     def __init__(self, model: GPT) -> None:
         self.model = model
-        self.config = model.config
-        self.layers = [DecoderLayer(block) for block in model.layers if isinstance(block, Block)]
-        self.head = pack(model.lm_head)
+        self.blocks = [weights_of(block) for block in model.layers if isinstance(block, Block)]
+        self.head = array(model.lm_head.weight)
 
     def __call__(self, tokens: Int[Tensor, " B"], cache: KVCache, positions: Sequence[int]) -> Float[Tensor, "B V"]:
         """Logits after one token in each row of the cache, written at the given positions (the rows' lengths)."""
-        where = Places(cache, positions)
-        x = self.model.embed_tokens(tokens)
-        rotation = None
-        if self.config.architecture == "classic":
-            x = x + self.model.get_buffer("sinusoid")[where.positions]
+        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+        config, where = self.model.config, np.array(positions, dtype=np.int64)
+        layers = zip(self.blocks, cache.k.numpy(), cache.v.numpy(), strict=True)
+        x = self.model.embed_tokens(tokens).numpy()
+        if config.architecture == "classic":
+            x += array(self.model.get_buffer("sinusoid"))[where]
+            for weights, keys, values in layers:
+                kernels.classic_block(x, weights, config.norm_eps, keys, values, where)
         else:
-            tables = (self.model.get_buffer(name) for name in ("rope_cos", "rope_sin"))
-            cos, sin = (table[where.positions][:, None, None] for table in tables)
-            rotation = (cos, sin)
-        for i, layer in enumerate(self.layers):
-            q, k, v = layer.heads(x, rotation)
-            keys, values = where.write(i, k, v)
-            y = F.scaled_dot_product_attention(
-                q, keys, values, attn_mask=where.mask, enable_gqa=self.config.kv_heads < self.config.n_head
-            )
-            x = x + layer.o(y.reshape(x.shape))
-            x = x + layer.feed_forward(x)
-        return self.head(self.model.norm(x))
+            cos, sin = (array(self.model.get_buffer(name)) for name in ("rope_cos", "rope_sin"))
+            for weights, keys, values in layers:
+                kernels.modern_block(x, weights, config.norm_eps, cos, sin, keys, values, where)
+        hidden = self.model.norm(torch.from_numpy(x)).numpy()
+        return torch.from_numpy(kernels.linear(hidden, self.head))
 
 
-class DecoderLayer:
-    """The packed weights of a `Block`."""
-
-    def __init__(self, block: Block) -> None:
-        attention, mlp = block.self_attn, block.mlp
-        assert isinstance(mlp, ReluMLP | SwiGLU), "the decoder knows these two"
-        self.block = block
-        self.qkv = pack(attention.q_proj, attention.k_proj, attention.v_proj)
-        self.o = pack(attention.o_proj)
-        self.up = pack(mlp.gate_proj, mlp.up_proj) if isinstance(mlp, SwiGLU) else pack(mlp.up_proj)
-        self.down = pack(mlp.down_proj)
-
-    def heads(self, x: Float[Tensor, "B C"], rotation: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, H, 1, D), keys and values (B, Hkv, 1, D) of the new tokens."""
-        attention = self.block.self_attn
-        heads_BHTD = self.qkv(self.block.input_layernorm(x)).view(len(x), -1, 1, attention.head_dim)
-        sizes = [layer.out_features // attention.head_dim for layer in (attention.q_proj, attention.k_proj)]
-        q, k, v = heads_BHTD.split([*sizes, sizes[1]], dim=1)
-        q, k = attention.q_norm(q), attention.k_norm(k)
-        return (q, k, v) if rotation is None else (rotate(q, *rotation), rotate(k, *rotation), v)
-
-    def feed_forward(self, x: Float[Tensor, "B C"]) -> Float[Tensor, "B C"]:
-        up = self.up(self.block.post_attention_layernorm(x))
-        if isinstance(self.block.mlp, ReluMLP):
-            return self.down(F.relu(up))
-        gate, up = up.chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+def weights_of(block: Block) -> kernels.ClassicWeights | kernels.ModernWeights:
+    w = {name.removesuffix(".weight"): array(parameter) for name, parameter in block.named_parameters()}
+    norms = w["input_layernorm"], w["post_attention_layernorm"]
+    q, k, v, o = (w[f"self_attn.{name}_proj"] for name in "qkvo")
+    up, down = w["mlp.up_proj"], w["mlp.down_proj"]
+    if isinstance(block.mlp, SwiGLU):
+        q_norm, k_norm = (w.get(f"self_attn.{name}_norm", NONE) for name in "qk")
+        return kernels.ModernWeights(norms[0], q, k, v, q_norm, k_norm, o, norms[1], w["mlp.gate_proj"], up, down)
+    norm_biases = w["input_layernorm.bias"], w["post_attention_layernorm.bias"]
+    o_bias, up_bias, down_bias = (w[f"{name}_proj.bias"] for name in ("self_attn.o", "mlp.up", "mlp.down"))
+    first, second = zip(norms, norm_biases, strict=True)
+    return kernels.ClassicWeights(*first, q, k, v, o, o_bias, *second, up, up_bias, down, down_bias)
 
 
-class Places:
-    """Where the new token of each row goes in the cache. Rows of equal length (one row, say) need no mask."""
-
-    def __init__(self, cache: KVCache, positions: Sequence[int]) -> None:
-        self.cache = cache
-        self.end = max(positions) + 1
-        self.positions = torch.tensor(positions)
-        self.mask: Tensor | None = None
-        if min(positions) + 1 < self.end:
-            self.rows = torch.arange(len(positions))
-            hidden = torch.arange(self.end) > self.positions[:, None]
-            self.mask = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))[:, None, None]
-
-    def write(
-        self, layer: int, k: Float[Tensor, "B Hkv 1 D"], v: Float[Tensor, "B Hkv 1 D"]
-    ) -> tuple[Float[Tensor, "B Hkv S D"], Float[Tensor, "B Hkv S D"]]:
-        keys, values = self.cache.k[layer], self.cache.v[layer]
-        if self.mask is None:
-            keys[:, :, self.end - 1 : self.end], values[:, :, self.end - 1 : self.end] = k, v
-        else:
-            keys[self.rows, :, self.positions] = k[:, :, 0].to(keys.dtype)
-            values[self.rows, :, self.positions] = v[:, :, 0].to(values.dtype)
-        return keys[:, :, : self.end], values[:, :, : self.end]
+def array(tensor: Tensor) -> npt.NDArray[np.float32]:
+    values: npt.NDArray[np.float32] = tensor.detach().numpy()
+    return values

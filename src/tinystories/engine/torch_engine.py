@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 HORIZON_STEP = 64  # attention looks at a multiple of this many cached positions
 SCORED_AT_ONCE = 2048  # tokens, padding included, of one batch of `logprobs`: what keeps a CPU's caches warm
 SCORED_ON_GPU = 32768
+FEW_ROWS = 32  # rows of a step on a CPU; with more of them the model's products by BLAS are faster (docs/log.md)
 LOGITS_BYTES = 64 * 2**20  # logits that `logprobs` holds at once
 
 
@@ -30,7 +31,7 @@ class TorchEngine:
     """`Engine` over a GPT. The cache is allocated at the first prefill, so scoring alone needs none.
 
     The model stays the caller's: its training mode is restored after each call and its weights are not changed, unless
-    the engine may take it for its `own`. Then a CPU's decoding is faster (see `Decoder`).
+    the engine may take it for its `own`: then bf16 casts its matrices once, not in every call.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class TorchEngine:
         self.graphs: dict[int, StepGraph] = {}  # by number of rows
         if own and self.precision == "bf16":
             cast_matrices(model)
-        self.decoder = Decoder(model) if own and self.device.type == "cpu" else None
+        self.decoder = Decoder(model) if (self.device.type, self.precision) == ("cpu", "fp32") else None
 
     @classmethod
     def load(
@@ -110,7 +111,7 @@ class TorchEngine:
                 self.graphs[high] = StepGraph(self.model, self.cache, high, lengths)
             return self.graphs[high](tokens, lengths)
         view = self.view(low, high, max(lengths) + 1)
-        if self.decoder is not None:
+        if self.decoder is not None and high - low <= FEW_ROWS:
             return self.decoder(torch.from_numpy(tokens), view, lengths)
         view.length.copy_(torch.tensor(lengths))
         hidden = self.model(torch.from_numpy(tokens)[:, None].to(self.device), view)
