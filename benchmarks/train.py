@@ -59,9 +59,7 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = True  # as nanoGPT's train.py does
     torch.manual_seed(0)
     results = [compare(options, device, int(rows)) for rows in options.micro_batch.split(",")]
-    machine = (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    )
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     facts = {"machine": machine, "threads": options.threads, "torch": torch.__version__}
     print(json.dumps({"benchmark": "train", **facts, "results": results}))
 

@@ -18,23 +18,33 @@ T = TypeVar("T")
 PRESETS = ("nano", "small", "base", "seed-89m", "modern-89m")
 
 
+def setting(default: T, text: str) -> T:
+    """A field with the sentence that `tinystories train --help` prints for it."""
+    field: T = dataclasses.field(default=default, metadata={"help": text})
+    return field
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     """Shape of a GPT. `classic` is the original program's architecture, `modern` is Qwen3's layout."""
 
-    architecture: Literal["classic", "modern"] = "modern"
-    vocab_size: int = 0  # V; 0: taken from the prepared data
-    n_ctx: int = 256  # longest T
-    n_layer: int = 6
-    n_head: int = 4  # H
-    n_kv_head: int = 0  # 0: as many as n_head; fewer is grouped-query attention (modern only)
-    n_embd: int = 192  # C in shapes
-    n_ff: int = 512  # F, width of the feed-forward
-    tied: bool = True  # the head shares the embedding's weights
-    qk_norm: bool = True  # RMSNorm on q and k per head (modern only)
-    rope_base: float = 10000.0  # modern only
-    norm_eps: float = 1e-5
-    dropout: float = 0.0
+    architecture: Literal["classic", "modern"] = setting(
+        "modern", "classic: sinusoidal positions, LayerNorm, ReLU; modern: RoPE, RMSNorm, SwiGLU (Qwen3's layout)"
+    )
+    vocab_size: int = setting(0, "number of token ids; 0: taken from the prepared data")
+    n_ctx: int = setting(256, "tokens the model sees at once")
+    n_layer: int = setting(6, "blocks")
+    n_head: int = setting(4, "attention heads of a block")
+    n_kv_head: int = setting(
+        0, "heads of keys and values; 0: as many as n_head; fewer is grouped-query attention (modern)"
+    )
+    n_embd: int = setting(192, "width of the residual stream")
+    n_ff: int = setting(512, "width of the feed-forward")
+    tied: bool = setting(True, "the head shares the embedding's weights")
+    qk_norm: bool = setting(True, "RMSNorm on queries and keys of each head (modern)")
+    rope_base: float = setting(10000.0, "base of the rotary positions' wavelengths (modern)")
+    norm_eps: float = setting(1e-5, "added to the variance in norms")
+    dropout: float = setting(0.0, "fraction of activations dropped while training")
 
     def __post_init__(self) -> None:
         for name in ("n_ctx", "n_layer", "n_head", "n_embd", "n_ff"):
@@ -89,22 +99,22 @@ class ModelConfig:
 class DataConfig:
     """Where prepared data lies, and how to prepare it when it is not there yet."""
 
-    dir: str = "data/tinystories"
-    source: str = "tinystories"
-    val: str = ""  # empty: the source's own validation split, else 0.5 % held out
-    tokenizer: str = "bpe:4096"
+    dir: str = setting("data/tinystories", "folder made by `tinystories prepare`; --data sets it")
+    source: str = setting("tinystories", "what to prepare when the folder is not there yet")
+    val: str = setting("", "validation source; empty: the source's own validation split, else 0.5 % held out")
+    tokenizer: str = setting("bpe:4096", "gpt2, bpe:N, or a tokenizer.json")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
     """AdamW; weight decay applies to matrices only."""
 
-    learning_rate: float = 3e-3  # peak
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    grad_clip: float = 1.0  # largest global gradient norm; 0: no clipping
+    learning_rate: float = setting(3e-3, "peak of AdamW's learning rate")
+    beta1: float = setting(0.9, "decay of the mean of gradients")
+    beta2: float = setting(0.95, "decay of the mean of their squares")
+    eps: float = setting(1e-8, "added to the root of that mean")
+    weight_decay: float = setting(0.1, "pull of matrices towards zero; norms and biases have none")
+    grad_clip: float = setting(1.0, "largest norm of all gradients together; 0: no clipping")
 
     def __post_init__(self) -> None:
         require(self.learning_rate > 0, f"optim.learning_rate={self.learning_rate} must be positive")
@@ -119,10 +129,10 @@ class OptimConfig:
 class ScheduleConfig:
     """Learning rate over the run, as fractions of its steps."""
 
-    kind: Literal["cosine", "wsd"] = "cosine"  # wsd: warm-up, stable, then linear decay
-    warmup: float = 0.05  # fraction of the steps spent rising to the peak
-    decay: float = 0.5  # wsd only: fraction of the steps spent falling
-    floor: float = 0.05  # final learning rate as a fraction of the peak
+    kind: Literal["cosine", "wsd"] = setting("cosine", "cosine, or wsd: warm-up, stable, then linear decay")
+    warmup: float = setting(0.05, "fraction of the steps spent rising to the peak")
+    decay: float = setting(0.5, "fraction of the steps spent falling (wsd)")
+    floor: float = setting(0.05, "final learning rate as a fraction of the peak")
 
     def __post_init__(self) -> None:
         require(0 <= self.warmup < 1, f"schedule.warmup={self.warmup} must be in [0, 1)")
@@ -138,21 +148,25 @@ class ScheduleConfig:
 class TrainConfig:
     """One clock: `step` counts optimizer steps. One row is one window of n_ctx tokens."""
 
-    steps: int = 2000
-    batch_size: int = 32  # rows per optimizer step
-    micro_batch: int = 32  # rows per forward and backward pass; divides batch_size
-    seed: int = 1
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    compile: Literal["auto", "on", "off"] = "auto"  # auto: on CUDA only
-    log_every: int = 10
-    eval_every: int = 250
-    eval_stories: int = 200  # a fixed subset of the validation stories; all of them at the end
-    checkpoint_every: int = 250
-    keep_checkpoints: int = 2  # newest kept, besides the best
-    sample_prompts: tuple[str, ...] = ("Once upon a time", "Lily and Tom went to the park.")
-    sample_tokens: int = 120
-    tensorboard: bool = False
+    steps: int = setting(2000, "optimizer steps of the whole run")
+    batch_size: int = setting(32, "rows of n_ctx tokens in an optimizer step")
+    micro_batch: int = setting(32, "rows in one forward and backward pass, for less memory; divides batch_size")
+    seed: int = setting(1, "of weights, order of stories and dropout")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1 or mps")
+    precision: Literal["auto", "fp32", "bf16"] = setting(
+        "auto", "auto: bf16 on CUDA devices that have it, fp32 elsewhere"
+    )
+    compile: Literal["auto", "on", "off"] = setting("auto", "torch.compile; auto: on CUDA only")
+    log_every: int = setting(10, "steps between lines of the log")
+    eval_every: int = setting(250, "steps between evaluations, each with sample stories")
+    eval_stories: int = setting(200, "validation stories of these evaluations; the last one takes all")
+    checkpoint_every: int = setting(250, "steps between checkpoints")
+    keep_checkpoints: int = setting(2, "newest checkpoints kept, besides the best one")
+    sample_prompts: tuple[str, ...] = setting(
+        ("Once upon a time", "Lily and Tom went to the park."), "openings of the sample stories"
+    )
+    sample_tokens: int = setting(120, "longest sample story")
+    tensorboard: bool = setting(False, "write TensorBoard events too (--train.tensorboard true)")
 
     def __post_init__(self) -> None:
         names = ("steps", "batch_size", "micro_batch", "log_every", "eval_every", "eval_stories")

@@ -14,7 +14,7 @@ from tinystories.errors import UserError
 
 
 class SettingsCommand(click.Command):
-    """A command whose help also lists every `--section.key` setting with its default."""
+    """A command whose help also explains every `--section.key` setting."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         defaults = load_config("nano")
@@ -22,9 +22,8 @@ class SettingsCommand(click.Command):
             rows = []
             for field in dataclasses.fields(getattr(defaults, section)):
                 value = getattr(getattr(defaults, section), field.name)
-                rows.append(
-                    (f"--{section}.{field.name}", " | ".join(value) if isinstance(value, tuple) else str(value))
-                )
+                shown = " | ".join(value) if isinstance(value, tuple) else str(value)
+                rows.append((f"--{section}.{field.name}", f"{field.metadata['help']}  [{shown}]"))
             with formatter.section(f"Settings of [{section}], with the values of preset nano"):
                 formatter.write_dl(rows)
 
