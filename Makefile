@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 TS := $(VENV)/bin/tinystories
+# Tests run side by side, one thread each.
+WORKERS := --numprocesses=auto --maxprocesses=8
 # numba cannot cache hooked functions: engine/cpu is left out.
 HOOK := --jaxtyping-packages=tinystories.model,tinystories.engine.decoder,tinystories.engine.graph,tinystories.engine.torch_engine,beartype.beartype
 
@@ -35,8 +37,8 @@ demo: install  ## train a tiny model for about a minute and read a story (no net
 	@echo "  $(TS) prepare YOUR_STORIES.txt --tokenizer bpe:2048 --out data/mine   # then train --data data/mine"
 
 test: install  ## fast tests: no network, no GPU
-	$(PY) -m pytest $(HOOK) -m "not compile and not slow and not gpu"
-	$(PY) -m pytest -m "compile and not slow and not gpu"
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(WORKERS) $(HOOK) -m "not compile and not slow and not gpu"
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(WORKERS) -m "compile and not slow and not gpu"
 
 test-slow: install  ## the tests that take minutes
 	$(PY) -m pytest -m "slow and not gpu" --timeout=3600
