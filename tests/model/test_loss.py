@@ -84,7 +84,7 @@ def test_chunks_do_not_matter(rows: int, rows_at_once: int, seed: int) -> None:
     hidden, weight, targets = inputs(rows, 5, 13)
     targets[torch.rand(rows, generator=torch.Generator().manual_seed(seed)) < 0.2] = IGNORE
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loss, "CHUNK_BYTES", rows_at_once * 4 * 13)
+        patch.setattr(loss, "chunk_rows", lambda _: rows_at_once)
         total = summed_cross_entropy(hidden, weight, targets)
         found = torch.autograd.grad(total, (hidden, weight))
     expected = plain(hidden, weight, targets)
@@ -103,7 +103,7 @@ def test_large_logits_neither_overflow_nor_vanish() -> None:
 @pytest.mark.parametrize("with_gradient", [True, False])
 def test_the_full_logits_are_never_held(monkeypatch: pytest.MonkeyPatch, with_gradient: bool) -> None:
     hidden, weight, targets = inputs(64, 4, 300)
-    monkeypatch.setattr(loss, "CHUNK_BYTES", 8 * 4 * 300)
+    monkeypatch.setattr(loss, "chunk_rows", lambda _: 8)
     with Record() as record, torch.set_grad_enabled(with_gradient):
         total = summed_cross_entropy(hidden, weight, targets)
         if with_gradient:

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from tinystories.engine.decoder import Decoder
 from tinystories.engine.device import Precision, pick_device, pick_precision
@@ -24,7 +25,8 @@ HORIZON_STEP = 64  # attention looks at a multiple of this many cached positions
 SCORED_AT_ONCE = 2048  # tokens, padding included, of one batch of `logprobs`: what keeps a CPU's caches warm
 SCORED_ON_GPU = 32768
 FEW_ROWS = 32  # rows of a step on a CPU; with more of them the model's products by BLAS are faster (docs/log.md)
-LOGITS_BYTES = 64 * 2**20  # logits that `logprobs` holds at once
+LOGITS_BYTES = 24 * 2**20  # logits that `logprobs` holds at once; over 32 MiB glibc maps fresh memory for each
+LOGITS_ON_GPU = 512 * 2**20
 
 
 class TorchEngine:
@@ -144,12 +146,13 @@ class TorchEngine:
         tokens[real] = np.concatenate([ids[:-1] for ids in arrays])
         targets = torch.from_numpy(np.concatenate([ids[1:] for ids in arrays])).to(self.device)
         hidden = self.model(torch.from_numpy(tokens).to(self.device))[torch.from_numpy(real).to(self.device)]
-        rows = max(1, LOGITS_BYTES // (4 * self.config.vocab_size))
-        parts = []
-        for h, y in zip(hidden.split(rows), targets.split(rows), strict=True):
-            z = self.model.logits(h).float()
-            parts.append(z.gather(1, y[:, None])[:, 0] - z.logsumexp(dim=1))
-        flat = torch.cat(parts).cpu().numpy()
+        held = LOGITS_BYTES if self.device.type == "cpu" else LOGITS_ON_GPU
+        rows = max(1, held // (4 * self.config.vocab_size))
+        nats = [
+            F.cross_entropy(self.model.logits(h).float(), y, reduction="none")
+            for h, y in zip(hidden.split(rows), targets.split(rows), strict=True)
+        ]
+        flat = -torch.cat(nats).cpu().numpy()
         return np.split(flat, np.cumsum(sizes)[:-1])
 
     @functools.cached_property

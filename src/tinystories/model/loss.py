@@ -8,7 +8,13 @@ from torch.autograd.function import once_differentiable
 from tinystories.model.gpt import GPT
 
 IGNORE = -100  # a target that costs nothing: padding
-CHUNK_BYTES = 96 * 2**20  # logits held at once; larger is no faster
+CHUNK_BYTES = 30 * 2**20  # logits held at once: what a CPU's caches hold, and glibc does not map anew each time
+CHUNK_ROWS = 512  # at least: the head's gradient is added to once for each chunk
+
+
+def chunk_rows(vocab_size: int) -> int:
+    """Rows of logits held at once."""
+    return max(CHUNK_ROWS, CHUNK_BYTES // (4 * vocab_size))
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -30,12 +36,17 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if needs_grad else hidden
         grad_weight = torch.zeros_like(weight) if needs_grad else weight
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+        rows = min(hidden.shape[0], chunk_rows(weight.shape[0]))
+        logits = hidden.new_empty((rows, weight.shape[0]), dtype=torch.float32)  # once: fresh memory is slow
         for start in range(0, hidden.shape[0], rows):
             h, y = hidden[start : start + rows], targets[start : start + rows, None]
             counted = (y != IGNORE).float()
             y = y.clamp(min=0)
-            z = (h @ cast.t()).float()
+            z = logits[: h.shape[0]]
+            if h.dtype == z.dtype:
+                torch.mm(h, cast.t(), out=z)
+            else:
+                z.copy_(h @ cast.t())
             z -= z.amax(dim=1, keepdim=True)
             z_target = z.gather(1, y)
             p = z.exp_()

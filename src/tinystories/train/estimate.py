@@ -7,7 +7,7 @@ import torch
 
 from tinystories.config import Config, ModelConfig
 from tinystories.errors import UserError
-from tinystories.model.loss import CHUNK_BYTES
+from tinystories.model.loss import chunk_rows
 
 
 def flops_per_token(config: ModelConfig) -> float:
@@ -28,7 +28,8 @@ def train_bytes(config: Config) -> int:
     kept = model.n_layer * (14 * model.n_embd + wide * model.n_ff) + 4 * model.n_embd
     tokens = config.train.micro_batch * model.n_ctx
     head = 2 * 4 * model.vocab_size * model.n_embd
-    return 16 * model.n_params + head + 4 * tokens * kept + 3 * CHUNK_BYTES
+    logits = 2 * 4 * model.vocab_size * min(tokens, chunk_rows(model.vocab_size))
+    return 16 * model.n_params + head + 4 * tokens * kept + logits
 
 
 def free_bytes(device: torch.device) -> int:
