@@ -33,7 +33,7 @@ from tinystories.engine.device import pick_precision
 from tinystories.model import GPT
 from tinystories.model.loss import Objective
 from tinystories.train.estimate import flops_per_token
-from tinystories.train.optim import build_optimizer
+from tinystories.train.optim import build_optimizers
 
 PEAK_BF16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense, FLOP/s, from the makers' data sheets
 
@@ -83,7 +83,7 @@ def compare(options: argparse.Namespace, device: torch.device, rows: int) -> dic
             name = f"ours {architecture}{' compiled' if compiled else ''}"
             model = GPT(config).to(device)
             objective = torch.compile(Objective(model)) if compiled else Objective(model)
-            optimizer = build_optimizer(model, OptimConfig())
+            (optimizer,) = build_optimizers(model, OptimConfig(kind="adamw"))
             variants[name] = stepper(mean_of(objective), model, optimizer, inputs, targets)
             flops[name] = flops_per_token(config)
     for bias in (False, True):

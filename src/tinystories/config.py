@@ -107,8 +107,13 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
-    """AdamW; weight decay applies to matrices only."""
+    """Muon and AdamW; weight decay applies to matrices only."""
 
+    kind: Literal["muon", "adamw"] = setting(
+        "muon", "muon: for the matrices of the blocks, with AdamW for the rest; adamw: for all"
+    )
+    muon_rate: float = setting(0.02, "peak of Muon's learning rate; the same for all widths")
+    momentum: float = setting(0.95, "decay of Muon's mean of gradients")
     learning_rate: float = setting(3e-3, "peak of AdamW's learning rate")
     beta1: float = setting(0.9, "decay of the mean of gradients")
     beta2: float = setting(0.95, "decay of the mean of their squares")
@@ -118,6 +123,8 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         require(self.learning_rate > 0, f"optim.learning_rate={self.learning_rate} must be positive")
+        require(self.muon_rate > 0, f"optim.muon_rate={self.muon_rate} must be positive")
+        require(0 <= self.momentum < 1, f"optim.momentum={self.momentum} must be in [0, 1)")
         require(0 <= self.beta1 < 1, f"optim.beta1={self.beta1} must be in [0, 1)")
         require(0 <= self.beta2 < 1, f"optim.beta2={self.beta2} must be in [0, 1)")
         require(self.eps > 0, f"optim.eps={self.eps} must be positive")

@@ -26,6 +26,8 @@ class Decoder:
         self.model = model
         self.blocks = [weights_of(block) for block in model.layers if isinstance(block, Block)]
         self.head = array(model.lm_head.weight)
+        with torch.inference_mode():  # a first token compiles the kernels or loads them: no story should wait for it
+            self(torch.zeros(1, dtype=torch.long), KVCache(model.config, 1), [0])
 
     def __call__(self, tokens: Int[Tensor, " B"], cache: KVCache, positions: Sequence[int]) -> Float[Tensor, "B V"]:
         """Logits after one token in each row of the cache, written at the given positions (the rows' lengths)."""

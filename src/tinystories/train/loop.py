@@ -34,7 +34,7 @@ from tinystories.train import state
 from tinystories.train.display import Display
 from tinystories.train.estimate import require_memory
 from tinystories.train.metrics import Metrics, draw, truncate
-from tinystories.train.optim import build_optimizer
+from tinystories.train.optim import build_optimizers
 from tinystories.train.schedule import learning_rate
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class Trainer:
         require_memory(config, self.device)
         torch.manual_seed(config.train.seed)
         self.model = GPT(config.model).to(self.device)
-        self.optimizer = build_optimizer(self.model, config.optim)
+        self.optimizers = build_optimizers(self.model, config.optim)
         self.objective = self.compiled(Objective(self.model))
         self.clock = state.Clock(data_sha256=self.rows.meta.splits["train"].sha256)
         train_split = self.rows.meta.splits["train"]
@@ -85,9 +85,10 @@ class Trainer:
         config = self.config
         inputs, targets = self.rows.batch(step, config.train.batch_size)
         n_targets = int(np.count_nonzero(targets != IGNORE))
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, config.train.steps, group["peak"], config.schedule)
         rate = learning_rate(step, config.train.steps, config.optim.learning_rate, config.schedule)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
         if config.model.dropout:
             torch.manual_seed(hash_seed(config.train.seed, step))
         total = torch.zeros((), device=self.device)
@@ -98,8 +99,9 @@ class Trainer:
             (loss / n_targets).backward()
             total += loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.optim.grad_clip or math.inf)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         return total / n_targets, norm, n_targets, rate
 
     def on_device(self, array: npt.NDArray[np.int64]) -> Tensor:
@@ -170,7 +172,7 @@ class Trainer:
         self.clock.recent_nats = float(self.recent.nats.item())
         self.clock.recent_targets, self.clock.recent_seconds = self.recent.targets, self.recent.seconds
         state.save(
-            self.run, self.clock, self.config, self.model, self.optimizer, self.tokenizer, self.provenance(metrics)
+            self.run, self.clock, self.config, self.model, self.optimizers, self.tokenizer, self.provenance(metrics)
         )
 
     def loop(self, metrics: Metrics, display: Display) -> BitsReport | None:
@@ -323,7 +325,7 @@ def train(config: Config, run: Path, *, resume: bool = False) -> BitsReport | No
     if last is not None:
         require_same_run(state.read_config(last), trainer.config, last)
         data_sha256 = trainer.clock.data_sha256
-        trainer.clock = state.restore(last, trainer.model, trainer.optimizer)
+        trainer.clock = state.restore(last, trainer.model, trainer.optimizers)
         if trainer.clock.data_sha256 != data_sha256:
             raise UserError(
                 f"{config.data.dir} is not the data that {run} was trained on; give the same --data, or another --out"

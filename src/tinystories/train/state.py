@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -15,7 +14,7 @@ from tinystories.config import Config, SamplingConfig, load_config, to_toml
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.errors import UserError
 from tinystories.model import GPT
-from tinystories.train.optim import optimizer_tensors, restore_optimizer
+from tinystories.train.optim import Optimizers, optimizer_tensors, restore_optimizers
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +41,7 @@ def save(
     clock: Clock,
     config: Config,
     model: GPT,
-    optimizer: torch.optim.AdamW,
+    optimizers: Optimizers,
     tokenizer: Tokenizer,
     provenance: dict[str, Any],
 ) -> Path:
@@ -53,7 +52,7 @@ def save(
             checkpoint.write_model(draft, model, tokenizer, SamplingConfig(), provenance)
             state = draft / "state"
             state.mkdir()
-            save_file(optimizer_tensors(model, optimizer), state / "optimizer.safetensors")
+            save_file(optimizer_tensors(model, optimizers), state / "optimizer.safetensors")
             (state / "config.toml").write_text(to_toml(config), encoding="utf-8")
             record = dataclasses.asdict(clock) | {
                 "optimizer_sha256": checkpoint.sha256(state / "optimizer.safetensors")
@@ -113,12 +112,12 @@ def read_config(folder: Path) -> Config:
     return load_config(folder / "state" / "config.toml")
 
 
-def restore(folder: Path, model: GPT, optimizer: torch.optim.AdamW) -> Clock:
-    """Bring model and optimizer to the state of a checkpoint; returns its clock."""
+def restore(folder: Path, model: GPT, optimizers: Optimizers) -> Clock:
+    """Bring model and optimizers to the state of a checkpoint; returns its clock."""
     checkpoint.load_weights(checkpoint.read_model(folder), model)
     path = folder / "state" / "optimizer.safetensors"
     try:
-        restore_optimizer(model, optimizer, load_file(path))
+        restore_optimizers(model, optimizers, load_file(path))
     except (OSError, SafetensorError, KeyError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     return read_clock(folder)

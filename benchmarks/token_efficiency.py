@@ -1,0 +1,241 @@
+"""Quality for tokens: this project's recipe against nanoGPT's model, data order and AdamW, on the same stories.
+
+Every run trains from scratch in a process of its own with one thread, and leaves a folder with metrics.jsonl; finished
+ones are not run again, so the command can be stopped and given again. Bits per byte follow docs/evaluation.md for both.
+The peer is tuned: `--tune` runs a grid of learning rates and batches for a quarter of the tokens, and the two best are
+then run for all tokens. Ours is the preset as it stands, for all tokens and for 1/2.5 and 1/3.5 of them. Prints a table
+and one JSON line; draws curves.png.
+
+nanoGPT's model.py is not part of this project: name the one of a checkout.
+
+    tinystories prepare train.txt --val valid.txt --tokenizer bpe:4096 --out data/bpe4096
+    python benchmarks/token_efficiency.py --nanogpt nanoGPT/model.py --data data/bpe4096 --out runs/efficiency --tune
+    python benchmarks/token_efficiency.py --nanogpt nanoGPT/model.py --data data/bpe4096 --out runs/efficiency
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from tinystories.config import load_config
+from tinystories.data.prepared import open_split
+from tinystories.engine.torch_engine import batches
+from tinystories.evaluate.bits import bits_per_byte, prepared
+
+EVALUATIONS = 16  # in a run, on a fixed subset of 200 stories; then all of them
+RATES, BATCHES = (1e-3, 2e-3, 4e-3, 8e-3), (8, 16)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nanogpt", type=Path, required=True, help="model.py of a nanoGPT checkout")
+    parser.add_argument("--data", type=Path, required=True, help="folder made by `tinystories prepare`")
+    parser.add_argument("--out", type=Path, required=True, help="where the runs go")
+    parser.add_argument(
+        "--config", default="small", help="our preset; the peer has its layers, width, heads and context"
+    )
+    parser.add_argument("--tokens", type=int, default=8_192_000)
+    parser.add_argument("--seeds", default="1", help="of our runs at all tokens, several with commas")
+    parser.add_argument("--tune", action="store_true", help="the grid of the peer, at a quarter of the tokens")
+    parser.add_argument("--workers", type=int, default=2, help="runs side by side, one thread each")
+    parser.add_argument("--peer", help=argparse.SUPPRESS)  # one run of the peer in this process: rate,batch,tokens
+    options = parser.parse_args()
+    if options.peer:
+        rate, rows, tokens = options.peer.split(",")
+        train_peer(options, float(rate), int(rows), int(tokens))
+        return
+    plan = tuning(options) if options.tune else comparison(options)
+    options.out.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(options.workers) as pool:
+        list(pool.map(lambda job: execute(options.out / job[0], job[1]), plan.items()))
+    report(options, list(plan))
+
+
+def tuning(options: argparse.Namespace) -> dict[str, list[str]]:
+    return dict(peer_job(options, rate, rows, options.tokens // 4) for rows in BATCHES for rate in RATES)
+
+
+def comparison(options: argparse.Namespace) -> dict[str, list[str]]:
+    """The two best settings of the peer's grid at all tokens; ours at all tokens and at fewer."""
+    tuned = [peer_job(options, rate, rows, options.tokens // 4)[0] for rows in BATCHES for rate in RATES]
+    scores = {name: final(options.out / name) for name in tuned if is_done(options.out / name)}
+    if len(scores) < len(tuned):
+        sys.exit(f"the peer is not tuned yet: {len(scores)} of {len(tuned)} runs are there; run with --tune first")
+    plan: dict[str, list[str]] = {}
+    for name in sorted(scores, key=lambda name: scores[name]["val_bits_per_byte"])[:2]:
+        _, rate, rows, _ = name.split("_")
+        plan |= [peer_job(options, float(rate), int(rows), options.tokens)]
+    config = load_config(options.config)
+    for divisor, seeds in ((1.0, options.seeds.split(",")), (2.5, ["1"]), (3.5, ["1"])):
+        for seed in seeds:
+            steps = round(options.tokens / divisor / config.train.batch_size / config.model.n_ctx)
+            name = f"ours_{options.tokens / divisor / 1e6:.2f}M_seed{seed}"
+            plan[name] = [
+                str(Path(sys.executable).with_name("tinystories")), "train", "--resume", "--config", options.config,
+                "--data", str(options.data), "--out", str(options.out / name), "--train.steps", str(steps),
+                "--train.seed", seed, "--train.eval_every", str(max(1, steps // EVALUATIONS)),
+            ]  # fmt: skip
+    return plan
+
+
+def peer_job(options: argparse.Namespace, rate: float, rows: int, tokens: int) -> tuple[str, list[str]]:
+    name = f"nanogpt_{rate:g}_{rows}_{tokens / 1e6:.2f}M"
+    given = [
+        "--nanogpt",
+        options.nanogpt,
+        "--data",
+        options.data,
+        "--out",
+        options.out / name,
+        "--config",
+        options.config,
+    ]
+    return name, [sys.executable, __file__, *map(str, given), "--peer", f"{rate},{rows},{tokens}"]
+
+
+def execute(run: Path, command: list[str]) -> None:
+    if is_done(run):
+        return
+    began = time.perf_counter()
+    with (run.parent / f"{run.name}.log").open("w") as log:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        subprocess.run(command, check=True, stdout=log, stderr=log, env=environment)
+    print(f"{run.name}: {final(run)['val_bits_per_byte']:.4f} in {time.perf_counter() - began:,.0f} s", flush=True)
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    path = run / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def final(run: Path) -> dict[str, Any]:
+    return records(run)[-1]
+
+
+def is_done(run: Path) -> bool:
+    found = records(run)
+    return bool(found) and bool(found[-1].get("final"))
+
+
+def train_peer(options: argparse.Namespace, rate: float, rows: int, tokens: int) -> None:
+    """nanoGPT's train.py: random windows of the stream, AdamW (0.9, 0.99), decay 0.1, clipping, cosine to a tenth."""
+    shape = load_config(options.config).model
+    torch.manual_seed(1337)
+    train, _ = open_split(options.data, "train")
+    val = open_split(options.data, "val")
+    vocab_size = json.loads((options.data / "meta.json").read_text())["vocab_size"]
+    model = nanogpt(options.nanogpt, shape, vocab_size)
+    with contextlib.redirect_stdout(io.StringIO()):
+        optimizer = model.configure_optimizers(0.1, rate, (0.9, 0.99), "cpu")
+    steps, warmup, n_ctx = tokens // (rows * shape.n_ctx), 100, shape.n_ctx
+    options.out.mkdir(parents=True, exist_ok=True)
+    seconds, total = 0.0, 0.0
+    with (options.out / "metrics.jsonl").open("w") as metrics:
+
+        def write(**record: Any) -> None:
+            metrics.write(json.dumps(record) + "\n")
+            metrics.flush()
+
+        for step in range(steps):
+            began = time.perf_counter()
+            done = (step - warmup) / max(1, steps - warmup)
+            now = (
+                rate * (step + 1) / (warmup + 1)
+                if step < warmup
+                else rate * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+            )
+            for group in optimizer.param_groups:
+                group["lr"] = now
+            starts = torch.randint(len(train) - n_ctx, (rows,))
+            windows = torch.from_numpy(np.stack([train[i : i + n_ctx + 1] for i in starts.tolist()]).astype(np.int64))
+            _, loss = model(windows[:, :-1].contiguous(), windows[:, 1:].contiguous())
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            seconds, total = seconds + time.perf_counter() - began, total + loss.item()
+            seen = {"step": step + 1, "tokens": (step + 1) * rows * n_ctx, "seconds": round(seconds, 1)}
+            if (step + 1) % 10 == 0:
+                write(**seen, loss=total / 10)
+                total = 0.0
+            last = step + 1 == steps
+            if last or (step + 1) % max(1, steps // EVALUATIONS) == 0:
+                found = bits_per_byte(Peer(model.eval(), shape), prepared(*val, 0 if last else 200))
+                write(**seen, val_bits_per_byte=found.bits_per_byte, val_stories=found.stories, final=last)
+                model.train()
+
+
+def nanogpt(path: Path, shape: Any, vocab_size: int) -> Any:
+    """nanoGPT's own model, from its own file; what it prints is dropped."""
+    spec = importlib.util.spec_from_file_location("nanogpt_model", path)
+    assert spec is not None, "not a Python file"
+    assert spec.loader is not None, "not a Python file"
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sizes = {"n_layer": shape.n_layer, "n_embd": shape.n_embd, "n_head": shape.n_head, "block_size": shape.n_ctx}
+    with contextlib.redirect_stdout(io.StringIO()):
+        return module.GPT(module.GPTConfig(vocab_size=vocab_size, dropout=0.0, bias=False, **sizes))
+
+
+class Peer:
+    """nanoGPT's model as far as scoring asks for an engine."""
+
+    def __init__(self, model: Any, config: Any) -> None:
+        self.model, self.config = model, config
+
+    @torch.inference_mode()
+    def logprobs(self, sequences: Any) -> list[Any]:
+        scored: dict[int, Any] = {}
+        for members in batches([len(ids) - 1 for ids in sequences], 2048):
+            longest = max(len(sequences[i]) for i in members)
+            tokens = np.zeros((len(members), longest), dtype=np.int64)
+            for row, i in enumerate(members):
+                tokens[row, : len(sequences[i])] = sequences[i]
+            rows = torch.from_numpy(tokens)
+            logits, _ = self.model(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
+            nats = F.cross_entropy(logits.transpose(1, 2), rows[:, 1:], reduction="none").numpy()
+            for row, i in enumerate(members):
+                scored[i] = -nats[row, : len(sequences[i]) - 1]
+        return [scored[i] for i in range(len(sequences))]
+
+
+def report(options: argparse.Namespace, names: list[str]) -> None:
+    """The table, the picture and the JSON line of finished runs."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    print(f"{'run':32} {'tokens':>12} {'seconds':>9} {'bits per byte':>14}")
+    results = []
+    for name in names:
+        found = records(options.out / name)
+        points = [(r["tokens"], r["val_bits_per_byte"]) for r in found if "val_bits_per_byte" in r]
+        axes.plot(*zip(*points, strict=True), label=name, linestyle="--" if name.startswith("nanogpt") else "-")
+        seconds = max(r.get("seconds", 0.0) for r in found)
+        print(f"{name:32} {points[-1][0]:12,} {seconds:9,.0f} {points[-1][1]:14.4f}")
+        results.append({"run": name, "tokens": points[-1][0], "seconds": seconds, "bits_per_byte": points[-1][1]})
+    axes.set(xlabel="training tokens", ylabel="bits per byte on validation stories", ylim=(None, 1.2))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(options.out / ("tuning.png" if options.tune else "curves.png"), dpi=120)
+    print(json.dumps({"benchmark": "token_efficiency", "torch": torch.__version__, "results": results}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Muon's update against its definition, and which weight goes to which optimizer."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from tinystories.config import ModelConfig, OptimConfig
+from tinystories.model import GPT
+from tinystories.train.muon import Muon, orthogonalized
+from tinystories.train.optim import build_optimizers, optimizer_tensors, restore_optimizers
+
+
+def tiny(architecture: str = "modern", tied: bool = True) -> GPT:
+    torch.manual_seed(3)
+    config = ModelConfig(
+        architecture=architecture,  # type: ignore[arg-type]
+        vocab_size=31, n_ctx=8, n_layer=2, n_head=2, n_embd=16, n_ff=24, tied=tied,
+    )  # fmt: skip
+    return GPT(config)
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 40, 16), (1, 16, 40)])
+def test_singular_vectors_stay_and_singular_values_become_alike(shape: tuple[int, int, int]) -> None:
+    torch.manual_seed(1)
+    u, _, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    s = torch.logspace(0, -1.5, u.shape[-1]).expand(shape[0], -1)  # largest over smallest: 32
+    moved = u.mT @ orthogonalized(u * s[:, None] @ v, 5) @ v.mT
+    values = moved.diagonal(dim1=1, dim2=2)
+    assert ((values > 0.6) & (values < 1.3)).all()
+    torch.testing.assert_close(moved, torch.diag_embed(values), atol=1e-4, rtol=0)
+
+
+def test_a_matrix_does_not_depend_on_those_it_is_batched_with() -> None:
+    torch.manual_seed(2)
+    matrices = torch.randn(3, 12, 20)
+    together = orthogonalized(matrices, 5)
+    alone = torch.cat([orthogonalized(one[None], 5) for one in matrices])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(orthogonalized(matrices * 1000, 5), together, atol=1e-4, rtol=1e-3)
+
+
+def test_the_update_is_that_of_torch_but_for_its_bf16() -> None:
+    torch.manual_seed(4)
+    start, gradients = torch.randn(24, 16), [torch.randn(24, 16) for _ in range(4)]
+    ends = []
+    for make in (Muon, torch.optim.Muon):
+        weight = nn.Parameter(start.clone())
+        optimizer = make([weight], lr=0.1, momentum=0.9, weight_decay=0.05)
+        for gradient in gradients:
+            weight.grad = gradient.clone()
+            optimizer.step()
+        ends.append(weight.detach() - start)
+    assert (ends[0] - ends[1]).norm() < 0.03 * ends[1].norm()
+
+
+@pytest.mark.parametrize("architecture", ["classic", "modern"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_weight_has_one_optimizer(architecture: str, tied: bool) -> None:
+    model = tiny(architecture, tied)
+    adamw, muon = build_optimizers(model, OptimConfig(kind="muon", weight_decay=0.3))
+    decayed, plain = adamw.param_groups
+    names = {id(w): name for name, w in model.named_parameters()}
+    given = [names[id(w)] for group in (decayed, plain, *muon.param_groups) for w in group["params"]]
+    assert sorted(given) == sorted(names.values())
+    assert {names[id(w)] for w in decayed["params"]} <= {"embed_tokens.weight", "lm_head.weight"}
+    assert all(names[id(w)].startswith("layers.") and w.ndim == 2 for w in muon.param_groups[0]["params"])
+    assert (decayed["weight_decay"], plain["weight_decay"], muon.param_groups[0]["weight_decay"]) == (0.3, 0.0, 0.3)
+
+
+def test_adamw_alone_takes_everything_and_decays_matrices_only() -> None:
+    model = tiny()
+    (adamw,) = build_optimizers(model, OptimConfig(kind="adamw"))
+    decayed, plain = adamw.param_groups
+    assert {w.ndim for w in decayed["params"]} == {2}
+    assert {w.ndim for w in plain["params"]} == {1}
+    assert sum(w.numel() for group in (decayed, plain) for w in group["params"]) == model.config.n_params
+
+
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_the_state_survives_being_saved(kind: str) -> None:
+    """Two steps are the same whether or not the state was written and read between them."""
+
+    def step(model: GPT, optimizers: object) -> None:
+        tokens = torch.arange(16).view(2, 8)
+        model.logits(model(tokens)).square().mean().backward()
+        for optimizer in optimizers:  # type: ignore[attr-defined]
+            optimizer.step()
+            optimizer.zero_grad()
+
+    config = OptimConfig(kind=kind)  # type: ignore[arg-type]
+    straight, resumed = tiny(), tiny()
+    optimizers = build_optimizers(straight, config)
+    step(straight, optimizers)
+    resumed.load_state_dict(straight.state_dict())
+    others = build_optimizers(resumed, config)
+    restore_optimizers(resumed, others, {k: v.clone() for k, v in optimizer_tensors(straight, optimizers).items()})
+    step(straight, optimizers)
+    step(resumed, others)
+    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))
+
+
+def test_one_step_moves_every_singular_direction_by_the_rate() -> None:
+    torch.manual_seed(5)
+    weight = nn.Parameter(torch.zeros(64, 16))
+    optimizer = Muon([weight], lr=0.01)
+    weight.grad = torch.randn(64, 16)
+    optimizer.step()
+    moved = torch.linalg.svdvals(weight.detach()) / (0.01 * math.sqrt(64 / 16))
+    assert 0.6 < moved.min() <= moved.max() < 1.3
