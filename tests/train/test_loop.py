@@ -265,7 +265,8 @@ def test_places_that_hold_something_are_refused(config: Config, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("section", "values"), [("model", {"n_layer": 1}), ("train", {"seed": 3}), ("train", {"batch_size": 4})]
+    ("section", "values"),
+    [("model", {"n_layer": 1}), ("train", {"seed": 3}), ("train", {"batch_size": 4}), ("optim", {"kind": "adamw"})],
 )
 def test_resuming_with_what_would_change_the_weights_is_refused(
     config: Config, tmp_path: Path, section: str, values: dict[str, Any]

@@ -370,7 +370,8 @@ def require_place(run: Path, resume: bool) -> None:
 def require_same_run(old: Config, new: Config, folder: Path) -> None:
     """Settings that decide which weights come out must not change on the way."""
     before, after = dataclasses.asdict(old), dataclasses.asdict(new)
-    fixed = [("model", key) for key in after["model"]] + [("train", "seed"), ("train", "batch_size")]
+    fixed = [("model", key) for key in after["model"]]
+    fixed += [("train", "seed"), ("train", "batch_size"), ("optim", "kind")]
     for section, key in fixed:
         was, now = before[section][key], after[section][key]
         if was != now:
