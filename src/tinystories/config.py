@@ -9,12 +9,14 @@ import math
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from tinystories.errors import UserError
 
 T = TypeVar("T")
 
+UNIONS = (Union, UnionType)  # `int | Literal["auto"]` is the one or the other by the version of Python
 PRESETS = ("nano", "small", "base", "seed-89m", "modern-89m")
 
 
@@ -157,7 +159,9 @@ class TrainConfig:
 
     steps: int = setting(2000, "optimizer steps of the whole run")
     batch_size: int = setting(32, "rows of n_ctx tokens in an optimizer step")
-    micro_batch: int = setting(32, "rows in one forward and backward pass, for less memory; divides batch_size")
+    micro_batch: int | Literal["auto"] = setting(
+        32, "rows in one forward and backward pass; divides batch_size; auto: as many as the memory holds"
+    )
     seed: int = setting(1, "of weights, order of stories and dropout")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1 or mps")
     precision: Literal["auto", "fp32", "bf16"] = setting(
@@ -176,12 +180,16 @@ class TrainConfig:
     tensorboard: bool = setting(False, "write TensorBoard events too (--train.tensorboard true)")
 
     def __post_init__(self) -> None:
-        names = ("steps", "batch_size", "micro_batch", "log_every", "eval_every", "eval_stories")
+        names = ("steps", "batch_size", "log_every", "eval_every", "eval_stories")
         for name in (*names, "checkpoint_every", "keep_checkpoints", "sample_tokens"):
             require(getattr(self, name) > 0, f"train.{name}={getattr(self, name)} must be positive")
         require(self.seed >= 0, f"train.seed={self.seed} must not be negative")
         require(
-            self.batch_size % self.micro_batch == 0,
+            self.micro_batch == "auto" or self.micro_batch > 0,
+            f"train.micro_batch={self.micro_batch} must be positive, or auto",
+        )
+        require(
+            self.micro_batch == "auto" or self.batch_size % self.micro_batch == 0,
             f"train.batch_size={self.batch_size} must be a multiple of train.micro_batch={self.micro_batch}",
         )
 
@@ -288,6 +296,9 @@ def checked(value: Any, hint: Any, where: str, name: str) -> Any:
         if value not in get_args(hint):
             raise UserError(f"{where}: {name}={value!r} must be one of {', '.join(map(str, get_args(hint)))}")
         return value
+    if get_origin(hint) in UNIONS:  # a number or a word
+        number, word = get_args(hint)
+        return checked(value, word if isinstance(value, str) else number, where, name)
     if get_origin(hint) is tuple:
         if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
             raise UserError(f"{where}: {name} must be a list of strings")
@@ -307,6 +318,14 @@ def parse_text(text: str, hint: Any, name: str) -> Any:
     """A flag's text as a value of the annotated type."""
     if hint is str or get_origin(hint) is Literal:
         return text
+    if get_origin(hint) in UNIONS:
+        number, word = get_args(hint)
+        if text in get_args(word):
+            return text
+        try:
+            return parse_text(text, number, name)
+        except UserError:
+            raise UserError(f"--{name} {text!r}: expected a number or {' or '.join(get_args(word))}") from None
     if hint is bool:
         words = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
         if text.lower() not in words:

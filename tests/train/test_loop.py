@@ -250,6 +250,42 @@ def test_a_run_that_cannot_fit_is_refused_with_the_estimate(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("room_for", "used_before", "expected"), [(8, 0, 8), (7, 0, 4), (3, 0, 2), (8, 2, 2), (1, 2, 1)]
+)
+def test_auto_takes_the_largest_part_of_the_batch_that_fits(
+    config: Config, monkeypatch: pytest.MonkeyPatch, room_for: int, used_before: int, expected: int
+) -> None:
+    """Unless the run used a smaller one before: then its sums go on as they were."""
+    config = changed(changed(config, "train", batch_size=8, micro_batch="auto"), "model", vocab_size=400)
+    needed = estimate.train_bytes(config, room_for) / estimate.FREE_SHARE
+    monkeypatch.setattr(estimate, "free_bytes", lambda _: int(needed) + 1)
+    assert estimate.fitting_micro_batch(config, torch.device("cpu"), used_before) == expected
+
+
+def test_auto_with_no_room_at_all_is_refused(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "free_bytes", lambda _: 10**5)
+    with pytest.raises(UserError, match=r"needs about \d+\.\d GB .*train\.micro_batch=1"):
+        train(changed(config, "train", micro_batch="auto"), tmp_path / "run")
+
+
+def test_a_run_on_auto_goes_on_with_the_part_it_began_with(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even where there is room for more by then: sums in another order would give other bits."""
+    config = changed(config, "train", batch_size=8, micro_batch="auto", steps=2)
+    plenty, used = estimate.free_bytes, []
+    tight = estimate.train_bytes(changed(config, "model", vocab_size=400), 4) / estimate.FREE_SHARE
+    monkeypatch.setattr(estimate, "free_bytes", lambda _: int(tight) + 1)
+    step = Trainer.train_step
+    monkeypatch.setattr(Trainer, "train_step", lambda self, i: used.append(self.micro_batch) or step(self, i))
+    train(config, tmp_path / "run")
+    monkeypatch.setattr(estimate, "free_bytes", plenty)
+    train(changed(config, "train", steps=4), tmp_path / "run", resume=True)
+    train(config, tmp_path / "other")
+    assert used == [4, 4, 4, 4, 8, 8]
+
+
 def test_places_that_hold_something_are_refused(config: Config, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="is a file"):
@@ -329,5 +365,5 @@ def test_estimates_are_near_the_truth(config: Config) -> None:
     norms = 6 * (2 * (2 * 16 + 2 * 8) + 16)
     assert estimate.flops_per_token(model) == by_hand + norms
     sized = changed(config, "model", vocab_size=400)
-    assert estimate.train_bytes(changed(sized, "train", micro_batch=8)) > estimate.train_bytes(sized)
+    assert estimate.train_bytes(sized, 8) > estimate.train_bytes(sized, 4)
     assert np.isfinite(estimate.train_seconds(sized, torch.device("cpu")))

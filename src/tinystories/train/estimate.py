@@ -9,6 +9,9 @@ from tinystories.config import Config, ModelConfig
 from tinystories.errors import UserError
 from tinystories.model.loss import chunk_rows
 
+ENOUGH_TOKENS = 8192  # in a micro-batch on a CPU: more are no faster, and only take memory
+FREE_SHARE = 0.75  # of the free memory that `auto` counts on: the estimate is not exact
+
 
 def flops_per_token(config: ModelConfig) -> float:
     """Floating-point operations to train on one token: 6 for each weight in a matrix product, plus causal attention."""
@@ -18,15 +21,16 @@ def flops_per_token(config: ModelConfig) -> float:
     return 6.0 * (weights + embedding) + 6.0 * attention
 
 
-def train_bytes(config: Config) -> int:
-    """Peak memory of one optimizer step in fp32: weights, gradients, AdamW's two moments, activations, loss chunks.
+def train_bytes(config: Config, micro_batch: int) -> int:
+    """Peak memory of one optimizer step in fp32 with `micro_batch` rows at once.
 
-    Activations are counted per token and layer as the tensors autograd keeps; measured peaks lie within a third of it.
+    Weights, gradients, two moments of AdamW, activations, loss chunks. Activations are counted per token and layer as
+    the tensors autograd keeps; measured peaks lie within a third of the sum.
     """
     model = config.model
     wide = 3 if model.architecture == "modern" else 2
     kept = model.n_layer * (14 * model.n_embd + wide * model.n_ff) + 4 * model.n_embd
-    tokens = config.train.micro_batch * model.n_ctx
+    tokens = micro_batch * model.n_ctx
     head = 2 * 4 * model.vocab_size * model.n_embd
     logits = 2 * 4 * model.vocab_size * min(tokens, chunk_rows(model.vocab_size))
     return 16 * model.n_params + head + 4 * tokens * kept + logits
@@ -38,13 +42,34 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def require_memory(config: Config, device: torch.device) -> None:
+def fitting_micro_batch(config: Config, device: torch.device, used_before: int = 0) -> int:
+    """The rows of `train.micro_batch`; for `auto` the largest divisor of the batch that fits.
+
+    A run that goes on keeps what it `used_before` where that still fits, so that its sums stay the same. `UserError`
+    when not even the number asked for, or one row, fits.
+    """
+    asked, batch_size, free = config.train.micro_batch, config.train.batch_size, free_bytes(device)
+    if asked != "auto":
+        require_memory(config, asked, free, device)
+        return asked
+    most = max(1, ENOUGH_TOKENS // config.model.n_ctx) if device.type == "cpu" else batch_size
+    divisors = [rows for rows in range(batch_size, 0, -1) if batch_size % rows == 0 and rows <= most]
+    if used_before in divisors:
+        divisors.insert(0, used_before)
+    for rows in divisors:
+        if train_bytes(config, rows) <= FREE_SHARE * free:
+            return rows
+    require_memory(config, 1, free, device)
+    return 1
+
+
+def require_memory(config: Config, micro_batch: int, free: int, device: torch.device) -> None:
     """Refuse a run that cannot fit, before it starts."""
-    needed, free = train_bytes(config), free_bytes(device)
+    needed = train_bytes(config, micro_batch)
     if needed > free:
         raise UserError(
             f"this run needs about {needed / 1e9:.1f} GB of memory and {device} has {free / 1e9:.1f} GB free;"
-            f" lower train.micro_batch={config.train.micro_batch} or model.n_ctx={config.model.n_ctx},"
+            f" lower train.micro_batch={micro_batch} or model.n_ctx={config.model.n_ctx},"
             " or choose a smaller preset"
         )
 

@@ -32,7 +32,7 @@ from tinystories.model import GPT
 from tinystories.model.loss import Objective
 from tinystories.train import state
 from tinystories.train.display import Display
-from tinystories.train.estimate import require_memory
+from tinystories.train.estimate import fitting_micro_batch
 from tinystories.train.metrics import Metrics, draw, truncate
 from tinystories.train.optim import build_optimizers
 from tinystories.train.schedule import learning_rate
@@ -51,7 +51,8 @@ class Interrupted(Exception):
 class Trainer:
     """One training run in one process: owns the model, its optimizer and the clock."""
 
-    def __init__(self, config: Config, run: Path) -> None:
+    def __init__(self, config: Config, run: Path, micro_batch: int = 0) -> None:
+        """`micro_batch` is what an earlier sitting of this run used, if there was one."""
         folder = Path(config.data.dir)
         self.rows = PackedRows(folder, "train", config.model.n_ctx, config.train.seed)
         self.val = open_split(folder, "val")
@@ -62,12 +63,12 @@ class Trainer:
         self.run = run
         self.device = pick_device(config.train.device)
         self.precision = pick_precision(self.device, config.train.precision)
-        require_memory(config, self.device)
+        self.micro_batch = fitting_micro_batch(config, self.device, micro_batch)
         torch.manual_seed(config.train.seed)
         self.model = GPT(config.model).to(self.device)
         self.optimizers = build_optimizers(self.model, config.optim)
         self.objective = self.compiled(Objective(self.model))
-        self.clock = state.Clock(data_sha256=self.rows.meta.splits["train"].sha256)
+        self.clock = state.Clock(micro_batch=self.micro_batch, data_sha256=self.rows.meta.splits["train"].sha256)
         train_split = self.rows.meta.splits["train"]
         self.tokens_per_byte = (train_split.tokens - 1) / max(1, train_split.bytes)
         self.stop_signal = 0
@@ -92,8 +93,8 @@ class Trainer:
         if config.model.dropout:
             torch.manual_seed(hash_seed(config.train.seed, step))
         total = torch.zeros((), device=self.device)
-        for start in range(0, config.train.batch_size, config.train.micro_batch):
-            part = slice(start, start + config.train.micro_batch)
+        for start in range(0, config.train.batch_size, self.micro_batch):
+            part = slice(start, start + self.micro_batch)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
                 loss = self.objective(self.on_device(inputs[part]), self.on_device(targets[part]))
             (loss / n_targets).backward()
@@ -321,11 +322,12 @@ def train(config: Config, run: Path, *, resume: bool = False) -> BitsReport | No
     """
     last = state.latest(run) if resume else None
     require_place(run, resume)
-    trainer = Trainer(config, run)
+    trainer = Trainer(config, run, state.read_clock(last).micro_batch if last is not None else 0)
     if last is not None:
         require_same_run(state.read_config(last), trainer.config, last)
         data_sha256 = trainer.clock.data_sha256
         trainer.clock = state.restore(last, trainer.model, trainer.optimizers)
+        trainer.clock.micro_batch = trainer.micro_batch
         if trainer.clock.data_sha256 != data_sha256:
             raise UserError(
                 f"{config.data.dir} is not the data that {run} was trained on; give the same --data, or another --out"

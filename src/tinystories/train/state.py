@@ -33,6 +33,7 @@ class Clock:
     recent_nats: float = 0.0  # summed loss, targets and seconds since the last line of metrics.jsonl
     recent_targets: int = 0
     recent_seconds: float = 0.0
+    micro_batch: int = 0  # rows of a pass, which decide the order of sums
     data_sha256: str = ""  # of train.bin
 
 
