@@ -29,24 +29,6 @@ def tiny() -> Callable[..., ModelConfig]:
     return build
 
 
-@pytest.fixture(scope="session")
-def awake() -> Callable[[ModelConfig], GPT]:
-    """A model in eval mode with random norms and biases and large matrices: nothing is near zero or one."""
-
-    def build(config: ModelConfig) -> GPT:
-        generator = torch.Generator().manual_seed(5)
-        model = GPT(config).eval()
-        with torch.no_grad():
-            for weight in model.parameters():
-                if weight.ndim == 1:
-                    weight.uniform_(0.5, 1.5, generator=generator)
-                else:
-                    weight.normal_(std=weight.shape[1] ** -0.5, generator=generator)
-        return model
-
-    return build
-
-
 @pytest.fixture(scope="session", params=SHAPES, ids=str)
 def model(request: pytest.FixtureRequest, tiny: Callable[..., ModelConfig], awake: Callable[[ModelConfig], GPT]) -> GPT:
     return awake(tiny(**SHAPES[request.param]))

@@ -1,4 +1,4 @@
-"""How every command runs: what people can mend becomes one line on stderr and an exit code."""
+"""How every command runs: what people can mend becomes one line on stderr and an exit code. Options that many have."""
 
 import logging
 import os
@@ -10,6 +10,23 @@ from tinystories.errors import UserError
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 TRAIN_EXTRA = 'this command needs more packages; install them with: pip install "tinystories-gpt[train]"'
+
+errors_option = click.option(
+    "--errors",
+    type=click.Choice(["strict", "replace"]),
+    default="strict",
+    show_default=True,
+    help="What to do with bytes that are not UTF-8: stop, or put U+FFFD in their place.",
+)
+device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
+precision_option = click.option(
+    "--precision",
+    type=click.Choice(["auto", "fp32", "bf16"]),
+    default="auto",
+    show_default=True,
+    help="Of the weights.",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print a JSON object last.")
 
 
 def run(command: click.Command, argv: list[str] | None = None, name: str = "tinystories") -> int:

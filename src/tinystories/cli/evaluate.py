@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from tinystories.cli.command import SETTINGS
+from tinystories.cli.command import SETTINGS, device_option, errors_option, json_option, precision_option
 
 
 @click.command("eval", context_settings=SETTINGS)
@@ -20,28 +20,16 @@ from tinystories.cli.command import SETTINGS
 @click.option(
     "--text-field", default="text", show_default=True, help="Field or column of JSONL, CSV and parquet files."
 )
-@click.option(
-    "--errors",
-    type=click.Choice(["strict", "replace"]),
-    default="strict",
-    show_default=True,
-    help="What to do with bytes that are not UTF-8: stop, or put U+FFFD in their place.",
-)
+@errors_option
 @click.option(
     "--limit",
     type=click.IntRange(min=0),
     default=0,
     help="Only that many stories, the first of files, evenly spaced ones of prepared data (0: all).",
 )
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
-@click.option(
-    "--precision",
-    type=click.Choice(["auto", "fp32", "bf16"]),
-    default="auto",
-    show_default=True,
-    help="Of the weights.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON object last.")
+@device_option
+@precision_option
+@json_option
 def evaluate(
     model: Path, data: str, text_field: str, errors: Any, limit: int, device: str, precision: str, as_json: bool
 ) -> None:

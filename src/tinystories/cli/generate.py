@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tinystories.cli.command import SETTINGS
+from tinystories.cli.command import SETTINGS, device_option, precision_option
 
 if TYPE_CHECKING:
     from tinystories.generate.stories import Request
@@ -31,14 +31,8 @@ if TYPE_CHECKING:
 @click.option(
     "--engine", type=click.Choice(["auto", "torch"]), default="auto", show_default=True, help="What computes."
 )
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
-@click.option(
-    "--precision",
-    type=click.Choice(["auto", "fp32", "bf16"]),
-    default="auto",
-    show_default=True,
-    help="Of the weights.",
-)
+@device_option
+@precision_option
 @click.option("--stream/--no-stream", default=True, show_default=True, help="Show text as it is made.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Also write to FILE.txt or FILE.jsonl.")
 def generate(

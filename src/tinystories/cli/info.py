@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from tinystories.cli.command import SETTINGS
+from tinystories.cli.command import SETTINGS, json_option
 from tinystories.config import PRESETS, Config, load_config
 from tinystories.errors import UserError
 
@@ -15,7 +15,7 @@ from tinystories.errors import UserError
 @click.command(context_settings=SETTINGS)
 @click.argument("path", type=click.Path(path_type=Path), required=False)
 @click.option("--config", "config_file", help=f"TOML file, or a preset: {', '.join(PRESETS)}.")
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON object last.")
+@json_option
 def info(path: Path | None, config_file: str | None, as_json: bool) -> None:
     """Tell what a model directory, a prepared folder or a config is: sizes, parameters, where it came from."""
     if (path is None) == (config_file is None):

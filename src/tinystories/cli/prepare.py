@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tinystories.cli.command import SETTINGS
+from tinystories.cli.command import SETTINGS, errors_option, json_option
 
 if TYPE_CHECKING:
     from tinystories.data.prepare import PrepareReport
@@ -27,15 +27,9 @@ if TYPE_CHECKING:
 @click.option(
     "--text-field", default="text", show_default=True, help="Field or column of JSONL, CSV, parquet and Hub sources."
 )
-@click.option(
-    "--errors",
-    type=click.Choice(["strict", "replace"]),
-    default="strict",
-    show_default=True,
-    help="What to do with bytes that are not UTF-8: stop, or put U+FFFD in their place.",
-)
+@errors_option
 @click.option("--keep-duplicates", is_flag=True, help="Keep stories that occur more than once.")
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON object last.")
+@json_option
 def prepare(
     source: tuple[str, ...],
     out: Path,

@@ -7,7 +7,7 @@ from typing import get_type_hints
 
 import click
 
-from tinystories.cli.command import SETTINGS
+from tinystories.cli.command import SETTINGS, json_option
 from tinystories.cli.prepare import print_prepared
 from tinystories.config import PRESETS, Config, load_config
 from tinystories.errors import UserError
@@ -38,7 +38,7 @@ class SettingsCommand(click.Command):
 @click.option("--out", type=click.Path(path_type=Path), help="Run directory.  [default: runs/NAME of the config]")
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint in --out.")
 @click.option("--print-config", is_flag=True, help="Print the resolved settings as TOML and stop.")
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON object last.")
+@json_option
 @click.pass_context
 def train(
     context: click.Context,
