@@ -21,6 +21,7 @@ ORDER = [
     "train",
     "serve",
     "cli",
+    "__main__",
 ]
 LEVEL = {name: i for i, names in enumerate(ORDER) for name in names.split()}
 

@@ -222,11 +222,18 @@ def publish(checkpoint: Path, run: Path) -> None:
     sync(run)
 
 
+def folder_of(run: Path, step: int) -> Path:
+    """Where a run keeps the checkpoint of a step."""
+    return run / "checkpoints" / f"step-{step:07d}"
+
+
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint's folder; -1 for a folder that is no checkpoint's."""
+    digits = folder.name.removeprefix("step-")
+    return int(digits) if digits.isdigit() else -1
+
+
 def checkpoints(run: Path) -> list[tuple[int, Path]]:
     """(step, directory) of a run's whole checkpoints, oldest first. Drafts are not checkpoints."""
-    found = []
-    for path in (run / "checkpoints").glob("step-*"):
-        digits = path.name.removeprefix("step-")
-        if digits.isdigit() and is_model(path):
-            found.append((int(digits), path))
-    return sorted(found)
+    folders = (run / "checkpoints").glob("step-*")
+    return sorted((step_of(folder), folder) for folder in folders if step_of(folder) >= 0 and is_model(folder))

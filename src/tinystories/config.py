@@ -172,6 +172,9 @@ class TrainConfig:
     eval_every: int = setting(250, "steps between evaluations, each with sample stories")
     eval_stories: int = setting(200, "validation stories of these evaluations; the last one takes all")
     checkpoint_every: int = setting(250, "steps between checkpoints")
+    shard_optimizer: bool = setting(
+        False, "each of several processes keeps only its share of the optimizer's state (--train.shard_optimizer true)"
+    )
     keep_checkpoints: int = setting(2, "newest checkpoints kept, besides the best one")
     sample_prompts: tuple[str, ...] = setting(
         ("Once upon a time", "Lily and Tom went to the park."), "openings of the sample stories"

@@ -7,6 +7,7 @@ import sys
 import click
 
 from tinystories.errors import UserError
+from tinystories.train.distributed import is_first_to_say
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 TRAIN_EXTRA = 'this command needs more packages; install them with: pip install "tinystories-gpt[train]"'
@@ -37,7 +38,9 @@ def run(command: click.Command, argv: list[str] | None = None, name: str = "tiny
         result = command.main(argv, prog_name=name, standalone_mode=False)
         return result if isinstance(result, int) else 0
     except UserError as error:
-        click.echo(f"error: {error}", err=True)
+        if is_first_to_say(str(error)):
+            rank = os.environ.get("RANK", "0")
+            click.echo(f"error: {error}" if rank == "0" else f"error: rank {rank}: {error}", err=True)
         return 2
     except click.ClickException as error:
         click.echo(f"error: {error.format_message()} (see {name} --help)", err=True)

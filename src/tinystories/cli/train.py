@@ -11,6 +11,7 @@ from tinystories.cli.command import SETTINGS, json_option
 from tinystories.cli.prepare import print_prepared
 from tinystories.config import PRESETS, Config, load_config
 from tinystories.errors import UserError
+from tinystories.train.distributed import World
 
 
 class SettingsCommand(click.Command):
@@ -77,11 +78,16 @@ def train_run(config: Config, out: Path, *, resume: bool, as_json: bool = False)
     """Train and say what to do next; returns the exit code."""
     from tinystories.train.loop import Interrupted, train
 
+    first = World.from_environment().first
     try:
         report = train(config, out, resume=resume)
     except Interrupted as stop:
+        if not first:
+            return 0  # else torchrun would end the first, which still has something to say
         click.echo(f"{stop}; saved. Go on with: tinystories train --out {out} --resume", err=True)
         return 128 + stop.signal
+    if not first:
+        return 0
     if report is not None:
         click.echo(f"{report.bits_per_byte:.4f} bits per byte on {report.stories:,} validation stories", err=True)
     click.echo(f"done: {out} (loss.png, samples.md). Read a story: tinystories generate {out}", err=True)
@@ -103,6 +109,11 @@ def ensure_prepared(config: Config) -> None:
     folder = Path(config.data.dir)
     if (folder / "meta.json").exists():
         return
+    if World.from_environment().size > 1:
+        raise UserError(
+            f"{folder} is not there yet; before several processes start, prepare it once: tinystories prepare"
+            f" {config.data.source} --tokenizer {config.data.tokenizer} --out {folder}"
+        )
     from tinystories.data.prepare import prepare as prepare_data
 
     click.echo(f"{folder} is not there yet: preparing {config.data.source} ({config.data.tokenizer})", err=True)

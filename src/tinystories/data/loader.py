@@ -60,9 +60,20 @@ class PackedRows:
                 place += size
         return inputs, targets
 
-    def batch(self, step: int, batch_size: int) -> tuple[Ints, Ints]:
-        """The whole batch of an optimizer step, over all ranks and micro-batches."""
-        return self.rows(np.arange(step * batch_size, (step + 1) * batch_size))
+    def batch(self, step: int, batch_size: int, rank: int = 0, ranks: int = 1) -> tuple[Ints, Ints]:
+        """The rows of an optimizer step, over all micro-batches; each of several ranks takes its part of them."""
+        share = batch_size // ranks
+        return self.rows(step * batch_size + rank * share + np.arange(share))
+
+    def n_targets(self, step: int, batch_size: int) -> int:
+        """Targets in the whole batch of an optimizer step, over all ranks."""
+        total = 0
+        for index in range(step * batch_size, (step + 1) * batch_size):
+            epoch, within = divmod(index, self.n_rows)
+            self.shuffle(epoch)
+            row = self.order[within]
+            total += int(self.size[self.first[row] : self.first[row + 1]].sum())
+        return total
 
     def shuffle(self, epoch: int) -> None:
         """Make `order` (rows) and `place_of` (which story stands in a place of the plan) those of an epoch."""

@@ -18,6 +18,7 @@ from tinystories.errors import UserError
 BLOCK = 512  # stories scored together; the engine sorts them by length
 RESAMPLES = 1000  # of the bootstrap
 
+Scores = npt.NDArray[np.float64]
 EncodedStory = tuple[Ids, int]  # END text END, and the UTF-8 bytes of the text
 
 
@@ -58,37 +59,49 @@ def bits_per_byte(
 ) -> BitsReport:
     """Score every story on its own, after its opening END; `progress` is told how many stories are done.
 
-    Stories longer than the context are scored by windows that slide by half of it. Memory does not grow with the
-    number of stories, but for two numbers of each. `UserError` when there is nothing to score.
+    Memory does not grow with the number of stories, but for three numbers of each. `UserError` when there is nothing
+    to score.
     """
     began = time.perf_counter()
-    nats: list[npt.NDArray[np.float64]] = []
-    sizes: list[npt.NDArray[np.int64]] = []
-    tokens = 0
+    return report(scores(engine, stories, progress), time.perf_counter() - began)
+
+
+def scores(engine: Engine, stories: Iterable[EncodedStory], progress: Callable[[int], None] | None = None) -> Scores:
+    """Nats, scored tokens and bytes (3 rows) of each story (a column).
+
+    Stories longer than the context are scored by windows that slide by half of it.
+    """
+    blocks = [np.empty((3, 0))]
+    done = 0
     stories = iter(stories)
     while block := list(itertools.islice(stories, BLOCK)):
-        scored = sliding_logprobs(engine, [ids for ids, _ in block])
-        nats.append(np.array([-logprob.sum() for logprob in scored]))
-        sizes.append(np.array([n_bytes for _, n_bytes in block]))
-        tokens += sum(map(len, scored))
+        logprobs = sliding_logprobs(engine, [ids for ids, _ in block])
+        rows = zip(logprobs, block, strict=True)
+        blocks.append(np.array([(-logprob.sum(), len(logprob), n_bytes) for logprob, (_, n_bytes) in rows]).T)
+        done += len(block)
         if progress is not None:
-            progress(sum(map(len, nats)))
-    if not sum(part.sum() for part in sizes):
+            progress(done)
+    return np.concatenate(blocks, axis=1)
+
+
+def report(scores: Scores, seconds: float) -> BitsReport:
+    """The sums over all stories."""
+    nats, tokens, sizes = scores
+    if not sizes.sum():
         raise UserError("there are no stories to evaluate; give data that holds some")
-    story_nats, story_bytes = np.concatenate(nats), np.concatenate(sizes)
-    total, n_bytes = float(story_nats.sum()), int(story_bytes.sum())
+    total, n_bytes = float(nats.sum()), int(sizes.sum())
     if not math.isfinite(total):
         raise UserError(
             "the model gives probabilities that are not finite; its weights are damaged, use another checkpoint"
         )
     return BitsReport(
         bits_per_byte=total / math.log(2) / n_bytes,
-        nats_per_token=total / tokens,
-        tokens=tokens,
+        nats_per_token=total / int(tokens.sum()),
+        tokens=int(tokens.sum()),
         bytes=n_bytes,
-        stories=len(story_nats),
-        interval=bootstrap(story_nats / math.log(2), story_bytes),
-        seconds=time.perf_counter() - began,
+        stories=len(nats),
+        interval=bootstrap(nats / math.log(2), sizes.astype(np.int64)),
+        seconds=seconds,
     )
 
 

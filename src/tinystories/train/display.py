@@ -10,10 +10,13 @@ log = logging.getLogger(__name__)
 
 
 class Display:
-    """`with Display(steps, at) as display: display.update(step, text)`; a bar where stderr is a terminal."""
+    """`with Display(steps, at) as display: display.update(step, text)`; a bar where stderr is a terminal.
 
-    def __init__(self, steps: int, step: int) -> None:
-        self.console = Console(stderr=True)
+    Under torchrun stderr is a terminal of several processes: there they show plain lines, and all but one nothing.
+    """
+
+    def __init__(self, steps: int, step: int, *, quiet: bool = False) -> None:
+        self.console = Console(stderr=True, quiet=quiet)
         self.steps = steps
         self.bar = Progress(
             TextColumn("step"),

@@ -8,6 +8,7 @@ import torch
 from tinystories.config import Config, ModelConfig
 from tinystories.errors import UserError
 from tinystories.model.loss import chunk_rows
+from tinystories.train.distributed import ALONE, World
 
 ENOUGH_TOKENS = 8192  # in a micro-batch on a CPU: more are no faster, and only take memory
 FREE_SHARE = 0.75  # of the free memory that `auto` counts on: the estimate is not exact
@@ -42,18 +43,22 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def fitting_micro_batch(config: Config, device: torch.device, used_before: int = 0) -> int:
-    """The rows of `train.micro_batch`; for `auto` the largest divisor of the batch that fits.
+def fitting_micro_batch(config: Config, device: torch.device, used_before: int = 0, world: World = ALONE) -> int:
+    """The rows of `train.micro_batch`, or of this rank's whole share of the batch where that is less.
 
-    A run that goes on keeps what it `used_before` where that still fits, so that its sums stay the same. `UserError`
-    when not even the number asked for, or one row, fits.
+    For `auto` the largest divisor of the share that fits. A run that goes on keeps what it `used_before` where that
+    still fits, so that its sums stay the same. `UserError` when not even the number asked for, or one row, fits.
     """
-    asked, batch_size, free = config.train.micro_batch, config.train.batch_size, free_bytes(device)
+    asked, share, free = config.train.micro_batch, world.share(config.train.batch_size), free_bytes(device)
+    if device.type == "cpu":
+        free //= world.local_size
+    divisors = [rows for rows in range(share, 0, -1) if share % rows == 0]
     if asked != "auto":
-        require_memory(config, asked, free, device)
-        return asked
-    most = max(1, ENOUGH_TOKENS // config.model.n_ctx) if device.type == "cpu" else batch_size
-    divisors = [rows for rows in range(batch_size, 0, -1) if batch_size % rows == 0 and rows <= most]
+        rows = next(rows for rows in divisors if rows <= asked)
+        require_memory(config, rows, free, device)
+        return rows
+    if device.type == "cpu":
+        divisors = [rows for rows in divisors if rows <= max(1, ENOUGH_TOKENS // config.model.n_ctx)]
     if used_before in divisors:
         divisors.insert(0, used_before)
     for rows in divisors:

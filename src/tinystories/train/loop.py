@@ -2,11 +2,12 @@
 
 import contextlib
 import dataclasses
+import itertools
 import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,21 +21,22 @@ from torch import Tensor
 import tinystories
 from tinystories import checkpoint
 from tinystories.config import Config, SamplingConfig, replace_vocab, to_toml
-from tinystories.data.loader import IGNORE, PackedRows
+from tinystories.data.loader import PackedRows
 from tinystories.data.prepared import open_split
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.engine.device import pick_device, pick_precision
 from tinystories.engine.torch_engine import TorchEngine
 from tinystories.errors import UserError
-from tinystories.evaluate.bits import BitsReport, bits_per_byte, prepared
+from tinystories.evaluate.bits import BitsReport, prepared, report, scores
 from tinystories.generate.stories import generate
 from tinystories.model import GPT
 from tinystories.model.loss import Objective
-from tinystories.train import state
+from tinystories.train import distributed, state
 from tinystories.train.display import Display
+from tinystories.train.distributed import ALONE, World
 from tinystories.train.estimate import fitting_micro_batch
 from tinystories.train.metrics import Metrics, draw, truncate
-from tinystories.train.optim import build_optimizers
+from tinystories.train.optim import build_optimizers, gather
 from tinystories.train.schedule import learning_rate
 
 log = logging.getLogger(__name__)
@@ -49,10 +51,13 @@ class Interrupted(Exception):
 
 
 class Trainer:
-    """One training run in one process: owns the model, its optimizer and the clock."""
+    """One process of a training run: owns the model, its optimizers and the clock, which all ranks keep alike."""
 
-    def __init__(self, config: Config, run: Path, micro_batch: int = 0) -> None:
-        """`micro_batch` is what an earlier sitting of this run used, if there was one."""
+    def __init__(self, config: Config, run: Path, micro_batch: int = 0, world: World = ALONE) -> None:
+        """`micro_batch` is what an earlier sitting of this run used, if there was one.
+
+        With more than one rank the caller has connected them.
+        """
         folder = Path(config.data.dir)
         self.rows = PackedRows(folder, "train", config.model.n_ctx, config.train.seed)
         self.val = open_split(folder, "val")
@@ -60,14 +65,14 @@ class Trainer:
         if self.tokenizer.sha256 != self.rows.meta.tokenizer_sha256:
             raise UserError(f"{folder}/tokenizer.json is not the one the data was made with; prepare the data again")
         self.config = config = replace_vocab(config, self.rows.meta.vocab_size, str(folder))
-        self.run = run
-        self.device = pick_device(config.train.device)
+        self.run, self.world = run, world
+        self.device = pick_device(world.device(config.train.device))
         self.precision = pick_precision(self.device, config.train.precision)
-        self.micro_batch = fitting_micro_batch(config, self.device, micro_batch)
+        self.micro_batch = fitting_micro_batch(config, self.device, micro_batch, world)
         torch.manual_seed(config.train.seed)
         self.model = GPT(config.model).to(self.device)
-        self.optimizers = build_optimizers(self.model, config.optim)
-        self.objective = self.compiled(Objective(self.model))
+        self.optimizers = build_optimizers(self.model, config.optim, config.train.shard_optimizer and world.size > 1)
+        self.objective = distributed.objective(self.compiled(Objective(self.model)), world, self.device)
         self.clock = state.Clock(micro_batch=self.micro_batch, data_sha256=self.rows.meta.splits["train"].sha256)
         train_split = self.rows.meta.splits["train"]
         self.tokens_per_byte = (train_split.tokens - 1) / max(1, train_split.bytes)
@@ -75,30 +80,36 @@ class Trainer:
         self.recent = Recent()
         self.unread: tuple[int, Tensor, Tensor] | None = None  # step, loss, gradient norm
 
-    def compiled(self, objective: Objective) -> Callable[[Tensor, Tensor], Tensor]:
+    def compiled(self, objective: Objective) -> Any:
         wanted = self.config.train.compile
         if wanted == "on" or (wanted == "auto" and self.device.type == "cuda"):
             return torch.compile(objective)
         return objective
 
     def train_step(self, step: int) -> tuple[Tensor, Tensor, int, float]:
-        """Mean loss in nats per target, gradient norm (both still on the device), targets, learning rate."""
-        config = self.config
-        inputs, targets = self.rows.batch(step, config.train.batch_size)
-        n_targets = int(np.count_nonzero(targets != IGNORE))
+        """Mean loss in nats per target, gradient norm (both still on the device), targets, learning rate.
+
+        All of them over the whole batch, of which this rank computes its share.
+        """
+        config, world = self.config, self.world
+        inputs, targets = self.rows.batch(step, config.train.batch_size, world.rank, world.size)
+        n_targets = self.rows.n_targets(step, config.train.batch_size)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, config.train.steps, group["peak"], config.schedule)
         rate = learning_rate(step, config.train.steps, config.optim.learning_rate, config.schedule)
         if config.model.dropout:
-            torch.manual_seed(hash_seed(config.train.seed, step))
+            torch.manual_seed(hash_seed(config.train.seed, step, world.rank))
         total = torch.zeros((), device=self.device)
-        for start in range(0, config.train.batch_size, self.micro_batch):
+        for start in range(0, len(inputs), self.micro_batch):
             part = slice(start, start + self.micro_batch)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-                loss = self.objective(self.on_device(inputs[part]), self.on_device(targets[part]))
-            (loss / n_targets).backward()
+            apart = world.size > 1 and part.stop < len(inputs)  # gradients meet in the last backward pass only
+            with self.objective.no_sync() if apart else contextlib.nullcontext():
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+                    loss = self.objective(self.on_device(inputs[part]), self.on_device(targets[part]))
+                (loss / n_targets * world.size).backward()  # DDP averages what is to be summed
             total += loss.detach()
+        world.add_up(total)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.optim.grad_clip or math.inf)
         for optimizer in self.optimizers:
             optimizer.step()
@@ -114,15 +125,28 @@ class Trainer:
         if len(index) < 2:
             return None
         engine = TorchEngine(self.model, device=self.device, precision=self.precision)
-        n_stories = len(index) - 1
+        world, n_stories = self.world, len(index) - 1
         wanted = min(limit, n_stories) if limit else n_stories
+        began = time.perf_counter()
 
         def progress(done: int) -> None:
             if self.stop_signal:
                 raise Interrupted(self.stop_signal, self.clock.step)
+            done = min(wanted, done * world.size)
             display.update(self.clock.step, f"evaluating {done:,} of {wanted:,} stories", line=False)
 
-        return bits_per_byte(engine, prepared(tokens, index, limit), progress)
+        found = np.zeros((3, wanted))
+        with contextlib.suppress(Interrupted):
+            share = itertools.islice(prepared(tokens, index, limit), world.rank, None, world.size)
+            found[:, world.rank :: world.size] = scores(engine, share, progress)
+        self.agree_on_stopping()
+        if self.stop_signal:
+            raise Interrupted(self.stop_signal, self.clock.step)
+        return report(world.summed(found), time.perf_counter() - began)
+
+    def agree_on_stopping(self) -> None:
+        """A signal that one rank was sent stops all of them at the same step."""
+        self.stop_signal = self.world.highest(self.stop_signal)
 
     def sample(self, metrics_text: str) -> None:
         """Append a story for each prompt to samples.md; the seeds are fixed so that evaluations compare."""
@@ -167,6 +191,9 @@ class Trainer:
     def save(self, metrics: Metrics) -> None:
         """Checkpoint this step, with the lengths of the files that are appended to."""
         self.require_finite()
+        gather(self.optimizers)
+        if not self.world.first:
+            return
         self.clock.metrics_bytes = metrics.size()
         samples = self.run / "samples.md"
         self.clock.samples_bytes = samples.stat().st_size if samples.exists() else 0
@@ -179,7 +206,8 @@ class Trainer:
     def loop(self, metrics: Metrics, display: Display) -> BitsReport | None:
         """Train from where the clock stands to the last step, evaluate on everything, save; returns the final score."""
         config, clock = self.config.train, self.clock
-        if clock.step < config.steps and self.evaluation_is_due(metrics):  # interrupted before or during it
+        due = self.world.first and clock.step < config.steps and self.evaluation_is_due(metrics)
+        if self.world.of_first(due):  # interrupted before or during it
             self.milestone(metrics, display)
         while clock.step < config.steps:
             started = time.perf_counter()
@@ -192,6 +220,7 @@ class Trainer:
             clock.seconds += time.perf_counter() - started
             if clock.step % config.log_every == 0 or clock.step == config.steps:
                 self.record(metrics, display, rate)
+            self.agree_on_stopping()
             if self.stop_signal:
                 self.save(metrics)
                 raise Interrupted(self.stop_signal, clock.step)
@@ -221,7 +250,7 @@ class Trainer:
 
     def finish(self, metrics: Metrics, display: Display) -> BitsReport | None:
         """The whole validation set, the last samples, and the checkpoint that carries the score."""
-        if metrics.records and metrics.records[-1].get("final"):
+        if self.world.of_first(bool(metrics.records) and bool(metrics.records[-1].get("final"))):
             return None
         display.say("evaluating on the whole validation set")
         report = self.evaluate(0, display)
@@ -247,6 +276,8 @@ class Trainer:
 
     def record(self, metrics: Metrics, display: Display, rate: float) -> None:
         recent, self.recent = self.recent, Recent()
+        if not self.world.first:
+            return
         loss = recent.loss()
         bits = loss / math.log(2) * self.tokens_per_byte
         speed = recent.targets / recent.seconds
@@ -285,6 +316,8 @@ class Trainer:
             }
         if final:
             record["final"] = True
+        if not self.world.first:
+            return best and not final
         self.sample(note)
         metrics.write(record)
         draw(
@@ -318,11 +351,33 @@ class Recent:
 def train(config: Config, run: Path, *, resume: bool = False) -> BitsReport | None:
     """Train in `run` (a new directory, or with `resume` one that holds a run). Returns the final evaluation.
 
+    Started by torchrun, this is one rank of several; `run` must be on a file system that all of them see.
     Raises `Interrupted` after SIGINT or SIGTERM, once the checkpoint is on the disk.
     """
-    last = state.latest(run) if resume else None
-    require_place(run, resume)
-    trainer = Trainer(config, run, state.read_clock(last).micro_batch if last is not None else 0)
+    world = World.from_environment()
+    if world.first:
+        last = state.latest(run) if resume else None
+        require_place(run, resume)
+    try:
+        with distributed.connected(world, pick_device(world.device(config.train.device))):
+            step = world.of_first(checkpoint.step_of(last) if world.first and last else -1)
+            stopped = None
+            try:
+                return train_on(config, run, checkpoint.folder_of(run, step) if step >= 0 else None, world)
+            except Interrupted as interrupt:  # all ranks have agreed on it, and part as after a finished run
+                stopped = interrupt
+        raise stopped
+    except distributed.Lost:
+        good = state.latest(run)
+        kept = f"go on from {good} with --resume" if good else "no checkpoint had been written yet"
+        raise UserError(
+            f"another process of this run has ended or cannot be reached (see what it said); {kept}"
+        ) from None
+
+
+def train_on(config: Config, run: Path, last: Path | None, world: World) -> BitsReport | None:
+    """Train from the checkpoint `last`, or from the start."""
+    trainer = Trainer(config, run, state.read_clock(last).micro_batch if last is not None else 0, world)
     if last is not None:
         require_same_run(state.read_config(last), trainer.config, last)
         data_sha256 = trainer.clock.data_sha256
@@ -334,17 +389,21 @@ def train(config: Config, run: Path, *, resume: bool = False) -> BitsReport | No
             )
         clock = trainer.clock
         trainer.recent = Recent(clock.recent_nats, clock.recent_targets, clock.recent_seconds)
-        checkpoint.publish(last, run)  # a kill may have come between a checkpoint and its publication
-    run.mkdir(parents=True, exist_ok=True)
-    (run / "config.toml").write_text(to_toml(trainer.config), encoding="utf-8")
-    truncate(run / "samples.md", trainer.clock.samples_bytes)
-    metrics = Metrics(run, resume_bytes=trainer.clock.metrics_bytes, tensorboard=config.train.tensorboard)
+    if world.first:
+        if last is not None:
+            checkpoint.publish(last, run)  # a kill may have come between a checkpoint and its publication
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "config.toml").write_text(to_toml(trainer.config), encoding="utf-8")
+        truncate(run / "samples.md", trainer.clock.samples_bytes)
+    metrics = Metrics(
+        run if world.first else None, resume_bytes=trainer.clock.metrics_bytes, tensorboard=config.train.tensorboard
+    )
     log.info(
         "%s parameters, %s rows of %d tokens an epoch, %s in %s",
         f"{trainer.config.model.n_params:,}",
         f"{trainer.rows.n_rows:,}",
         config.model.n_ctx,
-        trainer.device,
+        trainer.device if world.size == 1 else f"{world.size} processes, the first on {trainer.device}",
         trainer.precision,
     )
     if last is not None:
@@ -352,7 +411,7 @@ def train(config: Config, run: Path, *, resume: bool = False) -> BitsReport | No
     with (
         contextlib.closing(metrics),
         stopping_politely(trainer),
-        Display(config.train.steps, trainer.clock.step) as display,
+        Display(config.train.steps, trainer.clock.step, quiet=not world.first) as display,
     ):
         return trainer.loop(metrics, display)
 
@@ -388,10 +447,10 @@ def stopping_politely(trainer: Trainer) -> Iterator[None]:
     """The first SIGINT or SIGTERM lets the step finish and saves; the second one ends at once."""
 
     def ask(number: int, _: FrameType | None) -> None:
-        if trainer.stop_signal:
+        if trainer.stop_signal and trainer.world.size == 1:  # torchrun sends its own second one, and kills in the end
             raise KeyboardInterrupt
         trainer.stop_signal = number
-        log.info("stopping after this step and saving; once more to stop at once")
+        log.info("stopping after this step and saving%s", "; once more to stop at once" * (trainer.world.size == 1))
 
     former = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -401,9 +460,9 @@ def stopping_politely(trainer: Trainer) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def hash_seed(seed: int, step: int) -> int:
+def hash_seed(seed: int, step: int, rank: int) -> int:
     """A seed for dropout that is a function of the step, so that resuming needs no generator state."""
-    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0])
+    return int(np.random.SeedSequence([seed, step, *[rank] * (rank > 0)]).generate_state(1, np.uint64)[0])
 
 
 def memory_bytes(device: torch.device) -> int:

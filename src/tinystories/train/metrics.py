@@ -9,17 +9,18 @@ from typing import Any
 class Metrics:
     """Appends one JSON object a line; keeps the records in memory to draw from.
 
-    `resume_bytes`: the length of the file when the checkpoint was made; what came after it is cut off.
+    `resume_bytes`: the length of the file when the checkpoint was made; what came after it is cut off. Without a `run`
+    nothing is read or written: for the ranks that leave that to the first.
     """
 
-    def __init__(self, run: Path, *, resume_bytes: int = 0, tensorboard: bool = False) -> None:
-        self.path = run / "metrics.jsonl"
+    def __init__(self, run: Path | None, *, resume_bytes: int = 0, tensorboard: bool = False) -> None:
+        self.path = run / "metrics.jsonl" if run else Path(os.devnull)
         truncate(self.path, resume_bytes)
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
         self.records: list[dict[str, Any]] = [json.loads(line) for line in lines]
         self.file = self.path.open("a", encoding="utf-8")
         self.writer = None
-        if tensorboard:
+        if run and tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             first = self.records[-1]["step"] + 1 if self.records else 0

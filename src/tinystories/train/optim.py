@@ -1,6 +1,7 @@
 """The optimizers: Muon for the matrices of the blocks, AdamW for everything else; or AdamW for all."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -11,10 +12,11 @@ from tinystories.train.muon import Muon
 Optimizers = Sequence[torch.optim.Optimizer]
 
 
-def build_optimizers(model: GPT, config: OptimConfig) -> Optimizers:
+def build_optimizers(model: GPT, config: OptimConfig, sharded: bool = False) -> Optimizers:
     """Optimizers over all weights; `peak` of each group is its highest learning rate, `lr` is set before each step.
 
-    Only matrices are decayed. AdamW: Loshchilov and Hutter 2017, arXiv 1711.05101.
+    Only matrices are decayed. AdamW: Loshchilov and Hutter 2017, arXiv 1711.05101. `sharded`: every rank keeps the
+    state of its share of the weights only (ZeRO stage 1, Rajbhandari et al. 2019, arXiv 1910.02054).
     """
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     inner = [w for name, w in weights.items() if config.kind == "muon" and w.ndim == 2 and name.startswith("layers.")]
@@ -24,17 +26,37 @@ def build_optimizers(model: GPT, config: OptimConfig) -> Optimizers:
         {"params": [w for w in rest if w.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [w for w in rest if w.ndim < 2], "weight_decay": 0.0},
     ]
-    fused = rest[0].device.type in ("cpu", "cuda")
+    # PyTorch's sharding restores the step counts to the CPU, where fused AdamW does not look for them on CUDA.
+    fused = rest[0].device.type == "cpu" or (rest[0].device.type == "cuda" and not sharded)
     betas = config.beta1, config.beta2
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.eps, fused=fused)
+    build: Callable[..., torch.optim.Optimizer] = make_sharded if sharded else make
+    optimizers = [
+        build(torch.optim.AdamW, groups, lr=config.learning_rate, betas=betas, eps=config.eps, fused=fused),
     ]
     if inner:
-        optimizers.append(Muon(inner, lr=config.muon_rate, momentum=config.momentum, weight_decay=config.weight_decay))
+        rates = {"lr": config.muon_rate, "momentum": config.momentum, "weight_decay": config.weight_decay}
+        optimizers.append(build(Muon, inner, **rates))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]
     return optimizers
+
+
+def make(kind: type[torch.optim.Optimizer], params: Any, **settings: Any) -> torch.optim.Optimizer:
+    return kind(params, **settings)
+
+
+def make_sharded(kind: type[torch.optim.Optimizer], params: Any, **settings: Any) -> torch.optim.Optimizer:
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    return ZeroRedundancyOptimizer(params, kind, **settings)
+
+
+def gather(optimizers: Optimizers) -> None:
+    """Bring sharded state together on rank 0, as `optimizer_tensors` needs it there. All ranks must call it."""
+    for optimizer in optimizers:
+        if hasattr(optimizer, "consolidate_state_dict"):
+            optimizer.consolidate_state_dict(0)
 
 
 def optimizer_tensors(model: GPT, optimizers: Optimizers) -> dict[str, torch.Tensor]:
@@ -42,18 +64,25 @@ def optimizer_tensors(model: GPT, optimizers: Optimizers) -> dict[str, torch.Ten
     names = {id(weight): name for name, weight in model.named_parameters()}
     tensors = {}
     for optimizer in optimizers:
-        for weight, state in optimizer.state.items():
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        for index, state in optimizer.state_dict()["state"].items():
             for key, value in state.items():
-                tensors[f"{key}/{names[id(weight)]}"] = value.contiguous()
+                tensors[f"{key}/{names[id(weights[index])]}"] = value.contiguous()
     return tensors
 
 
 def restore_optimizers(model: GPT, optimizers: Optimizers, tensors: dict[str, torch.Tensor]) -> None:
-    """The inverse of `optimizer_tensors`, onto the devices of the weights."""
-    weights = dict(model.named_parameters())
-    owner = {id(w): optimizer for optimizer in optimizers for group in optimizer.param_groups for w in group["params"]}
+    """The inverse of `optimizer_tensors`, onto the devices of the weights; a sharded optimizer takes its share."""
+    by_name: dict[str, dict[str, torch.Tensor]] = {}
     for full_name, value in tensors.items():
         key, _, name = full_name.partition("/")
-        weight = weights[name]
-        device = "cpu" if key == "step" and weight.device.type == "cpu" else weight.device
-        owner[id(weight)].state[weight][key] = value.to(device)
+        by_name.setdefault(name, {})[key] = value
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    for optimizer in optimizers:
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        index_of = {id(weight): index for index, weight in enumerate(weights)}
+        groups = [group | {"params": [index_of[id(w)] for w in group["params"]]} for group in optimizer.param_groups]
+        states = {i: by_name.pop(names[id(w)]) for i, w in enumerate(weights) if names[id(w)] in by_name}
+        optimizer.load_state_dict({"state": states, "param_groups": groups})
+    if by_name:
+        raise KeyError(f"state of unknown weights {sorted(by_name)[:3]}")

@@ -47,7 +47,7 @@ def save(
     provenance: dict[str, Any],
 ) -> Path:
     """Write the checkpoint of this step, make the run directory that model, and drop what is no longer kept."""
-    folder = run / "checkpoints" / f"step-{clock.step:07d}"
+    folder = checkpoint.folder_of(run, clock.step)
     try:
         with checkpoint.whole(folder) as draft:
             checkpoint.write_model(draft, model, tokenizer, SamplingConfig(), provenance)
