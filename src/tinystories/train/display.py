@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 class Display:
     """`with Display(steps, at) as display: display.update(step, text)`; a bar where stderr is a terminal.
 
-    Under torchrun stderr is a terminal of several processes: there they show plain lines, and all but one nothing.
+    `quiet` shows nothing: of several processes one talks.
     """
 
     def __init__(self, steps: int, step: int, *, quiet: bool = False) -> None:
