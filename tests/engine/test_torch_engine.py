@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -278,3 +281,16 @@ def test_cuda_gives_the_logits_of_the_cpu(
         close(gpu.step(slots, IDS[: len(slots)]).cpu(), cpu.step(slots, IDS[: len(slots)]), tolerance)
     for one, other in zip(gpu.logprobs([IDS, IDS[:5]]), cpu.logprobs([IDS, IDS[:5]]), strict=True):
         close(one, other, tolerance)
+
+
+def test_the_kernels_threads_leave_torchs_as_they_were() -> None:
+    """Else training would go on with another number of threads after its first sample story."""
+    program = (
+        "import torch; from tinystories.config import ModelConfig; from tinystories.model import GPT;"
+        " from tinystories.engine.torch_engine import TorchEngine;"
+        " before = torch.get_num_threads(); engine = TorchEngine(GPT(ModelConfig(vocab_size=99, n_embd=16, n_ctx=8)));"
+        " engine.prefill(0, [1]); engine.step([0], [2]);"
+        " assert torch.get_num_threads() == before == 1, torch.get_num_threads()"
+    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "3"}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment)

@@ -26,8 +26,10 @@ class Decoder:
         self.model = model
         self.blocks = [weights_of(block) for block in model.layers if isinstance(block, Block)]
         self.head = array(model.lm_head.weight)
+        threads = torch.get_num_threads()
         with torch.inference_mode():  # a first token compiles the kernels or loads them: no story should wait for it
             self(torch.zeros(1, dtype=torch.long), KVCache(model.config, 1), [0])
+        torch.set_num_threads(threads)  # Numba has started its own, and OpenMP's default, which torch uses, with them
 
     def __call__(self, tokens: Int[Tensor, " B"], cache: KVCache, positions: Sequence[int]) -> Float[Tensor, "B V"]:
         """Logits after one token in each row of the cache, written at the given positions (the rows' lengths)."""
