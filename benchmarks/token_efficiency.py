@@ -14,9 +14,6 @@ nanoGPT's model.py is not part of this project: name the one of a checkout.
 """
 
 import argparse
-import contextlib
-import importlib.util
-import io
 import json
 import math
 import os
@@ -29,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peers import nanogpt, nanogpt_optimizer
 from torch.nn import functional as F
 
 from tinystories.config import load_config
@@ -138,9 +136,11 @@ def train_peer(options: argparse.Namespace, rate: float, rows: int, tokens: int)
     train, _ = open_split(options.data, "train")
     val = open_split(options.data, "val")
     vocab_size = json.loads((options.data / "meta.json").read_text())["vocab_size"]
-    model = nanogpt(options.nanogpt, shape, vocab_size)
-    with contextlib.redirect_stdout(io.StringIO()):
-        optimizer = model.configure_optimizers(0.1, rate, (0.9, 0.99), "cpu")
+    model = nanogpt(
+        options.nanogpt, n_layer=shape.n_layer, n_embd=shape.n_embd, n_head=shape.n_head, block_size=shape.n_ctx,
+        vocab_size=vocab_size, dropout=0.0, bias=False,
+    )  # fmt: skip
+    optimizer = nanogpt_optimizer(model, rate, (0.9, 0.99), "cpu")
     steps, warmup, n_ctx = tokens // (rows * shape.n_ctx), 100, shape.n_ctx
     options.out.mkdir(parents=True, exist_ok=True)
     seconds, total = 0.0, 0.0
@@ -177,18 +177,6 @@ def train_peer(options: argparse.Namespace, rate: float, rows: int, tokens: int)
                 found = bits_per_byte(Peer(model.eval(), shape), prepared(*val, 0 if last else 200))
                 write(**seen, val_bits_per_byte=found.bits_per_byte, val_stories=found.stories, final=last)
                 model.train()
-
-
-def nanogpt(path: Path, shape: Any, vocab_size: int) -> Any:
-    """nanoGPT's own model, from its own file; what it prints is dropped."""
-    spec = importlib.util.spec_from_file_location("nanogpt_model", path)
-    assert spec is not None, "not a Python file"
-    assert spec.loader is not None, "not a Python file"
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sizes = {"n_layer": shape.n_layer, "n_embd": shape.n_embd, "n_head": shape.n_head, "block_size": shape.n_ctx}
-    with contextlib.redirect_stdout(io.StringIO()):
-        return module.GPT(module.GPTConfig(vocab_size=vocab_size, dropout=0.0, bias=False, **sizes))
 
 
 class Peer:

@@ -15,9 +15,6 @@ nanoGPT's model.py is not part of this project: name the one of a checkout.
 """
 
 import argparse
-import contextlib
-import importlib.util
-import io
 import json
 import platform
 import statistics
@@ -27,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peers import nanogpt, nanogpt_optimizer
 
 from tinystories.config import ModelConfig, OptimConfig
 from tinystories.engine.device import pick_precision
@@ -89,36 +87,15 @@ def compare(options: argparse.Namespace, device: torch.device, rows: int) -> dic
     for bias in (False, True):
         for compiled in (False, True) if options.compile else (False,):
             name = f"nanoGPT bias={bias}{' compiled' if compiled else ''}"
-            peer = nanogpt(options, n_layer, n_embd, bias).to(device)
+            peer = nanogpt(
+                options.nanogpt, n_layer=n_layer, n_embd=n_embd, n_head=options.heads, block_size=options.context,
+                vocab_size=options.vocab, dropout=0.0, bias=bias,
+            ).to(device)  # fmt: skip
             call = torch.compile(peer) if compiled else peer
-            optimizer = peer.configure_optimizers(0.1, 1e-3, (0.9, 0.95), device.type)
+            optimizer = nanogpt_optimizer(peer, 1e-3, (0.9, 0.95), device.type)
             variants[name] = stepper(second_of(call), peer, optimizer, inputs, targets)
     seconds = interleaved(variants, options.runs, options.steps, device)
     return report(options, rows, seconds, flops, device)
-
-
-def nanogpt(options: argparse.Namespace, n_layer: int, n_embd: int, bias: bool) -> Any:
-    """nanoGPT's own model and optimizer, from its own file; what it prints is dropped."""
-    spec = importlib.util.spec_from_file_location("nanogpt_model", options.nanogpt)
-    assert spec is not None, "not a Python file"
-    assert spec.loader is not None, "not a Python file"
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    shape = {"n_layer": n_layer, "n_embd": n_embd, "n_head": options.heads}
-    with contextlib.redirect_stdout(io.StringIO()):
-        config = module.GPTConfig(block_size=options.context, vocab_size=options.vocab, dropout=0.0, bias=bias, **shape)
-        model = module.GPT(config)
-    plain = model.configure_optimizers
-
-    def quietly(*arguments: Any) -> torch.optim.Optimizer:
-        with contextlib.redirect_stdout(io.StringIO()):
-            optimizer: torch.optim.Optimizer = plain(*arguments)
-        for group in optimizer.param_groups:  # nanoGPT fuses on CUDA only; give it the fused CPU kernel too
-            group["fused"], group["foreach"] = True, False
-        return optimizer
-
-    model.configure_optimizers = quietly
-    return model
 
 
 def mean_of(summed: Callable[..., torch.Tensor]) -> Loss:

@@ -244,7 +244,7 @@ def test_kept_are_the_newest_and_the_best(config: Config, tmp_path: Path) -> Non
 def test_a_run_that_cannot_fit_is_refused_with_the_estimate(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(estimate, "free_bytes", lambda _: 10**6)
+    monkeypatch.setattr(estimate, "free_bytes", lambda _: 10**5)
     with pytest.raises(UserError, match=r"needs about \d+\.\d GB .*train\.micro_batch"):
         train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -8,6 +8,7 @@ Letters in shapes: B batch, T tokens in this call, S tokens visible to them, C =
 """
 
 import math
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,6 +19,7 @@ from tinystories.config import ModelConfig
 from tinystories.model.cache import KVCache
 from tinystories.model.norm import RMSNorm
 from tinystories.model.positions import rotary_tables, rotate, sinusoid_table
+from tinystories.model.recompute import gated_silu, remade
 
 Rotation = tuple[Tensor, Tensor]
 
@@ -87,7 +89,10 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(config.n_ff, config.n_embd, bias=False)
 
     def forward(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        product = gated_silu(gate, up)
+        with remade(product, partial(gated_silu, gate.detach(), up.detach())):
+            return self.down_proj(product)
 
 
 class Block(nn.Module):
@@ -110,9 +115,13 @@ class Block(nn.Module):
         positions: Int[Tensor, "B T"] | None,
         mask: Bool[Tensor, "B 1 T S"] | None,
     ) -> Float[Tensor, "B T C"]:
-        attended = self.self_attn(self.input_layernorm(x), rotation, cache, layer, positions, mask)
-        x = x + self.dropout(attended)
-        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
+        attention, mlp, norm_1, norm_2 = self.self_attn, self.mlp, self.input_layernorm, self.post_attention_layernorm
+        normed = norm_1(x)
+        with remade(normed, partial(norm_1, x.detach())):
+            x = x + self.dropout(attention(normed, rotation, cache, layer, positions, mask))
+        normed = norm_2(x)
+        with remade(normed, partial(norm_2, x.detach())):
+            return x + self.dropout(mlp(normed))
 
 
 class GPT(nn.Module):

@@ -31,10 +31,10 @@ class RootMeanSquareNorm(torch.autograd.Function):
 
 
 class RMSNorm(nn.RMSNorm):
-    """`nn.RMSNorm`, but faster when it trains on a CPU, and fused for bf16 inputs with an fp32 weight (autocast)."""
+    """`nn.RMSNorm`, but faster on a CPU, and fused for bf16 inputs with an fp32 weight (autocast)."""
 
     def forward(self, x: Float[Tensor, "*rest C"]) -> Float[Tensor, "*rest C"]:
-        if x.device.type == "cpu" and x.dtype == torch.float32 and torch.is_grad_enabled():
+        if x.device.type == "cpu" and x.dtype == torch.float32:
             normed: Tensor = RootMeanSquareNorm.apply(x, self.weight, self.eps)
             return normed
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)

@@ -26,11 +26,12 @@ def train_bytes(config: Config, micro_batch: int) -> int:
     """Peak memory of one optimizer step in fp32 with `micro_batch` rows at once.
 
     Weights, gradients, two moments of AdamW, activations, loss chunks. Activations are counted per token and layer as
-    the tensors autograd keeps; measured peaks lie within a third of the sum.
+    the tensors autograd keeps (`model/recompute.py` saves it some), with those of one layer's backward pass;
+    results/ has measured peaks.
     """
     model = config.model
-    wide = 3 if model.architecture == "modern" else 2
-    kept = model.n_layer * (14 * model.n_embd + wide * model.n_ff) + 4 * model.n_embd
+    narrow, wide = (8, 2) if model.architecture == "modern" else (6, 1)
+    kept = model.n_layer * (narrow * model.n_embd + wide * model.n_ff) + 4 * model.n_embd + 2 * model.n_ff
     tokens = micro_batch * model.n_ctx
     head = 2 * 4 * model.vocab_size * model.n_embd
     logits = 2 * 4 * model.vocab_size * min(tokens, chunk_rows(model.vocab_size))

@@ -1,0 +1,29 @@
+"""nanoGPT's own model from its own file, for the benchmarks that compare with it."""
+
+import contextlib
+import importlib.util
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def nanogpt(path: Path, **settings: Any) -> Any:
+    """The model of nanoGPT's model.py at `path` with these settings of its GPTConfig; what it prints is dropped."""
+    spec = importlib.util.spec_from_file_location("nanogpt_model", path)
+    assert spec is not None, "not a Python file"
+    assert spec.loader is not None, "not a Python file"
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with contextlib.redirect_stdout(io.StringIO()):
+        return module.GPT(module.GPTConfig(**settings))
+
+
+def nanogpt_optimizer(model: Any, rate: float, betas: tuple[float, float], device: str) -> torch.optim.Optimizer:
+    """nanoGPT's AdamW with decay 0.1. It fuses on CUDA only; here it has the fused CPU kernel too."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        optimizer: torch.optim.Optimizer = model.configure_optimizers(0.1, rate, betas, device)
+    for group in optimizer.param_groups:
+        group["fused"], group["foreach"] = True, False
+    return optimizer
