@@ -19,7 +19,7 @@ from tinystories.config import ModelConfig
 from tinystories.model.cache import KVCache
 from tinystories.model.norm import RMSNorm
 from tinystories.model.positions import rotary_tables, rotate, sinusoid_table
-from tinystories.model.recompute import gated_silu, remade
+from tinystories.model.recompute import gated_silu, relu, remade
 
 Rotation = tuple[Tensor, Tensor]
 
@@ -76,7 +76,7 @@ class ReluMLP(nn.Module):
         self.down_proj = nn.Linear(config.n_ff, config.n_embd)
 
     def forward(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
-        return self.down_proj(F.relu(self.up_proj(x)))
+        return self.down_proj(relu(self.up_proj(x)))
 
 
 class SwiGLU(nn.Module):

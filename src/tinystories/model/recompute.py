@@ -55,6 +55,30 @@ def remade(tensor: Tensor, make: Callable[[], Tensor]) -> contextlib.AbstractCon
     return torch.autograd.graph.saved_tensors_hooks(Remade(tensor, make).pack, unpack)
 
 
+class Relu(torch.autograd.Function):
+    """max(x, 0), whose backward pass writes over the gradient it is given: for an output that one product alone uses."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Float[Tensor, "*rest F"]) -> Tensor:
+        y = F.relu(x)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Float[Tensor, "*rest F"]) -> Tensor:
+        (y,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        return torch.ops.aten.threshold_backward.grad_input(grad, y, 0, grad_input=grad)  # type: ignore[no-any-return]
+
+
+def relu(x: Float[Tensor, "*rest F"]) -> Float[Tensor, "*rest F"]:
+    """max(x, 0), to be used once."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return F.relu(x)
+    y: Tensor = Relu.apply(x)
+    return y
+
+
 class GatedSilu(torch.autograd.Function):
     """silu(gate) * up, keeping nothing but its inputs."""
 
