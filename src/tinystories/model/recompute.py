@@ -56,7 +56,7 @@ def remade(tensor: Tensor, make: Callable[[], Tensor]) -> contextlib.AbstractCon
 
 
 class Relu(torch.autograd.Function):
-    """max(x, 0), whose backward pass writes over the gradient it is given: for an output that one product alone uses."""
+    """max(x, 0), whose backward pass writes over the gradient it is given: for an output that one product uses."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Float[Tensor, "*rest F"]) -> Tensor:
