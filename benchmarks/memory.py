@@ -74,7 +74,7 @@ def measure(options: argparse.Namespace, who: str, rows: int) -> None:
     if who == "ours":
         model: Any = GPT(shape)
         objective = Objective(model)
-        optimizers = build_optimizers(model, OptimConfig(kind="adamw"))
+        optimizers = build_optimizers(model, OptimConfig(kind="adamw", learning_rate=1e-3, muon_rate=0.02))
         estimate = train_bytes(dataclasses.replace(config, model=shape), rows) / 1e9
     else:
         model = nanogpt(

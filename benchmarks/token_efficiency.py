@@ -3,8 +3,8 @@
 Every run trains from scratch in a process of its own with one thread, and leaves a folder with metrics.jsonl; finished
 ones are not run again, so the command can be stopped and given again. Bits per byte follow docs/evaluation.md for both.
 The peer is tuned: `--tune` runs a grid of learning rates and batches for a quarter of the tokens, and the two best are
-then run for all tokens. Ours is the preset as it stands, for all tokens and for 1/2.5 and 1/3.5 of them. Prints a table
-and one JSON line; draws curves.png.
+then run for all tokens. Ours is the preset as it stands, for 1/2.5 and 1/3.5 of the tokens and for all of them. Prints
+a table and one JSON line; draws curves.png.
 
 nanoGPT's model.py is not part of this project: name the one of a checkout.
 
@@ -16,17 +16,15 @@ nanoGPT's model.py is not part of this project: name the one of a checkout.
 import argparse
 import json
 import math
-import os
-import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from peers import nanogpt, nanogpt_optimizer
+from runs import execute_all, final, is_done, records, seconds, train_command
 from torch.nn import functional as F
 
 from tinystories.config import load_config
@@ -47,7 +45,8 @@ def main() -> None:
         "--config", default="small", help="our preset; the peer has its layers, width, heads and context"
     )
     parser.add_argument("--tokens", type=int, default=8_192_000)
-    parser.add_argument("--seeds", default="1", help="of our runs at all tokens, several with commas")
+    parser.add_argument("--divisors", default="2.5,3.5,1", help="our runs see the tokens divided by each of these")
+    parser.add_argument("--seeds", default="1,2,3", help="of our runs, several with commas")
     parser.add_argument("--tune", action="store_true", help="the grid of the peer, at a quarter of the tokens")
     parser.add_argument("--workers", type=int, default=2, help="runs side by side, one thread each")
     parser.add_argument("--peer", help=argparse.SUPPRESS)  # one run of the peer in this process: rate,batch,tokens
@@ -57,9 +56,7 @@ def main() -> None:
         train_peer(options, float(rate), int(rows), int(tokens))
         return
     plan = tuning(options) if options.tune else comparison(options)
-    options.out.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(options.workers) as pool:
-        list(pool.map(lambda job: execute(options.out / job[0], job[1]), plan.items()))
+    execute_all(options.out, plan, options.workers)
     report(options, list(plan))
 
 
@@ -77,17 +74,19 @@ def comparison(options: argparse.Namespace) -> dict[str, list[str]]:
     for name in sorted(scores, key=lambda name: scores[name]["val_bits_per_byte"])[:2]:
         _, rate, rows, _ = name.split("_")
         plan |= [peer_job(options, float(rate), int(rows), options.tokens)]
-    config = load_config(options.config)
-    for divisor, seeds in ((1.0, options.seeds.split(",")), (2.5, ["1"]), (3.5, ["1"])):
-        for seed in seeds:
-            steps = round(options.tokens / divisor / config.train.batch_size / config.model.n_ctx)
-            name = f"ours_{options.tokens / divisor / 1e6:.2f}M_seed{seed}"
-            plan[name] = [
-                str(Path(sys.executable).with_name("tinystories")), "train", "--resume", "--config", options.config,
-                "--data", str(options.data), "--out", str(options.out / name), "--train.steps", str(steps),
-                "--train.seed", seed, "--train.eval_every", str(max(1, steps // EVALUATIONS)),
-            ]  # fmt: skip
+    for divisor in options.divisors.split(","):
+        tokens = round(options.tokens / float(divisor))
+        for seed in options.seeds.split(","):
+            run = options.out / f"ours_{tokens / 1e6:.2f}M_seed{seed}"
+            settings = {"train.seed": seed, "train.eval_every": evaluation_steps(options.config, tokens)}
+            plan[run.name] = train_command(run, options.config, options.data, tokens, settings)
     return plan
+
+
+def evaluation_steps(config_name: str, tokens: int) -> int:
+    """Steps between evaluations, so that there are `EVALUATIONS` of them."""
+    config = load_config(config_name)
+    return max(1, tokens // (config.train.batch_size * config.model.n_ctx * EVALUATIONS))
 
 
 def peer_job(options: argparse.Namespace, rate: float, rows: int, tokens: int) -> tuple[str, list[str]]:
@@ -103,30 +102,6 @@ def peer_job(options: argparse.Namespace, rate: float, rows: int, tokens: int) -
         options.config,
     ]
     return name, [sys.executable, __file__, *map(str, given), "--peer", f"{rate},{rows},{tokens}"]
-
-
-def execute(run: Path, command: list[str]) -> None:
-    if is_done(run):
-        return
-    began = time.perf_counter()
-    with (run.parent / f"{run.name}.log").open("w") as log:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        subprocess.run(command, check=True, stdout=log, stderr=log, env=environment)
-    print(f"{run.name}: {final(run)['val_bits_per_byte']:.4f} in {time.perf_counter() - began:,.0f} s", flush=True)
-
-
-def records(run: Path) -> list[dict[str, Any]]:
-    path = run / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def final(run: Path) -> dict[str, Any]:
-    return records(run)[-1]
-
-
-def is_done(run: Path) -> bool:
-    found = records(run)
-    return bool(found) and bool(found[-1].get("final"))
 
 
 def train_peer(options: argparse.Namespace, rate: float, rows: int, tokens: int) -> None:
@@ -203,26 +178,49 @@ class Peer:
 
 def report(options: argparse.Namespace, names: list[str]) -> None:
     """The table, the picture and the JSON line of finished runs."""
+    results = []
+    print(f"{'run':32} {'tokens':>12} {'seconds':>9} {'bits per byte':>14}")
+    for name in names:
+        last, taken = final(options.out / name), seconds(options.out / name)
+        tokens, score = last["tokens"], last["val_bits_per_byte"]
+        print(f"{name:32} {tokens:12,} {taken:9,.0f} {score:14.4f}")
+        results.append({"run": name, "tokens": tokens, "seconds": taken, "bits_per_byte": score})
+    draw(options, names)
+    facts = {"benchmark": "token_efficiency", "config": options.config, "torch": torch.__version__}
+    print(json.dumps(facts | {"results": results}))
+
+
+def draw(options: argparse.Namespace, names: list[str]) -> None:
+    """Bits per byte against tokens and against seconds; seeds of one kind of run share a colour."""
     import matplotlib as mpl
 
     mpl.use("agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    print(f"{'run':32} {'tokens':>12} {'seconds':>9} {'bits per byte':>14}")
-    results = []
+    kinds = list(dict.fromkeys(name.partition("_seed")[0] for name in names))
+    figure, both = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
     for name in names:
-        found = records(options.out / name)
-        points = [(r["tokens"], r["val_bits_per_byte"]) for r in found if "val_bits_per_byte" in r]
-        axes.plot(*zip(*points, strict=True), label=name, linestyle="--" if name.startswith("nanogpt") else "-")
-        seconds = max(r.get("seconds", 0.0) for r in found)
-        print(f"{name:32} {points[-1][0]:12,} {seconds:9,.0f} {points[-1][1]:14.4f}")
-        results.append({"run": name, "tokens": points[-1][0], "seconds": seconds, "bits_per_byte": points[-1][1]})
-    axes.set(xlabel="training tokens", ylabel="bits per byte on validation stories", ylim=(None, 1.2))
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+        kind = name.partition("_seed")[0]
+        points = [r for r in timed(records(options.out / name)) if "val_bits_per_byte" in r]
+        looks = {"color": f"C{kinds.index(kind)}", "linestyle": "--" if name.startswith("nanogpt") else "-"}
+        label = kind.replace("_", " ") if name in (kind, f"{kind}_seed{options.seeds.split(',')[0]}") else None
+        for axes, x in zip(both, ("tokens", "seconds"), strict=True):
+            axes.plot([r[x] for r in points], [r["val_bits_per_byte"] for r in points], label=label, **looks)
+            axes.plot(points[-1][x], points[-1]["val_bits_per_byte"], "o", color=looks["color"], markersize=4)
+    best = min(final(options.out / name)["val_bits_per_byte"] for name in names if name.startswith("nanogpt"))
+    for axes, x in zip(both, ("training tokens", "seconds of training, one core"), strict=True):
+        axes.axhline(best, color="grey", linewidth=0.8, linestyle=":")
+        axes.set(xlabel=x, ylim=(None, 1.2))
+        axes.grid(alpha=0.3)
+    both[0].set(ylabel="bits per byte on validation stories")
+    both[0].legend(fontsize=8)
     figure.savefig(options.out / ("tuning.png" if options.tune else "curves.png"), dpi=120)
-    print(json.dumps({"benchmark": "token_efficiency", "torch": torch.__version__, "results": results}))
+
+
+def timed(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records, each with the seconds of training up to it."""
+    now = 0.0
+    return [record | {"seconds": (now := max(now, record.get("seconds", 0.0)))} for record in found]
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def compare(options: argparse.Namespace, device: torch.device, rows: int) -> dic
             name = f"ours {architecture}{' compiled' if compiled else ''}"
             model = GPT(config).to(device)
             objective = torch.compile(Objective(model)) if compiled else Objective(model)
-            (optimizer,) = build_optimizers(model, OptimConfig(kind="adamw"))
+            (optimizer,) = build_optimizers(model, OptimConfig(kind="adamw", learning_rate=1e-3, muon_rate=0.02))
             variants[name] = stepper(mean_of(objective), model, optimizer, inputs, targets)
             flops[name] = flops_per_token(config)
     for bias in (False, True):

@@ -114,9 +114,11 @@ class OptimConfig:
     kind: Literal["muon", "adamw"] = setting(
         "muon", "muon: for the matrices of the blocks, with AdamW for the rest; adamw: for all"
     )
-    muon_rate: float = setting(0.02, "peak of Muon's learning rate; the same for all widths")
+    muon_rate: float | Literal["auto"] = setting(
+        "auto", "peak of Muon's learning rate; auto: from the size of the model and of the batch"
+    )
     momentum: float = setting(0.95, "decay of Muon's mean of gradients")
-    learning_rate: float = setting(3e-3, "peak of AdamW's learning rate")
+    learning_rate: float | Literal["auto"] = setting("auto", "peak of AdamW's learning rate; auto: likewise")
     beta1: float = setting(0.9, "decay of the mean of gradients")
     beta2: float = setting(0.95, "decay of the mean of their squares")
     eps: float = setting(1e-8, "added to the root of that mean")
@@ -124,8 +126,9 @@ class OptimConfig:
     grad_clip: float = setting(1.0, "largest norm of all gradients together; 0: no clipping")
 
     def __post_init__(self) -> None:
-        require(self.learning_rate > 0, f"optim.learning_rate={self.learning_rate} must be positive")
-        require(self.muon_rate > 0, f"optim.muon_rate={self.muon_rate} must be positive")
+        for name in ("learning_rate", "muon_rate"):
+            rate = getattr(self, name)
+            require(rate == "auto" or rate > 0, f"optim.{name}={rate} must be positive, or auto")
         require(0 <= self.momentum < 1, f"optim.momentum={self.momentum} must be in [0, 1)")
         require(0 <= self.beta1 < 1, f"optim.beta1={self.beta1} must be in [0, 1)")
         require(0 <= self.beta2 < 1, f"optim.beta2={self.beta2} must be in [0, 1)")

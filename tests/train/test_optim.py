@@ -11,6 +11,8 @@ from tinystories.model import GPT
 from tinystories.train.muon import Muon, orthogonalized
 from tinystories.train.optim import build_optimizers, optimizer_tensors, restore_optimizers
 
+RATES = {"learning_rate": 0.01, "muon_rate": 0.02}
+
 
 def tiny(architecture: str = "modern", tied: bool = True) -> GPT:
     torch.manual_seed(3)
@@ -59,7 +61,7 @@ def test_the_update_is_that_of_torch_but_for_its_bf16() -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_every_weight_has_one_optimizer(architecture: str, tied: bool) -> None:
     model = tiny(architecture, tied)
-    adamw, muon = build_optimizers(model, OptimConfig(kind="muon", weight_decay=0.3))
+    adamw, muon = build_optimizers(model, OptimConfig(kind="muon", weight_decay=0.3, **RATES))
     decayed, plain = adamw.param_groups
     names = {id(w): name for name, w in model.named_parameters()}
     given = [names[id(w)] for group in (decayed, plain, *muon.param_groups) for w in group["params"]]
@@ -71,7 +73,7 @@ def test_every_weight_has_one_optimizer(architecture: str, tied: bool) -> None:
 
 def test_adamw_alone_takes_everything_and_decays_matrices_only() -> None:
     model = tiny()
-    (adamw,) = build_optimizers(model, OptimConfig(kind="adamw"))
+    (adamw,) = build_optimizers(model, OptimConfig(kind="adamw", **RATES))
     decayed, plain = adamw.param_groups
     assert {w.ndim for w in decayed["params"]} == {2}
     assert {w.ndim for w in plain["params"]} == {1}
@@ -89,7 +91,7 @@ def test_the_state_survives_being_saved(kind: str) -> None:
             optimizer.step()
             optimizer.zero_grad()
 
-    config = OptimConfig(kind=kind)  # type: ignore[arg-type]
+    config = OptimConfig(kind=kind, **RATES)  # type: ignore[arg-type]
     straight, resumed = tiny(), tiny()
     optimizers = build_optimizers(straight, config)
     step(straight, optimizers)

@@ -68,7 +68,7 @@ class Relu(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Float[Tensor, "*rest F"]) -> Tensor:
         (y,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return torch.ops.aten.threshold_backward.grad_input(grad, y, 0, grad_input=grad)  # type: ignore[no-any-return]
+        return torch.ops.aten.threshold_backward.grad_input(grad, y, 0, grad_input=grad)
 
 
 def relu(x: Float[Tensor, "*rest F"]) -> Float[Tensor, "*rest F"]:

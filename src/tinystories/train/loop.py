@@ -37,6 +37,7 @@ from tinystories.train.distributed import ALONE, World
 from tinystories.train.estimate import fitting_micro_batch
 from tinystories.train.metrics import Metrics, draw, truncate
 from tinystories.train.optim import build_optimizers, gather
+from tinystories.train.rates import settled
 from tinystories.train.schedule import learning_rate
 
 log = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ class Trainer:
         self.tokenizer = Tokenizer.load(folder)
         if self.tokenizer.sha256 != self.rows.meta.tokenizer_sha256:
             raise UserError(f"{folder}/tokenizer.json is not the one the data was made with; prepare the data again")
-        self.config = config = replace_vocab(config, self.rows.meta.vocab_size, str(folder))
+        self.config = config = settled(replace_vocab(config, self.rows.meta.vocab_size, str(folder)))
         self.run, self.world = run, world
         self.device = pick_device(world.device(config.train.device))
         self.precision = pick_precision(self.device, config.train.precision)
@@ -97,7 +98,7 @@ class Trainer:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, config.train.steps, group["peak"], config.schedule)
-        rate = learning_rate(step, config.train.steps, config.optim.learning_rate, config.schedule)
+        rate = self.optimizers[0].param_groups[0]["lr"]
         if config.model.dropout:
             torch.manual_seed(hash_seed(config.train.seed, step, world.rank))
         total = torch.zeros((), device=self.device)
@@ -406,6 +407,9 @@ def train_on(config: Config, run: Path, last: Path | None, world: World) -> Bits
         trainer.device if world.size == 1 else f"{world.size} processes, the first on {trainer.device}",
         trainer.precision,
     )
+    optim = trainer.config.optim
+    muon = f"Muon {optim.muon_rate:g} for the matrices of the blocks, " if optim.kind == "muon" else ""
+    log.info("peak learning rates: %sAdamW %g", muon, optim.learning_rate)
     if last is not None:
         log.info("resuming at step %d of %d", trainer.clock.step, config.train.steps)
     with (

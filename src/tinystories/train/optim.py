@@ -18,6 +18,8 @@ def build_optimizers(model: GPT, config: OptimConfig, sharded: bool = False) -> 
     Only matrices are decayed. AdamW: Loshchilov and Hutter 2017, arXiv 1711.05101. `sharded`: every rank keeps the
     state of its share of the weights only (ZeRO stage 1, Rajbhandari et al. 2019, arXiv 1910.02054).
     """
+    assert isinstance(config.learning_rate, float), "`auto` is settled before"
+    assert isinstance(config.muon_rate, float), "`auto` is settled before"
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     inner = [w for name, w in weights.items() if config.kind == "muon" and w.ndim == 2 and name.startswith("layers.")]
     taken = {id(w) for w in inner}

@@ -1,0 +1,179 @@
+"""What each choice of the recipe is worth: the preset, and the preset with one thing changed, for the same tokens.
+
+Every run trains from scratch in a process of its own with one thread; finished ones are not run again. Prints a table
+of bits per byte on all validation stories (docs/evaluation.md) and how much is lost or won against the recipe, means
+over the seeds; one JSON line; draws ablation.png. Seconds are of training steps.
+
+    tinystories prepare train.txt --val valid.txt --tokenizer bpe:4096 --out data/bpe4096
+    python benchmarks/ablation.py --data data/bpe4096 --out runs/ablation --tokens 1024000
+"""
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from runs import execute_all, final, seconds, train_command
+
+from tinystories.cli import main as tinystories_main
+from tinystories.config import load_config
+from tinystories.data import loader
+from tinystories.model import GPT
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The recipe with other settings, or with a part of the program replaced."""
+
+    text: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    patch: str = ""
+
+
+VARIANTS = {
+    "recipe": Variant("the recipe"),
+    "adamw": Variant("AdamW for all weights", {"optim.kind": "adamw"}),
+    "embedding-rate": Variant("embedding at a third of the rate", {"optim.learning_rate": "/3"}),
+    "cosine": Variant(
+        "cosine to a tenth instead of a line to zero", {"schedule.kind": "cosine", "schedule.floor": 0.1}
+    ),
+    "batch-2x": Variant("twice the batch (rates follow)", {"train.batch_size": "*2"}),
+    "batch-half": Variant("half the batch (rates follow)", {"train.batch_size": "/2"}),
+    "no-decay": Variant("no weight decay", {"optim.weight_decay": 0.0}),
+    "no-clip": Variant("no gradient clipping", {"optim.grad_clip": 0.0}),
+    "beta2": Variant("AdamW's second beta 0.95 / 0.99 (the other one)", {"optim.beta2": "other"}),
+    "no-qk-norm": Variant("no norm on queries and keys", {"model.qk_norm": "false"}),
+    "classic": Variant("classic architecture", {"model.architecture": "classic", "model.n_ff": "4x"}),
+    "gpt2-init": Variant("GPT-2's initialisation of the blocks", patch="gpt2_init"),
+    "windows": Variant("random windows of the stream instead of packed stories", patch="windows"),
+    "dropout": Variant("dropout 0.1", {"model.dropout": 0.1}),
+}
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--patched"]:  # one run in this process
+        globals()[sys.argv[2]]()
+        tinystories_main(sys.argv[3:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder made by `tinystories prepare`")
+    parser.add_argument("--out", type=Path, required=True, help="where the runs go")
+    parser.add_argument("--config", default="small", help="preset or file")
+    parser.add_argument("--tokens", type=int, default=1_024_000)
+    parser.add_argument("--seeds", default="1", help="several with commas")
+    parser.add_argument("--variants", default=",".join(VARIANTS), help="some of them, with commas")
+    parser.add_argument("--workers", type=int, default=2, help="runs side by side, one thread each")
+    options = parser.parse_args()
+    names = {name: [f"{name}_seed{seed}" for seed in options.seeds.split(",")] for name in options.variants.split(",")}
+    plan = {run: command(options, run) for runs in names.values() for run in runs}
+    execute_all(options.out, plan, options.workers)
+    report(options, names)
+
+
+def command(options: argparse.Namespace, run: str) -> list[str]:
+    name, _, seed = run.rpartition("_seed")
+    variant = VARIANTS[name]
+    settings = {key: resolved(options.config, key, value) for key, value in variant.settings.items()}
+    quiet = {"train.seed": seed, "train.eval_every": 10**6, "train.sample_tokens": 1}
+    words = train_command(options.out / run, options.config, options.data, options.tokens, settings | quiet)
+    if variant.patch:
+        words[1:3] = [__file__, "--patched", variant.patch]
+    return words
+
+
+def resolved(config_name: str, key: str, value: Any) -> Any:
+    """A setting that depends on the recipe's own."""
+    from tinystories.train.rates import settled
+
+    config = settled(load_config(config_name))
+    section, _, name = key.partition(".")
+    now = getattr(getattr(config, section), name)
+    match value:
+        case "other":
+            return 0.99 if now < 0.97 else 0.95
+        case "4x":
+            return 4 * config.model.n_embd
+        case "*2":
+            return now * 2
+        case "/2":
+            return now // 2
+        case "/3":
+            return now / 3
+    return value
+
+
+def gpt2_init() -> None:
+    """Standard deviation 0.02, divided by sqrt(2 layers) where a block writes to the residual stream."""
+    plain = GPT.reset_parameters
+
+    @torch.no_grad()
+    def reset_parameters(self: GPT) -> None:
+        plain(self)
+        for name, weight in self.named_parameters():
+            if name.startswith("layers.") and weight.ndim == 2:
+                narrow = name.endswith(("o_proj.weight", "down_proj.weight"))
+                weight.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer) if narrow else 0.02)
+
+    GPT.reset_parameters = reset_parameters
+
+
+def windows() -> None:
+    """nanoGPT's batches: windows anywhere in the stream of all stories."""
+
+    def rows(self: loader.PackedRows, indices: loader.Ints) -> tuple[loader.Ints, loader.Ints]:
+        spans = []
+        for index in indices:
+            start = int(np.random.default_rng([self.seed, index]).integers(len(self.tokens) - self.n_ctx))
+            spans.append(self.tokens[start : start + self.n_ctx + 1].astype(np.int64))
+        together = np.stack(spans)
+        return together[:, :-1], together[:, 1:]
+
+    loader.PackedRows.rows = rows
+    loader.PackedRows.n_targets = lambda self, _, batch_size: batch_size * self.n_ctx
+
+
+def report(options: argparse.Namespace, names: dict[str, list[str]]) -> None:
+    """The table, the picture and the JSON line."""
+    found = {}
+    for name, runs in names.items():
+        scores = [final(options.out / run)["val_bits_per_byte"] for run in runs]
+        found[name] = {
+            "bits_per_byte": statistics.mean(scores),
+            "seeds": scores,
+            "seconds": round(statistics.mean(seconds(options.out / run) for run in runs), 1),
+        }
+    recipe = found.get("recipe", next(iter(found.values())))["bits_per_byte"]
+    ordered = sorted(found, key=lambda name: found[name]["bits_per_byte"])
+    print(f"\n{options.config}, {options.tokens:,} tokens\n{'':52} {'bits/byte':>10} {'change':>8} {'seconds':>8}")
+    for name in ordered:
+        row = found[name]
+        change = row["bits_per_byte"] - recipe
+        print(f"{VARIANTS[name].text:52} {row['bits_per_byte']:10.4f} {change:+8.4f} {row['seconds']:8,.0f}")
+    draw(options.out / "ablation.png", {VARIANTS[n].text: found[n]["bits_per_byte"] - recipe for n in ordered})
+    facts = {"benchmark": "ablation", "config": options.config, "tokens": options.tokens, "torch": torch.__version__}
+    print(json.dumps(facts | {"results": found}))
+
+
+def draw(path: Path, changes: dict[str, float]) -> None:
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 0.35 * len(changes) + 1), layout="constrained")
+    colours = ["#3182bd" if change <= 0 else "#c44e52" for change in changes.values()]
+    bars = axes.barh(list(changes), list(changes.values()), color=colours)
+    axes.bar_label(bars, fmt="%+.4f", padding=3, fontsize=8)
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.set(xlabel="bits per byte against the recipe (more is worse)")
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()

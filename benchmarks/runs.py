@@ -1,0 +1,59 @@
+"""Training runs as folders: started in processes of their own, not run again when finished, read back as records."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+
+def execute_all(folder: Path, plan: Mapping[str, list[str]], workers: int) -> None:
+    """Run the commands of a plan (name of the run to command), `workers` side by side with one thread each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(lambda job: execute(folder / job[0], job[1]), plan.items()))
+
+
+def execute(run: Path, command: list[str]) -> None:
+    if is_done(run):
+        return
+    began = time.perf_counter()
+    with (run.parent / f"{run.name}.log").open("w") as log:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        subprocess.run(command, check=True, stdout=log, stderr=log, env=environment)
+    print(f"{run.name}: {final(run)['val_bits_per_byte']:.4f} in {time.perf_counter() - began:,.0f} s", flush=True)
+
+
+def train_command(run: Path, config: str, data: Path, tokens: int, settings: Mapping[str, Any]) -> list[str]:
+    """`tinystories train` for about `tokens` places, with settings laid over those of `config`."""
+    from tinystories.config import load_config
+
+    resolved = load_config(config, {name: str(value) for name, value in settings.items()})
+    steps = round(tokens / resolved.train.batch_size / resolved.model.n_ctx)
+    given = {"train.steps": steps, "train.checkpoint_every": max(100, steps // 4)} | dict(settings)
+    flags = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    program = [sys.executable, "-m", "tinystories", "train", "--resume"]
+    return [*program, "--config", config, "--data", str(data), "--out", str(run), *flags]
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    path = run / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def final(run: Path) -> dict[str, Any]:
+    return records(run)[-1]
+
+
+def is_done(run: Path) -> bool:
+    found = records(run)
+    return bool(found) and bool(found[-1].get("final"))
+
+
+def seconds(run: Path) -> float:
+    """Of training steps, without evaluations."""
+    return max(float(record.get("seconds", 0.0)) for record in records(run))

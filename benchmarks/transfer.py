@@ -1,0 +1,90 @@
+"""Whether the rates that `auto` stands for stay near the best when the size of the model changes.
+
+Three sizes are trained with the rates of `auto` times several factors, for the same tokens. Each run trains in a
+process of its own with one thread; finished ones are not run again. Prints a table of bits per byte on all validation
+stories, what the best factor would win over `auto` at each size, and one JSON line; draws transfer.png.
+
+    tinystories prepare train.txt --val valid.txt --tokenizer bpe:4096 --out data/bpe4096
+    python benchmarks/transfer.py --data data/bpe4096 --out runs/transfer
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from runs import execute_all, final, train_command
+
+from tinystories.config import load_config
+from tinystories.train.rates import settled
+
+SIZES = {"4x128": (4, 128, 4, 344), "6x192": (6, 192, 4, 512), "8x320": (8, 320, 8, 856)}  # layers, width, heads, F
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder made by `tinystories prepare`")
+    parser.add_argument("--out", type=Path, required=True, help="where the runs go")
+    parser.add_argument("--config", default="small", help="preset or file with all the rest")
+    parser.add_argument("--tokens", type=int, default=512_000)
+    parser.add_argument("--factors", default="0.5,1,2", help="on both rates, with commas; 1 must be among them")
+    parser.add_argument("--workers", type=int, default=2, help="runs side by side, one thread each")
+    options = parser.parse_args()
+    factors = [float(factor) for factor in options.factors.split(",")]
+    plan = {run_name(size, factor): command(options, size, factor) for size in SIZES for factor in factors}
+    execute_all(options.out, plan, options.workers)
+    report(options, factors)
+
+
+def run_name(size: str, factor: float) -> str:
+    return f"{size}_{factor:g}"
+
+
+def command(options: argparse.Namespace, size: str, factor: float) -> list[str]:
+    n_layer, n_embd, n_head, n_ff = SIZES[size]
+    shape = {"model.n_layer": n_layer, "model.n_embd": n_embd, "model.n_head": n_head, "model.n_ff": n_ff}
+    optim = settled(load_config(options.config, {name: str(value) for name, value in shape.items()})).optim
+    rates = {f"optim.{name}": factor * getattr(optim, name) for name in ("learning_rate", "muon_rate")}
+    quiet = {"train.eval_every": 10**6, "train.sample_tokens": 1}
+    return train_command(
+        options.out / run_name(size, factor), options.config, options.data, options.tokens, shape | rates | quiet
+    )
+
+
+def report(options: argparse.Namespace, factors: list[float]) -> None:
+    """The table, the picture and the JSON line."""
+    found: dict[str, dict[float, float]] = {
+        size: {factor: final(options.out / run_name(size, factor))["val_bits_per_byte"] for factor in factors}
+        for size in SIZES
+    }
+    print(f"\n{options.tokens:,} tokens; rates of `auto` times\n{'':8}" + "".join(f"{f:>9g}" for f in factors))
+    results: dict[str, Any] = {}
+    for size, scores in found.items():
+        lost = scores[1.0] - min(scores.values())
+        print(f"{size:8}" + "".join(f"{score:9.4f}" for score in scores.values()) + f"   auto loses {lost:.4f}")
+        results[size] = {"bits_per_byte": scores, "auto_loses": lost}
+    draw(options.out / "transfer.png", found)
+    facts = {"benchmark": "transfer", "config": options.config, "tokens": options.tokens, "torch": torch.__version__}
+    print(json.dumps(facts | {"results": results}))
+
+
+def draw(path: Path, found: dict[str, dict[float, float]]) -> None:
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for size, scores in found.items():
+        axes.plot(list(scores), list(scores.values()), "o-", label=size)
+    axes.axvline(1, color="grey", linewidth=0.8, linestyle=":")
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="factor on the rates of `auto`", ylabel="bits per byte on validation stories")
+    axes.grid(alpha=0.3)
+    axes.legend(title="layers x width")
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()

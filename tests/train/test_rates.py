@@ -1,0 +1,46 @@
+"""Learning rates that follow the size of the model and of the batch."""
+
+import dataclasses
+
+import pytest
+
+from tinystories.config import Config, ModelConfig, OptimConfig, TrainConfig, load_config
+from tinystories.train.rates import settled
+
+
+def rates(n_embd: int = 192, batch_size: int = 8, **optim: object) -> tuple[float, float]:
+    """(AdamW's, Muon's)"""
+    config = Config(
+        model=ModelConfig(n_embd=n_embd, n_head=2),
+        optim=OptimConfig(**optim),  # type: ignore[arg-type]
+        train=TrainConfig(batch_size=batch_size, micro_batch=1),
+    )
+    found = settled(config).optim
+    assert isinstance(found.learning_rate, float)
+    assert isinstance(found.muon_rate, float)
+    return found.learning_rate, found.muon_rate
+
+
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_rates_grow_with_the_root_of_the_batch(kind: str) -> None:
+    small, large = rates(batch_size=8, kind=kind), rates(batch_size=32, kind=kind)
+    assert large == pytest.approx([2 * rate for rate in small], rel=0.01)
+
+
+@pytest.mark.parametrize(("kind", "ratio"), [("muon", 2.0), ("adamw", 4.0)])
+def test_wider_models_take_a_smaller_rate_of_adamw_and_the_same_of_muon(kind: str, ratio: float) -> None:
+    narrow, wide = rates(n_embd=128, kind=kind), rates(n_embd=512, kind=kind)
+    assert narrow[0] == pytest.approx(ratio * wide[0], rel=0.01)
+    assert narrow[1] == wide[1]
+
+
+def test_numbers_that_were_asked_for_stay() -> None:
+    assert rates(learning_rate=0.123456, muon_rate=7.0) == (0.123456, 7.0)
+    assert rates(n_embd=64, learning_rate=0.123456)[1] == rates(n_embd=64)[1]
+
+
+def test_what_is_settled_stays_settled() -> None:
+    config = settled(load_config("small"))
+    assert settled(config) == config
+    more = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=64))
+    assert settled(more).optim == config.optim, "a run that goes on keeps its rates"
