@@ -8,11 +8,14 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, fx
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 from tinystories.config import ModelConfig
-from tinystories.model import GPT, KVCache
+from tinystories.model import GPT, KVCache, loss
 from tinystories.model.loss import IGNORE, Objective
 
 # Capturing a whole graph is dynamo's work and needs no C++ compiler; the default backend does.
@@ -83,3 +86,34 @@ def test_the_objective_is_one_graph_under_autocast(model: GPT, tokens: Tensor) -
     total.backward()
     assert total.item() == pytest.approx(Objective(model)(tokens, tokens).item(), rel=0.05)
     assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in model.parameters())
+
+
+def test_compiled_as_for_cuda_no_logits_are_kept_for_the_backward_pass(
+    model: GPT, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The compiler decides what it keeps: it must be the gradients made on the way forward. Two chunks, padded."""
+    monkeypatch.setattr(loss, "chunk_rows", lambda *_: 16)
+    monkeypatch.setattr(loss, "padding", lambda vocab_size, _: -vocab_size % 64)
+    kept: list[tuple[int, ...]] = []
+
+    def remember(graph: fx.GraphModule, _: object) -> Callable[..., object]:
+        (outputs,) = next(node for node in graph.graph.nodes if node.op == "output").args
+        kept.extend(tuple(node.meta["val"].shape) for node in outputs if isinstance(node, fx.Node))
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(
+        fw_compiler=remember,
+        bw_compiler=lambda graph, _: make_boxed_func(graph.forward),
+        partition_fn=min_cut_rematerialization_partition,
+    )
+    targets = tokens.roll(-1, dims=1)
+    targets[:, -1] = IGNORE
+    total = torch.compile(Objective(model), fullgraph=True, backend=backend)(tokens, targets)
+    eager = Objective(model)(tokens, targets)
+    torch.testing.assert_close(total, eager)
+    weights = list(model.parameters())
+    torch.testing.assert_close(
+        torch.autograd.grad(total, weights), torch.autograd.grad(eager, weights), rtol=1e-3, atol=1e-4
+    )
+    assert (64, model.config.n_embd) in kept
+    assert not [shape for shape in kept if shape[-1:] in ((61,), (64,))]

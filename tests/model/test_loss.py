@@ -84,12 +84,44 @@ def test_chunks_do_not_matter(rows: int, rows_at_once: int, seed: int) -> None:
     hidden, weight, targets = inputs(rows, 5, 13)
     targets[torch.rand(rows, generator=torch.Generator().manual_seed(seed)) < 0.2] = IGNORE
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loss, "chunk_rows", lambda _: rows_at_once)
+        patch.setattr(loss, "chunk_rows", lambda *_: rows_at_once)
         total = summed_cross_entropy(hidden, weight, targets)
         found = torch.autograd.grad(total, (hidden, weight))
     expected = plain(hidden, weight, targets)
     torch.testing.assert_close(total, expected)
     torch.testing.assert_close(found, torch.autograd.grad(expected, (hidden, weight)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1.0, 300.0])
+def test_columns_that_round_the_logits_up_do_not_matter(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, scale: float
+) -> None:
+    """As CUDA has them; on a CPU there are none."""
+    hidden, weight, targets = inputs(23, 8, 31)
+    targets[::5] = IGNORE
+    hidden = (hidden.detach() * scale).to(dtype).requires_grad_()
+    monkeypatch.setattr(loss, "chunk_rows", lambda *_: 8)
+    without = summed_cross_entropy(hidden, weight, targets)
+    expected = torch.autograd.grad(without, (hidden, weight))
+    monkeypatch.setattr(loss, "padding", lambda *_: 9)
+    with Record() as record:
+        padded = summed_cross_entropy(hidden, weight, targets)
+    assert record.largest == max(8 * 40, 40 * 8)
+    torch.testing.assert_close(padded, without)
+    found = torch.autograd.grad(padded, (hidden, weight))
+    assert found[1].shape == weight.shape
+    torch.testing.assert_close(found, expected)
+
+
+def test_chunks_fit_the_device() -> None:
+    """On a CPU its caches; on CUDA thousands of rows, within 2 GiB, of a width that is a multiple of 64."""
+    assert loss.chunk_rows(4096, "cpu") * 4096 * 4 == 30 * 2**20
+    assert loss.chunk_rows(50257, "cpu") == 512
+    assert loss.chunk_rows(50257, "cuda") == 8192
+    assert all(loss.chunk_rows(size, "cuda") * size * 4 <= 2**31 for size in (2, 1000, 4096, 2**18, 2**28))
+    assert [loss.padding(size, "cuda") for size in (64, 4096, 50257)] == [0, 0, 47]
+    assert loss.padding(50257, "cpu") == loss.padding(50257, "mps") == 0
 
 
 def test_large_logits_neither_overflow_nor_vanish() -> None:
@@ -103,7 +135,7 @@ def test_large_logits_neither_overflow_nor_vanish() -> None:
 @pytest.mark.parametrize("with_gradient", [True, False])
 def test_the_full_logits_are_never_held(monkeypatch: pytest.MonkeyPatch, with_gradient: bool) -> None:
     hidden, weight, targets = inputs(64, 4, 300)
-    monkeypatch.setattr(loss, "chunk_rows", lambda _: 8)
+    monkeypatch.setattr(loss, "chunk_rows", lambda *_: 8)
     with Record() as record, torch.set_grad_enabled(with_gradient):
         total = summed_cross_entropy(hidden, weight, targets)
         if with_gradient:

@@ -4,17 +4,30 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from tinystories.model.gpt import GPT
 
 IGNORE = -100  # a target that costs nothing: padding
 CHUNK_BYTES = 30 * 2**20  # logits held at once: what a CPU's caches hold, and glibc does not map anew each time
 CHUNK_ROWS = 512  # at least: the head's gradient is added to once for each chunk
+CUDA_CHUNK_BYTES = 2**31  # logits held at once on CUDA: its products want thousands of rows, and are few then
+ALIGNMENT = 64  # columns: tensor cores are slow on rows of logits that begin at odd addresses
 
 
-def chunk_rows(vocab_size: int) -> int:
-    """Rows of logits held at once."""
+def chunk_rows(vocab_size: int, device: str) -> int:
+    """Rows of logits held at once, of 4 bytes each; a power of two on CUDA, so that all chunks tend to be of one size.
+
+    `device`: its type.
+    """
+    if device == "cuda":
+        return 1 << max(0, (CUDA_CHUNK_BYTES // (4 * vocab_size)).bit_length() - 1)
     return max(CHUNK_ROWS, CHUNK_BYTES // (4 * vocab_size))
+
+
+def padding(vocab_size: int, device: str) -> int:
+    """Columns that round the logits up and take no part in the loss (GPT-2's vocabulary is odd). None but on CUDA."""
+    return -vocab_size % ALIGNMENT if device == "cuda" else 0
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -32,12 +45,16 @@ class LinearCrossEntropy(torch.autograd.Function):
         targets: Int[Tensor, " N"],
     ) -> Float[Tensor, ""]:
         needs_grad = any(ctx.needs_input_grad)  # type: ignore[attr-defined]
+        compiling = torch.compiler.is_compiling()
+        vocab_size, device = weight.shape[0], hidden.device.type
         cast = weight.to(hidden.dtype)
+        if pad := padding(vocab_size, device):
+            cast = F.pad(cast, (0, 0, 0, pad))
         grad_hidden = torch.empty_like(hidden) if needs_grad else hidden
-        grad_weight = torch.zeros_like(weight) if needs_grad else weight
+        grad_weight = weight.new_zeros(cast.shape) if needs_grad else weight
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        rows = min(hidden.shape[0], chunk_rows(weight.shape[0]))
-        logits = hidden.new_empty((rows, weight.shape[0]), dtype=torch.float32)  # once: fresh memory is slow
+        rows = min(hidden.shape[0], chunk_rows(vocab_size, device))
+        logits = hidden.new_empty((rows, cast.shape[0]), dtype=torch.float32)  # once: fresh memory is slow
         for start in range(0, hidden.shape[0], rows):
             h, y = hidden[start : start + rows], targets[start : start + rows, None]
             counted = (y != IGNORE).float()
@@ -47,6 +64,8 @@ class LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(h, cast.t(), out=z)
             else:
                 z.copy_(h @ cast.t())
+            if pad:
+                z[:, vocab_size:] = -torch.inf
             z -= z.amax(dim=1, keepdim=True)
             z_target = z.gather(1, y)
             p = z.exp_()
@@ -54,14 +73,17 @@ class LinearCrossEntropy(torch.autograd.Function):
             total += ((p_sum.log() - z_target) * counted).sum()
             if needs_grad:
                 p *= counted / p_sum
-                p.scatter_add_(1, y, -counted)
+                if compiling:  # compilers fuse a comparison with what is around it, and a scatter with nothing
+                    p -= counted * (torch.arange(p.shape[1], device=p.device) == y)
+                else:
+                    p.scatter_add_(1, y, -counted)
                 p = p.to(hidden.dtype)
                 torch.mm(p, cast, out=grad_hidden[start : start + rows])
                 if grad_weight.dtype == p.dtype:
                     grad_weight.addmm_(p.t(), h)
                 else:
                     grad_weight += p.t() @ h
-        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.save_for_backward(grad_hidden, grad_weight[:vocab_size])
         return total
 
     @staticmethod

@@ -22,8 +22,8 @@ def flops_per_token(config: ModelConfig) -> float:
     return 6.0 * (weights + embedding) + 6.0 * attention
 
 
-def train_bytes(config: Config, micro_batch: int) -> int:
-    """Peak memory of one optimizer step in fp32 with `micro_batch` rows at once.
+def train_bytes(config: Config, micro_batch: int, device: str = "cpu") -> int:
+    """Peak memory of one optimizer step in fp32 with `micro_batch` rows at once on a `device` of this type.
 
     Weights, gradients, two moments of AdamW, activations, loss chunks. Activations are counted per token and layer as
     the tensors autograd keeps (`model/recompute.py` saves it some), with those of one layer's backward pass;
@@ -34,7 +34,7 @@ def train_bytes(config: Config, micro_batch: int) -> int:
     kept = model.n_layer * (narrow * model.n_embd + wide * model.n_ff) + 4 * model.n_embd + 2 * model.n_ff
     tokens = micro_batch * model.n_ctx
     head = 2 * 4 * model.vocab_size * model.n_embd
-    logits = 2 * 4 * model.vocab_size * min(tokens, chunk_rows(model.vocab_size))
+    logits = 2 * 4 * model.vocab_size * min(tokens, chunk_rows(model.vocab_size, device))
     return 16 * model.n_params + head + 4 * tokens * kept + logits
 
 
@@ -63,7 +63,7 @@ def fitting_micro_batch(config: Config, device: torch.device, used_before: int =
     if used_before in divisors:
         divisors.insert(0, used_before)
     for rows in divisors:
-        if train_bytes(config, rows) <= FREE_SHARE * free:
+        if train_bytes(config, rows, device.type) <= FREE_SHARE * free:
             return rows
     require_memory(config, 1, free, device)
     return 1
@@ -71,7 +71,7 @@ def fitting_micro_batch(config: Config, device: torch.device, used_before: int =
 
 def require_memory(config: Config, micro_batch: int, free: int, device: torch.device) -> None:
     """Refuse a run that cannot fit, before it starts."""
-    needed = train_bytes(config, micro_batch)
+    needed = train_bytes(config, micro_batch, device.type)
     if needed > free:
         raise UserError(
             f"this run needs about {needed / 1e9:.1f} GB of memory and {device} has {free / 1e9:.1f} GB free;"

@@ -13,7 +13,6 @@ from types import FrameType
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import psutil
 import torch
 from torch import Tensor
@@ -37,6 +36,8 @@ from tinystories.train.distributed import ALONE, World
 from tinystories.train.estimate import fitting_micro_batch
 from tinystories.train.metrics import Metrics, draw, truncate
 from tinystories.train.optim import build_optimizers, gather
+from tinystories.train.pending import Pending
+from tinystories.train.prefetch import Batch, Prefetch
 from tinystories.train.rates import settled
 from tinystories.train.schedule import learning_rate
 
@@ -79,7 +80,9 @@ class Trainer:
         self.tokens_per_byte = (train_split.tokens - 1) / max(1, train_split.bytes)
         self.stop_signal = 0
         self.recent = Recent()
-        self.unread: tuple[int, Tensor, Tensor] | None = None  # step, loss, gradient norm
+        self.prefetch: Prefetch | None = None
+        self.pending: Pending | None = None  # the newest step, if it has not been counted yet
+        self.counted_at: float | None = None  # when the time before was counted; None while no step is under way
 
     def compiled(self, objective: Objective) -> Any:
         wanted = self.config.train.compile
@@ -93,8 +96,8 @@ class Trainer:
         All of them over the whole batch, of which this rank computes its share.
         """
         config, world = self.config, self.world
-        inputs, targets = self.rows.batch(step, config.train.batch_size, world.rank, world.size)
-        n_targets = self.rows.n_targets(step, config.train.batch_size)
+        batch = self.prefetch.take(step) if self.prefetch else self.batch(step)
+        (inputs, targets), n_targets = batch.on(self.device), batch.n_targets
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, config.train.steps, group["peak"], config.schedule)
@@ -107,7 +110,7 @@ class Trainer:
             apart = world.size > 1 and part.stop < len(inputs)  # gradients meet in the last backward pass only
             with self.objective.no_sync() if apart else contextlib.nullcontext():
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-                    loss = self.objective(self.on_device(inputs[part]), self.on_device(targets[part]))
+                    loss = self.objective(inputs[part], targets[part])
                 (loss / n_targets * world.size).backward()  # DDP averages what is to be summed
             total += loss.detach()
         world.add_up(total)
@@ -117,8 +120,21 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         return total / n_targets, norm, n_targets, rate
 
-    def on_device(self, array: npt.NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(array).to(self.device, non_blocking=True)
+    def batch(self, step: int) -> Batch:
+        pinned = self.device.type == "cuda"
+        return Batch.of(self.rows, step, self.config.train.batch_size, self.world, pinned)
+
+    @contextlib.contextmanager
+    def prefetching(self) -> Iterator[None]:
+        """While it lasts, a thread makes the batches of the steps to come, in order, if that saves time."""
+        if not works_beside_the_host(self.device):
+            yield
+            return
+        with Prefetch(self.batch, self.clock.step, self.config.train.steps) as self.prefetch:
+            try:
+                yield
+            finally:
+                self.prefetch = None
 
     def evaluate(self, limit: int, display: Display) -> BitsReport | None:
         """Bits per byte on `limit` fixed validation stories (0: on all); None where there are none."""
@@ -191,15 +207,16 @@ class Trainer:
 
     def save(self, metrics: Metrics) -> None:
         """Checkpoint this step, with the lengths of the files that are appended to."""
-        self.require_finite()
+        assert self.pending is None, "what is saved has been found finite"
         gather(self.optimizers)
         if not self.world.first:
             return
         self.clock.metrics_bytes = metrics.size()
         samples = self.run / "samples.md"
         self.clock.samples_bytes = samples.stat().st_size if samples.exists() else 0
-        self.clock.recent_nats = float(self.recent.nats.item())
-        self.clock.recent_targets, self.clock.recent_seconds = self.recent.targets, self.recent.seconds
+        recent = self.recent
+        self.clock.recent_nats, self.clock.recent_targets = recent.nats, recent.targets
+        self.clock.recent_seconds = recent.seconds
         state.save(
             self.run, self.clock, self.config, self.model, self.optimizers, self.tokenizer, self.provenance(metrics)
         )
@@ -211,22 +228,47 @@ class Trainer:
         if self.world.of_first(due):  # interrupted before or during it
             self.milestone(metrics, display)
         while clock.step < config.steps:
-            started = time.perf_counter()
-            loss, norm, n_targets, rate = self.train_step(clock.step)
-            clock.step += 1
-            clock.tokens += n_targets
-            self.require_finite()
-            self.unread = (clock.step, loss, norm)
-            self.recent.add(loss, norm, n_targets, time.perf_counter() - started)
-            clock.seconds += time.perf_counter() - started
-            if clock.step % config.log_every == 0 or clock.step == config.steps:
-                self.record(metrics, display, rate)
+            self.advance(metrics, display)
             self.agree_on_stopping()
             if self.stop_signal:
+                self.catch_up(metrics, display)
                 self.save(metrics)
                 raise Interrupted(self.stop_signal, clock.step)
             self.milestone(metrics, display)
         return self.finish(metrics, display)
+
+    def advance(self, metrics: Metrics, display: Display) -> None:
+        """Launch the next step, then count the one before: a device has work while the host waits for its results."""
+        clock, before = self.clock, self.pending
+        if self.counted_at is None:
+            self.counted_at = time.perf_counter()
+        loss, norm, n_targets, rate = self.train_step(clock.step)
+        clock.step += 1
+        clock.tokens += n_targets
+        self.pending = Pending(clock.step, clock.tokens, n_targets, rate, loss, norm)
+        if before is not None:
+            self.count(before, metrics, display)
+
+    def catch_up(self, metrics: Metrics, display: Display) -> None:
+        """Wait until all is done that was launched, and count it; time does not run until the next step."""
+        if self.pending is not None:
+            self.count(self.pending, metrics, display)
+        self.pending = self.counted_at = None
+
+    def count(self, pending: Pending, metrics: Metrics, display: Display) -> None:
+        """Wait for a launched step; add up its loss and time, and write the line that is due.
+
+        Its time is that since the step before was done, whatever the host did meanwhile.
+        """
+        loss, norm = pending.read()
+        now = time.perf_counter()
+        assert self.counted_at is not None, "set when the step was launched"
+        seconds, self.counted_at = now - self.counted_at, now
+        self.clock.seconds += seconds
+        self.require_finite(pending.step, loss, norm)
+        self.recent.add(loss, norm, pending.n_targets, seconds)
+        if pending.step % self.config.train.log_every == 0 or pending.step == self.config.train.steps:
+            self.record(pending, metrics, display)
 
     def evaluation_is_due(self, metrics: Metrics) -> bool:
         """Whether this step has an evaluation that metrics.jsonl does not hold yet."""
@@ -237,16 +279,18 @@ class Trainer:
     def milestone(self, metrics: Metrics, display: Display) -> None:
         """Evaluate and save where the step asks for it; the last step's evaluation is `finish`."""
         step, last = self.clock.step, self.clock.step == self.config.train.steps
-        best = False
-        if not last and self.evaluation_is_due(metrics):
-            self.require_finite()
+        evaluates = not last and self.evaluation_is_due(metrics)
+        saves = last or step % self.config.train.checkpoint_every == 0
+        if evaluates or saves:
+            self.catch_up(metrics, display)
+        if evaluates:
             try:
                 report = self.evaluate(self.config.train.eval_stories, display)
             except Interrupted:
                 self.save(metrics)
                 raise
-            best = self.record_evaluation(metrics, display, report)
-        if best or last or step % self.config.train.checkpoint_every == 0:
+            saves = self.record_evaluation(metrics, display, report) or saves
+        if saves:
             self.save(metrics)
 
     def finish(self, metrics: Metrics, display: Display) -> BitsReport | None:
@@ -259,12 +303,7 @@ class Trainer:
         self.save(metrics)
         return report
 
-    def require_finite(self) -> None:
-        """Read the loss of the step before, now that the next one is under way: the device never waits for us."""
-        if self.unread is None:
-            return
-        step, loss, norm = self.unread[0], self.unread[1].item(), self.unread[2].item()
-        self.unread = None
+    def require_finite(self, step: int, loss: float, norm: float) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
             return
         good = state.latest(self.run)
@@ -275,7 +314,7 @@ class Trainer:
             " or set optim.grad_clip=1"
         )
 
-    def record(self, metrics: Metrics, display: Display, rate: float) -> None:
+    def record(self, pending: Pending, metrics: Metrics, display: Display) -> None:
         recent, self.recent = self.recent, Recent()
         if not self.world.first:
             return
@@ -284,19 +323,19 @@ class Trainer:
         speed = recent.targets / recent.seconds
         metrics.write(
             {
-                "step": self.clock.step,
-                "tokens": self.clock.tokens,
+                "step": pending.step,
+                "tokens": pending.tokens,
                 "loss": loss,
                 "bits_per_byte": bits,
-                "learning_rate": rate,
-                "grad_norm": recent.norm.item(),
+                "learning_rate": pending.rate,
+                "grad_norm": recent.norm,
                 "seconds": round(self.clock.seconds, 3),
                 "tokens_per_s": round(speed, 1),
             }
         )
         memory = memory_bytes(self.device) / 1e9
         text = f"loss {loss:.4f}  {bits:.3f} bits/byte  {speed:,.0f} tokens/s  {memory:.1f} GB"
-        display.update(self.clock.step, text, line=True)
+        display.update(pending.step, text, line=True)
 
     def record_evaluation(
         self, metrics: Metrics, display: Display, report: BitsReport | None, *, final: bool = False
@@ -331,22 +370,20 @@ class Trainer:
 
 
 class Recent:
-    """Sums since the last log line; nothing is read from the device until `loss()`."""
+    """Sums since the last log line."""
 
     def __init__(self, nats: float = 0.0, targets: int = 0, seconds: float = 0.0) -> None:
-        self.nats = torch.tensor(nats)
-        self.norm = torch.zeros(())
-        self.targets = targets
-        self.seconds = seconds
+        self.nats, self.targets, self.seconds = nats, targets, seconds
+        self.norm = 0.0  # of the newest step
 
-    def add(self, loss: Tensor, norm: Tensor, n_targets: int, seconds: float) -> None:
-        self.nats = self.nats.to(loss.device) + loss * n_targets
+    def add(self, loss: float, norm: float, n_targets: int, seconds: float) -> None:
+        self.nats += loss * n_targets
         self.norm = norm
         self.targets += n_targets
         self.seconds += seconds
 
     def loss(self) -> float:
-        return float(self.nats.item()) / self.targets
+        return self.nats / self.targets
 
 
 def train(config: Config, run: Path, *, resume: bool = False) -> BitsReport | None:
@@ -415,6 +452,7 @@ def train_on(config: Config, run: Path, last: Path | None, world: World) -> Bits
     with (
         contextlib.closing(metrics),
         stopping_politely(trainer),
+        trainer.prefetching(),
         Display(config.train.steps, trainer.clock.step, quiet=not world.first) as display,
     ):
         return trainer.loop(metrics, display)
@@ -467,6 +505,11 @@ def stopping_politely(trainer: Trainer) -> Iterator[None]:
 def hash_seed(seed: int, step: int, rank: int) -> int:
     """A seed for dropout that is a function of the step, so that resuming needs no generator state."""
     return int(np.random.SeedSequence([seed, step, *[rank] * (rank > 0)]).generate_state(1, np.uint64)[0])
+
+
+def works_beside_the_host(device: torch.device) -> bool:
+    """Whether the host has time to make a batch while the device computes. A CPU's step keeps all its cores busy."""
+    return device.type != "cpu"
 
 
 def memory_bytes(device: torch.device) -> int:

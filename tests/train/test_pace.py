@@ -1,0 +1,136 @@
+"""A step is launched before the one before it is read, and time is that of the device, however far the host is ahead."""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tinystories.config import Config
+from tinystories.train import loop
+from tinystories.train.loop import Interrupted, Trainer, train
+from tinystories.train.pending import Pending
+
+READING = ("aten._local_scalar_dense", "aten.is_nonzero", "aten.nonzero", "aten.equal", "aten.masked_select")
+
+
+class NothingIsRead(TorchDispatchMode):
+    """Fails on what would make the host wait for the values of a tensor on a device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert not str(func).startswith(READING), f"{func} reads from the device"
+        return func(*args, **(kwargs or {}))
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("architecture", ["classic", "modern"])
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_step_reads_nothing_from_the_device(config: Config, tmp_path: Path, architecture: str, kind: str) -> None:
+    model = dataclasses.replace(config.model, architecture=architecture, tied=architecture == "modern")
+    optim = dataclasses.replace(config.optim, kind=kind)
+    trainer = Trainer(dataclasses.replace(config, model=model, optim=optim), tmp_path)
+    trainer.train_step(0)
+    with NothingIsRead():
+        loss, norm, n_targets, rate = trainer.train_step(1)
+        pending = Pending(2, 512, n_targets, rate, loss, norm)
+        with pytest.raises(AssertionError, match="reads from the device"):
+            loss.item()
+    assert pending.read() == (loss.item(), norm.item())
+
+
+class Device:
+    """Stands for a device that works through what is launched, `seconds` a step, while the host goes on."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds, self.free_at = seconds, 0.0
+        self.events: list[tuple[str, int]] = []
+
+    def pending(self, step: int, *results: Any) -> Any:
+        device, plain = self, Pending(step, *results)
+        done_at = self.free_at = max(self.free_at, time.perf_counter()) + self.seconds
+        self.events.append(("launch", step))
+
+        class Slow(Pending):
+            def __init__(self) -> None:
+                self.__dict__ = plain.__dict__
+
+            def read(self) -> tuple[float, float]:
+                time.sleep(max(0.0, done_at - time.perf_counter()))
+                device.events.append(("read", step))
+                return plain.read()
+
+        return Slow()
+
+
+def test_the_device_always_has_the_next_step_but_where_the_run_pauses(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = Device()
+    monkeypatch.setattr(loop, "Pending", device.pending)
+    train(config, tmp_path / "run")
+    paused = [step for step in range(1, 13) if step % 4 == 0 or step % 5 == 0]  # checkpoints and evaluations
+    expected = []
+    for step in range(1, 13):
+        expected += [("launch", step)]
+        expected += [("read", step - 1)] * (step > 1 and step - 1 not in paused) + [("read", step)] * (step in paused)
+    assert device.events == expected
+    assert [r["step"] for r in records(tmp_path / "run") if "loss" in r] == [2, 4, 6, 8, 10, 12]
+
+
+def test_time_is_that_of_the_device_and_not_of_evaluations(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "Pending", Device(seconds=0.05).pending)
+    plain = Trainer.evaluate
+    monkeypatch.setattr(Trainer, "evaluate", lambda *a: (time.sleep(0.5), plain(*a))[1])
+    began = time.perf_counter()
+    train(config, tmp_path / "run")
+    elapsed = time.perf_counter() - began
+    lines = [r for r in records(tmp_path / "run") if "loss" in r]
+    assert 12 * 0.05 <= lines[-1]["seconds"] < elapsed - 3 * 0.5
+    targets = [b["tokens"] - a["tokens"] for a, b in zip([{"tokens": 0}, *lines], lines, strict=False)]
+    assert all(line["tokens_per_s"] <= n / (2 * 0.05) for line, n in zip(lines, targets, strict=True))
+
+
+def test_batches_made_ahead_give_the_same_bits_over_an_interrupt(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight, ahead = tmp_path / "straight", tmp_path / "ahead"
+    train(config, straight)
+    monkeypatch.setattr(loop, "works_beside_the_host", lambda _: True)
+    plain, taken = Trainer.train_step, []
+
+    def stopping(self: Trainer, step: int) -> Any:
+        assert self.prefetch is not None
+        taken.append(step)
+        self.stop_signal = 15 if step == 6 and len(taken) == 7 else 0
+        return plain(self, step)
+
+    monkeypatch.setattr(Trainer, "train_step", stopping)
+    with pytest.raises(Interrupted):
+        train(config, ahead)
+    train(config, ahead, resume=True)
+    assert taken == list(range(12))
+    assert (ahead / "model.safetensors").read_bytes() == (straight / "model.safetensors").read_bytes()
+
+
+def test_an_error_while_making_a_batch_ends_the_run(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "works_beside_the_host", lambda _: True)
+    plain = Trainer.batch
+
+    def broken_disk(self: Trainer, step: int) -> Any:
+        if step == 3:
+            raise OSError("the disk is gone")
+        return plain(self, step)
+
+    monkeypatch.setattr(Trainer, "batch", broken_disk)
+    with pytest.raises(OSError, match="the disk is gone"):
+        train(config, tmp_path / "run")

@@ -1,0 +1,123 @@
+"""A batch made ahead in a thread is the one made on the spot; the thread ends when it should, and loses nothing."""
+
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tinystories.data.loader import PackedRows
+from tinystories.train.distributed import ALONE, World
+from tinystories.train.prefetch import Batch, Prefetch
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_is_left() -> Iterator[None]:
+    before = threading.active_count()
+    yield
+    assert threading.active_count() == before
+
+
+@pytest.fixture(scope="module")
+def rows(sample_data: Path) -> PackedRows:
+    return PackedRows(sample_data, "train", 32, seed=3)
+
+
+def numbered(step: int) -> Batch:
+    return Batch(torch.full((2, 1, 1), step, dtype=torch.int32), step)
+
+
+@settings(deadline=None, max_examples=10)
+@given(first=st.integers(0, 5000), rank=st.integers(0, 1))
+def test_batches_are_those_of_the_rows_from_any_step_on(rows: PackedRows, first: int, rank: int) -> None:
+    """Over ends of epochs too, where the order of the rows changes."""
+    world, batch_size = World(rank, 2), max(2, rows.n_rows // 3 * 2)
+    with Prefetch(lambda step: Batch.of(rows, step, batch_size, world), first, first + 6) as prefetch:
+        taken = [prefetch.take(step) for step in range(first, first + 6)]
+    for step, batch in enumerate(taken, first):
+        inputs, targets = batch.on(torch.device("cpu"))
+        expected = rows.batch(step, batch_size, rank, 2)
+        assert inputs.dtype == targets.dtype == torch.int64
+        np.testing.assert_array_equal(inputs.numpy(), expected[0])
+        np.testing.assert_array_equal(targets.numpy(), expected[1])
+        assert batch.n_targets == rows.n_targets(step, batch_size)
+
+
+def test_targets_are_those_of_the_batch(rows: PackedRows) -> None:
+    batch = Batch.of(rows, 4, 8, ALONE)
+    assert batch.n_targets == int((batch.ids[1] >= 0).sum())
+
+
+def test_one_batch_is_made_ahead_and_no_more() -> None:
+    made: list[int] = []
+
+    def make(step: int) -> Batch:
+        made.append(step)
+        return numbered(step)
+
+    with Prefetch(make, 7, 20) as prefetch:
+        for step in range(7, 12):
+            assert prefetch.take(step).n_targets == step
+            time.sleep(0.02)
+            assert made == list(range(7, step + 2))
+
+
+def test_it_is_made_while_the_caller_does_something_else() -> None:
+    started = threading.Event()
+
+    def make(step: int) -> Batch:
+        if step == 1:
+            started.set()
+        return numbered(step)
+
+    with Prefetch(make, 0, 3) as prefetch:
+        prefetch.take(0)
+        assert started.wait(10)
+
+
+def test_nothing_is_made_beyond_the_last_step() -> None:
+    made: list[int] = []
+    with Prefetch(lambda step: made.append(step) or numbered(step), 0, 3) as prefetch:
+        for step in range(3):
+            prefetch.take(step)
+        with pytest.raises(AssertionError, match="before `stop`"):
+            prefetch.take(3)
+    assert made == [0, 1, 2]
+    with Prefetch(numbered, 5, 5):
+        pass
+
+
+def test_a_step_out_of_turn_is_refused() -> None:
+    with Prefetch(numbered, 0, 9) as prefetch, pytest.raises(AssertionError, match="step 0 comes next, not 4"):
+        prefetch.take(4)
+
+
+def test_an_error_in_the_thread_is_raised_for_its_step_with_its_traceback() -> None:
+    def broken_disk(step: int) -> Batch:
+        if step == 2:
+            raise OSError("the disk is gone")
+        return numbered(step)
+
+    with Prefetch(broken_disk, 0, 9) as prefetch:
+        assert [prefetch.take(step).n_targets for step in (0, 1)] == [0, 1]
+        for _ in range(2):  # it stays broken
+            with pytest.raises(OSError, match="the disk is gone") as error:
+                prefetch.take(2)
+    assert "broken_disk" in "".join(traceback.format_tb(error.value.__traceback__))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_leaving_early_ends_the_thread_and_keeps_the_error(error: type[BaseException]) -> None:
+    def slow(step: int) -> Batch:
+        time.sleep(0.05)
+        return numbered(step)
+
+    with pytest.raises(error), Prefetch(slow, 0, 1000) as prefetch:  # noqa: PT012
+        prefetch.take(0)
+        raise error
