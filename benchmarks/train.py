@@ -7,19 +7,30 @@ products as nanoGPT's: 4x feed-forward) and `modern` (SwiGLU of the same size). 
 the time of nanoGPT's fastest variant (by its median) over ours, so that a machine that speeds up or slows down changes
 both. Prints a table and one JSON line.
 
+nanoGPT's head is its embedding, and so is ours unless --untied, as the presets of 89M parameters have it: the products
+are the same, but AdamW then updates one more matrix of the vocabulary's size, which counts against us. On CUDA nanoGPT
+is also given its own vocabulary, a multiple of 64 (--peer-vocab 50304), with the ids of the smaller one.
+
+On CUDA the peak of memory is told as well: a variant's weights and optimizer, and what its step needs beside them. MFU
+is that of the model's own arithmetic (train/estimate.py), against the dense bf16 rate of the maker's data sheet. The
+steps have their rows on the device already; what a whole run reaches stands in its metrics.jsonl.
+
 nanoGPT's model.py is not part of this project: name the one of a checkout.
 
     python benchmarks/train.py --nanogpt nanoGPT/model.py --shape 12x512 --vocab 50257
     python benchmarks/train.py --nanogpt nanoGPT/model.py --shape 6x240 --heads 6 --vocab 4096 --compile
-    python benchmarks/train.py --nanogpt nanoGPT/model.py --device cuda --compile --micro-batch 16,32,64
+    python benchmarks/train.py --nanogpt nanoGPT/model.py --device cuda --compile --micro-batch 16,32,64 --steps 20 \\
+      --shape 12x512 --heads 8 --context 512 --vocab 50257 --peer-vocab 50257,50304 --untied    # seed- and modern-89m
 """
 
 import argparse
+import itertools
 import json
 import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +55,9 @@ def main() -> None:
     parser.add_argument("--shape", default="6x240", help="layers x width")
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--vocab", type=int, default=4096)
+    parser.add_argument("--peer-vocab", help="of nanoGPT, several with commas; that of --vocab by default")
+    parser.add_argument("--untied", action="store_true", help="our head is a matrix of its own; nanoGPT's never is")
+    parser.add_argument("--dropout", type=float, default=0.0, help="of both; nanoGPT drops attention weights as well")
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--micro-batch", default="8", help="rows per step, several with commas")
     parser.add_argument("--runs", type=int, default=5, help="rounds; each variant is timed once in each")
@@ -70,12 +84,13 @@ def compare(options: argparse.Namespace, device: torch.device, rows: int) -> dic
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     variants: dict[str, Callable[[], None]] = {}
     flops: dict[str, float] = {}
+    state: dict[str, Callable[[], int]] = {}
     for architecture in ("classic", "modern"):
         # SwiGLU has three matrices: at two thirds of the width it has as many weights as the 4x feed-forward.
         n_ff = 4 * n_embd if architecture == "classic" else round(8 * n_embd / 3 / 8) * 8
         config = ModelConfig(
             architecture=architecture, n_layer=n_layer, n_embd=n_embd, n_head=options.heads, n_ff=n_ff,
-            n_ctx=options.context, vocab_size=options.vocab, tied=True,
+            n_ctx=options.context, vocab_size=options.vocab, tied=not options.untied, dropout=options.dropout,
         )  # fmt: skip
         for compiled in (False, True) if options.compile else (False,):
             name = f"ours {architecture}{' compiled' if compiled else ''}"
@@ -84,18 +99,23 @@ def compare(options: argparse.Namespace, device: torch.device, rows: int) -> dic
             (optimizer,) = build_optimizers(model, OptimConfig(kind="adamw", learning_rate=1e-3, muon_rate=0.02))
             variants[name] = stepper(mean_of(objective), model, optimizer, inputs, targets)
             flops[name] = flops_per_token(config)
-    for bias in (False, True):
+            state[name] = partial(state_bytes, model, optimizer)
+    vocabs = [int(size) for size in (options.peer_vocab or str(options.vocab)).split(",")]
+    for bias, vocab in itertools.product((False, True), vocabs):
         for compiled in (False, True) if options.compile else (False,):
-            name = f"nanoGPT bias={bias}{' compiled' if compiled else ''}"
+            name = f"nanoGPT bias={bias}{f' V={vocab}' * (len(vocabs) > 1)}{' compiled' if compiled else ''}"
             peer = nanogpt(
                 options.nanogpt, n_layer=n_layer, n_embd=n_embd, n_head=options.heads, block_size=options.context,
-                vocab_size=options.vocab, dropout=0.0, bias=bias,
+                vocab_size=vocab, dropout=options.dropout, bias=bias,
             ).to(device)  # fmt: skip
             call = torch.compile(peer) if compiled else peer
             optimizer = nanogpt_optimizer(peer, 1e-3, (0.9, 0.95), device.type)
             variants[name] = stepper(second_of(call), peer, optimizer, inputs, targets)
-    seconds = interleaved(variants, options.runs, options.steps, device)
-    return report(options, rows, seconds, flops, device)
+            flops[name] = flops["ours classic"]  # the same products, at most 0.1 % wider
+            state[name] = partial(state_bytes, peer, optimizer)
+    seconds, extra = interleaved(variants, options.runs, options.steps, device)
+    peaks = {name: extra[name] + state[name]() for name in extra}
+    return report(options, rows, seconds, flops, peaks, device)
 
 
 def mean_of(summed: Callable[..., torch.Tensor]) -> Loss:
@@ -125,12 +145,20 @@ def stepper(
 
 def interleaved(
     variants: dict[str, Callable[[], None]], runs: int, steps: int, device: torch.device
-) -> dict[str, list[float]]:
-    """Seconds per step of every variant in every round, after two steps of warm-up each."""
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Seconds per step of every variant in every round, after two steps of warm-up each; on CUDA also the bytes that a
+    step needs at most beside what stays.
+    """
     wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
-    for step in variants.values():
+    extra: dict[str, int] = {}
+    for name, step in variants.items():
         step()
         step()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+            step()
+            extra[name] = torch.cuda.max_memory_allocated(device) - before
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(runs):
         for name, step in variants.items():
@@ -140,7 +168,13 @@ def interleaved(
                 step()
             wait()
             seconds[name].append((time.perf_counter() - began) / steps)
-    return seconds
+    return seconds, extra
+
+
+def state_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of weights, buffers and optimizer state, which stay from step to step."""
+    moments = [tensor for entry in optimizer.state.values() for tensor in entry.values() if torch.is_tensor(tensor)]
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers(), *moments))
 
 
 def report(
@@ -148,6 +182,7 @@ def report(
     rows: int,
     seconds: dict[str, list[float]],
     flops: dict[str, float],
+    peaks: dict[str, int],
     device: torch.device,
 ) -> dict[str, Any]:
     """Print the table of one micro-batch; returns it for the JSON line."""
@@ -158,20 +193,26 @@ def report(
     name_of_device = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     peak = next((flop for name, flop in PEAK_BF16.items() if name in name_of_device), None)
     print(f"\n{options.shape}, {options.heads} heads, vocabulary {options.vocab:,}, {rows} x {options.context} tokens")
-    print(f"{'variant':28} {'tokens/s':>12} {'/ nanoGPT':>10} {'min':>6} {'max':>6} {'MFU':>6}")
+    print(f"{'variant':38} {'tokens/s':>12} {'/ nanoGPT':>10} {'min':>6} {'max':>6} {'MFU':>6} {'GB':>6}")
     for name, rate in rates.items():
         ratio = ratios[name]
-        mfu = f"{rate * flops[name] / peak:6.1%}" if peak and name in flops else ""
-        print(f"{name:28} {rate:12,.0f} {statistics.median(ratio):10.2f} {ratio[0]:6.2f} {ratio[-1]:6.2f} {mfu}")
+        mfu = f"{rate * flops[name] / peak:.1%}" if peak else ""
+        memory = f"{peaks[name] / 1e9:.1f}" if peaks else ""
+        spread = f"{statistics.median(ratio):10.2f} {ratio[0]:6.2f} {ratio[-1]:6.2f}"
+        print(f"{name:38} {rate:12,.0f} {spread} {mfu:>6} {memory:>6}")
     return {
         "shape": options.shape,
         "heads": options.heads,
         "vocab": options.vocab,
         "context": options.context,
         "micro_batch": rows,
+        "untied": options.untied,
+        "dropout": options.dropout,
         "peer": peer,
         "tokens_per_s": {name: round(rate, 1) for name, rate in rates.items()},
         "ratio": {name: round(statistics.median(ratios[name]), 3) for name in rates if name.startswith("ours")},
+        "mfu": {name: round(rate * flops[name] / peak, 4) for name, rate in rates.items()} if peak else {},
+        "peak_gb": {name: round(n_bytes / 1e9, 3) for name, n_bytes in peaks.items()},
     }
 
 

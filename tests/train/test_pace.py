@@ -1,4 +1,4 @@
-"""A step is launched before the one before it is read, and time is that of the device, however far the host is ahead."""
+"""A step is launched before the one before it is read; time is that of the device, however far ahead the host is."""
 
 import dataclasses
 import json
