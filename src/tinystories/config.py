@@ -247,17 +247,30 @@ def preset_path(name: str) -> Path:
 def load_config(file: str | Path | None, overrides: Mapping[str, str] | None = None) -> Config:
     """Config from a TOML file or a preset's name, with `{"section.key": "text value"}` laid over it."""
     settings: dict[str, Any] = read_toml(file) if file is not None else {}
-    for dotted, text in (overrides or {}).items():
+    values = {name: parse_text(text, setting_type(name), name) for name, text in (overrides or {}).items()}
+    where = str(file) if file is not None else "command line"
+    return build(Config, overlaid(settings, values, where), where)
+
+
+def setting_type(dotted: str) -> Any:
+    """The annotated type of `section.key`; `UserError` where there is no such setting."""
+    section, _, key = dotted.partition(".")
+    hints = get_type_hints(Config)
+    if section not in hints or key not in get_type_hints(hints[section]):
+        raise UserError(unknown_setting(dotted, setting_names()))
+    return get_type_hints(hints[section])[key]
+
+
+def overlaid(settings: Mapping[str, Any], values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Tables of settings with `{"section.key": value}` laid over them; `where` names the file of the tables."""
+    result = dict(settings)
+    for dotted, value in values.items():
         section, _, key = dotted.partition(".")
-        hints = get_type_hints(Config)
-        if section not in hints or key not in get_type_hints(hints[section]):
-            raise UserError(unknown_setting(dotted, setting_names()))
-        value = parse_text(text, get_type_hints(hints[section])[key], dotted)
-        settings.setdefault(section, {})
-        if not isinstance(settings[section], dict):
-            raise UserError(f"{file}: [{section}] must be a table of settings")
-        settings[section][key] = value
-    return build(Config, settings, str(file) if file is not None else "command line")
+        table = result.get(section, {})
+        if not isinstance(table, dict):
+            raise UserError(f"{where}: [{section}] must be a table of settings")
+        result[section] = table | {key: value}
+    return result
 
 
 def read_toml(file: str | Path) -> dict[str, Any]:
