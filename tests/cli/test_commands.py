@@ -59,7 +59,7 @@ def test_help_is_quick_and_teaches() -> None:
     assert min(seconds) < 0.3
 
 
-@pytest.mark.parametrize("command", ["prepare", "train", "generate", "eval", "info"])
+@pytest.mark.parametrize("command", ["prepare", "train", "sweep", "generate", "eval", "info"])
 def test_every_command_has_help(command: str) -> None:
     result = tinystories(command, "--help")
     assert result.returncode == 0

@@ -12,6 +12,7 @@ from tinystories.cli.evaluate import evaluate
 from tinystories.cli.generate import generate
 from tinystories.cli.info import info
 from tinystories.cli.prepare import prepare
+from tinystories.cli.sweep import sweep
 from tinystories.cli.train import train
 
 
@@ -30,7 +31,7 @@ def cli() -> None:
     """
 
 
-for command in (prepare, train, generate, evaluate, info):
+for command in (prepare, train, sweep, generate, evaluate, info):
     cli.add_command(command)
 
 

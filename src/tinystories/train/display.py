@@ -1,10 +1,10 @@
-"""The live line of a training run: a progress bar on a terminal, plain lines elsewhere."""
+"""The live line of a training run, and those of a sweep: a progress bar on a terminal, plain lines elsewhere."""
 
 import logging
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +50,53 @@ class Display:
 
     def say(self, text: str) -> None:
         """A line of its own, above the bar."""
+        if self.console.is_terminal:
+            self.bar.console.print(text, markup=False, highlight=False)
+        else:
+            log.info(text)
+
+
+class SweepDisplay:
+    """A bar for the trials of a sweep and one for each that is under way; plain lines where there is no terminal."""
+
+    def __init__(self, trials: int, finished: int) -> None:
+        self.console = Console(stderr=True)
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[text]}"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.all = self.bar.add_task("trials", total=trials, completed=finished, text="")
+        self.tasks: dict[int, TaskID] = {}
+
+    def __enter__(self) -> "SweepDisplay":
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.stop()
+
+    def begin(self, number: int, steps: int) -> None:
+        self.tasks[number] = self.bar.add_task(f"trial {number}, step", total=steps, text="")
+
+    def update(self, number: int, step: int, text: str) -> None:
+        self.bar.update(self.tasks[number], completed=step, text=text)
+
+    def end(self, number: int) -> None:
+        if number in self.tasks:
+            self.bar.remove_task(self.tasks.pop(number))
+
+    def finished(self, trials: int, text: str) -> None:
+        """Show how many trials have finished, and the best of them."""
+        self.bar.update(self.all, completed=trials, text=text)
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the bars."""
         if self.console.is_terminal:
             self.bar.console.print(text, markup=False, highlight=False)
         else:

@@ -1,0 +1,318 @@
+"""A sweep loses no trial and repeats none, whatever ends it; what it leaves tells what came of each.
+
+Most trials here are trained by a stand-in for `tinystories train` that starts at once: it writes the lines of
+metrics.jsonl, goes on where it was, and stops politely. tests/cli/test_sweep_command.py has the real one.
+"""
+
+import csv
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tinystories.config import load_config
+from tinystories.errors import UserError
+from tinystories.train import trial
+from tinystories.train.results import Result, at_the_end, best_of, read_results, table
+from tinystories.train.space import read_space
+from tinystories.train.study import Plan, agreed, alone, open_study, read_plan
+from tinystories.train.sweep import Stopped, require_runnable, sweep
+
+# Bits per byte are 2 + (lg rate + 2)^2 at the end and one more for each step before it; `sample_tokens` hundredths of a
+# second make a step. A trial with a file SWEEP/hold-trial-NNNN waits after the step named there until it is
+# stopped. The rate 1 is not finite; n_layer 7 crashes, 8 is refused before the first step.
+STAND_IN = """
+import json, math, os, signal, sys, time, tomllib
+from pathlib import Path
+run = Path(sys.argv[2])
+config = tomllib.loads((run / "config.toml").read_text())
+stopped = []
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda number, _: stopped.append(number))
+with (run / "starts").open("a") as starts:
+    starts.write(f"{os.getpid()}\\n")
+if config["model"]["n_layer"] == 8:
+    sys.exit("error: no such device")
+metrics = run / "metrics.jsonl"
+done = metrics.read_text().count("\\n") if metrics.exists() else 0
+rate, steps = config["optim"]["learning_rate"], config["train"]["steps"]
+bits = 2 + (math.log10(rate) + 2) ** 2
+with metrics.open("a") as file:
+    for step in range(done + 1, steps + 1):
+        time.sleep(config["train"]["sample_tokens"] / 100)
+        if config["model"]["n_layer"] == 7:
+            raise RuntimeError("out of luck")
+        if rate == 1:
+            print("error: loss nan at step 3 is not finite", file=sys.stderr)
+            sys.exit(2)
+        record = {"step": step, "tokens": 64 * step, "seconds": step / 10, "val_bits_per_byte": bits + steps - step}
+        file.write(json.dumps(record | ({"final": True} if step == steps else {})) + "\\n")
+        file.flush()
+        hold = run.parent / f"hold-{run.name}"
+        while hold.exists() and step == int(hold.read_text()) and not stopped:
+            time.sleep(0.01)
+        if stopped and step < steps:
+            sys.exit(128 + stopped[0])
+"""
+
+# A sweep in a process of its own, with the stand-in.
+PROGRAM = """
+import sys
+from pathlib import Path
+from tinystories.train import trial
+from tinystories.train.study import Plan
+from tinystories.train.sweep import sweep
+trial.command = lambda folder: [sys.executable, "-S", {stand_in!r}, "train", str(folder.resolve()), "--resume"]
+plan = Plan.from_json({plan!r})
+sweep(Path({folder!r}), plan, plan.space.example(), workers=2)
+"""
+
+QUICK = {"train.steps": "3", "train.sample_tokens": "1"}
+RATES = {"optim.learning_rate": "1e-4:1e-1:log"}
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    script = tmp_path / "stand_in.py"
+    script.write_text(STAND_IN, encoding="utf-8")
+    monkeypatch.setattr(
+        trial, "command", lambda folder: [sys.executable, "-S", str(script), "train", str(folder.resolve()), "--resume"]
+    )
+    return script
+
+
+def plan_of(settings: dict[str, str], **options: Any) -> Plan:
+    return agreed(None, read_space({}, "mine.toml", QUICK | settings), options, Path("x"))
+
+
+def run(folder: Path, plan: Plan, workers: int = 1) -> list[Result]:
+    sweep(folder, plan, plan.space.example(), workers)
+    return read_results(open_study(folder), plan.space, folder)
+
+
+def by_number(results: list[Result]) -> list[tuple[Any, ...]]:
+    return sorted((r.number, r.settings, r.outcome.state, r.outcome.bits_per_byte) for r in results)
+
+
+def starts(folder: Path) -> int:
+    return len((folder / "starts").read_text().splitlines())
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_it_finds_the_best_and_leaves_everything(tmp_path: Path) -> None:
+    folder = tmp_path / "we?ird #50% sweep"
+    plan = plan_of(RATES | {"train.batch_size": "32,64", "optim.kind": "muon,adamw"}, trials=12)
+    results = run(folder, plan, workers=3)
+    best = best_of(results)
+    assert best is not None
+    assert best.bits == min(result.bits for result in results) < 2.3
+    assert [r.bits for r in results] == sorted(r.bits for r in results)
+    assert all(r.outcome.tokens == 192 and r.outcome.seconds == 0.3 for r in results)
+    with (folder / "results.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["trial"]) for row in rows] == [result.number for result in results]
+    assert [float(row["optim.learning_rate"]) for row in rows] == [r.settings["optim.learning_rate"] for r in results]
+    assert load_config(folder / "best.toml") == plan.space.config(best.settings)
+    assert load_config(folder / "best.toml").optim.learning_rate == best.settings["optim.learning_rate"]
+    assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / f"trial-{best.number:04d}" / trial.LOG).exists()
+    shown = table(results, list(plan.space.texts)).splitlines()
+    assert shown[0].split() == [
+        "trial", "bits/byte", "optim.learning_rate", "train.batch_size", "optim.kind", "tokens", "seconds", "state"
+    ]  # fmt: skip
+    assert shown[1].split()[0] == str(best.number)
+    assert len(shown) == 13
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_settings_that_do_not_go_together_are_skipped_with_the_reason(tmp_path: Path) -> None:
+    plan = plan_of({"model.n_head": "4,5,7", "model.n_embd": "100"}, sampler="grid")
+    results = run(tmp_path / "sweep", plan)
+    assert [(r.settings["model.n_head"], r.outcome.state) for r in results] == [
+        (5, "complete"), (4, "invalid"), (7, "invalid")
+    ]  # fmt: skip
+    assert results[1].outcome.reason.endswith("model.n_embd/model.n_head=25 must be even for rotary positions")
+    assert results[2].outcome.reason.endswith("model.n_embd=100 must be a multiple of model.n_head=7")
+    assert "trial 2 invalid: mine.toml: model.n_embd=100" in table(results, ["model.n_head"])
+    assert sorted(path.name for path in (tmp_path / "sweep").glob("trial-*")) == ["trial-0001"]
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_a_trial_that_fails_does_not_end_the_sweep(tmp_path: Path) -> None:
+    plan = plan_of({"optim.learning_rate": "1,1e-3", "model.n_layer": "1,7"}, sampler="grid")
+    results = {r.number: r.outcome for r in run(tmp_path / "sweep", plan, workers=2)}
+    assert [results[i].state for i in range(4)] == ["failed", "failed", "complete", "failed"]
+    assert results[0].reason == "loss nan at step 3 is not finite"
+    assert results[3].reason == f"exit code 1; see {tmp_path / 'sweep' / 'trial-0003' / trial.LOG}"
+    told = [trial.state.name for trial in open_study(tmp_path / "sweep").trials]
+    assert told == ["PRUNED", "FAIL", "COMPLETE", "FAIL"], "the sampler learns from the settings, not from the crash"
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_what_stops_every_trial_stops_the_sweep(tmp_path: Path) -> None:
+    plan = plan_of(RATES | {"model.n_layer": "8"}, trials=9)
+    with pytest.raises(UserError, match="3 trials in a row failed before their first step, the last: exit code 1"):
+        run(tmp_path / "sweep", plan)
+    assert len(open_study(tmp_path / "sweep").trials) == 3
+
+
+@pytest.mark.usefixtures("stand_in")
+@pytest.mark.parametrize("prune", ["median", "hyperband"])
+def test_bad_trials_are_pruned_and_saved(tmp_path: Path, prune: str) -> None:
+    rates = "1e-2,2e-2,3e-2,4e-2,5e-2,1e-4,6e-2"
+    settings = {"optim.learning_rate": rates, "train.steps": "10", "train.eval_every": "2"}
+    hold(tmp_path / "sweep", 5, step=7)
+    results = run(tmp_path / "sweep", plan_of(settings, sampler="grid", prune=prune))
+    assert {r.settings["optim.learning_rate"]: r.outcome.state for r in results}[1e-4] == "pruned"
+    pruned = next(r for r in results if r.number == 5)
+    assert 0 < pruned.outcome.step <= 7
+    assert "worse than most others" in pruned.outcome.reason
+    assert len(results) == 7
+    assert results[0].bits == 2
+
+
+@pytest.mark.usefixtures("stand_in")
+@pytest.mark.parametrize("sampler", ["tpe", "grid"])
+def test_stopped_and_resumed_it_is_the_straight_sweep(tmp_path: Path, sampler: str) -> None:
+    settings = {"optim.learning_rate": "1e-3,1e-2,2e-2" if sampler == "grid" else "1e-4:1e-1:log"}
+    plan = plan_of(settings | {"schedule.warmup": "0:0.2:0.1"}, sampler=sampler, trials=5)
+    straight = run(tmp_path / "straight", plan)
+    folder = tmp_path / "sweep"
+    for number in (0, 2):
+        hold(folder, number)
+        stopper = threading.Thread(target=stop_in_the_middle, args=(folder, number))
+        stopper.start()
+        with pytest.raises(Stopped, match=f"stopped by SIGINT with {number} of 5 trials finished"):
+            sweep(folder, plan, plan.space.example(), 1)
+        stopper.join()
+    assert by_number(run(folder, plan)) == by_number(straight)
+    assert [starts(path) for path in sorted(folder.glob("trial-*"))] == [2, 1, 2, 1, 1]
+    more = dataclasses.replace(plan, trials=6)
+    assert by_number(run(folder, more))[:5] == by_number(straight)
+    assert by_number(run(folder, more))[:5] == by_number(straight), "with nothing left it does nothing"
+    assert [starts(path) for path in sorted(folder.glob("trial-*"))] == [2, 1, 2, 1, 1, 1]
+
+
+def stop_in_the_middle(folder: Path, number: int) -> None:
+    """SIGINT to this process when the trial has measured something and goes on."""
+    wait_for(lambda: bool(trial.read_records(trial.folder_of(folder, number))))
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def hold(folder: Path, number: int, step: int = 1) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / f"hold-trial-{number:04d}").write_text(str(step))
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.005)
+
+
+def test_killed_it_loses_no_trial_and_repeats_none(stand_in: Path, tmp_path: Path) -> None:
+    """The trials of a killed sweep train on by themselves; the next sitting stops them, and they go on in it."""
+    plan = plan_of(RATES, trials=4)
+    straight = run(tmp_path / "straight", plan)
+    folder = tmp_path / "sweep"
+    hold(folder, 0)
+    hold(folder, 1)
+    text = PROGRAM.format(stand_in=str(stand_in), plan=plan.to_json(), folder=str(folder))
+    process = subprocess.Popen([sys.executable, "-c", text])
+    wait_for(lambda: all(trial.read_records(trial.folder_of(folder, number)) for number in (0, 1)))
+    process.kill()
+    process.wait()
+    left = [int((trial.folder_of(folder, number) / "starts").read_text()) for number in (0, 1)]
+    assert all(trial.is_alive(psutil.Process(pid)) for pid in left)
+    assert by_number(run(folder, plan, workers=2)) == by_number(straight)
+    assert not any(psutil.pid_exists(pid) and trial.is_alive(psutil.Process(pid)) for pid in left)
+    for number in range(4):
+        steps = [record["step"] for record in trial.read_records(trial.folder_of(folder, number))]
+        assert steps == [1, 2, 3], "no two processes wrote it, and what was done is not done again"
+    assert [starts(path) for path in sorted(folder.glob("trial-*"))] == [2, 2, 1, 1]
+
+
+def test_two_sweeps_do_not_work_in_one_folder(tmp_path: Path) -> None:
+    program = "import sys; from pathlib import Path; from tinystories.train.study import alone\n"
+    program += f"with alone(Path({str(tmp_path)!r})):\n print('in', flush=True); sys.stdin.read()"
+    other = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stdin=subprocess.PIPE)
+    assert other.stdout is not None
+    assert other.stdout.readline() == b"in\n"
+    with pytest.raises(UserError, match="being swept already"), alone(tmp_path):
+        pass
+    other.kill()
+    other.communicate()
+    with alone(tmp_path):
+        assert read_plan(tmp_path) is None
+
+
+def test_a_sweep_goes_on_only_with_what_it_was_begun_with(tmp_path: Path) -> None:
+    stored = plan_of(RATES, trials=4)
+    same = read_space({}, "mine.toml", QUICK | RATES)
+    assert agreed(stored, None, {"trials": 9}, tmp_path).trials == 9
+    assert agreed(stored, same, {}, tmp_path) == stored
+    for changed, message in [
+        (QUICK | {"optim.learning_rate": "1e-4:1e-2:log"}, "optim.learning_rate 1e-4:1e-1:log, not 1e-4:1e-2:log"),
+        (QUICK | RATES | {"train.steps": "4"}, "train.steps 3, not 4"),
+        (QUICK | RATES | {"model.n_layer": "1,2"}, "model.n_layer not given, not 1,2"),
+        (QUICK, "optim.learning_rate 1e-4:1e-1:log, not left out"),
+    ]:
+        with pytest.raises(UserError) as caught:
+            agreed(stored, read_space({}, "mine.toml", changed), {}, tmp_path)
+        assert message in str(caught.value)
+    with pytest.raises(UserError, match="--sampler tpe, not random"):
+        agreed(stored, None, {"sampler": "random"}, tmp_path)
+
+
+def test_a_folder_that_holds_something_else(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match="something else than a sweep"):
+        read_plan(tmp_path)
+    with pytest.raises(UserError, match="is a file"):
+        read_plan(tmp_path / "thesis.tex")
+    (tmp_path / "sweep.db").write_bytes(b"no database, no database, no database, no database, no database, no")
+    with pytest.raises(UserError, match=r"sweep.db cannot be read"):
+        read_plan(tmp_path)
+
+
+def test_what_would_fail_everywhere_is_refused_before(sample_data: Path, tmp_path: Path) -> None:
+    plan = plan_of(RATES | {"data.dir": str(sample_data)})
+    require_runnable(plan, plan.space.example())
+    nowhere = plan_of({"data.dir": f"choose:{sample_data},{tmp_path / 'nowhere'}"})
+    with pytest.raises(UserError, match="nowhere holds no prepared data"):
+        require_runnable(nowhere, nowhere.space.example())
+    late = plan_of(RATES | {"data.dir": str(sample_data), "train.eval_every": "3"}, prune="median")
+    with pytest.raises(UserError, match=r"train.eval_every=3 leaves no evaluation before train.steps=3"):
+        require_runnable(late, late.space.example())
+
+
+def test_workers_share_cores_and_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(7)), raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert trial.environment(0, 3, "cpu")["OMP_NUM_THREADS"] == "2"
+    assert trial.environment(0, 9, "cpu")["OMP_NUM_THREADS"] == "1"
+    assert "CUDA_VISIBLE_DEVICES" not in trial.environment(0, 3, "cpu")
+    assert [trial.environment(i, 3, "auto")["CUDA_VISIBLE_DEVICES"] for i in range(3)] == ["0", "1", "0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert [trial.environment(i, 2, "cuda")["CUDA_VISIBLE_DEVICES"] for i in range(2)] == ["4", "6"]
+    assert trial.environment(0, 3, "cpu")["OMP_NUM_THREADS"] == "5"
+
+
+@pytest.mark.parametrize(("rate", "found"), [(1.05e-4, True), (9e-2, True), (1e-2, False)])
+def test_a_best_value_at_an_end_is_pointed_out(rate: float, found: bool) -> None:
+    domains = read_space({}, "x", RATES | {"train.batch_size": "32,64"}).domains
+    best = Result(0, {"optim.learning_rate": rate, "train.batch_size": 32}, trial.Outcome("complete", 2.0))
+    assert at_the_end(best, domains) == ["optim.learning_rate"] * found
