@@ -16,7 +16,7 @@ from tinystories.config import load_config
 
 TINY = (
     "--model.n_layer 1 --model.n_embd 16 --model.n_ff 32 --model.n_head 2 --model.n_ctx 32 --train.device cpu"
-    " --train.batch_size 4 --train.micro_batch 4 --train.log_every 1 --train.sample_tokens 1 --train.eval_every 5"
+    " --train.batch_size 4 --train.micro_batch 4 --train.log_every 1 --train.sample_tokens 1 --train.eval_every 999"
     " --train.eval_stories 2 --train.steps 2000"
 )
 RATES = ["--optim.learning_rate", "1e-2,1e-3"]
@@ -41,12 +41,13 @@ def test_real_trials_stopped_by_ctrl_c_and_gone_on_with(sample_data: Path, tmp_p
         "adamw,muon",
     ]
     command = sweep(*words, "--sampler", "grid", "--trials", "3")
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
     metrics = out / "trial-0002" / "metrics.jsonl"
     while not metrics.exists() or metrics.stat().st_size == 0:
         assert process.poll() is None, process.stderr and process.stderr.read()
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all that the trials have not been kept out of
     _, told = process.communicate(timeout=60)
     assert process.returncode == 130
     assert f"2 of 3 trials finished; saved. Go on with: tinystories sweep --out {out} --resume" in told

@@ -90,6 +90,12 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return script
 
 
+@pytest.fixture
+def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than all else here."""
+    monkeypatch.setattr("tinystories.train.sweep.draw", lambda *_: None)
+
+
 def plan_of(settings: dict[str, str], **options: Any) -> Plan:
     return agreed(None, read_space({}, "mine.toml", QUICK | settings), options, Path("x"))
 
@@ -133,7 +139,7 @@ def test_it_finds_the_best_and_leaves_everything(tmp_path: Path) -> None:
     assert len(shown) == 13
 
 
-@pytest.mark.usefixtures("stand_in")
+@pytest.mark.usefixtures("stand_in", "no_picture")
 def test_settings_that_do_not_go_together_are_skipped_with_the_reason(tmp_path: Path) -> None:
     plan = plan_of({"model.n_head": "4,5,7", "model.n_embd": "100"}, sampler="grid")
     results = run(tmp_path / "sweep", plan)
@@ -146,7 +152,7 @@ def test_settings_that_do_not_go_together_are_skipped_with_the_reason(tmp_path: 
     assert sorted(path.name for path in (tmp_path / "sweep").glob("trial-*")) == ["trial-0001"]
 
 
-@pytest.mark.usefixtures("stand_in")
+@pytest.mark.usefixtures("stand_in", "no_picture")
 def test_a_trial_that_fails_does_not_end_the_sweep(tmp_path: Path) -> None:
     plan = plan_of({"optim.learning_rate": "1,1e-3", "model.n_layer": "1,7"}, sampler="grid")
     results = {r.number: r.outcome for r in run(tmp_path / "sweep", plan, workers=2)}
@@ -157,7 +163,7 @@ def test_a_trial_that_fails_does_not_end_the_sweep(tmp_path: Path) -> None:
     assert told == ["PRUNED", "FAIL", "COMPLETE", "FAIL"], "the sampler learns from the settings, not from the crash"
 
 
-@pytest.mark.usefixtures("stand_in")
+@pytest.mark.usefixtures("stand_in", "no_picture")
 def test_what_stops_every_trial_stops_the_sweep(tmp_path: Path) -> None:
     plan = plan_of(RATES | {"model.n_layer": "8"}, trials=9)
     with pytest.raises(UserError, match="3 trials in a row failed before their first step, the last: exit code 1"):
@@ -165,7 +171,7 @@ def test_what_stops_every_trial_stops_the_sweep(tmp_path: Path) -> None:
     assert len(open_study(tmp_path / "sweep").trials) == 3
 
 
-@pytest.mark.usefixtures("stand_in")
+@pytest.mark.usefixtures("stand_in", "no_picture")
 @pytest.mark.parametrize("prune", ["median", "hyperband"])
 def test_bad_trials_are_pruned_and_saved(tmp_path: Path, prune: str) -> None:
     rates = "1e-2,2e-2,3e-2,4e-2,5e-2,1e-4,6e-2"
@@ -180,7 +186,7 @@ def test_bad_trials_are_pruned_and_saved(tmp_path: Path, prune: str) -> None:
     assert results[0].bits == 2
 
 
-@pytest.mark.usefixtures("stand_in")
+@pytest.mark.usefixtures("stand_in", "no_picture")
 @pytest.mark.parametrize("sampler", ["tpe", "grid"])
 def test_stopped_and_resumed_it_is_the_straight_sweep(tmp_path: Path, sampler: str) -> None:
     settings = {"optim.learning_rate": "1e-3,1e-2,2e-2" if sampler == "grid" else "1e-4:1e-1:log"}
@@ -220,6 +226,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
+@pytest.mark.usefixtures("no_picture")
 def test_killed_it_loses_no_trial_and_repeats_none(stand_in: Path, tmp_path: Path) -> None:
     """The trials of a killed sweep train on by themselves; the next sitting stops them, and they go on in it."""
     plan = plan_of(RATES, trials=4)
