@@ -32,7 +32,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peers import nanogpt, nanogpt_optimizer
@@ -42,7 +42,7 @@ from tinystories.engine.device import pick_precision
 from tinystories.model import GPT
 from tinystories.model.loss import Objective
 from tinystories.train.estimate import flops_per_token
-from tinystories.train.optim import build_optimizers
+from tinystories.train.optim import Optimizers, build_optimizers
 
 PEAK_BF16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense, FLOP/s, from the makers' data sheets
 
@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
     parser.add_argument("--compile", action="store_true", help="also compiled variants of both")
+    parser.add_argument("--muon", action="store_true", help="ours with Muon for the matrices of the blocks")
     options = parser.parse_args()
     device = torch.device(options.device)
     torch.set_num_threads(options.threads)
@@ -96,10 +97,11 @@ def compare(options: argparse.Namespace, device: torch.device, rows: int) -> dic
             name = f"ours {architecture}{' compiled' if compiled else ''}"
             model = GPT(config).to(device)
             objective = torch.compile(Objective(model)) if compiled else Objective(model)
-            (optimizer,) = build_optimizers(model, OptimConfig(kind="adamw", learning_rate=1e-3, muon_rate=0.02))
-            variants[name] = stepper(mean_of(objective), model, optimizer, inputs, targets)
+            kind: Literal["muon", "adamw"] = "muon" if options.muon else "adamw"
+            optimizers = build_optimizers(model, OptimConfig(kind=kind, learning_rate=1e-3, muon_rate=0.02))
+            variants[name] = stepper(mean_of(objective), model, optimizers, inputs, targets)
             flops[name] = flops_per_token(config)
-            state[name] = partial(state_bytes, model, optimizer)
+            state[name] = partial(state_bytes, model, optimizers)
     vocabs = [int(size) for size in (options.peer_vocab or str(options.vocab)).split(",")]
     for bias, vocab in itertools.product((False, True), vocabs):
         for compiled in (False, True) if options.compile else (False,):
@@ -109,10 +111,10 @@ def compare(options: argparse.Namespace, device: torch.device, rows: int) -> dic
                 vocab_size=vocab, dropout=options.dropout, bias=bias,
             ).to(device)  # fmt: skip
             call = torch.compile(peer) if compiled else peer
-            optimizer = nanogpt_optimizer(peer, 1e-3, (0.9, 0.95), device.type)
-            variants[name] = stepper(second_of(call), peer, optimizer, inputs, targets)
+            optimizers = [nanogpt_optimizer(peer, 1e-3, (0.9, 0.95), device.type)]
+            variants[name] = stepper(second_of(call), peer, optimizers, inputs, targets)
             flops[name] = flops["ours classic"]  # the same products, at most 0.1 % wider
-            state[name] = partial(state_bytes, peer, optimizer)
+            state[name] = partial(state_bytes, peer, optimizers)
     seconds, extra = interleaved(variants, options.runs, options.steps, device)
     peaks = {name: extra[name] + state[name]() for name in extra}
     return report(options, rows, seconds, flops, peaks, device)
@@ -127,7 +129,7 @@ def second_of(logits_and_loss: Callable[..., tuple[torch.Tensor, torch.Tensor]])
 
 
 def stepper(
-    loss_of: Loss, model: torch.nn.Module, optimizer: torch.optim.Optimizer, inputs: torch.Tensor, targets: torch.Tensor
+    loss_of: Loss, model: torch.nn.Module, optimizers: Optimizers, inputs: torch.Tensor, targets: torch.Tensor
 ) -> Callable[[], None]:
     """One optimizer step."""
     bf16 = pick_precision(inputs.device) == "bf16"
@@ -137,8 +139,9 @@ def stepper(
             loss = loss_of(inputs, targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
     return step
 
@@ -171,9 +174,10 @@ def interleaved(
     return seconds, extra
 
 
-def state_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def state_bytes(model: torch.nn.Module, optimizers: Optimizers) -> int:
     """Bytes of weights, buffers and optimizer state, which stay from step to step."""
-    moments = [tensor for entry in optimizer.state.values() for tensor in entry.values() if torch.is_tensor(tensor)]
+    entries = [entry for optimizer in optimizers for entry in optimizer.state.values()]
+    moments = [tensor for entry in entries for tensor in entry.values() if torch.is_tensor(tensor)]
     return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers(), *moments))
 
 

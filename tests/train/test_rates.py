@@ -22,9 +22,10 @@ def rates(n_embd: int = 192, batch_size: int = 8, **optim: object) -> tuple[floa
 
 
 @pytest.mark.parametrize("kind", ["muon", "adamw"])
-def test_rates_grow_with_the_root_of_the_batch(kind: str) -> None:
-    small, large = rates(batch_size=8, kind=kind), rates(batch_size=32, kind=kind)
+def test_rates_grow_with_the_root_of_the_batch_but_not_without_end(kind: str) -> None:
+    small, large, huge = (rates(batch_size=rows, kind=kind) for rows in (8, 32, 4096))
     assert large == pytest.approx([2 * rate for rate in small], rel=0.01)
+    assert huge == large
 
 
 @pytest.mark.parametrize(("kind", "ratio"), [("muon", 2.0), ("adamw", 4.0)])

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from tinystories.config import ScheduleConfig
-from tinystories.train.schedule import learning_rate
+from tinystories.train.schedule import learning_rate, momentum
 
 STEPS, PEAK = 200, 2.0
 
@@ -37,3 +37,11 @@ def test_wsd_stays_at_the_peak_then_falls_in_a_line() -> None:
 
 def test_no_warmup_starts_at_the_peak() -> None:
     assert rates(kind="cosine", warmup=0.0)[0] == PEAK
+
+
+def test_momentum_rises_to_what_was_asked_for_and_stays() -> None:
+    found = [momentum(step, STEPS, 0.95) for step in range(STEPS)]
+    assert found[0] == 0.85
+    assert found[60:] == pytest.approx([0.95] * (STEPS - 60))
+    assert all(a <= b for a, b in itertools.pairwise(found))
+    assert momentum(0, STEPS, 0.5) == momentum(STEPS - 1, STEPS, 0.5) == 0.5

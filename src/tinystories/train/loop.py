@@ -39,7 +39,7 @@ from tinystories.train.optim import build_optimizers, gather
 from tinystories.train.pending import Pending
 from tinystories.train.prefetch import Batch, Prefetch
 from tinystories.train.rates import settled
-from tinystories.train.schedule import learning_rate
+from tinystories.train.schedule import learning_rate, momentum
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +101,8 @@ class Trainer:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, config.train.steps, group["peak"], config.schedule)
+                if "momentum" in group:
+                    group["momentum"] = momentum(step, config.train.steps, config.optim.momentum)
         rate = self.optimizers[0].param_groups[0]["lr"]
         if config.model.dropout:
             torch.manual_seed(hash_seed(config.train.seed, step, world.rank))

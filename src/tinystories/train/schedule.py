@@ -4,6 +4,8 @@ import math
 
 from tinystories.config import ScheduleConfig
 
+FIRST_MOMENTUM, RISE = 0.85, 0.3  # of Muon; the rise is a fraction of the steps
+
 
 def learning_rate(step: int, steps: int, peak: float, schedule: ScheduleConfig) -> float:
     """Rate of optimizer step `step` (0-based) of `steps`.
@@ -21,3 +23,9 @@ def learning_rate(step: int, steps: int, peak: float, schedule: ScheduleConfig) 
     fall = max(1, round(schedule.decay * steps))
     left = min(1.0, (steps - step) / fall)
     return floor + (peak - floor) * max(0.0, left)
+
+
+def momentum(step: int, steps: int, final: float) -> float:
+    """Muon's momentum: rises in a line to `final` (Jordan's warm-up), since early gradients are soon out of date."""
+    first = min(FIRST_MOMENTUM, final)
+    return first + (final - first) * min(1.0, step / max(1.0, RISE * steps))
