@@ -1,7 +1,7 @@
 """What each choice of the recipe is worth: the preset, and the preset with one thing changed, for the same tokens.
 
 Every run trains from scratch in a process of its own with one thread; finished ones are not run again. Prints a table
-of bits per byte on all validation stories (docs/evaluation.md) and how much is lost or won against the recipe, means
+of bits per byte on the validation stories (docs/evaluation.md) and how much is lost or won against the recipe, means
 over the seeds; one JSON line; draws ablation.png. Seconds are of training steps.
 
     tinystories prepare train.txt --val valid.txt --tokenizer bpe:4096 --out data/bpe4096
@@ -10,10 +10,10 @@ over the seeds; one JSON line; draws ablation.png. Seconds are of training steps
 
 import argparse
 import json
-import math
 import statistics
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from tinystories.cli import main as tinystories_main
 from tinystories.config import load_config
 from tinystories.data import loader
 from tinystories.model import GPT
+from tinystories.train import loop, optim
+from tinystories.train.rates import settled
 
 
 @dataclass(frozen=True)
@@ -39,20 +41,23 @@ class Variant:
 VARIANTS = {
     "recipe": Variant("the recipe"),
     "adamw": Variant("AdamW for all weights", {"optim.kind": "adamw"}),
-    "embedding-rate": Variant("embedding at a third of the rate", {"optim.learning_rate": "/3"}),
+    "windows": Variant("random windows of the stream instead of packed stories", patch="windows"),
+    "classic": Variant("classic architecture", {"model.architecture": "classic", "model.n_ff": "4x"}),
+    "embedding-rate": Variant("a third of AdamW's rate", {"optim.learning_rate": "/3"}),
     "cosine": Variant(
         "cosine to a tenth instead of a line to zero", {"schedule.kind": "cosine", "schedule.floor": 0.1}
     ),
+    "plain-muon": Variant("plain Muon: Jordan's quintic, uneven rows, fixed momentum", patch="plain_muon"),
     "batch-2x": Variant("twice the batch (rates follow)", {"train.batch_size": "*2"}),
-    "batch-half": Variant("half the batch (rates follow)", {"train.batch_size": "/2"}),
-    "no-decay": Variant("no weight decay", {"optim.weight_decay": 0.0}),
-    "no-clip": Variant("no gradient clipping", {"optim.grad_clip": 0.0}),
-    "beta2": Variant("AdamW's second beta 0.95 / 0.99 (the other one)", {"optim.beta2": "other"}),
     "no-qk-norm": Variant("no norm on queries and keys", {"model.qk_norm": "false"}),
-    "classic": Variant("classic architecture", {"model.architecture": "classic", "model.n_ff": "4x"}),
-    "gpt2-init": Variant("GPT-2's initialisation of the blocks", patch="gpt2_init"),
-    "windows": Variant("random windows of the stream instead of packed stories", patch="windows"),
+    "zero-init": Variant("blocks that add nothing at first", patch="zero_init"),
+    "no-decay": Variant("no weight decay", {"optim.weight_decay": 0.0}),
     "dropout": Variant("dropout 0.1", {"model.dropout": 0.1}),
+    "uneven-rows": Variant("Muon without even rows", patch="uneven_rows"),
+    "jordan": Variant("Muon with Jordan's quintic", patch="jordan"),
+    "fixed-momentum": Variant("Muon with fixed momentum", patch="fixed_momentum"),
+    "no-clip": Variant("no gradient clipping", {"optim.grad_clip": 0.0}),
+    "beta2": Variant("AdamW's second beta 0.95 instead of 0.99, or the reverse", {"optim.beta2": "other"}),
 }
 
 
@@ -88,8 +93,6 @@ def command(options: argparse.Namespace, run: str) -> list[str]:
 
 def resolved(config_name: str, key: str, value: Any) -> Any:
     """A setting that depends on the recipe's own."""
-    from tinystories.train.rates import settled
-
     config = settled(load_config(config_name))
     section, _, name = key.partition(".")
     now = getattr(getattr(config, section), name)
@@ -100,26 +103,41 @@ def resolved(config_name: str, key: str, value: Any) -> Any:
             return 4 * config.model.n_embd
         case "*2":
             return now * 2
-        case "/2":
-            return now // 2
         case "/3":
             return now / 3
     return value
 
 
-def gpt2_init() -> None:
-    """Standard deviation 0.02, divided by sqrt(2 layers) where a block writes to the residual stream."""
+def zero_init() -> None:
+    """What a block writes to the residual stream is zero until it has learnt something."""
     plain = GPT.reset_parameters
 
     @torch.no_grad()
     def reset_parameters(self: GPT) -> None:
         plain(self)
         for name, weight in self.named_parameters():
-            if name.startswith("layers.") and weight.ndim == 2:
-                narrow = name.endswith(("o_proj.weight", "down_proj.weight"))
-                weight.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer) if narrow else 0.02)
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                weight.zero_()
 
     GPT.reset_parameters = reset_parameters
+
+
+def uneven_rows() -> None:
+    optim.Muon = partial(optim.Muon, beta2=0.0)
+
+
+def jordan() -> None:
+    optim.Muon = partial(optim.Muon, quintics=[(3.4445, -4.7750, 2.0315)] * 5)
+
+
+def fixed_momentum() -> None:
+    loop.momentum = lambda step, steps, final: final  # noqa: ARG005
+
+
+def plain_muon() -> None:
+    uneven_rows()
+    jordan()
+    fixed_momentum()
 
 
 def windows() -> None:
