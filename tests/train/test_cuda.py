@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from tinystories.config import Config
 from tinystories.model.loss import IGNORE, summed_cross_entropy
 from tinystories.train.display import Display
-from tinystories.train.loop import Trainer, train
+from tinystories.train.loop import Trainer
 from tinystories.train.metrics import Metrics
+from tinystories.train.run import train
 
 pytestmark = [
     pytest.mark.gpu,

@@ -16,7 +16,8 @@ from tinystories.config import Config, load_config
 from tinystories.data.prepare import prepare
 from tinystories.errors import UserError
 from tinystories.train import estimate, state
-from tinystories.train.loop import Interrupted, Trainer, train
+from tinystories.train.loop import Interrupted, Trainer
+from tinystories.train.run import train
 
 
 def changed(config: Config, section: str, **values: Any) -> Config:

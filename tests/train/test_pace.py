@@ -12,9 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinystories.config import Config
 from tinystories.train import loop
-from tinystories.train.loop import Interrupted, Trainer, train
+from tinystories.train.loop import Interrupted, Trainer
 from tinystories.train.metrics import Metrics
 from tinystories.train.pending import Pending
+from tinystories.train.run import train
 
 READING = ("aten._local_scalar_dense", "aten.is_nonzero", "aten.nonzero", "aten.equal", "aten.masked_select")
 

@@ -76,7 +76,8 @@ def train(
 
 def train_run(config: Config, out: Path, *, resume: bool, as_json: bool = False) -> int:
     """Train and say what to do next; returns the exit code."""
-    from tinystories.train.loop import Interrupted, train
+    from tinystories.train.loop import Interrupted
+    from tinystories.train.run import train
 
     first = World.from_environment().first
     try:

@@ -1,7 +1,6 @@
 """Training: one clock, pure batches, checkpoints that a straight run and a resumed run reach with the same bits."""
 
 import contextlib
-import dataclasses
 import itertools
 import logging
 import math
@@ -9,7 +8,6 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -18,8 +16,7 @@ import torch
 from torch import Tensor
 
 import tinystories
-from tinystories import checkpoint
-from tinystories.config import Config, SamplingConfig, replace_vocab, to_toml
+from tinystories.config import Config, SamplingConfig, replace_vocab
 from tinystories.data.loader import PackedRows
 from tinystories.data.prepared import open_split
 from tinystories.data.tokenizer import Tokenizer
@@ -34,7 +31,7 @@ from tinystories.train import distributed, state
 from tinystories.train.display import Display
 from tinystories.train.distributed import ALONE, World
 from tinystories.train.estimate import fitting_micro_batch
-from tinystories.train.metrics import Metrics, draw, truncate
+from tinystories.train.metrics import Metrics, draw
 from tinystories.train.optim import build_optimizers, gather
 from tinystories.train.pending import Pending
 from tinystories.train.prefetch import Batch, Prefetch
@@ -386,122 +383,6 @@ class Recent:
 
     def loss(self) -> float:
         return self.nats / self.targets
-
-
-def train(config: Config, run: Path, *, resume: bool = False) -> BitsReport | None:
-    """Train in `run` (a new directory, or with `resume` one that holds a run). Returns the final evaluation.
-
-    Started by torchrun, this is one rank of several; `run` must be on a file system that all of them see.
-    Raises `Interrupted` after SIGINT or SIGTERM, once the checkpoint is on the disk.
-    """
-    world = World.from_environment()
-    if world.first:
-        last = state.latest(run) if resume else None
-        require_place(run, resume)
-    try:
-        with distributed.connected(world, pick_device(world.device(config.train.device))):
-            step = world.of_first(checkpoint.step_of(last) if world.first and last else -1)
-            stopped = None
-            try:
-                return train_on(config, run, checkpoint.folder_of(run, step) if step >= 0 else None, world)
-            except Interrupted as interrupt:  # all ranks have agreed on it, and part as after a finished run
-                stopped = interrupt
-        raise stopped
-    except distributed.Lost:
-        good = state.latest(run)
-        kept = f"go on from {good} with --resume" if good else "no checkpoint had been written yet"
-        raise UserError(
-            f"another process of this run has ended or cannot be reached (see what it said); {kept}"
-        ) from None
-
-
-def train_on(config: Config, run: Path, last: Path | None, world: World) -> BitsReport | None:
-    """Train from the checkpoint `last`, or from the start."""
-    trainer = Trainer(config, run, state.read_clock(last).micro_batch if last is not None else 0, world)
-    if last is not None:
-        require_same_run(state.read_config(last), trainer.config, last)
-        data_sha256 = trainer.clock.data_sha256
-        trainer.clock = state.restore(last, trainer.model, trainer.optimizers)
-        trainer.clock.micro_batch = trainer.micro_batch
-        if trainer.clock.data_sha256 != data_sha256:
-            raise UserError(
-                f"{config.data.dir} is not the data that {run} was trained on; give the same --data, or another --out"
-            )
-        clock = trainer.clock
-        trainer.recent = Recent(clock.recent_nats, clock.recent_targets, clock.recent_seconds)
-    if world.first:
-        if last is not None:
-            checkpoint.publish(last, run)  # a kill may have come between a checkpoint and its publication
-        run.mkdir(parents=True, exist_ok=True)
-        (run / "config.toml").write_text(to_toml(trainer.config), encoding="utf-8")
-        truncate(run / "samples.md", trainer.clock.samples_bytes)
-    metrics = Metrics(
-        run if world.first else None, resume_bytes=trainer.clock.metrics_bytes, tensorboard=config.train.tensorboard
-    )
-    log.info(
-        "%s parameters, %s rows of %d tokens an epoch, %s in %s",
-        f"{trainer.config.model.n_params:,}",
-        f"{trainer.rows.n_rows:,}",
-        config.model.n_ctx,
-        trainer.device if world.size == 1 else f"{world.size} processes, the first on {trainer.device}",
-        trainer.precision,
-    )
-    optim = trainer.config.optim
-    muon = f"Muon {optim.muon_rate:g} for the matrices of the blocks, " if optim.kind == "muon" else ""
-    log.info("peak learning rates: %sAdamW %g", muon, optim.learning_rate)
-    if last is not None:
-        log.info("resuming at step %d of %d", trainer.clock.step, config.train.steps)
-    with (
-        contextlib.closing(metrics),
-        stopping_politely(trainer),
-        trainer.prefetching(),
-        Display(config.train.steps, trainer.clock.step, quiet=not world.first) as display,
-    ):
-        return trainer.loop(metrics, display)
-
-
-def require_place(run: Path, resume: bool) -> None:
-    """A run is written into an empty place, or goes on where one is."""
-    if run.is_file():
-        raise UserError(f"--out {run} is a file; name a directory")
-    if not run.exists() or not any(run.iterdir()):
-        return
-    if not (run / "config.toml").exists():
-        raise UserError(f"--out {run} holds something else than a training run; name another directory")
-    if not resume:
-        raise UserError(f"--out {run} already holds a training run; add --resume to go on, or name another directory")
-
-
-def require_same_run(old: Config, new: Config, folder: Path) -> None:
-    """Settings that decide which weights come out must not change on the way."""
-    before, after = dataclasses.asdict(old), dataclasses.asdict(new)
-    fixed = [("model", key) for key in after["model"]]
-    fixed += [("train", "seed"), ("train", "batch_size"), ("optim", "kind")]
-    for section, key in fixed:
-        was, now = before[section][key], after[section][key]
-        if was != now:
-            raise UserError(
-                f"{section}.{key} is {now} but {folder} was trained with {was};"
-                " resume with the same, or name another --out"
-            )
-
-
-@contextlib.contextmanager
-def stopping_politely(trainer: Trainer) -> Iterator[None]:
-    """The first SIGINT or SIGTERM lets the step finish and saves; the second one ends at once."""
-
-    def ask(number: int, _: FrameType | None) -> None:
-        if trainer.stop_signal and trainer.world.size == 1:  # torchrun sends its own second one, and kills in the end
-            raise KeyboardInterrupt
-        trainer.stop_signal = number
-        log.info("stopping after this step and saving%s", "; once more to stop at once" * (trainer.world.size == 1))
-
-    former = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
 
 
 def hash_seed(seed: int, step: int, rank: int) -> int:

@@ -13,7 +13,7 @@ from tinystories.config import Config
 WIDTH, TOKENS = 192, 2048  # of the reference: n_embd, and places in the rows of a step
 MUON = 0.02  # the same at all widths: an update's singular values do not depend on the size of a matrix
 ADAMW_REST = 0.01  # of embedding, head, norms and biases beside Muon: falls with the root of the width
-ADAMW_ALL = 0.004  # of AdamW alone: falls with the width (Yang et al. 2022, arXiv 2203.03466)
+ADAMW_ALL = 0.003  # of AdamW alone: falls with the width (Yang et al. 2022, arXiv 2203.03466)
 LARGEST_GROWTH = 2.0  # for large batches
 
 

@@ -1,18 +1,17 @@
 """The search: asks Optuna for settings, trains each trial in a process of its own, tells Optuna what came of it."""
 
-import contextlib
 import dataclasses
 import logging
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from tinystories.config import Config
 from tinystories.data.prepared import open_split
 from tinystories.errors import UserError
+from tinystories.train import signals
 from tinystories.train.display import SweepDisplay
 from tinystories.train.results import Result, best_of, draw, read_results, shown, write_results
 from tinystories.train.study import Plan, alone, open_study, pruner_of, sampler_of
@@ -225,7 +224,7 @@ def sweep(folder: Path, plan: Plan, config: Config, workers: int) -> None:
     """
     with alone(folder), SweepDisplay(plan.trials, 0) as display:
         search = Sweep(folder, plan, config, workers, display)
-        with stopping_politely(search):
+        with signals.taken_by(stopping(search)):
             search.run()
 
 
@@ -241,19 +240,13 @@ def require_runnable(plan: Plan, config: Config) -> None:
         )
 
 
-@contextlib.contextmanager
-def stopping_politely(search: Sweep) -> Iterator[None]:
-    """The first SIGINT or SIGTERM lets the trials save; the second one ends them at once."""
+def stopping(search: Sweep) -> Callable[[int], None]:
+    """The first signal lets the trials save; the second one ends them at once."""
 
-    def ask(number: int, _: FrameType | None) -> None:
+    def ask(number: int) -> None:
         if search.stop_signal:
             raise KeyboardInterrupt
         search.stop_signal = number
         log.info("stopping: the trials finish their steps and save; once more to stop at once")
 
-    former = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
+    return ask
