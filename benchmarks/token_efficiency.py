@@ -2,9 +2,9 @@
 
 Every run trains from scratch in a process of its own with one thread, and leaves a folder with metrics.jsonl; finished
 ones are not run again, so the command can be stopped and given again. Bits per byte follow docs/evaluation.md for both.
-The peer is tuned: `--tune` runs a grid of learning rates and batches for a quarter of the tokens, and the two best are
-then run for all tokens. Ours is the preset as it stands, for 1/2.5 and 1/3.5 of the tokens and for all of them. Prints
-a table and one JSON line; draws curves.png.
+The peer is tuned: `--tune` runs a grid of learning rates and batches for a quarter of the tokens, and the best of them
+are then run for all tokens. Ours is the preset as it stands, for 1/2.5 and 1/3.5 of the tokens and for all of them.
+Prints a table and one JSON line; draws curves.png.
 
 nanoGPT's model.py is not part of this project: name the one of a checkout.
 
@@ -45,6 +45,7 @@ def main() -> None:
         "--config", default="small", help="our preset; the peer has its layers, width, heads and context"
     )
     parser.add_argument("--tokens", type=int, default=8_192_000)
+    parser.add_argument("--peers", type=int, default=2, help="settings of the peer's grid, best first, for all tokens")
     parser.add_argument("--divisors", default="2.5,3.5,1", help="our runs see the tokens divided by each of these")
     parser.add_argument("--seeds", default="1,2,3", help="of our runs, several with commas")
     parser.add_argument("--tune", action="store_true", help="the grid of the peer, at a quarter of the tokens")
@@ -65,13 +66,13 @@ def tuning(options: argparse.Namespace) -> dict[str, list[str]]:
 
 
 def comparison(options: argparse.Namespace) -> dict[str, list[str]]:
-    """The two best settings of the peer's grid at all tokens; ours at all tokens and at fewer."""
+    """The best settings of the peer's grid at all tokens; ours at all tokens and at fewer."""
     tuned = [peer_job(options, rate, rows, options.tokens // 4)[0] for rows in BATCHES for rate in RATES]
     scores = {name: final(options.out / name) for name in tuned if is_done(options.out / name)}
     if len(scores) < len(tuned):
         sys.exit(f"the peer is not tuned yet: {len(scores)} of {len(tuned)} runs are there; run with --tune first")
     plan: dict[str, list[str]] = {}
-    for name in sorted(scores, key=lambda name: scores[name]["val_bits_per_byte"])[:2]:
+    for name in sorted(scores, key=lambda name: scores[name]["val_bits_per_byte"])[: options.peers]:
         _, rate, rows, _ = name.split("_")
         plan |= [peer_job(options, float(rate), int(rows), options.tokens)]
     for divisor in options.divisors.split(","):
@@ -201,20 +202,26 @@ def draw(options: argparse.Namespace, names: list[str]) -> None:
     figure, both = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
     for name in names:
         kind = name.partition("_seed")[0]
-        points = [r for r in timed(records(options.out / name)) if "val_bits_per_byte" in r]
+        *points, last = [r for r in timed(records(options.out / name)) if "val_bits_per_byte" in r]
         looks = {"color": f"C{kinds.index(kind)}", "linestyle": "--" if name.startswith("nanogpt") else "-"}
-        label = kind.replace("_", " ") if name in (kind, f"{kind}_seed{options.seeds.split(',')[0]}") else None
-        for axes, x in zip(both, ("tokens", "seconds"), strict=True):
-            axes.plot([r[x] for r in points], [r["val_bits_per_byte"] for r in points], label=label, **looks)
-            axes.plot(points[-1][x], points[-1]["val_bits_per_byte"], "o", color=looks["color"], markersize=4)
+        label = None if any(other.startswith(kind) for other in names[: names.index(name)]) else described(kind)
+        for axes, x, unit in zip(both, ("tokens", "seconds"), (1e6, 60), strict=True):
+            xs, ys = [r[x] / unit for r in points], [r["val_bits_per_byte"] for r in points]
+            axes.plot(xs, ys, label=label, linewidth=1.2, **looks)
+            axes.plot(last[x] / unit, last["val_bits_per_byte"], "o", color=looks["color"], markersize=5)
     best = min(final(options.out / name)["val_bits_per_byte"] for name in names if name.startswith("nanogpt"))
-    for axes, x in zip(both, ("training tokens", "seconds of training, one core"), strict=True):
+    for axes, x in zip(both, ("million training tokens", "minutes of training, one core"), strict=True):
         axes.axhline(best, color="grey", linewidth=0.8, linestyle=":")
-        axes.set(xlabel=x, ylim=(None, 1.2))
+        axes.set(xlabel=x, ylim=(None, 1.3))
         axes.grid(alpha=0.3)
-    both[0].set(ylabel="bits per byte on validation stories")
-    both[0].legend(fontsize=8)
+    both[0].set(ylabel="bits per byte (lines: 200 stories, dots: all)")
+    both[0].legend(fontsize=9)
     figure.savefig(options.out / ("tuning.png" if options.tune else "curves.png"), dpi=120)
+
+
+def described(kind: str) -> str:
+    who, *rest = kind.split("_")
+    return f"nanoGPT, AdamW {rest[0]}, {rest[1]} rows a step" if who == "nanogpt" else f"ours, {rest[0]} tokens"
 
 
 def timed(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
