@@ -45,6 +45,7 @@ if config["model"]["n_layer"] == 8:
 metrics = run / "metrics.jsonl"
 done = metrics.read_text().count("\\n") if metrics.exists() else 0
 rate, steps = config["optim"]["learning_rate"], config["train"]["steps"]
+rate = 0.01 if rate == "auto" else rate
 bits = 2 + (math.log10(rate) + 2) ** 2
 with metrics.open("a") as file:
     for step in range(done + 1, steps + 1):

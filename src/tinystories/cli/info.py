@@ -10,6 +10,7 @@ import click
 from tinystories.cli.command import SETTINGS, json_option
 from tinystories.config import PRESETS, Config, load_config
 from tinystories.errors import UserError
+from tinystories.train.rates import settled
 
 
 @click.command(context_settings=SETTINGS)
@@ -38,6 +39,8 @@ def describe_config(config: Config) -> dict[str, Any]:
         sized = dataclasses.replace(config.model, vocab_size=vocab)
         facts["parameters"] = sized.n_params
         facts["vocabulary"] = f"{vocab} (that of data.tokenizer={config.data.tokenizer}; the data decides)"
+    optim = settled(config).optim
+    facts["peak_rates"] = {"learning_rate": optim.learning_rate, "muon_rate": optim.muon_rate}
     return facts | dataclasses.asdict(config)
 
 

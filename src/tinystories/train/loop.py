@@ -307,9 +307,11 @@ class Trainer:
             return
         good = state.latest(self.run)
         kept = f"the last good checkpoint is {good}" if good else "no checkpoint had been written yet"
+        optim = self.config.optim
+        muon = f" and optim.muon_rate={optim.muon_rate:g}" if optim.kind == "muon" else ""
         raise UserError(
             f"loss {loss} and gradient norm {norm} at step {step} are not finite; {kept}."
-            f" Lower optim.learning_rate={self.config.optim.learning_rate:g} (a third of it), lengthen schedule.warmup,"
+            f" Lower optim.learning_rate={optim.learning_rate:g}{muon} (to a third), lengthen schedule.warmup,"
             " or set optim.grad_clip=1"
         )
 
