@@ -24,7 +24,7 @@ def cli() -> None:
     \b
     Start here (about a minute each, no network):
       tinystories prepare sample --tokenizer bpe:1024 --out data/sample
-      tinystories train --config nano --data data/sample --out runs/first --train.steps 200
+      tinystories train --config nano --data data/sample --out runs/first --train.steps 60
       tinystories generate runs/first --prompt "Once upon a time"
 
     Every command explains itself: tinystories COMMAND --help
