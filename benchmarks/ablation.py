@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from runs import execute_all, final, seconds, train_command
+from folders import execute_all, final, seconds, train_command
 
 from tinystories.cli import main as tinystories_main
 from tinystories.config import load_config

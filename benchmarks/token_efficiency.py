@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from folders import execute_all, final, is_done, records, seconds, train_command
 from peers import nanogpt, nanogpt_optimizer
-from runs import execute_all, final, is_done, records, seconds, train_command
 from torch.nn import functional as F
 
 from tinystories.config import load_config

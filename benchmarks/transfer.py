@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from runs import execute_all, final, train_command
+from folders import execute_all, final, train_command
 
 from tinystories.config import load_config
 from tinystories.train.rates import settled
