@@ -138,3 +138,15 @@ def test_a_row_without_gradient_stays_where_it_is() -> None:
         optimizer.step()
     assert weight.isfinite().all()
     torch.testing.assert_close(weight[2:], torch.ones(4, 4))
+
+
+def test_a_run_that_began_without_even_rows_goes_on_with_them() -> None:
+    torch.manual_seed(7)
+    weight = nn.Parameter(torch.zeros(6, 4))
+    plain, even = Muon([weight], lr=0.01, beta2=0.0), Muon([weight], lr=0.01)
+    weight.grad = torch.randn(6, 4)
+    plain.step()
+    even.load_state_dict({"state": plain.state_dict()["state"], "param_groups": even.state_dict()["param_groups"]})
+    even.step()
+    assert weight.isfinite().all()
+    assert even.state[weight]["row_squares"].shape == (6,)

@@ -64,10 +64,10 @@ class Muon(torch.optim.Optimizer):
         for weight in weights:
             gradient, state = weight.grad, self.state[weight]
             assert gradient is not None, "only weights with gradients come here"
-            if not state:
+            if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(weight)
-                if group["beta2"]:
-                    state["row_squares"] = weight.new_zeros(weight.shape[0])
+            if group["beta2"] and "row_squares" not in state:  # nor has a run that began without even rows
+                state["row_squares"] = weight.new_zeros(weight.shape[0])
             mean = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
             directions.append(torch.lerp(gradient, mean, group["momentum"]))
         updates = orthogonalized(torch.stack(directions), group["quintics"])
