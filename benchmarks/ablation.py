@@ -55,6 +55,8 @@ VARIANTS = {
     "dropout": Variant("dropout 0.1", {"model.dropout": 0.1}),
     "uneven-rows": Variant("Muon without even rows", patch="uneven_rows"),
     "jordan": Variant("Muon with Jordan's quintic", patch="jordan"),
+    "five-quintics": Variant("Muon with five iterations, for singular values from 0.001", patch="five_quintics"),
+    "two-quintics": Variant("Muon with two iterations, for singular values from 0.03", patch="two_quintics"),
     "fixed-momentum": Variant("Muon with fixed momentum", patch="fixed_momentum"),
     "no-clip": Variant("no gradient clipping", {"optim.grad_clip": 0.0}),
     "beta2": Variant("AdamW's second beta 0.95 instead of 0.99, or the reverse", {"optim.beta2": "other"}),
@@ -72,6 +74,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1_024_000)
     parser.add_argument("--seeds", default="1", help="several with commas")
     parser.add_argument("--variants", default=",".join(VARIANTS), help="some of them, with commas")
+    parser.add_argument("--compile", default="auto", choices=["auto", "on", "off"], help="of all runs")
     parser.add_argument("--workers", type=int, default=2, help="runs side by side, one thread each")
     options = parser.parse_args()
     names = {name: [f"{name}_seed{seed}" for seed in options.seeds.split(",")] for name in options.variants.split(",")}
@@ -84,7 +87,7 @@ def command(options: argparse.Namespace, run: str) -> list[str]:
     name, _, seed = run.rpartition("_seed")
     variant = VARIANTS[name]
     settings = {key: resolved(options.config, key, value) for key, value in variant.settings.items()}
-    quiet = {"train.seed": seed, "train.eval_every": 10**6, "train.sample_tokens": 1}
+    quiet = {"train.seed": seed, "train.eval_every": 10**6, "train.sample_tokens": 1, "train.compile": options.compile}
     words = train_command(options.out / run, options.config, options.data, options.tokens, settings | quiet)
     if variant.patch:
         words[1:3] = [__file__, "--patched", variant.patch]
@@ -128,6 +131,15 @@ def uneven_rows() -> None:
 
 def jordan() -> None:
     optim.Muon = partial(optim.Muon, quintics=[(3.4445, -4.7750, 2.0315)] * 5)
+
+
+def five_quintics() -> None:
+    first = [(8.287, -23.596, 17.300), (4.107, -2.948, 0.545), (3.949, -2.909, 0.552)]
+    optim.Muon = partial(optim.Muon, quintics=[*first, (3.318, -2.488, 0.510), (2.301, -1.669, 0.419)])
+
+
+def two_quintics() -> None:
+    optim.Muon = partial(optim.Muon, quintics=[(7.363, -20.745, 15.162), (2.918, -2.183, 0.476)])
 
 
 def fixed_momentum() -> None:
