@@ -1,0 +1,168 @@
+"""The best bits per byte at any number of epochs: how far a model gets on few stories before it learns them by heart.
+
+Trains one size for several numbers of epochs, with several dropouts, weight decays and schedules: `line` falls to zero
+as the presets do; `flat` keeps its rate after the warm-up, and is there for its averages. Of each run the weights of
+its last checkpoints are averaged as well, evenly spaced over the last quarter of the steps (Izmailov et al. 2018, arXiv
+1803.05407), and scored. Each run trains in a process of its own with one thread; finished ones are not run again, and
+interrupted ones go on. Prints a table of bits per byte on all validation stories and one JSON line; draws frontier.png.
+
+    tinystories prepare train.txt --val valid.txt --tokenizer bpe:4096 --out data/bpe4096
+    python benchmarks/frontier.py --data data/bpe4096 --out runs/frontier --shape 6x240 --heads 6 --epochs 2,4,8
+    python benchmarks/frontier.py --data data/bpe4096 --out runs/frontier --shape 6x240 --heads 6 --epochs 8 \\
+      --dropout 0,0.1,0.2
+"""
+
+import argparse
+import itertools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from folders import execute_all, final, records, seconds, train_command
+
+from tinystories.checkpoint import checkpoints, load_weights, read_model
+from tinystories.config import load_config
+from tinystories.data.loader import PackedRows
+from tinystories.data.prepared import open_split
+from tinystories.engine.torch_engine import TorchEngine
+from tinystories.evaluate.bits import bits_per_byte, prepared
+from tinystories.model import GPT
+
+CHECKPOINTS = 64  # in a run; those of its last quarter are kept
+AVERAGED = (4, 8, 16)  # the last so many checkpoints
+SCHEDULES: dict[str, dict[str, Any]] = {"line": {}, "flat": {"schedule.decay": 0.0, "schedule.kind": "wsd"}}
+
+
+@dataclass(frozen=True)
+class Point:
+    epochs: float
+    dropout: float
+    decay: float
+    schedule: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.epochs:g}epochs_dropout{self.dropout:g}_decay{self.decay:g}_{self.schedule}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder made by `tinystories prepare`")
+    parser.add_argument("--out", type=Path, required=True, help="where the runs go")
+    parser.add_argument("--config", default="small", help="preset or file with all the rest")
+    parser.add_argument("--shape", default="6x240", help="layers x width")
+    parser.add_argument("--heads", type=int, default=6)
+    parser.add_argument("--epochs", default="2,4,8", help="several with commas, as in the options below")
+    parser.add_argument("--dropout", default="0.1")
+    parser.add_argument("--decay", default="0.1", help="weight decay")
+    parser.add_argument("--schedule", default="line", help=" or ".join(SCHEDULES))
+    parser.add_argument("--compile", default="auto", choices=["auto", "on", "off"], help="of all runs")
+    parser.add_argument("--workers", type=int, default=2, help="runs side by side, one thread each")
+    options = parser.parse_args()
+    grid = [[float(value) for value in text.split(",")] for text in (options.epochs, options.dropout, options.decay)]
+    points = [Point(*values) for values in itertools.product(*grid, options.schedule.split(","))]  # type: ignore[arg-type]
+    execute_all(options.out, {point.name: command(options, point) for point in points}, options.workers)
+    report(options, points)
+
+
+def command(options: argparse.Namespace, point: Point) -> list[str]:
+    n_layer, n_embd = map(int, options.shape.split("x"))
+    settings: dict[str, Any] = {
+        "model.n_layer": n_layer,
+        "model.n_embd": n_embd,
+        "model.n_head": options.heads,
+        "model.n_ff": round(8 * n_embd / 3 / 8) * 8,
+        "model.dropout": point.dropout,
+        "optim.weight_decay": point.decay,
+        **SCHEDULES[point.schedule],
+    }
+    config = load_config(options.config, {name: str(value) for name, value in settings.items()})
+    rows = PackedRows(options.data, "train", config.model.n_ctx, config.train.seed).n_rows
+    steps = round(point.epochs * rows / config.train.batch_size)
+    settings |= {
+        "train.steps": steps,
+        "train.eval_every": max(1, steps // 16),
+        "train.checkpoint_every": max(1, steps // CHECKPOINTS),
+        "train.keep_checkpoints": max(AVERAGED),
+        "train.compile": options.compile,
+    }
+    return train_command(options.out / point.name, options.config, options.data, 0, settings)
+
+
+def averages(run: Path, data: Path) -> dict[str, float]:
+    """Bits per byte of the means of the last checkpoints' weights, by their number; kept beside the run."""
+    path = run / "averages.json"
+    if not path.exists():
+        folders = [folder for _, folder in sorted(checkpoints(run))]
+        val = open_split(data, "val")
+        found = {}
+        for count in (n for n in AVERAGED if n <= len(folders)):
+            engine = TorchEngine(averaged(folders[-count:]))
+            found[str(count)] = bits_per_byte(engine, prepared(*val)).bits_per_byte
+        path.write_text(json.dumps(found))
+    return dict(json.loads(path.read_text()))
+
+
+@torch.no_grad()
+def averaged(folders: list[Path]) -> GPT:
+    """The model whose weights are the means of those of several checkpoints."""
+    model, other = (GPT(read_model(folders[0]).config) for _ in range(2))
+    for weight in model.parameters():
+        weight.zero_()
+    for folder in folders:
+        load_weights(read_model(folder), other)
+        for total, weight in zip(model.parameters(), other.parameters(), strict=True):
+            total.add_(weight, alpha=1 / len(folders))
+    return model.eval()
+
+
+def report(options: argparse.Namespace, points: list[Point]) -> None:
+    """The table, the picture and the JSON line."""
+    results: list[dict[str, Any]] = []
+    print(f"\n{options.shape}, {options.config}; averages of the last {AVERAGED} of {CHECKPOINTS} checkpoints")
+    print(f"{'run':44} {'tokens':>12} {'seconds':>8} {'train':>7} {'val':>7}  averages")
+    for point in points:
+        run = options.out / point.name
+        last, means, taken = final(run), averages(run, options.data), seconds(run)
+        train = [record["bits_per_byte"] for record in records(run) if "loss" in record][-20:]
+        fitted = sum(train) / len(train)
+        row = f"{point.name:44} {last['tokens']:12,} {taken:8,.0f} {fitted:7.4f} {last['val_bits_per_byte']:7.4f}"
+        print(row, " ", "  ".join(f"{score:.4f}" for score in means.values()))
+        results.append(
+            {"run": point.name, "tokens": last["tokens"], "seconds": round(taken, 1), "train_bits_per_byte": fitted,
+             "bits_per_byte": last["val_bits_per_byte"], "averages": means}
+        )  # fmt: skip
+    draw(options.out, points)
+    facts = {"benchmark": "frontier", "config": options.config, "shape": options.shape, "torch": torch.__version__}
+    print(json.dumps(facts | {"results": results}))
+
+
+def draw(folder: Path, points: list[Point]) -> None:
+    """Bits per byte against the epochs: the end of each run, one line for each way of training."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    ways = sorted({(point.dropout, point.decay, point.schedule) for point in points})
+    for dropout, decay, schedule in ways:
+        line = sorted(
+            (point for point in points if (point.dropout, point.decay, point.schedule) == (dropout, decay, schedule)),
+            key=lambda point: point.epochs,
+        )
+        scores = [final(folder / point.name)["val_bits_per_byte"] for point in line]
+        label = f"dropout {dropout:g}, decay {decay:g}, {schedule}"
+        axes.plot([point.epochs for point in line], scores, "o-", label=label)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set(xlabel="epochs", ylabel="bits per byte on validation stories")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(folder / "frontier.png", dpi=120)
+
+
+if __name__ == "__main__":
+    main()
