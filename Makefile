@@ -37,6 +37,7 @@ demo: install  ## train a tiny model for half a minute and read a story (no netw
 	@echo "  $(TS) prepare YOUR_STORIES.txt --tokenizer bpe:2048 --out data/mine   # then train --data data/mine"
 
 test: install  ## fast tests: no network, no GPU
+	@$(TS) warmup
 	OMP_NUM_THREADS=1 $(PY) -m pytest $(WORKERS) $(HOOK) -m "not compile and not slow and not gpu"
 	OMP_NUM_THREADS=1 $(PY) -m pytest $(WORKERS) -m "compile and not slow and not gpu"
 

@@ -73,9 +73,9 @@ def test_score_adds_up_to_what_evaluation_counts(model_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"engine": "cpu"}, "engine cpu"),
+        ({"engine": "abacus"}, "engine abacus"),
         ({"device": "abacus"}, "device abacus"),
-        ({"precision": "int8"}, "precision int8"),
+        ({"engine": "torch", "precision": "int8"}, "precision int8"),
     ],
     ids=str,
 )
@@ -96,7 +96,7 @@ def test_without_torch_the_error_says_what_to_install(model_folder: Path) -> Non
         "import sys\n"
         "sys.modules['torch'] = None\n"
         "import tinystories\n"
-        f"try: tinystories.load({str(model_folder)!r})\n"
+        f"try: tinystories.load({str(model_folder)!r}, engine='torch')\n"
         "except tinystories.UserError as error: print(error)"
     )
     assert 'pip install "tinystories-gpt[train]"' in done.stdout, done.stderr

@@ -11,7 +11,7 @@ import pytest
 SRC = Path(__file__).parents[1] / "src" / "tinystories"
 ORDER = [
     "errors",
-    "config",
+    "config positions",
     "model data",
     "checkpoint",
     "engine",
@@ -66,7 +66,7 @@ def test_the_rule_sees_a_wrong_import() -> None:
         "tinystories.data.prepare",
         "tinystories.data.sources",
         "tinystories.data.tokenizer",
-        "tinystories.engine.cpu.kernels",
+        "tinystories.engine.cpu.engine",
         "tinystories.engine.protocol",
         "tinystories.evaluate.bits",
         "tinystories.generate.output",

@@ -32,15 +32,17 @@ def load(
     engine: str = "auto",
     device: "str | torch.device" = "auto",
     precision: str = "auto",
+    threads: int | None = None,
 ) -> "Storyteller":
     """A storyteller from a model directory (what `tinystories train` writes).
 
-    `device`: auto, cpu, cuda, cuda:1, mps. `precision`: auto, fp32, bf16 (where the hardware has it). `UserError` where
-    the model is missing or damaged, or torch is not installed.
+    `engine`: auto, cpu, torch; auto is cpu but where CUDA is at hand. `device` of torch: auto, cpu, cuda, cuda:1, mps.
+    `precision`: auto, fp32; int8, int4 (cpu); bf16 (torch, where the hardware has it). `threads` of the CPU engine: as
+    many as there are cores. `UserError` where the model is missing or damaged, or what it needs is not installed.
     """
     from tinystories.generate.storyteller import Storyteller
 
-    return Storyteller.load(model, engine=engine, device=device, precision=precision)
+    return Storyteller.load(model, engine=engine, device=device, precision=precision, threads=threads)
 
 
 def __getattr__(name: str) -> Any:

@@ -146,7 +146,7 @@ def test_mistakes_get_one_line_and_exit_code_2(words: str, message: str, tmp_pat
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [("--temperature -1", "temperature"), ("--top-p 0", "top_p"), ("--min-p 2", "min_p"), ("--engine cpu", "engine")],
+    [("--temperature -1", "temperature"), ("--top-p 0", "top_p"), ("--min-p 2", "min_p"), ("--engine llama", "engine")],
 )
 def test_sampling_out_of_range_is_named(run: Path, flags: str, message: str) -> None:
     assert message in one_line_error(tinystories("generate", str(run), *flags.split()))

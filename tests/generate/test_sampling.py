@@ -175,6 +175,28 @@ def test_both_kinds_of_array_draw_the_same() -> None:
         assert next_ids(logits, settings, u) == next_ids(torch.from_numpy(logits), settings, u)
 
 
+@given(
+    min_p=st.floats(1e-6, 1),
+    temperature=st.floats(1e-3, 5),
+    top_k=st.integers(0, 60),
+    scale=st.floats(0, 200),
+    seed=st.integers(0, 2**32),
+)
+def test_looking_at_candidates_alone_draws_the_same(
+    min_p: float, temperature: float, top_k: int, scale: float, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    logits = (rng.standard_normal((3, 50)) * scale + rng.uniform(-50, 50)).astype(np.float32)
+    logits[rng.random((3, 50)) < 0.1] = -np.inf
+    chosen = of(temperature=temperature, min_p=min_p, top_k=top_k)
+    u = rng.random(3, dtype=np.float32)
+    p = probabilities(logits, chosen)
+    if (np.abs(np.cumsum(p, axis=1) - u[:, None]) < 1e-5).any():
+        return  # rounding decides
+    assert sampling.candidates(logits, chosen) is not None
+    assert next_ids(logits, chosen, u) == draw(p, u).tolist()
+
+
 def test_what_is_drawn_follows_the_distribution() -> None:
     """Pearson's chi-square over the randomness that stories really use; 3 degrees of freedom, p = 1e-4 at 21.1."""
     p = np.array([0.1, 0.2, 0.3, 0.4], dtype=np.float32)

@@ -11,6 +11,7 @@ from tinystories.cli.command import SETTINGS, run
 from tinystories.cli.evaluate import evaluate
 from tinystories.cli.generate import generate
 from tinystories.cli.info import info
+from tinystories.cli.pack import pack, warmup
 from tinystories.cli.prepare import prepare
 from tinystories.cli.sweep import sweep
 from tinystories.cli.train import train
@@ -31,7 +32,7 @@ def cli() -> None:
     """
 
 
-for command in (prepare, train, sweep, generate, evaluate, info):
+for command in (prepare, train, sweep, generate, evaluate, info, pack, warmup):
     cli.add_command(command)
 
 

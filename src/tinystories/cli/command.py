@@ -19,13 +19,25 @@ errors_option = click.option(
     show_default=True,
     help="What to do with bytes that are not UTF-8: stop, or put U+FFFD in their place.",
 )
-device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
-precision_option = click.option(
-    "--precision",
-    type=click.Choice(["auto", "fp32", "bf16"]),
+engine_option = click.option(
+    "--engine",
+    type=click.Choice(["auto", "cpu", "torch"]),
     default="auto",
     show_default=True,
-    help="Of the weights.",
+    help="What computes: cpu needs no torch and starts at once; auto is cpu but where CUDA is at hand.",
+)
+device_option = click.option(
+    "--device", default="auto", show_default=True, help="Of the torch engine: auto, cpu, cuda, cuda:1, mps."
+)
+precision_option = click.option(
+    "--precision",
+    type=click.Choice(["auto", "fp32", "bf16", "int8", "int4"]),
+    default="auto",
+    show_default=True,
+    help="Of the weights. cpu: int8 (auto), int4 or fp32; torch: fp32, or bf16 where the hardware has it (auto).",
+)
+threads_option = click.option(
+    "--threads", type=click.IntRange(min=1), help="Of the CPU engine.  [default: as many as there are cores]"
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print a JSON object last.")
 

@@ -9,7 +9,15 @@ from typing import Any
 
 import click
 
-from tinystories.cli.command import SETTINGS, device_option, errors_option, json_option, precision_option
+from tinystories.cli.command import (
+    SETTINGS,
+    device_option,
+    engine_option,
+    errors_option,
+    json_option,
+    precision_option,
+    threads_option,
+)
 
 
 @click.command("eval", context_settings=SETTINGS)
@@ -27,11 +35,22 @@ from tinystories.cli.command import SETTINGS, device_option, errors_option, json
     default=0,
     help="Only that many stories, the first of files, evenly spaced ones of prepared data (0: all).",
 )
+@engine_option
 @device_option
 @precision_option
+@threads_option
 @json_option
 def evaluate(
-    model: Path, data: str, text_field: str, errors: Any, limit: int, device: str, precision: str, as_json: bool
+    model: Path,
+    data: str,
+    text_field: str,
+    errors: Any,
+    limit: int,
+    engine: str,
+    device: str,
+    precision: str,
+    threads: int | None,
+    as_json: bool,
 ) -> None:
     """Measure a model in bits per byte over whole stories (docs/evaluation.md).
 
@@ -40,7 +59,7 @@ def evaluate(
     from tinystories.evaluate.report import evaluate_model
     from tinystories.generate.storyteller import Storyteller
 
-    teller = Storyteller.load(model, device=device, precision=precision)
+    teller = Storyteller.load(model, engine=engine, device=device, precision=precision, threads=threads)
     with counting("stories scored") as progress:
         report = evaluate_model(teller, data, text_field=text_field, errors=errors, limit=limit, progress=progress)
     low, high = report.interval

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tinystories.cli.command import SETTINGS, device_option, precision_option
+from tinystories.cli.command import SETTINGS, device_option, engine_option, precision_option, threads_option
 
 if TYPE_CHECKING:
     from tinystories.generate.stories import Request
@@ -28,11 +28,10 @@ if TYPE_CHECKING:
 @click.option("--num", type=click.IntRange(min=1), default=1, show_default=True, help="How many stories.")
 @click.option("--stop", multiple=True, help="End the story before this text; may be repeated.")
 @click.option("--ignore-end", is_flag=True, help="Go on with a new story after <|endoftext|>, up to --max-tokens.")
-@click.option(
-    "--engine", type=click.Choice(["auto", "torch"]), default="auto", show_default=True, help="What computes."
-)
+@engine_option
 @device_option
 @precision_option
+@threads_option
 @click.option("--stream/--no-stream", default=True, show_default=True, help="Show text as it is made.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Also write to FILE.txt or FILE.jsonl.")
 def generate(
@@ -46,6 +45,7 @@ def generate(
     engine: str,
     device: str,
     precision: str,
+    threads: int | None,
     stream: bool,
     out: Path | None,
     **sampling: float | int | None,
@@ -56,7 +56,9 @@ def generate(
     """
     from tinystories.generate.storyteller import N_SLOTS, Storyteller
 
-    teller = Storyteller.load(model, engine=engine, device=device, precision=precision, n_slots=min(num, N_SLOTS))
+    teller = Storyteller.load(
+        model, engine=engine, device=device, precision=precision, n_slots=min(num, N_SLOTS), threads=threads
+    )
     request = teller.request(
         prompt,
         {"max_tokens": max_tokens, "seed": seed, "stop": stop, "ignore_end": ignore_end, **sampling},  # type: ignore[typeddict-item]

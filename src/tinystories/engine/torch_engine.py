@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tinystories.engine.decoder import Decoder
+from tinystories.engine.decoder import FEW_ROWS, Decoder
 from tinystories.engine.device import Precision, pick_device, pick_precision
 from tinystories.engine.graph import StepGraph
 from tinystories.engine.protocol import Ids, Logits, checked_context, checked_ids, checked_sequences
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 HORIZON_STEP = 64  # attention looks at a multiple of this many cached positions
 SCORED_AT_ONCE = 2048  # tokens, padding included, of one batch of `logprobs`: what keeps a CPU's caches warm
 SCORED_ON_GPU = 32768
-FEW_ROWS = 32  # rows of a step on a CPU; with more of them the model's products by BLAS are faster (docs/log.md)
 LOGITS_BYTES = 24 * 2**20  # logits that `logprobs` holds at once; over 32 MiB glibc maps fresh memory for each
 LOGITS_ON_GPU = 512 * 2**20
 
@@ -56,7 +55,6 @@ class TorchEngine:
         self.graphs: dict[int, StepGraph] = {}  # by number of rows
         if own and self.precision == "bf16":
             cast_matrices(model)
-        self.decoder = Decoder(model) if (self.device.type, self.precision) == ("cpu", "fp32") else None
 
     @classmethod
     def load(
@@ -113,7 +111,7 @@ class TorchEngine:
                 self.graphs[high] = StepGraph(self.model, self.cache, high, lengths)
             return self.graphs[high](tokens, lengths)
         view = self.view(low, high, max(lengths) + 1)
-        if self.decoder is not None and high - low <= FEW_ROWS:
+        if high - low <= FEW_ROWS and self.decoder is not None:
             return self.decoder(torch.from_numpy(tokens), view, lengths)
         view.length.copy_(torch.tensor(lengths))
         hidden = self.model(torch.from_numpy(tokens)[:, None].to(self.device), view)
@@ -154,6 +152,10 @@ class TorchEngine:
         ]
         flat = -torch.cat(nats).cpu().numpy()
         return np.split(flat, np.cumsum(sizes)[:-1])
+
+    @functools.cached_property
+    def decoder(self) -> Decoder | None:
+        return Decoder(self.model) if (self.device.type, self.precision) == ("cpu", "fp32") else None
 
     @functools.cached_property
     def cache(self) -> KVCache:

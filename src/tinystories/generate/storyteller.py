@@ -8,9 +8,9 @@ from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack, overload
 
-from tinystories.checkpoint import ModelFiles, read_model
 from tinystories.config import SamplingConfig
 from tinystories.data.tokenizer import END, Tokenizer
+from tinystories.engine.choice import load_engine
 from tinystories.engine.protocol import Engine
 from tinystories.engine.windows import sliding_logprobs
 from tinystories.errors import UserError
@@ -66,12 +66,13 @@ class Storyteller:
         device: "str | torch.device" = "auto",
         precision: str = "auto",
         n_slots: int = N_SLOTS,
+        threads: int | None = None,
     ) -> "Storyteller":
         """From a model directory. `UserError` where it is missing or damaged, or where the engine cannot run here."""
-        if engine not in ("auto", "torch"):
-            raise UserError(f"engine {engine} is not known; use auto or torch")
-        files = read_model(model)
-        return cls(torch_engine(files, device, precision, n_slots), files.tokenizer(), files.sampling)
+        files, chosen = load_engine(
+            model, engine=engine, device=device, precision=precision, n_slots=n_slots, threads=threads
+        )
+        return cls(chosen, files.tokenizer(), files.sampling)
 
     @overload
     def generate(self, prompt: str = "", *, num: None = None, **options: Unpack[Options]) -> Story: ...
@@ -137,15 +138,3 @@ class Storyteller:
             yield
         finally:
             self._telling = False
-
-
-def torch_engine(files: ModelFiles, device: "str | torch.device", precision: str, n_slots: int) -> Engine:
-    """The torch engine; `UserError` where torch is not installed."""
-    try:
-        from tinystories.engine.torch_engine import TorchEngine
-    except ModuleNotFoundError as error:
-        if error.name not in ("torch", "jaxtyping"):
-            raise
-        cure = 'pip install "tinystories-gpt[train]"'
-        raise UserError(f"the torch engine needs {error.name}, which is not installed: {cure}") from None
-    return TorchEngine.load(files, n_slots=n_slots, device=device, precision=precision)

@@ -1,1 +1,1 @@
-"""Decoding on a CPU: kernels for products of few rows, where reading the weights is nearly all of the work."""
+"""Stories without torch: machine code over mapped weights. docs/cpu-engine.md says how it works."""

@@ -1,0 +1,42 @@
+"""`tinystories pack` and `tinystories warmup`: what `generate` does by itself when it is needed, ahead of time."""
+
+from pathlib import Path
+
+import click
+
+from tinystories.cli.command import SETTINGS
+
+
+@click.command(context_settings=SETTINGS)
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "--precision",
+    type=click.Choice(["int8", "int4"]),
+    multiple=True,
+    default=["int8"],
+    show_default=True,
+    help="Bits of a weight; may be repeated.",
+)
+def pack(model: Path, precision: tuple[str, ...]) -> None:
+    """Pack the weights of MODEL for the CPU engine.
+
+    Writes packed-int8.safetensors or packed-int4.safetensors into its folder; `generate` does so when it needs one.
+    """
+    from tinystories.checkpoint import read_model
+    from tinystories.engine.cpu.weights import packed, packed_path
+
+    files = read_model(model, check_weights=False)
+    for name in precision:
+        packed(files, name)  # type: ignore[arg-type]
+        path = packed_path(files, name)  # type: ignore[arg-type]
+        sizes = path.stat().st_size / 1e6, files.weights_path.stat().st_size / 1e6
+        click.echo(f"{path}: {sizes[0]:,.1f} MB ({sizes[1]:,.1f} MB in fp32)")
+
+
+@click.command(context_settings=SETTINGS)
+def warmup() -> None:
+    """Compile the CPU engine for this machine, so that the first story starts at once."""
+    from tinystories.engine.cpu import native
+
+    native.load()
+    click.echo(f"ready: {native.cached_path()}")

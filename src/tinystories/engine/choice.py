@@ -1,0 +1,67 @@
+"""Which engine computes where the user leaves it open. Imports no torch: that alone takes seconds."""
+
+import ctypes
+import importlib.util
+import sys
+from typing import Any, Literal
+
+from tinystories.checkpoint import ModelFiles, read_model
+from tinystories.engine.protocol import Engine
+from tinystories.errors import UserError
+
+Name = Literal["torch", "cpu"]
+ENGINES = ("auto", "cpu", "torch")
+PRECISIONS = ("auto", "fp32", "bf16", "int8", "int4")
+PACKED = ("int8", "int4")
+
+
+def pick_engine(name: str = "auto", device: Any = "auto", precision: str = "auto") -> Name:
+    """`auto` is the CPU engine, but for a CUDA device (where torch is installed), other devices, and bf16."""
+    if name not in ENGINES:
+        raise UserError(f"engine {name} is not known; use one of {', '.join(ENGINES)}")
+    if precision not in PRECISIONS:
+        raise UserError(f"precision {precision} is not known; use one of {', '.join(PRECISIONS)}")
+    device = str(device)
+    if name == "cpu" and device not in ("auto", "cpu"):
+        raise UserError(f"the CPU engine does not run on device {device}; use --engine torch")
+    if name == "cpu" and precision == "bf16":
+        raise UserError("the CPU engine has no precision bf16; use fp32, int8 or int4, or --engine torch")
+    if name == "torch" and precision in PACKED:
+        raise UserError(f"the torch engine has no precision {precision}; use fp32 or bf16, or --engine cpu")
+    if name == "cpu":
+        return "cpu"
+    if name == "torch" or precision == "bf16" or device not in ("auto", "cpu"):
+        return "torch"
+    on_gpu = device == "auto" and precision not in PACKED and has_cuda() and importlib.util.find_spec("torch")
+    return "torch" if on_gpu else "cpu"
+
+
+def has_cuda() -> bool:
+    """Whether NVIDIA's driver is here and knows of a device."""
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return False
+    count = ctypes.c_int(0)
+    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+
+
+def load_engine(
+    model: Any, *, engine: str, device: Any, precision: str, n_slots: int, threads: int | None = None
+) -> tuple[ModelFiles, Engine]:
+    """A model directory, and the engine over it. `UserError` where it cannot run here."""
+    if pick_engine(engine, device, precision) == "cpu":
+        from tinystories.engine.cpu.engine import CpuEngine
+
+        files = read_model(model, check_weights=False)
+        chosen: Any = "int8" if precision == "auto" else precision
+        return files, CpuEngine.load(files, precision=chosen, n_slots=n_slots, threads=threads)
+    files = read_model(model)
+    try:
+        from tinystories.engine.torch_engine import TorchEngine
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "jaxtyping"):
+            raise
+        cure = 'pip install "tinystories-gpt[train]"'
+        raise UserError(f"the torch engine needs {error.name}, which is not installed: {cure}") from None
+    return files, TorchEngine.load(files, n_slots=n_slots, device=device, precision=precision)

@@ -1,0 +1,238 @@
+"""What Numba cannot say: the inner products of packed weights as LLVM vectors, memory by address, and a barrier.
+
+LLVM turns the vectors into whatever the processor has (x86 to `vpmaddwd`, ARM to `smlal`). Only the compiler of
+`native` imports this module.
+
+A packed matrix lies in blocks of 8 rows, so that a vector holds 8 sums at once and nothing is ever added across it:
+for two neighbouring columns the 8 rows' pairs of weights stand together (16 values). Four-bit weights stand so in
+groups of 32 columns, 16 values of the first half in the low and 16 of the second half in the high bits of 16 bytes.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+BYTES, WORDS, WIDE = (ir.VectorType(kind, 16) for kind in (I8, I16, I32))
+SUMS, FLOATS, SHORTS = (ir.VectorType(kind, 8) for kind in (I32, F32, I16))
+SPINS = 4096  # looks at the barrier before other processes may have the core
+
+Value = Any  # of llvmlite, which has no types
+Builder = Any
+
+
+def number(value: int) -> Value:
+    return ir.Constant(I64, value)
+
+
+def splat(b: Builder, value: Value, vector: Value) -> Value:
+    """A vector that holds a scalar in every place."""
+    one = b.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(I32, 0))
+    first = ir.Constant(ir.VectorType(I32, vector.count), None)
+    return b.shuffle_vector(one, ir.Constant(vector, ir.Undefined), first)
+
+
+def load(b: Builder, base: Value, offset: Value, kind: Value, align: int) -> Value:
+    return b.load(b.inttoptr(b.add(base, offset), kind.as_pointer()), align=align)
+
+
+def pair_sums(b: Builder, weights: Value, x: Value) -> Value:
+    """8 sums of two products each: w[0] x[0] + w[1] x[1], ..., of 16-bit words; one instruction on x86."""
+    products = b.mul(b.sext(weights, WIDE), b.sext(x, WIDE))
+    nothing = ir.Constant(WIDE, ir.Undefined)
+    even, odd = (ir.Constant(SUMS, list(range(first, 16, 2))) for first in (0, 1))
+    return b.add(b.shuffle_vector(products, nothing, even), b.shuffle_vector(products, nothing, odd))
+
+
+def pair(b: Builder, row: Value, offset: Value) -> Value:
+    """Two neighbouring x (16 bits each), 8 times."""
+    return b.bitcast(splat(b, load(b, row, offset, I32, 4), SUMS), WORDS)
+
+
+def store_row(b: Builder, y: Value, offset: Value, values: Value) -> None:
+    b.store(values, b.inttoptr(b.add(y, offset), FLOATS.as_pointer()), align=4)
+
+
+def int8_block(n_rows: int) -> Callable[..., None]:
+    """y[i, :8] = scales * x_scales[i] * (the block's 8 rows . x[i]) for n_rows rows of x.
+
+    Arguments, all addresses or numbers of bytes: block, x, bytes from row to row of x, columns / 8, y, bytes from row
+    to row of y, scales (8 fp32), x_scales (n_rows fp32). Sums are exact in 32 bits: see `forward.round_rows`.
+    """
+
+    @intrinsic
+    def block(context, w, x, x_stride, eighths, y, y_stride, scales, x_scales):  # type: ignore  # noqa
+        def generate(context: Any, b: Builder, _: Any, args: Any) -> Value:
+            weights, x, x_stride, eighths, y, y_stride, scales, x_scales = args
+            rows = [b.add(x, b.mul(x_stride, number(i))) for i in range(n_rows)]
+            # Two sums for each row of x: an addition need not wait for the one before.
+            sums = [[cgutils.alloca_once_value(b, ir.Constant(SUMS, None)) for _ in range(2)] for _ in rows]
+            with cgutils.for_range(b, eighths) as loop:
+                at_w, at_x = b.mul(loop.index, number(64)), b.mul(loop.index, number(16))
+                for step in range(4):
+                    w = b.sext(load(b, weights, b.add(at_w, number(16 * step)), BYTES, 1), WORDS)
+                    for row, pointers in zip(rows, sums, strict=True):
+                        added = pair_sums(b, w, pair(b, row, b.add(at_x, number(4 * step))))
+                        b.store(b.add(b.load(pointers[step % 2]), added), pointers[step % 2])
+            scale = load(b, scales, number(0), FLOATS, 4)
+            for i, pointers in enumerate(sums):
+                total = b.sitofp(b.add(b.load(pointers[0]), b.load(pointers[1])), FLOATS)
+                x_scale = splat(b, load(b, x_scales, number(4 * i), F32, 4), FLOATS)
+                store_row(b, y, b.mul(y_stride, number(i)), b.fmul(total, b.fmul(scale, x_scale)))
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 8), generate
+
+    return block
+
+
+def int4_block(n_rows: int) -> Callable[..., None]:
+    """As `int8_block`, for weights of 4 bits (value + 8) with a scale for each group of 32 columns.
+
+    Arguments: block, x, bytes from row to row of x, groups, y, bytes from row to row of y, scales (8 bf16 for each
+    group), x_scales (n_rows fp32), sums (32 bits) of x in each group, bytes from row to row of these.
+    """
+
+    @intrinsic
+    def block(context, w, x, x_stride, groups, y, y_stride, scales, x_scales, x_sums, sums_stride):  # type: ignore  # noqa
+        def generate(context: Any, b: Builder, _: Any, args: Any) -> Value:
+            weights, x, x_stride, groups, y, y_stride, scales, x_scales, x_sums, sums_stride = args
+            rows = [b.add(x, b.mul(x_stride, number(i))) for i in range(n_rows)]
+            totals = [cgutils.alloca_once_value(b, ir.Constant(FLOATS, None)) for _ in rows]
+            fifteen, four = (ir.Constant(WORDS, [value] * 16) for value in (15, 4))
+            with cgutils.for_range(b, groups) as loop:
+                at_w, at_x = b.mul(loop.index, number(128)), b.mul(loop.index, number(64))
+                sums = []
+                for i in range(n_rows):
+                    at = b.add(b.mul(sums_stride, number(i)), b.mul(loop.index, number(4)))
+                    offset = b.mul(load(b, x_sums, at, I32, 4), ir.Constant(I32, -8))
+                    sums.append([splat(b, offset, SUMS), ir.Constant(SUMS, None)])
+                for step in range(8):
+                    both = b.zext(load(b, weights, b.add(at_w, number(16 * step)), BYTES, 1), WORDS)
+                    halves = b.and_(both, fifteen), b.lshr(both, four)
+                    for row, pairs in zip(rows, sums, strict=True):
+                        for half, w in enumerate(halves):
+                            x_pair = pair(b, row, b.add(at_x, number(32 * half + 4 * step)))
+                            pairs[half] = b.add(pairs[half], pair_sums(b, w, x_pair))
+                bits = b.zext(load(b, scales, b.mul(loop.index, number(16)), SHORTS, 2), SUMS)
+                scale = b.bitcast(b.shl(bits, ir.Constant(SUMS, [16] * 8)), FLOATS)
+                for pointer, (low, high) in zip(totals, sums, strict=True):
+                    scaled = b.fmul(b.sitofp(b.add(low, high), FLOATS), scale, flags=["contract"])
+                    b.store(b.fadd(b.load(pointer), scaled, flags=["contract"]), pointer)
+            for i, pointer in enumerate(totals):
+                x_scale = splat(b, load(b, x_scales, number(4 * i), F32, 4), FLOATS)
+                store_row(b, y, b.mul(y_stride, number(i)), b.fmul(b.load(pointer), x_scale))
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 10), generate
+
+    return block
+
+
+def fp32_block(n_weights: int, n_rows: int) -> Callable[..., None]:
+    """y[i, :n_weights] = (n_weights rows of a matrix) . x[i] for n_rows rows of x, over whole eighths of the columns.
+
+    Arguments: first row of the matrix, bytes from row to row, x, bytes from row to row of x, columns // 8, y, bytes
+    from row to row of y. A sum is made in one order, however many rows there are.
+    """
+
+    @intrinsic
+    def block(context, w, w_stride, x, x_stride, eighths, y, y_stride):  # type: ignore  # noqa
+        def generate(context: Any, b: Builder, _: Any, args: Any) -> Value:
+            w, w_stride, x, x_stride, eighths, y, y_stride = args
+            w_rows = [b.add(w, b.mul(w_stride, number(i))) for i in range(n_weights)]
+            x_rows = [b.add(x, b.mul(x_stride, number(i))) for i in range(n_rows)]
+            zero = ir.Constant(FLOATS, None)
+            sums = [[cgutils.alloca_once_value(b, zero) for _ in w_rows] for _ in x_rows]
+            with cgutils.for_range(b, eighths) as loop:
+                at = b.mul(loop.index, number(32))
+                weights = [load(b, row, at, FLOATS, 4) for row in w_rows]
+                for x_row, pointers in zip(x_rows, sums, strict=True):
+                    values = load(b, x_row, at, FLOATS, 4)
+                    for weight, pointer in zip(weights, pointers, strict=True):
+                        added = b.fmul(weight, values, flags=["contract"])
+                        b.store(b.fadd(b.load(pointer), added, flags=["contract"]), pointer)
+            for i, pointers in enumerate(sums):
+                for j, pointer in enumerate(pointers):
+                    at = b.add(b.mul(y_stride, number(i)), number(4 * j))
+                    b.store(total_of(b, b.load(pointer)), b.inttoptr(b.add(y, at), F32.as_pointer()), align=4)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 7), generate
+
+    return block
+
+
+def total_of(b: Builder, vector: Value) -> Value:
+    """The sum of a vector of 8: halves are added until one is left."""
+    for n in (4, 2, 1):
+        nothing = ir.Constant(vector.type, ir.Undefined)
+        low, high = (ir.Constant(ir.VectorType(I32, n), list(range(first, first + n))) for first in (0, n))
+        vector = b.fadd(b.shuffle_vector(vector, nothing, low), b.shuffle_vector(vector, nothing, high))
+    return b.extract_element(vector, ir.Constant(I32, 0))
+
+
+def pointer_of(kind: Any) -> Callable[[int], Any]:
+    """From an address to a typed pointer, which `numba.carray` makes an array of."""
+
+    @intrinsic
+    def pointer(context: Any, address: Any) -> Any:  # noqa: ARG001
+        result = types.CPointer(kind)
+
+        def generate(context: Any, b: Builder, _: Any, args: Any) -> Value:
+            return b.inttoptr(args[0], context.get_value_type(result))
+
+        return result(types.int64), generate
+
+    return pointer
+
+
+@intrinsic
+def wait_for_all(context: Any, counter: Any, target: Any) -> Any:  # noqa: ARG001
+    """Add one to the counter (64 bits) at an address and return when it has reached the target.
+
+    All that other threads wrote before they came is seen afterwards. Looks for a while, then yields between looks.
+    """
+
+    def generate(context: Any, b: Builder, _: Any, args: Any) -> Value:
+        pointer = b.inttoptr(args[0], I64.as_pointer())
+        yielding = cgutils.get_or_insert_function(b.module, ir.FunctionType(I32, []), "sched_yield")
+        pause = None
+        if "x86" in b.module.triple or "amd64" in b.module.triple:
+            pause = cgutils.get_or_insert_function(b.module, ir.FunctionType(ir.VoidType(), []), "llvm.x86.sse2.pause")
+        b.atomic_rmw("add", pointer, number(1), "acq_rel")
+        spins = cgutils.alloca_once_value(b, number(0))
+        look, again, relax, give, done = (b.append_basic_block(n) for n in ("look", "again", "relax", "give", "done"))
+        b.branch(look)
+        b.position_at_end(look)
+        seen = b.load_atomic(pointer, "acquire", 8)
+        b.cbranch(b.icmp_signed(">=", seen, args[1]), done, again)
+        b.position_at_end(again)
+        count = b.add(b.load(spins), number(1))
+        b.store(count, spins)
+        b.cbranch(b.icmp_signed("<", count, number(SPINS)), relax, give)
+        b.position_at_end(relax)
+        if pause is not None:
+            b.call(pause, [])
+        b.branch(look)
+        b.position_at_end(give)
+        b.call(yielding, [])
+        b.branch(look)
+        b.position_at_end(done)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
+@intrinsic
+def float_of_bits(context: Any, bits: Any) -> Any:  # noqa: ARG001
+    """The fp32 number whose representation is a 32-bit integer."""
+    return types.float32(types.int32), lambda context, b, _, args: b.bitcast(args[0], F32)  # noqa: ARG005
+
+
+assert sys.byteorder == "little", "bf16 scales and packed pairs are read as little-endian"

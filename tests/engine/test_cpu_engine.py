@@ -1,0 +1,426 @@
+"""The CPU engine against the torch engine, packed weights against what they stand for, and files that are not whole."""
+
+import logging
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from safetensors.numpy import load_file, save_file
+
+from tinystories import checkpoint
+from tinystories.config import SamplingConfig
+from tinystories.data.tokenizer import Tokenizer
+from tinystories.engine.choice import has_cuda, pick_engine
+from tinystories.engine.cpu import native, packing, weights
+from tinystories.engine.cpu.engine import CpuEngine
+from tinystories.engine.torch_engine import TorchEngine
+from tinystories.errors import UserError
+from tinystories.generate.stories import Request, tell
+from tinystories.model import GPT
+
+Build = Callable[..., GPT]
+IDS = np.random.default_rng(1).integers(0, 61, 24).tolist()
+PRECISIONS: list[weights.Precision] = ["fp32", "int8", "int4"]
+
+
+def close(a: Any, b: Any, tolerance: float = 2e-5) -> None:
+    np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=tolerance, rtol=tolerance)
+
+
+def arrays_of(model: GPT) -> dict[str, np.ndarray]:
+    return {name: weight.detach().numpy() for name, weight in checkpoint.saved_weights(model).items()}
+
+
+def fp32(model: GPT, **options: Any) -> CpuEngine:
+    return CpuEngine(model.config, arrays_of(model), **options)
+
+
+def uncached(model: GPT, ids: list[int]) -> np.ndarray:
+    """Logits after each id, by one pass without a cache."""
+    with torch.no_grad():
+        return model.logits(model(torch.tensor([ids])))[0].numpy()
+
+
+def saved(folder: Path, model: GPT, data: Path) -> Path:
+    with checkpoint.whole(folder) as draft:
+        checkpoint.write_model(draft, model, Tokenizer.load(data), SamplingConfig(), {})
+    return folder
+
+
+@pytest.fixture
+def folder(build: Build, sample_data: Path, tmp_path: Path) -> Path:
+    return saved(tmp_path / "model", build(vocab_size=400, tied=False), sample_data)
+
+
+def opened(folder: Path, precision: weights.Precision = "int8", **options: Any) -> CpuEngine:
+    return CpuEngine.load(checkpoint.read_model(folder, check_weights=False), precision=precision, **options)
+
+
+def test_steps_equal_one_pass_up_to_the_last_place(build: Build, shape: dict[str, object]) -> None:
+    expected = uncached(build(**shape), IDS)
+    engine = fp32(build(**shape))
+    close(engine.prefill(0, IDS[:5]), expected[4])
+    for i in range(5, 24):
+        close(engine.step([0], [IDS[i]]), expected[i : i + 1])
+
+
+@pytest.mark.parametrize("sizes", [(30, 3, 37, 53), (32, 4, 100, 8), (48, 12, 31, 131)], ids=str)
+def test_sizes_need_not_be_multiples_of_anything(
+    build: Build, sizes: tuple[int, ...], shape: dict[str, object]
+) -> None:
+    n_embd, n_head, n_ff, vocab_size = sizes
+    if shape.get("n_kv_head"):
+        shape = shape | {"n_kv_head": 1}
+    model = build(**shape | {"n_embd": n_embd, "n_head": n_head, "n_ff": n_ff, "vocab_size": vocab_size})
+    if model.config.head_dim % 2 and model.config.architecture == "modern":
+        pytest.skip("rotations need pairs")
+    ids = [i % vocab_size for i in IDS]
+    engine = fp32(model, threads=3)
+    close(engine.prefill(0, ids[:-1]), uncached(model, ids)[-2])
+    close(engine.step([0], ids[-1:])[0], uncached(model, ids)[-1])
+
+
+def test_a_prompt_longer_than_one_call_is_read_in_parts(build: Build) -> None:
+    model = build(n_ctx=200)
+    ids = np.random.default_rng(3).integers(0, 61, 200).tolist()
+    close(fp32(model).prefill(0, ids), uncached(model, ids)[-1])
+
+
+@pytest.mark.parametrize("name", ["classic", "modern"])
+@settings(max_examples=12, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_slots_do_not_touch_each_other(build: Build, name: str, seed: int) -> None:
+    """Any order of prefills, frees and steps of any set of slots, in any order, gives what each slot alone would."""
+    rng = np.random.default_rng(seed)
+    model = build(architecture=name, n_ctx=6, n_layer=1, vocab_size=11)
+    engine = fp32(model, n_slots=4)
+    content: dict[int, list[int]] = {}
+    for action in ["prefill"] * 4 + rng.choice(["prefill", "free", "step", "step", "step"], 8).tolist():
+        slot = int(rng.integers(4))
+        if action == "prefill":
+            content[slot] = rng.integers(0, 11, rng.integers(1, 7)).tolist()
+            close(engine.prefill(slot, content[slot]), uncached(model, content[slot])[-1])
+        elif action == "free":
+            engine.free(slot)
+            content.pop(slot, None)
+        elif ready := [slot for slot, ids in content.items() if len(ids) < 6]:
+            slots = rng.permutation(ready)[: rng.integers(1, len(ready) + 1)].tolist()
+            ids = rng.integers(0, 11, len(slots)).tolist()
+            for slot, one in zip(slots, ids, strict=True):
+                content[slot].append(one)
+            close(engine.step(slots, ids), [uncached(model, content[slot])[-1] for slot in slots])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_neither_threads_nor_other_rows_change_a_logit(folder: Path, precision: weights.Precision) -> None:
+    """Bit for bit."""
+    found = []
+    for threads, n_slots in ((1, 1), (2, 1), (3, 1), (2, 7), (1, 4)):
+        engine = opened(folder, precision, threads=threads, n_slots=n_slots)
+        before = [engine.prefill(slot, IDS[: 9 - slot]) for slot in range(n_slots)]
+        found.append((before[0], engine.step(range(n_slots), [5] * n_slots)[0]))
+    for one in found[1:]:
+        assert (one[0] == found[0][0]).all()
+        assert (one[1] == found[0][1]).all()
+
+
+def test_the_caller_may_keep_what_it_was_given(build: Build) -> None:
+    engine = fp32(build(), n_slots=2)
+    first = engine.prefill(0, IDS[:3])
+    kept = first.copy()
+    engine.prefill(1, IDS[4:9])
+    second = engine.step([0, 1], [1, 2])
+    kept_too = second.copy()
+    engine.step([0, 1], [3, 4])
+    assert (kept == first).all()
+    assert (kept_too == second).all()
+
+
+def test_more_streams_than_rows_of_a_call_step_together(build: Build) -> None:
+    model = build(n_ctx=6, n_layer=1)
+    engine = fp32(model, n_slots=70)
+    for slot in range(70):
+        engine.prefill(slot, [slot % 61])
+    logits = engine.step(range(70), [3] * 70)
+    close(logits[69], uncached(model, [69 % 61, 3])[-1])
+
+
+def test_logprobs_equal_those_of_torch_and_leave_slots_alone(build: Build, shape: dict[str, object]) -> None:
+    model = build(**shape)
+    engine = fp32(model)
+    engine.prefill(0, IDS[:5])
+    sequences = [IDS[:2], [*IDS, 3], IDS[3:9], np.array(IDS[4:16], dtype=np.uint16)]
+    for a, b in zip(engine.logprobs(sequences), TorchEngine(model, device="cpu").logprobs(sequences), strict=True):
+        close(a, b)
+    close(engine.step([0], [7])[0], uncached(model, [*IDS[:5], 7])[-1])
+
+
+def test_300_greedy_tokens_are_those_of_torch(build: Build, shape: dict[str, object], sample_data: Path) -> None:
+    model = build(**shape | {"vocab_size": 400})
+    request = Request(prompt="Once", settings=SamplingConfig(temperature=0), max_tokens=300, ignore_end=True)
+    stories = [
+        tell(engine, Tokenizer.load(sample_data), [request])[0].ids
+        for engine in (fp32(model), TorchEngine(model, device="cpu"))
+    ]
+    assert len(stories[0]) == 300
+    assert stories[0] == stories[1]
+
+
+MATRICES = arrays.arrays(
+    np.float32,
+    st.tuples(st.integers(1, 20), st.integers(1, 70)),
+    elements=st.floats(-4, 4, width=32, allow_subnormal=False),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(weight=MATRICES)
+def test_packing_changes_no_weight_by_more_than_half_a_step(weight: np.ndarray) -> None:
+    rows, inner = weight.shape
+    back = packing.unpack_int8(*packing.pack_int8(weight), rows, inner)
+    assert (np.abs(back - weight) <= np.abs(weight).max(axis=1, keepdims=True) / 127 * 0.501 + 1e-30).all()
+    back = packing.unpack_int4(*packing.pack_int4(weight), rows, inner)
+    whole = np.zeros((rows, packing.padded(inner, 32)), dtype=np.float32)
+    whole[:, :inner] = weight
+    largest = np.abs(whole).reshape(rows, -1, 32).max(axis=2).repeat(32, axis=1)[:, :inner]
+    assert (np.abs(back - weight) <= largest / 8 * 2.5 + 1e-29).all()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "CANDIDATES", np.ones(1, dtype=np.float32))
+        plain = packing.unpack_int4(*packing.pack_int4(weight), rows, inner)
+    assert np.square(back - weight).sum() <= np.square(plain - weight).sum() * 1.001, "no worse than plain rounding"
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_packed_products_are_those_of_the_unpacked_matrices(folder: Path, precision: weights.Precision) -> None:
+    """The integers of x lose next to nothing: an engine makes of packed weights what fp32 makes of their values."""
+    files = checkpoint.read_model(folder)
+    shapes = weights.expected_shapes(files.config)
+    packed = dict(weights.pack(files, precision))
+    plain = {}
+    for name, shape in shapes.items():
+        if name in packed:
+            plain[name] = packed[name]
+        elif f"{name}.rows" in packed:
+            plain[name] = packed[f"{name}.rows"] * packed[f"{name}.scales"][:, None]
+        elif f"{name}.int8" in packed:
+            plain[name] = packing.unpack_int8(packed[f"{name}.int8"], packed[f"{name}.scales"], *shape)
+        else:
+            plain[name] = packing.unpack_int4(packed[f"{name}.int4"], packed[f"{name}.scales"], *shape)
+        plain[name] = np.ascontiguousarray(plain[name], dtype=np.float32)
+    a, b = CpuEngine(files.config, packed), CpuEngine(files.config, plain)
+    close(a.prefill(0, IDS), b.prefill(0, IDS), tolerance=2e-3)
+    for i in range(1, 5):
+        a.prefill(0, IDS[:i])
+        b.prefill(0, IDS[:i])
+        close(a.step([0], [i]), b.step([0], [i]), tolerance=2e-3)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_packed_weights_are_near_the_models(
+    build: Build, sample_data: Path, tmp_path: Path, precision: weights.Precision, tied: bool
+) -> None:
+    model = build(vocab_size=400, tied=tied)
+    engine = opened(saved(tmp_path / "model", model, sample_data), precision)
+    found, expected = engine.prefill(0, IDS), uncached(model, IDS)[-1]
+    correlation = np.corrcoef(found, expected)[0, 1]
+    assert correlation > (0.9995 if precision == "int8" else 0.97)
+
+
+def test_a_packed_file_is_made_once_and_read_by_others(folder: Path) -> None:
+    first = opened(folder).prefill(0, IDS)
+    path = folder / "packed-int8.safetensors"
+    made = path.stat().st_mtime_ns
+    assert (opened(folder).prefill(0, IDS) == first).all()
+    assert path.stat().st_mtime_ns == made
+    assert {name for name in load_file(path) if name.endswith(".int8")}, "a safetensors file like any other"
+
+
+def damaged(data: bytes, how: str) -> bytes:
+    match how:
+        case "truncated":
+            return data[: len(data) // 2]
+        case "empty":
+            return b""
+        case "a bit":
+            return data[:-100] + bytes([data[-100] ^ 1]) + data[-99:]
+        case "huge header":
+            return (2**62).to_bytes(8, "little") + data[8:]
+        case "no json":
+            return data[:8] + b"x" + data[9:]
+    raise AssertionError(how)
+
+
+@pytest.mark.parametrize("how", ["truncated", "empty", "a bit", "huge header", "no json"])
+def test_a_damaged_packed_file_is_made_again(folder: Path, how: str, caplog: pytest.LogCaptureFixture) -> None:
+    first = opened(folder).prefill(0, IDS)
+    path = folder / "packed-int8.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(damaged(whole, how))
+    assert (opened(folder).prefill(0, IDS) == first).all()
+    assert "packing the weights again" in caplog.text
+    assert path.read_bytes() == whole
+
+
+def test_other_weights_are_packed_again(build: Build, folder: Path, sample_data: Path) -> None:
+    first = opened(folder).prefill(0, IDS)
+    packed = (folder / "packed-int8.safetensors").read_bytes()
+    model = build(vocab_size=400, tied=False, n_ff=40)
+    saved(folder, model, sample_data)
+    (folder / "packed-int8.safetensors").write_bytes(packed)
+    found = opened(folder).prefill(0, IDS)
+    assert not np.allclose(found, first)
+    assert np.corrcoef(found, uncached(model, IDS)[-1])[0, 1] > 0.999
+
+
+def test_a_folder_that_cannot_be_written_to_is_no_obstacle(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise PermissionError("read-only file system")
+
+    monkeypatch.setattr(weights.tempfile, "mkstemp", refuse)
+    assert np.isfinite(opened(folder).prefill(0, IDS)).all()
+    assert "read-only file system" in caplog.text
+    assert not list(folder.glob("packed*"))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_altered_weights_are_refused(folder: Path, precision: weights.Precision) -> None:
+    opened(folder, precision)
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[:-7] + b"\x01" + data[-6:])
+    with pytest.raises(UserError, match="does not match its checksum"):
+        opened(folder, precision)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w | {"norm.weight": np.full(32, np.nan, np.float32)}, "norm.weight holds numbers"),
+        (lambda w: w | {"lm_head.weight": w["lm_head.weight"] * np.float32(np.inf)}, "lm_head.weight holds numbers"),
+        (lambda w: w | {"norm.weight": w["norm.weight"][:-1]}, "norm.weight is"),
+        (lambda w: w | {"norm.weight": w["norm.weight"].astype(np.float64)}, "cannot be read|not fp32"),
+        (lambda w: w | {"more": w["norm.weight"]}, "more is unknown"),
+        (lambda w: {k: v for k, v in w.items() if k != "norm.weight"}, "norm.weight is missing"),
+    ],
+    ids=["nan", "inf", "shape", "type", "unknown", "missing"],
+)
+def test_weights_that_cannot_be_are_named(
+    folder: Path, precision: weights.Precision, change: Callable[[Any], Any], message: str
+) -> None:
+    path = folder / "model.safetensors"
+    save_file(change(load_file(path)), path)
+    described = checkpoint.read_json(folder / "config.json")
+    described["files"]["model.safetensors"] = checkpoint.sha256(path)
+    checkpoint.write_json(folder / "config.json", described)
+    with pytest.raises(UserError, match=message):
+        opened(folder, precision)
+    assert not list(folder.glob("packed*"))
+
+
+def test_what_cannot_be_asked_for_is_refused(build: Build) -> None:
+    engine = fp32(build(), n_slots=2)
+    with pytest.raises(UserError, match="token id 61 is outside"):
+        engine.prefill(0, [1, 61])
+    with pytest.raises(UserError, match="token id -1 is outside"):
+        engine.logprobs([[1, -1]])
+    with pytest.raises(UserError, match="do not fit: the model takes 1 to 24"):
+        engine.prefill(0, [1] * 25)
+    with pytest.raises(UserError, match="slot 2 does not exist"):
+        engine.prefill(2, [1])
+    with pytest.raises(UserError, match="number of slots"):
+        fp32(build(), n_slots=0)
+    with pytest.raises(UserError, match="number of threads"):
+        fp32(build(), threads=0)
+    with pytest.raises(UserError, match="GB of memory, more than there is"):
+        fp32(build(), n_slots=10**10).prefill(0, [1])
+
+
+def test_damaged_machine_code_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setenv("TINYSTORIES_CACHE", str(tmp_path / "cache"))
+    made: list[bytes] = []
+    monkeypatch.setattr(native, "compiled", lambda: made.append(b"code") or b"code")
+    assert native.object_file() == native.object_file() == b"code"
+    assert len(made) == 1
+    assert "compiling the CPU engine" in caplog.text
+    native.cached_path().write_bytes(native.cached_path().read_bytes()[:-1])
+    assert native.object_file() == b"code"
+    assert len(made) == 2
+    assert "is damaged" in caplog.text
+    (tmp_path / "cache").rename(tmp_path / "former")
+    (tmp_path / "cache").write_text("a file where a folder should be")
+    assert native.object_file() == b"code"
+    assert "the next start compiles again" in caplog.text
+
+
+def test_a_second_start_imports_neither_torch_nor_numba(folder: Path) -> None:
+    opened(folder)
+    program = (
+        "import sys, tinystories\n"
+        f"story = tinystories.load({str(folder)!r}).generate('Once', max_tokens=5, seed=1)\n"
+        "assert story.text.startswith('Once')\n"
+        "sys.exit(len({'torch', 'numba'} & sys.modules.keys()))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_numba_still_works_after_the_machine_code_was_loaded_without_it(folder: Path) -> None:
+    opened(folder)
+    program = (
+        "import sys, tinystories\n"
+        f"teller = tinystories.load({str(folder)!r})\n"
+        "import numba, numpy as np\n"
+        "double = numba.njit(lambda n: np.ones(n) * 2)\n"
+        "assert double(5).sum() == 10\n"
+        "del double\n"
+        "assert teller.generate('Once', max_tokens=5, seed=1).text\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "torch" if has_cuda() else "cpu"),
+        ({"device": "cpu"}, "cpu"),
+        ({"device": "cuda"}, "torch"),
+        ({"device": torch.device("cpu")}, "cpu"),
+        ({"precision": "int4"}, "cpu"),
+        ({"precision": "bf16"}, "torch"),
+        ({"name": "torch"}, "torch"),
+        ({"name": "cpu", "precision": "fp32"}, "cpu"),
+    ],
+    ids=str,
+)
+def test_the_engine_that_is_meant(given: dict[str, Any], expected: str) -> None:
+    assert pick_engine(**given) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"name": "gpu"}, "engine gpu"),
+        ({"precision": "int3"}, "precision int3"),
+        ({"name": "cpu", "device": "cuda"}, "device cuda"),
+        ({"name": "cpu", "precision": "bf16"}, "no precision bf16"),
+        ({"name": "torch", "precision": "int8"}, "no precision int8"),
+    ],
+    ids=str,
+)
+def test_engines_that_cannot_be_are_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        pick_engine(**given)
