@@ -19,7 +19,7 @@ from folders import execute_all, final, train_command
 from tinystories.config import load_config
 from tinystories.train.rates import settled
 
-SIZES = {"4x128": (4, 128, 4, 344), "6x192": (6, 192, 4, 512), "8x320": (8, 320, 8, 856)}  # layers, width, heads, F
+SIZES = {"4x128": (4, 128, 4, 344), "6x192": (6, 192, 4, 512), "8x256": (8, 256, 8, 688)}  # layers, width, heads, F
 
 
 def main() -> None:
@@ -29,12 +29,15 @@ def main() -> None:
     parser.add_argument("--config", default="small", help="preset or file with all the rest")
     parser.add_argument("--tokens", type=int, default=512_000)
     parser.add_argument("--factors", default="0.5,1,2", help="on both rates, with commas; 1 must be among them")
+    parser.add_argument("--sizes", default=",".join(SIZES), help="some of them, with commas")
+    parser.add_argument("--compile", default="auto", choices=["auto", "on", "off"], help="of all runs")
     parser.add_argument("--workers", type=int, default=2, help="runs side by side, one thread each")
     options = parser.parse_args()
     factors = [float(factor) for factor in options.factors.split(",")]
-    plan = {run_name(size, factor): command(options, size, factor) for size in SIZES for factor in factors}
+    sizes = options.sizes.split(",")
+    plan = {run_name(size, factor): command(options, size, factor) for size in sizes for factor in factors}
     execute_all(options.out, plan, options.workers)
-    report(options, factors)
+    report(options, sizes, factors)
 
 
 def run_name(size: str, factor: float) -> str:
@@ -46,17 +49,17 @@ def command(options: argparse.Namespace, size: str, factor: float) -> list[str]:
     shape = {"model.n_layer": n_layer, "model.n_embd": n_embd, "model.n_head": n_head, "model.n_ff": n_ff}
     optim = settled(load_config(options.config, {name: str(value) for name, value in shape.items()})).optim
     rates = {f"optim.{name}": factor * getattr(optim, name) for name in ("learning_rate", "muon_rate")}
-    quiet = {"train.eval_every": 10**6, "train.sample_tokens": 1}
+    quiet = {"train.eval_every": 10**6, "train.sample_tokens": 1, "train.compile": options.compile}
     return train_command(
         options.out / run_name(size, factor), options.config, options.data, options.tokens, shape | rates | quiet
     )
 
 
-def report(options: argparse.Namespace, factors: list[float]) -> None:
+def report(options: argparse.Namespace, sizes: list[str], factors: list[float]) -> None:
     """The table, the picture and the JSON line."""
     found: dict[str, dict[float, float]] = {
         size: {factor: final(options.out / run_name(size, factor))["val_bits_per_byte"] for factor in factors}
-        for size in SIZES
+        for size in sizes
     }
     print(f"\n{options.tokens:,} tokens; rates of `auto` times\n{'':8}" + "".join(f"{f:>9g}" for f in factors))
     results: dict[str, Any] = {}

@@ -191,11 +191,7 @@ def test_packing_changes_no_weight_by_more_than_half_a_step(weight: np.ndarray) 
     whole = np.zeros((rows, packing.padded(inner, 32)), dtype=np.float32)
     whole[:, :inner] = weight
     largest = np.abs(whole).reshape(rows, -1, 32).max(axis=2).repeat(32, axis=1)[:, :inner]
-    assert (np.abs(back - weight) <= largest / 8 * 2.5 + 1e-29).all()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packing, "CANDIDATES", np.ones(1, dtype=np.float32))
-        plain = packing.unpack_int4(*packing.pack_int4(weight), rows, inner)
-    assert np.square(back - weight).sum() <= np.square(plain - weight).sum() * 1.001, "no worse than plain rounding"
+    assert (np.abs(back - weight) <= largest / 8 * 1.05 + 1e-29).all()
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
@@ -232,7 +228,7 @@ def test_packed_weights_are_near_the_models(
     engine = opened(saved(tmp_path / "model", model, sample_data), precision)
     found, expected = engine.prefill(0, IDS), uncached(model, IDS)[-1]
     correlation = np.corrcoef(found, expected)[0, 1]
-    assert correlation > (0.9995 if precision == "int8" else 0.97)
+    assert correlation > (0.9995 if precision == "int8" else 0.95)
 
 
 def test_a_packed_file_is_made_once_and_read_by_others(folder: Path) -> None:

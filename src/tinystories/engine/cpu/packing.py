@@ -11,7 +11,6 @@ from tinystories.engine.cpu.fields import BLOCK, GROUP
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 
-CANDIDATES = np.linspace(0.75, 1.05, 13, dtype=np.float32)  # of a 4-bit group's plain scale: these are tried
 SMALLEST = 1e-30  # a smaller scale stands for zeros: its inverse would overflow
 
 
@@ -54,23 +53,16 @@ def from_bf16(bits: npt.NDArray[np.uint16]) -> Floats:
 
 
 def rounded_to_int4(groups: Floats) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint16]]:
-    """Integers 0..15 (value + 8) and bf16 scales of groups (n, 32), of several scales those with the least error.
+    """Integers 0..15 (value + 8) and bf16 scales of groups (n, 32).
 
-    The value that is largest in magnitude is -8 times a plain scale, as in llama.cpp's Q4_0.
+    What is largest in magnitude becomes -8, as in llama.cpp's Q4_0. Looking for better scales gains nothing
+    (docs/log.md).
     """
     extreme = np.take_along_axis(groups, np.abs(groups).argmax(axis=1)[:, None], axis=1)[:, 0]
-    best = np.full(len(groups), np.inf, dtype=np.float32)
-    values, bits = np.full(groups.shape, 8, dtype=np.uint8), np.zeros(len(groups), dtype=np.uint16)
-    for candidate in CANDIDATES:
-        tried = to_bf16(extreme / np.float32(-8) * candidate)
-        scales = from_bf16(tried)[:, None]
-        factors = np.divide(1, scales, out=np.zeros_like(scales), where=np.abs(scales) > SMALLEST)
-        rounded = np.clip(np.rint(groups * factors), -8, 7)
-        error = np.square(rounded * scales - groups).sum(axis=1)
-        better = error < best
-        best[better], bits[better] = error[better], tried[better]
-        values[better] = (rounded[better] + 8).astype(np.uint8)
-    return values, bits
+    bits = to_bf16(extreme / np.float32(-8))
+    scales = from_bf16(bits)[:, None]
+    factors = np.divide(1, scales, out=np.zeros_like(scales), where=np.abs(scales) > SMALLEST)
+    return (np.clip(np.rint(groups * factors), -8, 7) + 8).astype(np.uint8), bits
 
 
 def pack_int4(weight: Floats) -> tuple[Bytes, npt.NDArray[np.uint16]]:

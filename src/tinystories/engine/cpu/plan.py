@@ -9,7 +9,7 @@ import numpy.typing as npt
 from tinystories.config import ModelConfig
 from tinystories.engine.cpu import native
 from tinystories.engine.cpu.fields import BLOCK, CALL, FP32, GROUP, INT4, INT8, LAYER, MATRIX, MODEL
-from tinystories.engine.cpu.packing import padded, unpack_int8
+from tinystories.engine.cpu.packing import padded, unpack_int4, unpack_int8
 from tinystories.engine.cpu.team import Team
 from tinystories.positions import rotary_tables, sinusoid_table
 
@@ -160,9 +160,11 @@ class Model:
             x = weights[EMBEDDING][ids]
         elif f"{EMBEDDING}.rows" in weights:
             x = weights[f"{EMBEDDING}.rows"][ids] * weights[f"{EMBEDDING}.scales"][ids, None]
-        else:
-            blocks = weights[f"{EMBEDDING}.int8"].reshape(-1, BLOCK * padded(C, 8))
-            wanted, scales = blocks[ids // BLOCK], weights[f"{EMBEDDING}.scales"].reshape(-1, BLOCK)[ids // BLOCK]
-            every = unpack_int8(wanted.reshape(-1), scales.reshape(-1), BLOCK * len(ids), C)
+        else:  # the head's: its blocks that hold the ids are unpacked
+            name, unpack = ("int8", unpack_int8) if f"{EMBEDDING}.int8" in weights else ("int4", unpack_int4)
+            n_blocks = padded(self.config.vocab_size, BLOCK) // BLOCK
+            blocks, scales = (weights[f"{EMBEDDING}.{part}"].reshape(n_blocks, -1) for part in (name, "scales"))
+            wanted = ids // BLOCK
+            every = unpack(blocks[wanted].reshape(-1), scales[wanted].reshape(-1), BLOCK * len(ids), C)
             x = every.reshape(len(ids), BLOCK, C)[np.arange(len(ids)), ids % BLOCK]
         return x if self.positions is None else x + self.positions[positions]

@@ -172,7 +172,7 @@ def pack(files: ModelFiles, precision: Precision) -> Iterator[tuple[str, Array]]
         elif name == EMBEDDING and not files.config.tied:
             values, scales = rounded_to_int8(weight)
             yield from ((f"{name}.rows", values), (f"{name}.scales", scales))
-        elif precision == "int4" and name not in (EMBEDDING, HEAD):
+        elif precision == "int4":
             blocks, bits = pack_int4(weight)
             yield from ((f"{name}.int4", blocks), (f"{name}.scales", bits))
         else:
