@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -59,7 +60,7 @@ def test_help_is_quick_and_teaches() -> None:
     assert min(seconds) < 0.3
 
 
-@pytest.mark.parametrize("command", ["prepare", "train", "sweep", "generate", "eval", "info"])
+@pytest.mark.parametrize("command", ["prepare", "train", "sweep", "generate", "eval", "info", "pack", "warmup"])
 def test_every_command_has_help(command: str) -> None:
     result = tinystories(command, "--help")
     assert result.returncode == 0
@@ -142,6 +143,28 @@ def test_info_of_a_model_of_data_and_of_a_config(run: Path, sample_data: Path) -
 def test_mistakes_get_one_line_and_exit_code_2(words: str, message: str, tmp_path: Path) -> None:
     assert message in one_line_error(tinystories(*words.split(), cwd=tmp_path))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_packing_and_the_precisions_of_eval(run: Path, tmp_path: Path) -> None:
+    """int8 and int4 are near fp32, which is torch's; none is another."""
+    model = tmp_path / "model"
+    shutil.copytree(run, model)
+    assert "ready: " in tinystories("warmup").stdout
+    packed = tinystories("pack", str(model), "--precision", "int8", "--precision", "int4")
+    assert packed.returncode == 0, packed.stderr
+    assert [line.partition(":")[0] for line in packed.stdout.splitlines()] == [
+        str(model / f"packed-{precision}.safetensors") for precision in ("int8", "int4")
+    ]
+    (tmp_path / "s.txt").write_text("The dog ran home.<|endoftext|>Lily saw a small bird and smiled.")
+    scores = {}
+    for flags in ("", "--engine cpu", "--precision int8", "--engine cpu --precision int4 --threads 1"):
+        result = tinystories("eval", str(model), "--data", str(tmp_path / "s.txt"), "--json", *flags.split())
+        assert result.returncode == 0, result.stderr
+        scores[flags] = json.loads(result.stdout.splitlines()[-1])["bits_per_byte"]
+    exact = scores.pop("")
+    assert scores.pop("--engine cpu") == pytest.approx(exact, rel=1e-5)
+    assert min(abs(score - exact) for score in scores.values()) > 0
+    assert max(abs(score - exact) for score in scores.values()) < 0.05 * exact
 
 
 @pytest.mark.parametrize(

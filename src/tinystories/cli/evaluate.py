@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,6 @@ import click
 from tinystories.cli.command import (
     SETTINGS,
     device_option,
-    engine_option,
     errors_option,
     json_option,
     precision_option,
@@ -35,7 +35,13 @@ from tinystories.cli.command import (
     default=0,
     help="Only that many stories, the first of files, evenly spaced ones of prepared data (0: all).",
 )
-@engine_option
+@click.option(
+    "--engine",
+    type=click.Choice(["auto", "cpu", "torch"]),
+    default="auto",
+    show_default=True,
+    help="What computes: torch, or cpu, which needs no torch.",
+)
 @device_option
 @precision_option
 @threads_option
@@ -54,11 +60,17 @@ def evaluate(
 ) -> None:
     """Measure a model in bits per byte over whole stories (docs/evaluation.md).
 
-    Each story stands on its own after <|endoftext|>; its closing <|endoftext|> counts. Lower is better.
+    Each story stands on its own after <|endoftext|>; its closing <|endoftext|> counts. Lower is better. The engine is
+    torch where it is installed, else cpu in fp32; --precision int8 or int4 measures what the CPU engine's weights cost.
     """
+    from tinystories.engine.choice import PACKED
     from tinystories.evaluate.report import evaluate_model
     from tinystories.generate.storyteller import Storyteller
 
+    if engine == "auto":
+        engine = "torch" if importlib.util.find_spec("torch") and precision not in PACKED else "cpu"
+    if engine == "cpu" and precision == "auto":
+        precision = "fp32"  # a score is of the weights as they were trained
     teller = Storyteller.load(model, engine=engine, device=device, precision=precision, threads=threads)
     with counting("stories scored") as progress:
         report = evaluate_model(teller, data, text_field=text_field, errors=errors, limit=limit, progress=progress)
