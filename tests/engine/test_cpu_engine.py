@@ -1,9 +1,11 @@
 """The CPU engine against the torch engine, packed weights against what they stand for, and files that are not whole."""
 
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from tinystories import checkpoint
 from tinystories.config import SamplingConfig
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.engine.choice import has_cuda, pick_engine
-from tinystories.engine.cpu import native, packing, weights
+from tinystories.engine.cpu import native, packing, team, weights
 from tinystories.engine.cpu.engine import CpuEngine
 from tinystories.engine.torch_engine import TorchEngine
 from tinystories.errors import UserError
@@ -252,10 +254,41 @@ def damaged(data: bytes, how: str) -> bytes:
             return (2**62).to_bytes(8, "little") + data[8:]
         case "no json":
             return data[:8] + b"x" + data[9:]
+        case "no object":
+            return (9).to_bytes(8, "little") + b'"a story"' + data[8:]
+        case "no metadata":
+            return (2).to_bytes(8, "little") + b"{}" + data[8:]
+        case "odd metadata":
+            return (20).to_bytes(8, "little") + b'{"__metadata__": []} '[:20] + data[8:]
     raise AssertionError(how)
 
 
-@pytest.mark.parametrize("how", ["truncated", "empty", "a bit", "huge header", "no json"])
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_packed_file_of_another_size_with_true_checksums_is_made_again(
+    build: Build, sample_data: Path, tmp_path: Path, precision: weights.Precision, tied: bool
+) -> None:
+    """The machine code would read past its end."""
+    files = checkpoint.read_model(saved(tmp_path / "model", build(vocab_size=400, tied=tied), sample_data))
+    path = weights.packed_path(files, precision)
+    whole = dict(weights.packed(files, precision))
+    facts = weights.Mapped(path).metadata
+    weights.write(path, whole | {"layers.0.self_attn.q_proj.bias": np.zeros(1, np.float32)}, facts)
+    assert dict(weights.packed(files, precision)).keys() == whole.keys()
+    for name in [name for name in whole if not name.endswith(".filling")]:
+        for cut in (whole[name].reshape(-1)[:-1], whole[name].reshape(-1).view(np.uint8), None):
+            changed = {k: v for k, v in whole.items() if not k.endswith(".filling")} | {name: cut}
+            weights.write(path, {k: v for k, v in changed.items() if v is not None}, facts)
+            if cut is not None and cut.dtype == whole[name].dtype and cut.size == whole[name].size:
+                continue
+            weights.packed(files, precision)
+            assert weights.Mapped(path)[name].size == whole[name].size
+    assert dict(weights.packed(files, precision)).keys() == whole.keys()
+
+
+@pytest.mark.parametrize(
+    "how", ["truncated", "empty", "a bit", "huge header", "no json", "no object", "no metadata", "odd metadata"]
+)
 def test_a_damaged_packed_file_is_made_again(folder: Path, how: str, caplog: pytest.LogCaptureFixture) -> None:
     first = opened(folder).prefill(0, IDS)
     path = folder / "packed-int8.safetensors"
@@ -337,10 +370,95 @@ def test_what_cannot_be_asked_for_is_refused(build: Build) -> None:
         engine.prefill(2, [1])
     with pytest.raises(UserError, match="number of slots"):
         fp32(build(), n_slots=0)
-    with pytest.raises(UserError, match="number of threads"):
-        fp32(build(), threads=0)
+    for threads in (0, 100_000):
+        with pytest.raises(UserError, match="number of threads"):
+            fp32(build(), threads=threads)
     with pytest.raises(UserError, match="GB of memory, more than there is"):
         fp32(build(), n_slots=10**10).prefill(0, [1])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_numbers_that_overflow_are_not_told_as_a_story(
+    build: Build, sample_data: Path, tmp_path: Path, precision: weights.Precision
+) -> None:
+    model = build(vocab_size=400, architecture="classic")
+    with torch.no_grad():
+        model.layers[0].mlp.up_proj.weight.mul_(1e30)  # type: ignore[operator, union-attr]
+        model.layers[0].mlp.down_proj.weight.mul_(1e30)  # type: ignore[operator, union-attr]
+    engine = opened(saved(tmp_path / "model", model, sample_data), precision)
+    with pytest.raises(UserError, match="not finite"):
+        tell(engine, Tokenizer.load(sample_data), [Request(prompt="Once", max_tokens=3)])
+
+
+def test_gates_far_below_zero_close(build: Build) -> None:
+    """e^x of a gate leaves the range of fp32 and must not come back as something else."""
+    model = build(n_layer=1)
+    with torch.no_grad():
+        model.layers[0].mlp.gate_proj.weight.mul_(60)  # type: ignore[operator, union-attr]
+    expected = uncached(model, IDS)[-1]
+    close(fp32(model).prefill(0, IDS), expected, tolerance=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_has_threads_of_its_own(folder: Path) -> None:
+    program = (
+        "import os, tinystories\n"
+        f"teller = tinystories.load({str(folder)!r}, engine='cpu', threads=2)\n"
+        "first = teller.generate('Once', max_tokens=5, seed=1)\n"
+        "child = os.fork()\n"
+        "again = teller.generate('Once', max_tokens=5, seed=1)\n"
+        "assert again.ids == first.ids\n"
+        "if child == 0: os._exit(0)\n"
+        "assert os.waitpid(child, 0)[1] == 0\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True, timeout=60)
+
+
+def test_callers_in_several_threads_wait_for_each_other(build: Build) -> None:
+    model = build()
+    engines = [fp32(model, threads=2), fp32(model, threads=2)]
+    sequences = [IDS[:20], IDS[2:24], IDS[1:9]]
+    expected = engines[0].logprobs(sequences)
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda i: engines[i % 2].logprobs(sequences), range(40)):
+            for a, b in zip(found, expected, strict=True):
+                assert (a == b).all()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="permissions are others there")
+def test_a_packed_file_may_be_read_by_others(folder: Path) -> None:
+    opened(folder)
+    umask = os.umask(0)
+    os.umask(umask)
+    assert (folder / "packed-int8.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_a_copied_model_is_not_packed_again(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first = opened(folder).prefill(0, IDS)
+    caplog.clear()
+    os.utime(folder / "model.safetensors", (1, 1))
+    assert (opened(folder).prefill(0, IDS) == first).all()
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"cpu.max": "max 100000\n"}, np.inf),
+        ({"cpu.max": "150000 100000\n"}, 1.5),
+        ({"cpu/cpu.cfs_quota_us": "400000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, np.inf),
+        ({"cpu.max": "?"}, np.inf),
+        ({}, np.inf),
+    ],
+    ids=str,
+)
+def test_a_container_has_the_cores_it_was_given(tmp_path: Path, files: dict[str, str], expected: float) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert team.quota(tmp_path) == expected
+    assert 1 <= team.physical_cores() <= 16
 
 
 def test_damaged_machine_code_is_made_again(
@@ -367,7 +485,7 @@ def test_a_second_start_imports_neither_torch_nor_numba(folder: Path) -> None:
     opened(folder)
     program = (
         "import sys, tinystories\n"
-        f"story = tinystories.load({str(folder)!r}).generate('Once', max_tokens=5, seed=1)\n"
+        f"story = tinystories.load({str(folder)!r}, engine='cpu').generate('Once', max_tokens=5, seed=1)\n"
         "assert story.text.startswith('Once')\n"
         "sys.exit(len({'torch', 'numba'} & sys.modules.keys()))"
     )
@@ -378,7 +496,7 @@ def test_numba_still_works_after_the_machine_code_was_loaded_without_it(folder: 
     opened(folder)
     program = (
         "import sys, tinystories\n"
-        f"teller = tinystories.load({str(folder)!r})\n"
+        f"teller = tinystories.load({str(folder)!r}, engine='cpu')\n"
         "import numba, numpy as np\n"
         "double = numba.njit(lambda n: np.ones(n) * 2)\n"
         "assert double(5).sum() == 10\n"

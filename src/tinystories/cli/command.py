@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from collections.abc import Callable
 
 import click
 
@@ -19,13 +20,13 @@ errors_option = click.option(
     show_default=True,
     help="What to do with bytes that are not UTF-8: stop, or put U+FFFD in their place.",
 )
-engine_option = click.option(
-    "--engine",
-    type=click.Choice(["auto", "cpu", "torch"]),
-    default="auto",
-    show_default=True,
-    help="What computes: cpu needs no torch and starts at once; auto is cpu but where CUDA is at hand.",
-)
+
+
+def engine_option(text: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    choice = click.Choice(["auto", "cpu", "torch"])
+    return click.option("--engine", type=choice, default="auto", show_default=True, help=text)
+
+
 device_option = click.option(
     "--device", default="auto", show_default=True, help="Of the torch engine: auto, cpu, cuda, cuda:1, mps."
 )

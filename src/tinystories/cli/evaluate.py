@@ -13,6 +13,7 @@ import click
 from tinystories.cli.command import (
     SETTINGS,
     device_option,
+    engine_option,
     errors_option,
     json_option,
     precision_option,
@@ -35,13 +36,7 @@ from tinystories.cli.command import (
     default=0,
     help="Only that many stories, the first of files, evenly spaced ones of prepared data (0: all).",
 )
-@click.option(
-    "--engine",
-    type=click.Choice(["auto", "cpu", "torch"]),
-    default="auto",
-    show_default=True,
-    help="What computes: torch, or cpu, which needs no torch.",
-)
+@engine_option("What computes: auto is torch where it is installed, else cpu.")
 @device_option
 @precision_option
 @threads_option

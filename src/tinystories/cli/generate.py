@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 @click.option("--num", type=click.IntRange(min=1), default=1, show_default=True, help="How many stories.")
 @click.option("--stop", multiple=True, help="End the story before this text; may be repeated.")
 @click.option("--ignore-end", is_flag=True, help="Go on with a new story after <|endoftext|>, up to --max-tokens.")
-@engine_option
+@engine_option("What computes: cpu needs no torch and starts at once; auto is cpu but where CUDA is at hand.")
 @device_option
 @precision_option
 @threads_option

@@ -23,12 +23,14 @@ def pack(model: Path, precision: tuple[str, ...]) -> None:
     Writes packed-int8.safetensors or packed-int4.safetensors into its folder; `generate` does so when it needs one.
     """
     from tinystories.checkpoint import read_model
-    from tinystories.engine.cpu.weights import packed, packed_path
+    from tinystories.engine.cpu.weights import Mapped, packed, packed_path
+    from tinystories.errors import UserError
 
     files = read_model(model, check_weights=False)
     for name in precision:
-        packed(files, name)  # type: ignore[arg-type]
         path = packed_path(files, name)  # type: ignore[arg-type]
+        if not isinstance(packed(files, name), Mapped):  # type: ignore[arg-type]
+            raise UserError(f"{path} could not be written; the folder or the disk refuses it")
         sizes = path.stat().st_size / 1e6, files.weights_path.stat().st_size / 1e6
         click.echo(f"{path}: {sizes[0]:,.1f} MB ({sizes[1]:,.1f} MB in fp32)")
 
@@ -39,4 +41,5 @@ def warmup() -> None:
     from tinystories.engine.cpu import native
 
     native.load()
-    click.echo(f"ready: {native.cached_path()}")
+    path = native.cached_path()
+    click.echo(f"ready: {path}" if path.exists() else "compiled, but it could not be kept")

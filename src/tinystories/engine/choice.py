@@ -1,6 +1,7 @@
 """Which engine computes where the user leaves it open. Imports no torch: that alone takes seconds."""
 
 import ctypes
+import importlib.metadata
 import importlib.util
 import sys
 from typing import Any, Literal
@@ -32,8 +33,14 @@ def pick_engine(name: str = "auto", device: Any = "auto", precision: str = "auto
         return "cpu"
     if name == "torch" or precision == "bf16" or device not in ("auto", "cpu"):
         return "torch"
-    on_gpu = device == "auto" and precision not in PACKED and has_cuda() and importlib.util.find_spec("torch")
-    return "torch" if on_gpu else "cpu"
+    return "torch" if device == "auto" and precision not in PACKED and torch_is_here() and has_cuda() else "cpu"
+
+
+def torch_is_here() -> bool:
+    """Whether the torch engine could run, and torch is not one for CPUs alone."""
+    if not (importlib.util.find_spec("torch") and importlib.util.find_spec("jaxtyping")):
+        return False
+    return "+cpu" not in importlib.metadata.version("torch")
 
 
 def has_cuda() -> bool:
@@ -56,6 +63,8 @@ def load_engine(
         files = read_model(model, check_weights=False)
         chosen: Any = "int8" if precision == "auto" else precision
         return files, CpuEngine.load(files, precision=chosen, n_slots=n_slots, threads=threads)
+    if threads is not None:
+        raise UserError("--threads is for the CPU engine; OMP_NUM_THREADS sets those of torch")
     files = read_model(model)
     try:
         from tinystories.engine.torch_engine import TorchEngine

@@ -131,7 +131,9 @@ def next_ids(
     if settings.temperature == 0:
         ids = likeliest(penalised(logits, settings.repetition_penalty, history)).tolist()
     elif (possible := candidates(logits, settings)) is not None:
-        ids = possible[draw(probabilities(logits[:, possible], settings), u)].tolist()
+        # Not divided by their sums, whose rounding would depend on the candidates of other rows.
+        z = logits[:, possible] - logits.max(axis=1, keepdims=True)
+        ids = possible[draw(filtered(np.exp(z / max(settings.temperature, COLDEST)), settings), u)].tolist()
     else:
         ids = draw(probabilities(logits, settings, history), u).tolist()
     if min(ids) < 0:

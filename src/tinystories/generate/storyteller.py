@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import difflib
 import secrets
+import threading
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack, overload
@@ -55,7 +56,7 @@ class Storyteller:
         self.engine = engine
         self.tokenizer = tokenizer
         self.settings = settings
-        self._telling = False
+        self._telling = threading.Lock()
 
     @classmethod
     def load(
@@ -101,7 +102,10 @@ class Storyteller:
                     yield item
 
     def score(self, text: str) -> list[TokenScore]:
-        """Each token of a story and of the END that closes it, by the protocol of `evaluate.bits`."""
+        """Each token of a story and of the END that closes it, by the protocol of `evaluate.bits`.
+
+        In the engine's precision: int8 where `load` was left to choose on a CPU; `precision="fp32"` is exact.
+        """
         require_text(text, "the text")
         ids = [self.tokenizer.end_id, *self.tokenizer.encode(text), self.tokenizer.end_id]
         (logprobs,) = sliding_logprobs(self.engine, [ids])
@@ -129,12 +133,11 @@ class Storyteller:
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         """The engine's slots belong to one call at a time: an open stream would go on with another story's memory."""
-        if self._telling:
+        if not self._telling.acquire(blocking=False):
             raise UserError(
                 "a stream of this storyteller is still open; close() it first, or load a second storyteller"
             )
-        self._telling = True
         try:
             yield
         finally:
-            self._telling = False
+            self._telling.release()

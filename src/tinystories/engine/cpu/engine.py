@@ -4,7 +4,7 @@ import functools
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -28,8 +28,9 @@ class CpuEngine:
     ) -> None:
         if n_slots < 1:
             raise UserError(f"the number of slots must be at least 1, not {n_slots}")
-        if threads is not None and threads < 1:
-            raise UserError(f"the number of threads must be at least 1, not {threads}")
+        most = 4 * (os.cpu_count() or 1)
+        if threads is not None and not 1 <= threads <= most:
+            raise UserError(f"the number of threads must be from 1 to {most} (4 for each core), not {threads}")
         n_bytes = 8 * n_slots * config.n_layer * config.kv_heads * config.n_ctx * config.head_dim
         if n_bytes > memory_bytes():
             raise UserError(
@@ -44,6 +45,8 @@ class CpuEngine:
         cls, files: ModelFiles, *, precision: Precision = "int8", n_slots: int = 1, threads: int | None = None
     ) -> "CpuEngine":
         """The engine of a model directory, whose weights need not have been checked; packs them where needed."""
+        if precision not in get_args(Precision):
+            raise UserError(f"the CPU engine has no precision {precision}; use {', '.join(get_args(Precision))}")
         if precision == "fp32":
             files.check_weights()
         weights = source_of(files) if precision == "fp32" else packed(files, precision)
@@ -61,9 +64,10 @@ class CpuEngine:
     def prefill(self, slot: int, ids: Ids) -> Logits:
         array = checked_context(ids, self.config)
         self.check_slot(slot)
+        self.lengths[slot] = 0  # if it is interrupted
         *_, (_, logits) = self.read(self.cache, slot, array, everything=False)
         self.lengths[slot] = len(array)
-        return logits[0].copy()
+        return logits[0]
 
     def step(self, slots: Sequence[int], ids: Ids) -> Logits:
         array = checked_ids(ids, self.config.vocab_size)
@@ -74,7 +78,7 @@ class CpuEngine:
         where = np.array(slots, dtype=np.int64)
         positions = np.array([self.lengths[slot] for slot in slots], dtype=np.int64)
         parts = [
-            self.run(self.cache, array[part], where[part], positions[part], 0).copy()
+            self.run(self.cache, array[part], where[part], positions[part], 0)
             for part in (slice(start, start + ROWS) for start in range(0, len(array), ROWS))
         ]
         for slot in slots:
@@ -121,7 +125,10 @@ class Cache:
 
     def __init__(self, config: ModelConfig, n_slots: int) -> None:
         shape = (config.n_layer, n_slots, config.kv_heads, config.n_ctx, config.head_dim)
-        self.keys, self.values = np.empty(shape, np.float32), np.empty(shape, np.float32)
+        try:
+            self.keys, self.values = np.empty(shape, np.float32), np.empty(shape, np.float32)
+        except MemoryError:
+            raise UserError(f"there is no memory for {n_slots:,} slots; ask for fewer") from None
         self.n_slots = n_slots
 
 

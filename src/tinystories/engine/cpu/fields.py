@@ -20,7 +20,7 @@ class MatrixFields(NamedTuple):
 
 
 class LayerFields(NamedTuple):
-    """A block: addresses of norms, and where its matrices begin, counted from the block's beginning."""
+    """A block: addresses of norms (a bias follows its weight), and where its matrices begin within the block."""
 
     input_norm: int = 0
     input_norm_bias: int = 1
@@ -68,7 +68,7 @@ class CallFields(NamedTuple):
     values: int = 6
     n_slots: int = 7
     logits: int = 8  # (B, outer of the head) fp32
-    counter: int = 9  # of the barrier, int64; only ever grows
+    counter: int = 9  # of the barrier, int64
     q: int = 10
     k: int = 11
     v: int = 12

@@ -28,6 +28,7 @@ from tinystories.engine.cpu.intrinsics import (
     wait_for_all,
 )
 
+SMALLEST = np.float32(1e-30)  # rows of x that are smaller count as zeros: the inverse would overflow
 FAST = {"reassoc", "nsz", "contract"}  # lets sums be vectorised; infinities and NaN keep their meaning
 compiled = numba.njit(fastmath=FAST, error_model="numpy")
 
@@ -54,8 +55,8 @@ def floats(address, n):
 
 @compiled
 def exp(x):
-    """e^x within 2e-7 of itself for x <= 88; 0 below -87. Cephes' polynomial, which LLVM can vectorise."""
-    x = max(x, np.float32(-87.3))
+    """e^x within 2e-7 of itself; as at -87.3 below it, as at 88 above. Cephes' polynomial, which LLVM can vectorise."""
+    x = min(max(x, np.float32(-87.3)), np.float32(88))
     n = np.rint(x * np.float32(1.44269504))
     r = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
     y = np.float32(1.9875691500e-4)
@@ -93,19 +94,21 @@ def normed(x, weight, bias, modern, eps, y):
 def round_rows(x, n_rows, inner, own):
     """16-bit integers for each row of x (B, inner), its scale, and the sum of every group of columns; into `own`.
 
-    The largest integer is such that no sum of products with 8-bit weights leaves 32 bits.
+    The largest integer is such that no sum of products with 8-bit weights leaves 32 bits. The scale of a row that is
+    not finite is NaN, and so is all that comes of it.
     """
     limit = np.float32(min(32767, (2**31 - 1) // (127 * inner)))
     groups = (inner + GROUP - 1) // GROUP
     for b in range(n_rows):
         words = carray(word_pointer(own.words + 2 * GROUP * groups * b), (groups * GROUP,))
         sums = carray(int_pointer(own.sums + 4 * groups * b), (groups,))
-        highest = np.float32(0)
+        highest, spoilt = np.float32(0), np.float32(0)
         for j in range(inner):
             highest = max(highest, abs(x[b * inner + j]))
-        factor = limit / highest if highest > 0 else np.float32(0)
+            spoilt += x[b * inner + j] * np.float32(0)  # NaN where x holds NaN or an infinity
+        factor = limit / highest if highest > SMALLEST and spoilt == 0 else np.float32(0)
         for j in range(inner):
-            words[j] = np.int16(np.rint(x[b * inner + j] * factor))
+            words[j] = np.int16(np.rint(x[b * inner + j] * factor)) if factor > 0 else np.int16(0)
         for j in range(inner, groups * GROUP):
             words[j] = 0
         for g in range(groups):
@@ -113,7 +116,7 @@ def round_rows(x, n_rows, inner, own):
             for j in range(g * GROUP, (g + 1) * GROUP):
                 total += np.int32(words[j])
             sums[g] = total
-        floats(own.scales, n_rows)[b] = highest / limit
+        floats(own.scales, n_rows)[b] = highest / limit + spoilt
 
 
 @compiled
@@ -237,7 +240,7 @@ def place(m, c, eps, row, h, weights, buffer, outer):
     head = floats(buffer + 4 * (row * outer + h * D), D)
     if m[MODEL.modern]:
         if weights:
-            normed(head, floats(weights, D), head, m[MODEL.modern] == 1, eps, head)
+            normed(head, floats(weights, D), head, m[MODEL.modern] != 0, eps, head)
         n = m[MODEL.n_ctx] * D // 2
         position = carray(long_pointer(c[CALL.positions]), (c[CALL.n_rows],))[row]
         turn(head, D, floats(m[MODEL.cos], n), floats(m[MODEL.sin], n), position)

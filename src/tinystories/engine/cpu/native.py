@@ -25,10 +25,12 @@ from tinystories.errors import UserError
 
 log = logging.getLogger(__name__)
 
-SOURCES = ("fields.py", "forward.py", "intrinsics.py")
-# What Numba's code names for exceptions and for arrays that own memory: here there are none.
+SOURCES = ("fields.py", "forward.py", "intrinsics.py", "native.py")
+KEPT_FILES = 8  # of other versions and environments
 KEPT: list[Any] = []  # owners of the memory of machine code
-NEVER_CALLED = ("NRT_", "numba_")  # Numba registers its own when it is imported
+# What Numba's code names for exceptions and for arrays that own memory: here there are none. Numba registers its own
+# when it is imported.
+NEVER_CALLED = ("NRT_", "numba_")
 Forward = Callable[[int, int, float, int, int], None]
 
 
@@ -44,7 +46,12 @@ def cache_folder() -> Path:
 
 
 def cached_path() -> Path:
-    facts = [llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten(), platform.machine(), sys.platform]
+    try:
+        features = llvm.get_host_cpu_features().flatten()
+    except RuntimeError:  # LLVM does not know them on all platforms; Numba then uses none
+        features = ""
+    facts = [llvm.get_host_cpu_name(), features, platform.machine(), sys.platform]
+    facts += sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith("NUMBA_"))
     facts += [metadata.version("numba"), metadata.version("llvmlite"), sys.version.split()[0]]
     digest = hashlib.sha256("\n".join(facts).encode())
     for name in SOURCES:
@@ -70,23 +77,28 @@ def compiled() -> bytes:
 
 def object_file() -> bytes:
     """From disk where it is whole, else made and kept. A folder that cannot be written to costs the time again."""
-    path = cached_path()
+    path: Path | None = None
     try:
+        path = cached_path()
+        if hasattr(os, "getuid") and path.stat().st_uid not in (os.getuid(), 0):
+            raise UserError(f"{path} belongs to another user, and is code: set TINYSTORIES_CACHE to a folder of yours")
         stored = path.read_bytes()
         content, digest = stored[:-32], stored[-32:]
         if hashlib.sha256(content).digest() == digest:
             return content
         log.warning("%s is damaged; it is made again", path)
-    except OSError:
+    except (OSError, RuntimeError):  # not there, or no home folder to look in
         pass
     log.info("compiling the CPU engine for this machine, once (some seconds) ...")
     began = time.perf_counter()
     content = compiled()
     log.info("compiled in %.1f s", time.perf_counter() - began)
     try:
+        if path is None:
+            raise OSError("there is no home folder; set TINYSTORIES_CACHE")
         keep(path, content + hashlib.sha256(content).digest())
     except OSError as error:
-        log.warning("%s cannot be written (%s): the next start compiles again", path, error)
+        log.warning("the machine code cannot be kept (%s): the next start compiles again", error)
     return content
 
 
@@ -101,6 +113,9 @@ def keep(path: Path, content: bytes) -> None:
     except BaseException:
         os.unlink(draft)
         raise
+    others = sorted(path.parent.glob("forward-*.o"), key=lambda other: other.stat().st_mtime)
+    for other in others[:-KEPT_FILES]:
+        other.unlink(missing_ok=True)
 
 
 @ctypes.CFUNCTYPE(None)
@@ -118,10 +133,12 @@ def address_of(symbol: str) -> int:
         places = [(ctypes.windll.kernel32, "SwitchToThread" if symbol == "sched_yield" else symbol)]  # type: ignore
         places.append((ctypes.cdll.msvcrt, symbol))
     else:
-        places = [(ctypes.CDLL(None), symbol), (ctypes.CDLL(ctypes.util.find_library("m")), symbol)]
+        places = [(ctypes.CDLL(None), symbol)]
     for library, name in places:
         if hasattr(library, name):
             return address(getattr(library, name))
+    if (library_name := ctypes.util.find_library("m")) and hasattr(ctypes.CDLL(library_name), symbol):
+        return address(getattr(ctypes.CDLL(library_name), symbol))
     raise UserError(f"the CPU engine needs the function {symbol} of the C library; use --engine torch")
 
 

@@ -1,5 +1,6 @@
 """The tables that the machine code reads, the memory it works in, and the calling of it."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from tinystories.engine.cpu import native
 from tinystories.engine.cpu.fields import BLOCK, CALL, FP32, GROUP, INT4, INT8, LAYER, MATRIX, MODEL
 from tinystories.engine.cpu.packing import padded, unpack_int4, unpack_int8
 from tinystories.engine.cpu.team import Team
+from tinystories.errors import UserError
 from tinystories.positions import rotary_tables, sinusoid_table
 
 Array = npt.NDArray[Any]
@@ -23,29 +25,32 @@ class Machine:
 
     def __init__(self, config: ModelConfig, weights: Mapping[str, Array], threads: int) -> None:
         """`weights`: fp32 arrays by their names in `model.safetensors`, or what `weights.pack` makes of them."""
-        self.config = config
+        self.config, self.n_threads = config, threads
         self.forward = native.load()
-        self.team = Team.of(threads)
         self.model = Model(config, weights)
         self.room = Room(config, self.model, threads)
 
     def run(
         self, ids: Array, slots: Array, positions: Array, keys: int, values: int, n_slots: int, first: int = 0
     ) -> npt.NDArray[np.float32]:
-        """Logits (rows from `first` on, V) after at most ROWS new tokens, in memory that the next call overwrites.
+        """Logits (rows from `first` on, V) after at most ROWS new tokens. One call at a time: others wait.
 
         Each row has the slot and the position of its token; rows of one slot stand in the order of their positions.
         `keys`, `values`: addresses of (layers, n_slots, heads, S, D) fp32, which are read and written.
         """
         room, call, n_rows = self.room, self.room.call, len(ids)
-        room.x[:n_rows] = self.model.embed(ids, positions)
-        room.slots[:n_rows], room.positions[:n_rows] = slots, positions
-        call[CALL.n_rows], call[CALL.first], call[CALL.n_slots] = n_rows, first, n_slots
-        call[CALL.keys], call[CALL.values], call[CALL.arrived] = keys, values, room.counter[0]
-        forward, model_at, call_at = self.forward, self.model.at, room.at
-        eps, n_threads = self.config.norm_eps, self.team.n_threads
-        self.team.run(lambda thread: forward(model_at, call_at, eps, thread, n_threads))
-        return room.logits[first:n_rows, : self.config.vocab_size]
+        inside = (slots >= 0) & (slots < n_slots) & (positions >= 0) & (positions < self.config.n_ctx)
+        if not (0 <= first <= n_rows <= ROWS and inside.all()):
+            raise IndexError("rows, slots or positions outside the memory there is")
+        team = Team.of(self.n_threads)  # each time: a forked process has a new one
+        with team.busy:
+            room.x[:n_rows] = self.model.embed(ids, positions)
+            room.slots[:n_rows], room.positions[:n_rows] = slots, positions
+            call[CALL.n_rows], call[CALL.first], call[CALL.n_slots] = n_rows, first, n_slots
+            call[CALL.keys], call[CALL.values] = keys, values
+            call[CALL.counter], call[CALL.arrived] = team.counter.ctypes.data, team.counter[0]
+            team.run(functools.partial(self.forward, self.model.at, room.at, self.config.norm_eps))
+            return room.logits[first:n_rows, : self.config.vocab_size].copy()
 
 
 class Room:
@@ -56,8 +61,6 @@ class Room:
         self.call = np.zeros(CALL.size, dtype=np.int64)
         self.at = self.call.ctypes.data
         self.kept: list[Array] = []
-        self.counter = self.array(CALL.counter, 1, np.int64)
-        self.counter[0] = 0
         self.positions, self.slots = (self.array(at, ROWS, np.int64) for at in (CALL.positions, CALL.slots))
         self.x = self.array(CALL.x, (ROWS, C))
         self.logits = self.array(CALL.logits, (ROWS, head))
@@ -92,49 +95,56 @@ class Model:
         table[MODEL.n_layer], table[MODEL.n_embd], table[MODEL.n_head] = config.n_layer, config.n_embd, config.n_head
         table[MODEL.n_kv_head], table[MODEL.head_dim] = config.kv_heads, config.head_dim
         table[MODEL.n_ctx], table[MODEL.modern] = config.n_ctx, int(not classic)
-        table[MODEL.norm], table[MODEL.norm_bias] = self.vector("norm.weight"), self.vector("norm.bias")
-        self.matrix(MODEL.head, EMBEDDING if config.tied else HEAD, config.vocab_size, config.n_embd)
-        C, kv = config.n_embd, config.kv_heads * config.head_dim
+        C, D, kv, F = config.n_embd, config.head_dim, config.kv_heads * config.head_dim, config.n_ff
+        table[MODEL.norm] = self.address("norm.weight", np.float32, C)
+        if classic:
+            table[MODEL.norm_bias] = self.address("norm.bias", np.float32, C)
+        self.matrix(MODEL.head, EMBEDDING if config.tied else HEAD, config.vocab_size, C)
         for i in range(config.n_layer):
             at, layer = MODEL.layers + i * LAYER.size, f"layers.{i}."
-            for field, name in (
-                (LAYER.input_norm, "input_layernorm.weight"),
-                (LAYER.input_norm_bias, "input_layernorm.bias"),
-                (LAYER.post_norm, "post_attention_layernorm.weight"),
-                (LAYER.post_norm_bias, "post_attention_layernorm.bias"),
-                (LAYER.q_norm, "self_attn.q_norm.weight"),
-                (LAYER.k_norm, "self_attn.k_norm.weight"),
-            ):
-                table[at + field] = self.vector(layer + name)
+            for field, norm in ((LAYER.input_norm, "input_layernorm"), (LAYER.post_norm, "post_attention_layernorm")):
+                table[at + field] = self.address(f"{layer}{norm}.weight", np.float32, C)
+                if classic:
+                    table[at + field + 1] = self.address(f"{layer}{norm}.bias", np.float32, C)
+            if config.qk_norm and not classic:
+                for field, norm in ((LAYER.q_norm, "q_norm"), (LAYER.k_norm, "k_norm")):
+                    table[at + field] = self.address(f"{layer}self_attn.{norm}.weight", np.float32, D)
             for field, name, rows, inner in (
                 (LAYER.q, "self_attn.q_proj", C, C),
                 (LAYER.k, "self_attn.k_proj", kv, C),
                 (LAYER.v, "self_attn.v_proj", kv, C),
                 (LAYER.o, "self_attn.o_proj", C, C),
-                (LAYER.gate, "mlp.gate_proj", config.n_ff, C),
-                (LAYER.up, "mlp.up_proj", config.n_ff, C),
-                (LAYER.down, "mlp.down_proj", C, config.n_ff),
+                (LAYER.gate, "mlp.gate_proj", F, C),
+                (LAYER.up, "mlp.up_proj", F, C),
+                (LAYER.down, "mlp.down_proj", C, F),
             ):
                 if not (classic and field == LAYER.gate):
-                    self.matrix(at + field, f"{layer}{name}.weight", rows, inner, f"{layer}{name}.bias")
+                    biased = classic and field in (LAYER.o, LAYER.up, LAYER.down)
+                    self.matrix(at + field, f"{layer}{name}.weight", rows, inner, f"{layer}{name}.bias" * biased)
         self.positions = self.position_tables()
 
-    def vector(self, name: str) -> int:
-        """Address of a vector; 0 where the model has none."""
-        return self.weights[name].ctypes.data if name in self.weights else 0
+    def address(self, name: str, kind: type, size: int) -> int:
+        """Of an array, which the machine code will believe to be of this type and size."""
+        array = self.weights[name]
+        if array.dtype != kind or array.size != size or not array.flags.c_contiguous:
+            raise UserError(f"weight {name} is not of the model's size or type")
+        return array.ctypes.data
 
     def matrix(self, at: int, name: str, rows: int, inner: int, bias: str = "") -> None:
-        table = self.table
-        table[at + MATRIX.rows], table[at + MATRIX.outer], table[at + MATRIX.inner] = rows, padded(rows, BLOCK), inner
-        table[at + MATRIX.bias] = self.vector(bias)
-        for kind, stored in ((FP32, name), (INT8, f"{name}.int8"), (INT4, f"{name}.int4")):
-            if stored in self.weights:
-                table[at + MATRIX.kind] = kind
-                table[at + MATRIX.weights] = self.weights[stored].ctypes.data
-                if kind != FP32:
-                    table[at + MATRIX.scales] = self.weights[f"{name}.scales"].ctypes.data
-                return
-        raise AssertionError(f"no weights of {name}")
+        table, outer = self.table, padded(rows, BLOCK)
+        table[at + MATRIX.rows], table[at + MATRIX.outer], table[at + MATRIX.inner] = rows, outer, inner
+        if bias:
+            table[at + MATRIX.bias] = self.address(bias, np.float32, rows)
+        groups = padded(inner, GROUP) // GROUP
+        if name in self.weights:
+            kind, weights, scales = FP32, self.address(name, np.float32, rows * inner), 0
+        elif f"{name}.int8" in self.weights:
+            kind, weights = INT8, self.address(f"{name}.int8", np.uint8, outer * padded(inner, 8))
+            scales = self.address(f"{name}.scales", np.float32, outer)
+        else:
+            kind, weights = INT4, self.address(f"{name}.int4", np.uint8, outer * groups * GROUP // 2)
+            scales = self.address(f"{name}.scales", np.uint16, outer * groups)
+        table[at + MATRIX.kind], table[at + MATRIX.weights], table[at + MATRIX.scales] = kind, weights, scales
 
     def outer(self, name: str) -> int:
         """Padded number of rows of a matrix: of the head, or of a kind of matrix of the blocks."""

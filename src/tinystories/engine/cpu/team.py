@@ -1,38 +1,71 @@
 """Threads that call one function together. They sleep between calls."""
 
 import _thread
+import collections
 import functools
+import math
+import operator
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+MOST = 16  # threads by default: they meet six times a layer, and the slowest sets the pace
 
 
 def physical_cores() -> int:
-    """Cores that this process may use, each counted once however many threads it runs."""
+    """Cores that this process may use, each counted once however many threads it runs; at most `MOST`."""
+    return max(1, math.ceil(min(MOST, cores_of_the_machine(), quota())))
+
+
+def cores_of_the_machine() -> int:
+    threads = os.cpu_count() or 1
+    if sys.platform == "darwin":
+        command = ["sysctl", "-n", "hw.perflevel0.physicalcpu"]  # the fast ones
+        told = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        return int(told) if told.isdigit() else threads
     if not hasattr(os, "sched_getaffinity"):
-        return os.cpu_count() or 1
+        return math.ceil(threads / 2)
     allowed = os.sched_getaffinity(0)
     siblings = set()
     for cpu in allowed:
-        path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
         try:
-            siblings.add(path.read_text())
+            siblings.add(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text())
         except OSError:
             return len(allowed)
     return len(siblings)
 
 
-class Team:
-    """`run(f)` calls f(thread) in n threads at once, the caller's among them as number 0.
+def quota(root: Path = Path("/sys/fs/cgroup")) -> float:
+    """Cores' worth of time that a container is given; without end where there is no limit."""
+    try:
+        if (root / "cpu.max").exists():
+            given, period = (root / "cpu.max").read_text().split()
+        else:
+            given, period = ((root / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        return math.inf if given == "max" or int(given) <= 0 else int(given) / int(period)
+    except (OSError, ValueError):
+        return math.inf
 
-    It returns when the caller's own call has: f must end by waiting for the others.
+
+class Team:
+    """`run(f)` calls f(thread, n_threads) in n threads at once, the caller's among them as number 0.
+
+    It returns when the caller's own call has: f must end by waiting for the others. They wait by `counter` (int64),
+    which only ever grows: it is the team's, since a thread may look at it when the caller is gone already. Who runs
+    holds `busy`.
     """
 
     def __init__(self, n_threads: int) -> None:
         self.n_threads = n_threads
-        self.work: Callable[[int], None] = print
+        self.work: Callable[[int, int], None] = print
         self.busy = threading.Lock()
+        self.counter = np.zeros(1, dtype=np.int64)
         self.starts = [_thread.allocate_lock() for _ in range(1, n_threads)]
         for number, start in enumerate(self.starts, 1):
             start.acquire()
@@ -46,14 +79,16 @@ class Team:
     def serve(self, number: int, start: "_thread.LockType") -> None:
         while True:
             start.acquire()
-            self.work(number)
+            self.work(number, self.n_threads)
 
-    def run(self, work: Callable[[int], None]) -> None:
-        with self.busy:
-            self.work = work
-            for start in self.starts:
-                start.release()
-            work(0)
+    def run(self, work: Callable[[int, int], None]) -> None:
+        """`work` must be no Python function, so that no signal's handler can run between the first start and its end:
+        threads that were started would wait for ever.
+        """
+        self.work = work
+        call: Any = operator.call
+        actions = [*(start.release for start in self.starts), functools.partial(work, 0, self.n_threads)]
+        collections.deque(map(call, actions), maxlen=0)
 
 
 @functools.cache

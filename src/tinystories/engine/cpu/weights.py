@@ -18,7 +18,8 @@ import numpy.typing as npt
 
 from tinystories.checkpoint import ModelFiles
 from tinystories.config import ModelConfig
-from tinystories.engine.cpu.packing import pack_int4, pack_int8, rounded_to_int8
+from tinystories.engine.cpu.fields import BLOCK, GROUP
+from tinystories.engine.cpu.packing import pack_int4, pack_int8, padded, rounded_to_int8
 from tinystories.engine.cpu.plan import EMBEDDING, HEAD
 from tinystories.errors import UserError
 
@@ -28,6 +29,9 @@ Array = npt.NDArray[Any]
 Precision = Literal["fp32", "int8", "int4"]
 LAYOUT = 1  # of packed files; another number is packed anew
 ALIGNMENT = 64
+FILLING = ".filling"  # ends the names of what stands between tensors
+# What a hostile header may lead to.
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError)
 DTYPES = {"F32": np.float32, "I8": np.int8, "U8": np.uint8, "U16": np.uint16}
 NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 
@@ -45,9 +49,12 @@ class Mapped(Mapping[str, Array]):
         header = json.loads(self.memory[8 : 8 + size])
         self.begin = 8 + size
         self.metadata: dict[str, str] = header.pop("__metadata__", {})
+        self.header = header
         self.tensors = {name: self.view(**facts) for name, facts in header.items()}
 
     def view(self, dtype: str, shape: list[int], data_offsets: list[int]) -> Array:
+        if dtype not in DTYPES:
+            raise ValueError(f"it holds numbers of type {dtype}, which are not supported")
         kind = np.dtype(DTYPES[dtype])
         begin, end = data_offsets
         count = int(np.prod(shape, dtype=object)) if shape else 1
@@ -56,7 +63,7 @@ class Mapped(Mapping[str, Array]):
         return np.frombuffer(self.memory, kind, count, self.begin + begin).reshape(shape)
 
     def digest(self) -> str:
-        return hashlib.sha256(memoryview(self.memory)[self.begin :]).hexdigest()
+        return digest_of(self.header, self.metadata, memoryview(self.memory)[self.begin :])
 
     def __getitem__(self, name: str) -> Array:
         return self.tensors[name]
@@ -68,11 +75,20 @@ class Mapped(Mapping[str, Array]):
         return len(self.tensors)
 
 
+def digest_of(header: Mapping[str, Any], metadata: Mapping[str, str], *parts: Any) -> str:
+    """SHA-256 of all that a packed file holds but the digest itself."""
+    facts = {name: value for name, value in metadata.items() if name != "sha256"}
+    digest = hashlib.sha256(json.dumps([header, facts], sort_keys=True).encode())
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
 def opened(path: Path) -> Mapped:
     """`UserError` where the file is no safetensors file."""
     try:
         return Mapped(path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except UNREADABLE as error:
         raise UserError(f"{path} cannot be read: {error}") from None
 
 
@@ -131,15 +147,11 @@ def packed(files: ModelFiles, precision: Precision) -> Mapping[str, Array]:
 
     The model's own weights are only read again when their file has changed, in size, date, or by config.json.
     """
-    path, source = packed_path(files, precision), files.weights_path.stat()
-    facts = {
-        "layout": str(LAYOUT),
-        "precision": precision,
-        "source_sha256": files.weights_sha256,
-        "source_bytes": str(source.st_size),
-        "source_mtime_ns": str(source.st_mtime_ns),
-    }
+    path, status = packed_path(files, precision), files.weights_path.stat()
+    facts = {"layout": str(LAYOUT), "precision": precision, "source_sha256": files.weights_sha256}
+    seen = {"source_bytes": str(status.st_size), "source_mtime_ns": str(status.st_mtime_ns)}
     if path.exists():
+        found: Mapped | None = None
         try:
             found = Mapped(path)
             if not facts.items() <= found.metadata.items():
@@ -147,20 +159,55 @@ def packed(files: ModelFiles, precision: Precision) -> Mapping[str, Array]:
             elif found.metadata.get("sha256") != found.digest():
                 why = "is damaged"
             else:
+                require_sizes(found, files.config, precision)
+                if not seen.items() <= found.metadata.items():  # copied, or weights that config.json does not know
+                    files.check_weights()
                 return found
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except PermissionError as error:
+            why = f"cannot be read ({error})"
+        except UNREADABLE as error:
             why = f"is damaged ({error})"
+        found = None  # or Windows would not let go of the file
         log.warning("%s %s: packing the weights again", path, why)
     else:
         log.info("packing the weights to %s, once: %s", precision, path)
     files.check_weights()
     tensors = dict(pack(files, precision))
     try:
-        write(path, tensors, facts)
+        write(path, tensors, facts | seen)
     except OSError as error:
         log.warning("%s cannot be written (%s): the next start packs again", path, error)
         return tensors
     return Mapped(path)
+
+
+def packed_sizes(config: ModelConfig, precision: Precision) -> dict[str, tuple[type, int]]:
+    """Type and number of elements of each tensor of a packed file: the machine code believes them."""
+    sizes: dict[str, tuple[type, int]] = {}
+    for name, shape in expected_shapes(config).items():
+        if len(shape) == 1:
+            sizes[name] = np.float32, shape[0]
+            continue
+        rows, columns = padded(shape[0], BLOCK), padded(shape[1], 8 if precision == "int8" else GROUP)
+        if name == EMBEDDING and not config.tied:
+            sizes[f"{name}.rows"], sizes[f"{name}.scales"] = (np.int8, shape[0] * shape[1]), (np.float32, shape[0])
+        elif precision == "int8":
+            sizes[f"{name}.int8"], sizes[f"{name}.scales"] = (np.uint8, rows * columns), (np.float32, rows)
+        else:
+            sizes[f"{name}.int4"] = np.uint8, rows * columns // 2
+            sizes[f"{name}.scales"] = np.uint16, rows * columns // GROUP
+    return sizes
+
+
+def require_sizes(found: Mapping[str, Array], config: ModelConfig, precision: Precision) -> None:
+    """`ValueError` unless every tensor is there, as large as it must be, and no other is."""
+    sizes = packed_sizes(config, precision)
+    for name in found:
+        if name not in sizes and not name.endswith(FILLING):
+            raise ValueError(f"it holds {name}, of which the model knows nothing")
+    for name, (kind, size) in sizes.items():
+        if name not in found or found[name].dtype != kind or found[name].size != size:
+            raise ValueError(f"{name} is not of the model's size")
 
 
 def pack(files: ModelFiles, precision: Precision) -> Iterator[tuple[str, Array]]:
@@ -183,7 +230,7 @@ def pack(files: ModelFiles, precision: Precision) -> Iterator[tuple[str, Array]]
 def write(path: Path, tensors: Mapping[str, Array], facts: Mapping[str, str]) -> None:
     """A safetensors file whose tensors begin at multiples of 64 bytes; whole or not at all."""
     header: dict[str, Any] = {}
-    offset, digest = 0, hashlib.sha256()
+    offset = 0
     parts: list[bytes | memoryview] = []
     for name, array in tensors.items():
         data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
@@ -194,20 +241,22 @@ def write(path: Path, tensors: Mapping[str, Array], facts: Mapping[str, str]) ->
             "data_offsets": [offset, offset + len(data)],
         }
         if filling:  # safetensors allows no holes
-            header[f"{name}.filling"] = {
+            header[f"{name}{FILLING}"] = {
                 "dtype": "U8",
                 "shape": [len(filling)],
                 "data_offsets": [offset + len(data), offset + len(data) + len(filling)],
             }
         for part in (data, filling):
-            digest.update(part)
             parts.append(part)
         offset += len(data) + len(filling)
-    header["__metadata__"] = {**facts, "sha256": digest.hexdigest()}
-    text = json.dumps(header).encode()
+    metadata = {**facts, "sha256": digest_of(header, facts, *parts)}
+    text = json.dumps(header | {"__metadata__": metadata}).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(draft, 0o666 & ~umask)  # as any new file: others may read it
         with os.fdopen(handle, "wb") as file:
             for part in (len(text).to_bytes(8, "little"), text, *parts):
                 file.write(part)
