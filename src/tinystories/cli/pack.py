@@ -37,7 +37,11 @@ def pack(model: Path, precision: tuple[str, ...]) -> None:
 
 @click.command(context_settings=SETTINGS)
 def warmup() -> None:
-    """Compile the CPU engine for this machine, so that the first story starts at once."""
+    """Compile the CPU engine for this machine, so that the first story starts at once.
+
+    Takes some seconds, once. The code is kept in the user's cache folder; the environment variable TINYSTORIES_CACHE
+    names another.
+    """
     from tinystories.engine.cpu import native
 
     native.load()

@@ -15,12 +15,11 @@ import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-
 from tinystories.errors import UserError
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # commands import this file, and --help need not wait for NumPy either
+    import numpy as np
+    import numpy.typing as npt
     import torch
 
 PATIENCE = datetime.timedelta(minutes=10)  # with a rank that says nothing; one that dies is noticed at once
@@ -89,7 +88,7 @@ class World:
         distributed.broadcast(agreed, 0)
         return int(agreed)
 
-    def summed(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    def summed(self, values: "npt.NDArray[np.float64]") -> "npt.NDArray[np.float64]":
         """The sum over all ranks of arrays of one shape."""
         if self.size == 1:
             return values
