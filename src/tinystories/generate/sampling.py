@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from array_api_compat import array_namespace
-from array_api_compat import device as device_of
 
 from tinystories.config import SamplingConfig
 from tinystories.engine.protocol import Logits
@@ -19,6 +17,17 @@ from tinystories.errors import UserError
 
 CANDIDATES = 1024  # top_p looks at so many of the largest before it sorts the whole vocabulary
 COLDEST = 1e-30  # a lower temperature is this one: it would underflow to 0 in fp32, and draws the same tokens
+
+
+def array_namespace(array: Logits) -> Any:
+    """The functions of the array API for a kind of array. NumPy's own have been those since 2.1; the package that mends
+    torch's takes a tenth of a second to import all of NumPy for it.
+    """
+    if isinstance(array, np.ndarray):
+        return np
+    import array_api_compat
+
+    return array_api_compat.array_namespace(array)
 
 
 def probabilities(logits: Logits, settings: SamplingConfig, history: Sequence[Collection[int]] | None = None) -> Logits:
@@ -35,7 +44,7 @@ def probabilities(logits: Logits, settings: SamplingConfig, history: Sequence[Co
     valid = xp.isfinite(top)
     z, top = xp.where(valid, z, xp.zeros_like(z)), xp.where(valid, top, xp.zeros_like(top))
     if settings.temperature == 0:
-        ids = xp.arange(z.shape[-1], device=device_of(z))
+        ids = xp.arange(z.shape[-1], device=z.device)
         p = xp.astype(ids == xp.argmax(z, axis=-1, keepdims=True), xp.float32)
     else:
         p = filtered(xp.exp((z - top) / max(settings.temperature, COLDEST)), settings)
@@ -51,7 +60,7 @@ def penalised(logits: Logits, penalty: float, history: Sequence[Collection[int]]
     for row, ids in enumerate(history):
         seen[row, list(ids)] = True
     lowered = xp.where(logits > 0, logits / penalty, logits * penalty)
-    return xp.where(xp.asarray(seen, device=device_of(logits)), lowered, logits)
+    return xp.where(xp.asarray(seen, device=logits.device), lowered, logits)
 
 
 def filtered(p: Logits, settings: SamplingConfig) -> Logits:
@@ -90,7 +99,7 @@ def draw(p: Logits, u: npt.NDArray[np.float32]) -> Logits:
     """Ids (B,) by the inverse of the cumulative distribution at u in [0, 1); -1 for a row that holds NaN."""
     xp = array_namespace(p)
     mass = xp.cumulative_sum(p, axis=-1)
-    reached = (p > 0) & (mass > xp.asarray(u, dtype=p.dtype, device=device_of(p))[:, None] * mass[:, -1:])
+    reached = (p > 0) & (mass > xp.asarray(u, dtype=p.dtype, device=p.device)[:, None] * mass[:, -1:])
     # p > 0, because a cumulative sum made in parallel may rise by rounding where p is 0.
     # argmax of a mask is its first true element. Rounding may leave none for u close to 1; then the likeliest token.
     mask = xp.astype(reached, xp.uint8)
