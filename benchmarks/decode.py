@@ -1,8 +1,8 @@
-"""Decoding speed of one stream, greedy: this project's torch engine against Hugging Face `generate`.
+"""Decoding speed of one stream, greedy: this project's engines against Hugging Face `generate`.
 
-Both run the same weights (random ones; speed does not depend on them) in one process, taking turns: `classic` is
-GPT2LMHeadModel with ReLU and the sinusoid table as `wpe`. The ids of both must be equal. Prints a table and, last, one
-JSON line. Needs `transformers`.
+All run the same weights (random ones; speed does not depend on them) in one process, taking turns: `classic` is
+GPT2LMHeadModel with ReLU and the sinusoid table as `wpe`. On a CPU the CPU engine takes part in its three precisions.
+The ids of all that compute in fp32 must be equal. Prints a table and, last, one JSON line. Needs `transformers`.
 
     python benchmarks/decode.py                                   seed-89m, 200 tokens, 5 runs of each
     python benchmarks/decode.py --preset nano --vocab 512 --tokens 20 --runs 2
@@ -13,14 +13,21 @@ import dataclasses
 import json
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
+from tinystories.checkpoint import ModelFiles, saved_weights
 from tinystories.config import ModelConfig, SamplingConfig, load_config
+from tinystories.engine.cpu.engine import CpuEngine
+from tinystories.engine.cpu.weights import pack, source_of
+from tinystories.engine.protocol import Engine
 from tinystories.engine.torch_engine import TorchEngine
 from tinystories.generate.sampling import next_ids
 from tinystories.model import GPT
@@ -51,24 +58,43 @@ def main() -> None:
     prompt = torch.randint(config.vocab_size, (options.prompt_tokens,)).tolist()
     makers = {
         "hugging_face": hugging_face(model, options.device, prompt, options.tokens),
-        "ours": decoder(TorchEngine(model, device=options.device, precision="fp32", own=True), prompt, options.tokens),
+        "torch": decoder(TorchEngine(model, device=options.device, precision="fp32", own=True), prompt, options.tokens),
     }
+    if options.device == "cpu":
+        for precision, weights in of_the_cpu_engine(model).items():
+            engine = CpuEngine(config, weights, threads=options.threads)
+            makers[f"cpu {precision}"] = decoder(engine, prompt, options.tokens)
     seconds, ids = interleaved(makers, options.runs)
-    assert ids["ours"] == ids["hugging_face"], "the two disagree about the ids"
+    for name in ids.keys() - {"cpu int8", "cpu int4"}:
+        assert ids[name] == ids["hugging_face"], f"{name} and Hugging Face disagree about the ids"
 
     rates = {name: [options.tokens / s for s in taken] for name, taken in seconds.items()}
     medians = {name: statistics.median(values) for name, values in rates.items()}
-    gigabytes = 4 * (sum(p.numel() for p in model.parameters()) - model.embed_tokens.weight.numel()) / 1e9
-    print(f"{'':14}{'tokens/s':>10}{'min':>8}{'max':>8}{'weights GB/s':>14}")
+    rounds = {name: [b / a for a, b in zip(s, seconds["hugging_face"], strict=True)] for name, s in seconds.items()}
+    ratios = {name: statistics.median(values) for name, values in rounds.items()}
+    print(f"{'':14}{'tokens/s':>10}{'min':>8}{'max':>8}{'ratio':>8}{'min':>8}{'max':>8}")
     for name, values in rates.items():
-        print(f"{name:14}{medians[name]:10.1f}{min(values):8.1f}{max(values):8.1f}{medians[name] * gigabytes:14.1f}")
-    ratio = medians["ours"] / medians["hugging_face"]
-    print(f"ratio {ratio:.2f}; equal ids: {options.tokens}")
-    facts = {"tokens_per_s": medians, "ratio": ratio, "runs": rates, "parameters": config.n_params}
+        row = [medians[name], min(values), max(values)]
+        print(f"{name:14}{row[0]:10.1f}{row[1]:8.1f}{row[2]:8.1f}", end="")
+        print(f"{ratios[name]:8.2f}{min(rounds[name]):8.2f}{max(rounds[name]):8.2f}")
+    facts = {"tokens_per_s": medians, "ratio": ratios, "runs": rates, "parameters": config.n_params}
     print(json.dumps({"benchmark": "decode", **vars(options), **facts, **software()}))
 
 
-def decoder(engine: TorchEngine, prompt: list[int], n_tokens: int) -> Callable[[], list[int]]:
+def of_the_cpu_engine(model: GPT) -> dict[str, dict[str, Any]]:
+    """The weights in the three forms of the CPU engine, as from a model directory of them."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        save_file(saved_weights(model), folder / "model.safetensors")
+        files = ModelFiles(folder, model.config, {}, SamplingConfig(), {})
+        return {
+            "fp32": {name: np.array(weight) for name, weight in source_of(files).items()},
+            "int8": dict(pack(files, "int8")),
+            "int4": dict(pack(files, "int4")),
+        }
+
+
+def decoder(engine: Engine, prompt: list[int], n_tokens: int) -> Callable[[], list[int]]:
     def run() -> list[int]:
         u = np.zeros(1, dtype=np.float32)
         logits = engine.prefill(0, prompt)[None]
