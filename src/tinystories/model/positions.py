@@ -11,14 +11,14 @@ from tinystories import positions
 
 
 def sinusoid_table(n_ctx: int, n_embd: int) -> Float[Tensor, "{n_ctx} {n_embd}"]:
-    return torch.from_numpy(positions.sinusoid_table(n_ctx, n_embd))
+    return torch.tensor(positions.sinusoid_table(n_ctx, n_embd))  # on the default device, as the weights are
 
 
 def rotary_tables(
     n_ctx: int, head_dim: int, base: float
 ) -> tuple[Float[Tensor, "{n_ctx} {head_dim}"], Float[Tensor, "{n_ctx} {head_dim}"]]:
     """cos and signed sin laid out for `rotate`: the minus of rotate-half lives in the first half of sin."""
-    cos, sin = map(torch.from_numpy, positions.rotary_tables(n_ctx, head_dim, base))
+    cos, sin = map(torch.tensor, positions.rotary_tables(n_ctx, head_dim, base))
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
