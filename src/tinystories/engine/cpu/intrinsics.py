@@ -66,7 +66,7 @@ def int8_block(n_rows: int) -> Callable[..., None]:
     """
 
     @intrinsic
-    def block(context, w, x, x_stride, eighths, y, y_stride, scales, x_scales):  # type: ignore  # noqa
+    def block(context, w, x, x_stride, eighths, y, y_stride, scales, x_scales):  # type: ignore[no-untyped-def]  # noqa: ARG001
         def generate(context: Any, b: Builder, _: Any, args: Any) -> Value:
             weights, x, x_stride, eighths, y, y_stride, scales, x_scales = args
             rows = [b.add(x, b.mul(x_stride, number(i))) for i in range(n_rows)]
@@ -99,7 +99,7 @@ def int4_block(n_rows: int) -> Callable[..., None]:
     """
 
     @intrinsic
-    def block(context, w, x, x_stride, groups, y, y_stride, scales, x_scales, x_sums, sums_stride):  # type: ignore  # noqa
+    def block(context, w, x, x_stride, groups, y, y_stride, scales, x_scales, x_sums, sums_stride):  # type: ignore[no-untyped-def]  # noqa: ARG001
         def generate(context: Any, b: Builder, _: Any, args: Any) -> Value:
             weights, x, x_stride, groups, y, y_stride, scales, x_scales, x_sums, sums_stride = args
             rows = [b.add(x, b.mul(x_stride, number(i))) for i in range(n_rows)]
@@ -142,7 +142,7 @@ def fp32_block(n_weights: int, n_rows: int) -> Callable[..., None]:
     """
 
     @intrinsic
-    def block(context, w, w_stride, x, x_stride, eighths, y, y_stride):  # type: ignore  # noqa
+    def block(context, w, w_stride, x, x_stride, eighths, y, y_stride):  # type: ignore[no-untyped-def]  # noqa: ARG001
         def generate(context: Any, b: Builder, _: Any, args: Any) -> Value:
             w, w_stride, x, x_stride, eighths, y, y_stride = args
             w_rows = [b.add(w, b.mul(w_stride, number(i))) for i in range(n_weights)]

@@ -130,7 +130,7 @@ def address_of(symbol: str) -> int:
     if symbol.startswith("Py"):
         return address(getattr(ctypes.pythonapi, symbol))
     if sys.platform == "win32":
-        places = [(ctypes.windll.kernel32, "SwitchToThread" if symbol == "sched_yield" else symbol)]  # type: ignore
+        places = [(ctypes.windll.kernel32, "SwitchToThread" if symbol == "sched_yield" else symbol)]  # type: ignore[attr-defined]
         places.append((ctypes.cdll.msvcrt, symbol))
     else:
         places = [(ctypes.CDLL(None), symbol)]
