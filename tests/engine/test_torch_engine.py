@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from slots import exercise
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinystories import checkpoint
@@ -60,21 +61,7 @@ def test_slots_do_not_touch_each_other(build: Build, name: str, decoder: bool, s
     rng = np.random.default_rng(seed)
     model = build(architecture=name, n_ctx=6, n_layer=1, vocab_size=11)
     engine = on_cpu(model, decoder, n_slots=4)
-    content: dict[int, list[int]] = {}
-    for action in ["prefill"] * 4 + rng.choice(["prefill", "free", "step", "step", "step"], 8).tolist():
-        slot = int(rng.integers(4))
-        if action == "prefill":
-            content[slot] = rng.integers(0, 11, rng.integers(1, 7)).tolist()
-            close(engine.prefill(slot, content[slot]), uncached(model, content[slot])[-1])
-        elif action == "free":
-            engine.free(slot)
-            content.pop(slot, None)
-        elif ready := [slot for slot, ids in content.items() if len(ids) < 6]:
-            slots = rng.permutation(ready)[: rng.integers(1, len(ready) + 1)].tolist()
-            ids = rng.integers(0, 11, len(slots)).tolist()
-            for slot, one in zip(slots, ids, strict=True):
-                content[slot].append(one)
-            close(engine.step(slots, ids), [uncached(model, content[slot])[-1] for slot in slots])
+    exercise(engine, rng, lambda ids: uncached(model, ids)[-1])
 
 
 @pytest.mark.parametrize("decoder", [False, True], ids=["model", "decoder"])

@@ -73,3 +73,18 @@ def checked_sequences(sequences: Sequence[Ids], config: ModelConfig) -> list[npt
                 " (model.n_ctx + 1); score longer ones by windows"
             )
     return [checked_ids(ids, config.vocab_size) for ids in sequences]
+
+
+def check_slot(slot: int, n_slots: int) -> None:
+    if not 0 <= slot < n_slots:
+        raise UserError(f"slot {slot} does not exist: the engine has {n_slots}, counted from 0")
+
+
+def checked_step(slots: Sequence[int], ids: Ids, lengths: Sequence[int], config: ModelConfig) -> npt.NDArray[np.int64]:
+    """As `checked_ids`, for one id more in each of several slots, of which an engine has len(lengths)."""
+    array = checked_ids(ids, config.vocab_size)
+    assert len(set(slots)) == len(slots) == len(array), "one id for each of different slots"
+    for slot in slots:
+        check_slot(slot, len(lengths))
+        assert 0 < lengths[slot] < config.n_ctx, "a slot must be prefilled and have room"
+    return array

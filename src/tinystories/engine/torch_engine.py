@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from tinystories.engine.decoder import FEW_ROWS, Decoder
 from tinystories.engine.device import Precision, pick_device, pick_precision
 from tinystories.engine.graph import StepGraph
-from tinystories.engine.protocol import Ids, Logits, checked_context, checked_ids, checked_sequences
+from tinystories.engine.protocol import Ids, Logits, check_slot, checked_context, checked_sequences, checked_step
 from tinystories.errors import UserError
 from tinystories.model import GPT, KVCache
 
@@ -71,7 +71,7 @@ class TorchEngine:
 
     def prefill(self, slot: int, ids: Ids) -> Logits:
         array = checked_context(ids, self.config)
-        self.check_slot(slot)
+        check_slot(slot, self.n_slots)
         with self.running():
             view = self.view(slot, slot + 1, len(array))
             view.length.zero_()
@@ -81,11 +81,7 @@ class TorchEngine:
         return logits
 
     def step(self, slots: Sequence[int], ids: Ids) -> Logits:
-        array = checked_ids(ids, self.config.vocab_size)
-        assert len(set(slots)) == len(slots) == len(array), "one id for each of different slots"
-        for slot in slots:
-            self.check_slot(slot)
-            assert 0 < self.lengths[slot] < self.config.n_ctx, "a slot must be prefilled and have room"
+        array = checked_step(slots, ids, self.lengths, self.config)
         low, high = self.span(slots)
         # Slots in between that are not asked for get a dummy token. It lands behind their ids, where the next real one
         # overwrites it, or on the last id of a full slot, which can only be prefilled anew.
@@ -123,7 +119,7 @@ class TorchEngine:
         return logits.numpy() if self.device.type == "cpu" else logits
 
     def free(self, slot: int) -> None:
-        self.check_slot(slot)
+        check_slot(slot, self.n_slots)
         self.lengths[slot] = 0
 
     def logprobs(self, sequences: Sequence[Ids]) -> list[npt.NDArray[np.floating[Any]]]:
@@ -184,10 +180,6 @@ class TorchEngine:
         finally:
             if training:
                 self.model.train()
-
-    def check_slot(self, slot: int) -> None:
-        if not 0 <= slot < self.n_slots:
-            raise UserError(f"slot {slot} does not exist: the engine has {self.n_slots}, counted from 0")
 
 
 def cast_matrices(model: GPT) -> None:

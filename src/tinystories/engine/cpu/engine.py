@@ -14,7 +14,7 @@ from tinystories.config import ModelConfig
 from tinystories.engine.cpu.plan import ROWS, Machine
 from tinystories.engine.cpu.team import physical_cores
 from tinystories.engine.cpu.weights import Precision, packed, source_of
-from tinystories.engine.protocol import Ids, Logits, checked_context, checked_ids, checked_sequences
+from tinystories.engine.protocol import Ids, Logits, check_slot, checked_context, checked_sequences, checked_step
 from tinystories.errors import UserError
 
 Array = npt.NDArray[Any]
@@ -63,18 +63,14 @@ class CpuEngine:
 
     def prefill(self, slot: int, ids: Ids) -> Logits:
         array = checked_context(ids, self.config)
-        self.check_slot(slot)
+        check_slot(slot, self.n_slots)
         self.lengths[slot] = 0  # if it is interrupted
         *_, (_, logits) = self.read(self.cache, slot, array, everything=False)
         self.lengths[slot] = len(array)
         return logits[0]
 
     def step(self, slots: Sequence[int], ids: Ids) -> Logits:
-        array = checked_ids(ids, self.config.vocab_size)
-        assert len(set(slots)) == len(slots) == len(array), "one id for each of different slots"
-        for slot in slots:
-            self.check_slot(slot)
-            assert 0 < self.lengths[slot] < self.config.n_ctx, "a slot must be prefilled and have room"
+        array = checked_step(slots, ids, self.lengths, self.config)
         where = np.array(slots, dtype=np.int64)
         positions = np.array([self.lengths[slot] for slot in slots], dtype=np.int64)
         parts = [
@@ -86,7 +82,7 @@ class CpuEngine:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def free(self, slot: int) -> None:
-        self.check_slot(slot)
+        check_slot(slot, self.n_slots)
         self.lengths[slot] = 0
 
     def logprobs(self, sequences: Sequence[Ids]) -> list[npt.NDArray[np.floating[Any]]]:
@@ -114,10 +110,6 @@ class CpuEngine:
         """As `Machine.run`, with a cache."""
         keys, values = cache.keys.ctypes.data, cache.values.ctypes.data
         return self.machine.run(ids, slots, positions, keys, values, cache.n_slots, first)
-
-    def check_slot(self, slot: int) -> None:
-        if not 0 <= slot < self.n_slots:
-            raise UserError(f"slot {slot} does not exist: the engine has {self.n_slots}, counted from 0")
 
 
 class Cache:
