@@ -7,6 +7,7 @@ import sys
 
 import click
 
+from tinystories.cli.bench import bench
 from tinystories.cli.command import SETTINGS, run
 from tinystories.cli.evaluate import evaluate
 from tinystories.cli.generate import generate
@@ -32,7 +33,7 @@ def cli() -> None:
     """
 
 
-for command in (prepare, train, sweep, generate, evaluate, info, pack, warmup):
+for command in (prepare, train, sweep, generate, evaluate, info, pack, warmup, bench):
     cli.add_command(command)
 
 
