@@ -32,20 +32,21 @@ SMALLEST = np.float32(1e-30)  # rows of x that are smaller count as zeros: the i
 FAST = {"reassoc", "nsz", "contract"}  # lets sums be vectorised; infinities and NaN keep their meaning
 compiled = numba.njit(fastmath=FAST, error_model="numpy")
 
-float_pointer, word_pointer, int_pointer = pointer_of(types.float32), pointer_of(types.int16), pointer_of(types.int32)
-long_pointer = pointer_of(types.int64)
+float_pointer, long_pointer = pointer_of(types.float32), pointer_of(types.int64)
+byte_pointer, word_pointer, int_pointer = pointer_of(types.int8), pointer_of(types.int16), pointer_of(types.int32)
 int8_one, int8_four = int8_block(1), int8_block(4)
 int4_one, int4_four = int4_block(1), int4_block(4)
 fp32_one, fp32_four, fp32_four_two = fp32_block(1, 1), fp32_block(4, 1), fp32_block(4, 2)
 
 
 class Own(NamedTuple):
-    """Addresses of a thread's own memory: rows of x, the same as 16-bit integers, their scales, their groups' sums."""
+    """Addresses of a thread's own memory: rows of x, the same as integers, their scales; their groups' sums, scales."""
 
     x: int
     words: int
     scales: int
     sums: int
+    group_scales: int
 
 
 @compiled
@@ -91,32 +92,62 @@ def normed(x, weight, bias, modern, eps, y):
 
 
 @compiled
-def round_rows(x, n_rows, inner, own):
-    """16-bit integers for each row of x (B, inner), its scale, and the sum of every group of columns; into `own`.
+def round_rows(kind, x, n_rows, inner, own):
+    """Integers for each row of x (B, inner), as a matrix of this kind needs them; into `own`."""
+    for b in range(n_rows):
+        if kind == INT8:
+            round_to_words(x[b * inner : (b + 1) * inner], b, own)
+        else:
+            round_to_bytes(x[b * inner : (b + 1) * inner], b, own)
+
+
+@compiled
+def round_to_words(x, b, own):
+    """16-bit integers of a row and its scale.
 
     The largest integer is such that no sum of products with 8-bit weights leaves 32 bits. The scale of a row that is
     not finite is NaN, and so is all that comes of it.
     """
+    inner = len(x)
     limit = np.float32(min(32767, (2**31 - 1) // (127 * inner)))
+    width = (inner + GROUP - 1) // GROUP * GROUP
+    words = carray(word_pointer(own.words + 2 * width * b), (width,))
+    highest, spoilt = np.float32(0), np.float32(0)
+    for j in range(inner):
+        highest = max(highest, abs(x[j]))
+        spoilt += x[j] * np.float32(0)  # NaN where x holds NaN or an infinity
+    factor = limit / highest if highest > SMALLEST and spoilt == 0 else np.float32(0)
+    for j in range(inner):
+        words[j] = np.int16(np.rint(x[j] * factor)) if factor > 0 else np.int16(0)
+    for j in range(inner, width):
+        words[j] = 0
+    floats(own.scales, b + 1)[b] = highest / limit + spoilt
+
+
+@compiled
+def round_to_bytes(x, b, own):
+    """8-bit integers of a row, with a scale and the sum of the integers for each group of columns; NaN as above."""
+    inner = len(x)
     groups = (inner + GROUP - 1) // GROUP
-    for b in range(n_rows):
-        words = carray(word_pointer(own.words + 2 * GROUP * groups * b), (groups * GROUP,))
-        sums = carray(int_pointer(own.sums + 4 * groups * b), (groups,))
+    values = carray(byte_pointer(own.words + GROUP * groups * b), (groups * GROUP,))
+    sums = carray(int_pointer(own.sums + 4 * groups * b), (groups,))
+    scales = floats(own.group_scales + 4 * groups * b, groups)
+    for g in range(groups):
+        lo, hi = g * GROUP, min((g + 1) * GROUP, inner)
         highest, spoilt = np.float32(0), np.float32(0)
-        for j in range(inner):
-            highest = max(highest, abs(x[b * inner + j]))
-            spoilt += x[b * inner + j] * np.float32(0)  # NaN where x holds NaN or an infinity
-        factor = limit / highest if highest > SMALLEST and spoilt == 0 else np.float32(0)
-        for j in range(inner):
-            words[j] = np.int16(np.rint(x[b * inner + j] * factor)) if factor > 0 else np.int16(0)
-        for j in range(inner, groups * GROUP):
-            words[j] = 0
-        for g in range(groups):
-            total = np.int32(0)
-            for j in range(g * GROUP, (g + 1) * GROUP):
-                total += np.int32(words[j])
-            sums[g] = total
-        floats(own.scales, n_rows)[b] = highest / limit + spoilt
+        for j in range(lo, hi):
+            highest = max(highest, abs(x[j]))
+            spoilt += x[j] * np.float32(0)
+        factor = np.float32(127) / highest if highest > SMALLEST and spoilt == 0 else np.float32(0)
+        total = np.int32(0)
+        for j in range(lo, hi):
+            value = np.int32(np.rint(x[j] * factor)) if factor > 0 else np.int32(0)
+            values[j] = value
+            total += value
+        for j in range(hi, lo + GROUP):
+            values[j] = 0
+        sums[g] = total
+        scales[g] = highest / np.float32(127) + spoilt
 
 
 @compiled
@@ -159,7 +190,7 @@ def product(m, at, x, n_rows, first, own, y_address, thread, n_threads):
     lo, hi = blocks * thread // n_threads * BLOCK, blocks * (thread + 1) // n_threads * BLOCK
     weights, scales = m[at + MATRIX.weights], m[at + MATRIX.scales]
     groups = (inner + GROUP - 1) // GROUP
-    x_stride, y_stride = 2 * GROUP * groups, 4 * outer
+    x_stride, y_stride = (2 if kind == INT8 else 1) * GROUP * groups, 4 * outer
     y = floats(y_address, n_rows * outer)
     if kind == FP32:
         product_fp32(weights, inner, lo, min(hi, rows), x, n_rows, first, y, y_address, outer)
@@ -169,7 +200,7 @@ def product(m, at, x, n_rows, first, own, y_address, thread, n_threads):
             while b < n_rows:
                 four = b + 4 <= n_rows
                 x_at, y_at = own.words + b * x_stride, y_address + b * y_stride + 4 * i
-                s_at, g_at = own.scales + 4 * b, own.sums + 4 * groups * b
+                s_at = own.scales + 4 * b
                 if kind == INT8:
                     eighths = (inner + 7) // 8
                     w_at, c_at = weights + 8 * eighths * i, scales + 4 * i
@@ -179,6 +210,7 @@ def product(m, at, x, n_rows, first, own, y_address, thread, n_threads):
                         int8_one(w_at, x_at, x_stride, eighths, y_at, y_stride, c_at, s_at)
                 else:
                     w_at, c_at = weights + GROUP // 2 * groups * i, scales + 2 * groups * i
+                    s_at, g_at = own.group_scales + 4 * groups * b, own.sums + 4 * groups * b
                     if four:
                         int4_four(w_at, x_at, x_stride, groups, y_at, y_stride, c_at, s_at, g_at, 4 * groups)
                     else:
@@ -220,7 +252,7 @@ def take(m, at, source, stride, n_rows, own):
         for j in range(inner):
             x[b * inner + j] = shared[b * stride + j]
     if m[at + MATRIX.kind] != FP32:
-        round_rows(x, n_rows, inner, own)
+        round_rows(m[at + MATRIX.kind], x, n_rows, inner, own)
 
 
 @compiled
@@ -335,7 +367,7 @@ def norm_and_round(m, x, n_rows, weight, bias, at, eps, own):
     for b in range(n_rows):
         normed(x[b * C : (b + 1) * C], w, beta, m[MODEL.modern] == 1, eps, y[b * C : (b + 1) * C])
     if m[at + MATRIX.kind] != FP32:
-        round_rows(y, n_rows, C, own)
+        round_rows(m[at + MATRIX.kind], y, n_rows, C, own)
 
 
 @compiled
@@ -344,7 +376,8 @@ def forward(m, c, eps, thread, n_threads):
     n_rows, C, counter = c[CALL.n_rows], m[MODEL.n_embd], c[CALL.counter]
     x = floats(c[CALL.x], n_rows * C)
     base, room = c[CALL.own] + thread * c[CALL.own_size], c[CALL.width] * c[CALL.capacity]
-    own = Own(base, base + 4 * room, base + 6 * room, base + 6 * room + 4 * c[CALL.capacity])
+    sums = base + 6 * room + 4 * c[CALL.capacity]
+    own = Own(base, base + 4 * room, base + 6 * room, sums, sums + 4 * room // GROUP)
     arrived = c[CALL.arrived]
     for layer in range(m[MODEL.n_layer]):
         at = MODEL.layers + layer * LAYER.size

@@ -1,17 +1,19 @@
 """What Numba cannot say: the inner products of packed weights as LLVM vectors, memory by address, and a barrier.
 
-LLVM turns the vectors into whatever the processor has (x86 to `vpmaddwd`, ARM to `smlal`). Only the compiler of
-`native` imports this module.
+LLVM turns the vectors into whatever the processor has (x86 to `vpmaddwd`, ARM to `smlal`); `vpmaddubsw`, which it does
+not find, is named where there is AVX2. Only the compiler of `native` imports this module.
 
 A packed matrix lies in blocks of 8 rows, so that a vector holds 8 sums at once and nothing is ever added across it:
-for two neighbouring columns the 8 rows' pairs of weights stand together (16 values). Four-bit weights stand so in
-groups of 32 columns, 16 values of the first half in the low and 16 of the second half in the high bits of 16 bytes.
+for two neighbouring columns the 8 rows' pairs of weights stand together (16 values). Four-bit weights stand in groups
+of 32 columns, four neighbouring columns of 8 rows together: those of the first 16 columns in the low and those of the
+second in the high bits of 32 bytes.
 """
 
 import sys
 from collections.abc import Callable
 from typing import Any
 
+from llvmlite import binding as llvm
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -19,6 +21,7 @@ from numba.extending import intrinsic
 
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 BYTES, WORDS, WIDE = (ir.VectorType(kind, 16) for kind in (I8, I16, I32))
+ROW_BYTES = ir.VectorType(I8, 32)
 SUMS, FLOATS, SHORTS = (ir.VectorType(kind, 8) for kind in (I32, F32, I16))
 SPINS = 4096  # looks at the barrier before other processes may have the core
 
@@ -47,6 +50,39 @@ def pair_sums(b: Builder, weights: Value, x: Value) -> Value:
     nothing = ir.Constant(WIDE, ir.Undefined)
     even, odd = (ir.Constant(SUMS, list(range(first, 16, 2))) for first in (0, 1))
     return b.add(b.shuffle_vector(products, nothing, even), b.shuffle_vector(products, nothing, odd))
+
+
+def byte_pair_sums(b: Builder, weights: Value, x: Value) -> Value:
+    """16 sums of two products each, of 32 bytes without and 32 with a sign; they must fit 16 bits."""
+    if has_avx2(b):
+        return instruction(b, "llvm.x86.avx2.pmadd.ub.sw", WORDS, weights, x)
+    wide = ir.VectorType(I16, 32)
+    products = b.mul(b.zext(weights, wide), b.sext(x, wide))
+    nothing = ir.Constant(wide, ir.Undefined)
+    even, odd = (ir.Constant(WIDE, list(range(first, 32, 2))) for first in (0, 1))
+    return b.add(b.shuffle_vector(products, nothing, even), b.shuffle_vector(products, nothing, odd))
+
+
+def neighbour_sums(b: Builder, words: Value) -> Value:
+    """8 sums (32 bits) of two 16-bit words each."""
+    ones = ir.Constant(WORDS, [1] * 16)
+    if has_avx2(b):  # LLVM does not find it by itself
+        return instruction(b, "llvm.x86.avx2.pmadd.wd", SUMS, words, ones)
+    return pair_sums(b, words, ones)
+
+
+def instruction(b: Builder, name: str, result: Value, *operands: Value) -> Value:
+    kind = ir.FunctionType(result, [operand.type for operand in operands])
+    return b.call(cgutils.get_or_insert_function(b.module, kind, name), operands)
+
+
+def has_avx2(b: Builder) -> bool:
+    """Of the machine that compiles, for which the code is."""
+    return is_x86(b) and llvm.get_host_cpu_features().get("avx2", False)
+
+
+def is_x86(b: Builder) -> bool:
+    return "x86" in b.module.triple or "amd64" in b.module.triple
 
 
 def pair(b: Builder, row: Value, offset: Value) -> Value:
@@ -92,41 +128,41 @@ def int8_block(n_rows: int) -> Callable[..., None]:
 
 
 def int4_block(n_rows: int) -> Callable[..., None]:
-    """As `int8_block`, for weights of 4 bits (value + 8) with a scale for each group of 32 columns.
+    """As `int8_block`, for weights of 4 bits (value + 8) with a scale for each group of 32 columns, and x of 8 bits.
 
-    Arguments: block, x, bytes from row to row of x, groups, y, bytes from row to row of y, scales (8 bf16 for each
-    group), x_scales (n_rows fp32), sums (32 bits) of x in each group, bytes from row to row of these.
+    Arguments: block, x (8 bits), bytes from row to row of x, groups, y, bytes from row to row of y, scales (8 bf16 for
+    each group), scales of x in each group (fp32), sums (32 bits) of x in each group, bytes from row to row of both.
+    A group's products are added in 16 bits, which they cannot leave: 15 * 127 * 2 * 8 < 2^15.
     """
 
     @intrinsic
-    def block(context, w, x, x_stride, groups, y, y_stride, scales, x_scales, x_sums, sums_stride):  # type: ignore[no-untyped-def]  # noqa: ARG001
+    def block(context, w, x, x_stride, groups, y, y_stride, scales, x_scales, x_sums, group_stride):  # type: ignore[no-untyped-def]  # noqa: ARG001
         def generate(context: Any, b: Builder, _: Any, args: Any) -> Value:
-            weights, x, x_stride, groups, y, y_stride, scales, x_scales, x_sums, sums_stride = args
+            weights, x, x_stride, groups, y, y_stride, scales, x_scales, x_sums, group_stride = args
             rows = [b.add(x, b.mul(x_stride, number(i))) for i in range(n_rows)]
             totals = [cgutils.alloca_once_value(b, ir.Constant(FLOATS, None)) for _ in rows]
-            fifteen, four = (ir.Constant(WORDS, [value] * 16) for value in (15, 4))
+            fifteen, four = (ir.Constant(ROW_BYTES, [value] * 32) for value in (15, 4))
             with cgutils.for_range(b, groups) as loop:
-                at_w, at_x = b.mul(loop.index, number(128)), b.mul(loop.index, number(64))
-                sums = []
-                for i in range(n_rows):
-                    at = b.add(b.mul(sums_stride, number(i)), b.mul(loop.index, number(4)))
-                    offset = b.mul(load(b, x_sums, at, I32, 4), ir.Constant(I32, -8))
-                    sums.append([splat(b, offset, SUMS), ir.Constant(SUMS, None)])
-                for step in range(8):
-                    both = b.zext(load(b, weights, b.add(at_w, number(16 * step)), BYTES, 1), WORDS)
-                    halves = b.and_(both, fifteen), b.lshr(both, four)
-                    for row, pairs in zip(rows, sums, strict=True):
-                        for half, w in enumerate(halves):
-                            x_pair = pair(b, row, b.add(at_x, number(32 * half + 4 * step)))
-                            pairs[half] = b.add(pairs[half], pair_sums(b, w, x_pair))
+                at_w, at_x, at_group = (b.mul(loop.index, number(n)) for n in (128, 32, 4))
+                sums = [ir.Constant(WORDS, None) for _ in rows]
+                for step in range(4):
+                    both = load(b, weights, b.add(at_w, number(32 * step)), ROW_BYTES, 1)
+                    for half, w in enumerate((b.and_(both, fifteen), b.lshr(both, four))):
+                        for i, row in enumerate(rows):
+                            at = b.add(at_x, number(16 * half + 4 * step))
+                            four_x = b.bitcast(splat(b, load(b, row, at, I32, 1), SUMS), ROW_BYTES)
+                            sums[i] = b.add(sums[i], byte_pair_sums(b, w, four_x))
                 bits = b.zext(load(b, scales, b.mul(loop.index, number(16)), SHORTS, 2), SUMS)
                 scale = b.bitcast(b.shl(bits, ir.Constant(SUMS, [16] * 8)), FLOATS)
-                for pointer, (low, high) in zip(totals, sums, strict=True):
-                    scaled = b.fmul(b.sitofp(b.add(low, high), FLOATS), scale, flags=["contract"])
+                for i, (pointer, words) in enumerate(zip(totals, sums, strict=True)):
+                    at = b.add(b.mul(group_stride, number(i)), at_group)
+                    eight = b.mul(load(b, x_sums, at, I32, 4), ir.Constant(I32, -8))
+                    whole = b.add(neighbour_sums(b, words), splat(b, eight, SUMS))
+                    both_scales = b.fmul(scale, splat(b, load(b, x_scales, at, F32, 4), FLOATS))
+                    scaled = b.fmul(b.sitofp(whole, FLOATS), both_scales, flags=["contract"])
                     b.store(b.fadd(b.load(pointer), scaled, flags=["contract"]), pointer)
             for i, pointer in enumerate(totals):
-                x_scale = splat(b, load(b, x_scales, number(4 * i), F32, 4), FLOATS)
-                store_row(b, y, b.mul(y_stride, number(i)), b.fmul(b.load(pointer), x_scale))
+                store_row(b, y, b.mul(y_stride, number(i)), b.load(pointer))
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 10), generate
@@ -203,7 +239,7 @@ def wait_for_all(context: Any, counter: Any, target: Any) -> Any:  # noqa: ARG00
         pointer = b.inttoptr(args[0], I64.as_pointer())
         yielding = cgutils.get_or_insert_function(b.module, ir.FunctionType(I32, []), "sched_yield")
         pause = None
-        if "x86" in b.module.triple or "amd64" in b.module.triple:
+        if is_x86(b):
             pause = cgutils.get_or_insert_function(b.module, ir.FunctionType(ir.VoidType(), []), "llvm.x86.sse2.pause")
         b.atomic_rmw("add", pointer, number(1), "acq_rel")
         spins = cgutils.alloca_once_value(b, number(0))

@@ -72,8 +72,8 @@ def pack_int4(weight: Floats) -> tuple[Bytes, npt.NDArray[np.uint16]]:
     whole[:outer, :inner] = weight
     n_groups = whole.shape[1] // GROUP
     values, scales = rounded_to_int4(whole.reshape(-1, GROUP))
-    # block, row, group, half, pair, column of the pair
-    parts = values.reshape(-1, BLOCK, n_groups, 2, GROUP // 4, 2)
+    # block, row, group, half, four columns, column of the four
+    parts = values.reshape(-1, BLOCK, n_groups, 2, GROUP // 8, 4)
     both = parts[:, :, :, 0] | parts[:, :, :, 1] << 4
     blocks = both.transpose(0, 2, 3, 1, 4)
     scales = scales.reshape(-1, BLOCK, n_groups).transpose(0, 2, 1)
@@ -83,7 +83,7 @@ def pack_int4(weight: Floats) -> tuple[Bytes, npt.NDArray[np.uint16]]:
 def unpack_int4(packed: Bytes, scales: npt.NDArray[np.uint16], rows: int, inner: int) -> Floats:
     """The matrix (rows, inner) that `pack_int4` left."""
     n_groups = padded(inner, GROUP) // GROUP
-    both = packed.reshape(-1, n_groups, GROUP // 4, BLOCK, 2)
-    halves = np.stack([both & 15, both >> 4], axis=2).astype(np.float32) - 8  # block, group, half, pair, row, column
+    both = packed.reshape(-1, n_groups, GROUP // 8, BLOCK, 4)
+    halves = np.stack([both & 15, both >> 4], axis=2).astype(np.float32) - 8  # block, group, half, four, row, column
     values = halves * from_bf16(scales).reshape(-1, n_groups, 1, 1, BLOCK, 1)
     return values.transpose(0, 4, 1, 2, 3, 5).reshape(-1, n_groups * GROUP)[:rows, :inner]

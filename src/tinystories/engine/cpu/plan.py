@@ -68,7 +68,7 @@ class Room:
         for at, width in (*widths, (CALL.added, padded(C, BLOCK))):
             self.array(at, (ROWS, width))
         width = padded(max(C, config.n_ff, -(-config.n_ctx // ROWS)), GROUP)
-        size = padded(ROWS * (4 * width + 2 * width + 4 + 4 * width // GROUP), 4096)
+        size = padded(ROWS * (4 * width + 2 * width + 4 + 2 * 4 * width // GROUP), 4096)
         self.array(CALL.own, (n_threads, size), np.uint8)
         self.call[CALL.own_size], self.call[CALL.width], self.call[CALL.capacity] = size, width, ROWS
 

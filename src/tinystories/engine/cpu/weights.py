@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 Array = npt.NDArray[Any]
 Precision = Literal["fp32", "int8", "int4"]
-LAYOUT = 1  # of packed files; another number is packed anew
+LAYOUT = 2  # of packed files; another number is packed anew
 ALIGNMENT = 64
 FILLING = ".filling"  # ends the names of what stands between tensors
 # What a hostile header may lead to.
