@@ -35,3 +35,14 @@ def awake() -> Callable[[ModelConfig], GPT]:
         return model
 
     return build
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[..., ModelConfig]:
+    """The smallest config that has more than one of everything; any setting can be changed."""
+
+    def build(**changes: object) -> ModelConfig:
+        small: dict[str, object] = {"vocab_size": 61, "n_ctx": 24, "n_layer": 2, "n_head": 4, "n_embd": 24, "n_ff": 40}
+        return ModelConfig(**(small | changes))  # type: ignore[arg-type]
+
+    return build

@@ -18,17 +18,6 @@ SHAPES: dict[str, dict[str, object]] = {
 }
 
 
-@pytest.fixture(scope="session")
-def tiny() -> Callable[..., ModelConfig]:
-    """The smallest config that has more than one of everything; any setting can be changed."""
-
-    def build(**changes: object) -> ModelConfig:
-        small: dict[str, object] = {"vocab_size": 61, "n_ctx": 24, "n_layer": 2, "n_head": 4, "n_embd": 24, "n_ff": 40}
-        return ModelConfig(**(small | changes))  # type: ignore[arg-type]
-
-    return build
-
-
 @pytest.fixture(scope="session", params=SHAPES, ids=str)
 def model(request: pytest.FixtureRequest, tiny: Callable[..., ModelConfig], awake: Callable[[ModelConfig], GPT]) -> GPT:
     return awake(tiny(**SHAPES[request.param]))

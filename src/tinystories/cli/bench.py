@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import click
 
@@ -19,6 +19,7 @@ from tinystories.config import PRESETS, ModelConfig, load_config
 from tinystories.errors import UserError
 
 DEFAULT_PRESET = "modern-89m"
+Who: TypeAlias = tuple[str, str]  # name and precision
 
 
 @click.group(context_settings=SETTINGS)
@@ -30,6 +31,20 @@ def bench() -> None:
     """
 
 
+def wanted_by(_context: click.Context, _option: click.Parameter, only: str | None) -> list[Who]:
+    """(name, precision) of each part of --only; none where it was not given."""
+    from tinystories.interop.peers import PRECISIONS
+
+    wanted: list[Who] = []
+    for part in only.split(",") if only else ():
+        name, _, precision = part.strip().partition(":")
+        if name not in PRECISIONS or (precision and precision not in PRECISIONS[name]):
+            every = ", ".join(f"{n} ({', '.join(p)})" for n, p in PRECISIONS.items())
+            raise UserError(f"--only {part.strip()}: there is no such program or precision; use {every}")
+        wanted += [(name, precision)] if precision else [(name, p) for p in PRECISIONS[name]]
+    return wanted
+
+
 def shared(command: Callable[..., None]) -> Callable[..., None]:
     """Arguments that all benches have."""
     options = [
@@ -37,6 +52,7 @@ def shared(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--peers", is_flag=True, help="Run the other programs that are installed beside ours."),
         click.option(
             "--only",
+            callback=wanted_by,
             metavar="NAME[,NAME...]",
             help="Of tinystories, torch, transformers, ctranslate2, llama.cpp; each perhaps with :PRECISION.",
         ),
@@ -66,7 +82,7 @@ vocab_option = click.option(
 @click.option("--prompt-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="To read (prefill).")
 def decode(tokens: int, prompt_tokens: int, **options: Any) -> None:
     """One stream: how fast a prompt is read, and how fast tokens are written after 8 others."""
-    with contest(options, streams=1, room=max(tokens + 8, prompt_tokens + 1)) as turn:
+    with contest(options, streams=1, room=max(tokens + 8, prompt_tokens)) as turn:
         read = turn.measure("prefill", [turn.prompt(prompt_tokens)], 1, prompt_tokens)
         write = turn.measure("decode", [turn.prompt(8)], tokens, tokens)
         turn.finish(read | write, prompt_tokens=prompt_tokens, tokens=tokens)
@@ -87,7 +103,7 @@ def batch(streams: int, tokens: int, **options: Any) -> None:
 
 @bench.command(context_settings=SETTINGS)
 @shared
-def startup(model: Path | None, peers: bool, only: str | None, runs: int, threads: int | None, as_json: bool) -> None:
+def startup(model: Path | None, peers: bool, only: list[Who], runs: int, threads: int | None, as_json: bool) -> None:
     """Whole processes from their start to their end, with one token written: `tinystories generate` against others.
 
     Ours reads a text and writes one; the others are only given the ids.
@@ -125,7 +141,7 @@ def startup(model: Path | None, peers: bool, only: str | None, runs: int, thread
             click.echo(json.dumps({"benchmark": "startup", "seconds": medians, "runs": seconds, **machine(chosen)}))
 
 
-def process_of(who: tuple[str, str], model: Path, folder: Path, threads: int | None) -> tuple[list[str], str]:
+def process_of(who: Who, model: Path, folder: Path, threads: int | None) -> tuple[list[str], str]:
     """Command and input of a process that writes one token."""
     name, precision = who
     if name in ("tinystories", "torch"):
@@ -188,12 +204,12 @@ def link_weights(weights: Path, folder: Path) -> None:
     (folder / WEIGHTS).symlink_to(weights.resolve())
 
 
-def ready(folder: Path, config: ModelConfig, peers: bool, only: str | None) -> list[tuple[str, str]]:
+def ready(folder: Path, config: ModelConfig, peers: bool, only: list[Who]) -> list[Who]:
     """(name, precision) of all that take part, their files made."""
     from tinystories.interop import peers as programs
 
     programs.describe(folder, config)
-    wanted = wanted_by(only) if only else [(n, p) for n in programs.PRECISIONS for p in programs.PRECISIONS[n]]
+    wanted = only or [(n, p) for n in programs.PRECISIONS for p in programs.PRECISIONS[n]]
     chosen = [who for who in wanted if only or peers or who[0] == "tinystories"]
     for name in dict.fromkeys(name for name, _ in chosen):
         if reason := programs.why_not(name, config):
@@ -205,19 +221,6 @@ def ready(folder: Path, config: ModelConfig, peers: bool, only: str | None) -> l
         tell(f"making the files of {label(name, precision)}")
         programs.build(folder, name, precision)
     return chosen
-
-
-def wanted_by(only: str) -> list[tuple[str, str]]:
-    from tinystories.interop.peers import PRECISIONS
-
-    wanted = []
-    for part in only.split(","):
-        name, _, precision = part.strip().partition(":")
-        if name not in PRECISIONS or (precision and precision not in PRECISIONS[name]):
-            every = ", ".join(f"{n} ({', '.join(p)})" for n, p in PRECISIONS.items())
-            raise UserError(f"--only {part.strip()}: there is no such program or precision; use {every}")
-        wanted += [(name, precision)] if precision else [(name, p) for p in PRECISIONS[name]]
-    return wanted
 
 
 def label(name: str, precision: str) -> str:
@@ -254,11 +257,12 @@ class Contest:
         table = Table(task, "tokens/s", "min", "max", "peak MB", "same ids")
         for column in table.columns[1:]:
             column.justify = "right"
+        same = {}
         for score in scores:
-            same = f"{agreement(score, scores[0]) / (tokens * len(prompts)):.0%}"
+            same[score.label] = agreement(score, scores[0]) / (tokens * len(prompts))
             peak = f"{score.peak_mb:,.0f}" if score.peak_mb else "?"
             rates = (f"{rate:,.1f}" for rate in (score.median, min(score.rates), max(score.rates)))
-            table.add_row(score.label, *rates, peak, same)
+            table.add_row(score.label, *rates, peak, f"{same[score.label]:.0%}")
         show(table)
         ratios = pairs(scores)
         for name, ratio in ratios.items():
@@ -266,7 +270,9 @@ class Contest:
         medians = {s.label: round(s.median, 2) for s in scores}
         runs = {s.label: [round(rate, 2) for rate in s.rates] for s in scores}
         peaks = {s.label: s.peak_mb for s in scores}
-        return {task: {"tokens_per_s": medians, "ratios": ratios, "peak_mb": peaks, "runs": runs}}
+        ratios = {name: round(ratio, 3) for name, ratio in ratios.items()}
+        found = {"tokens_per_s": medians, "ratios": ratios, "peak_mb": peaks, "same_ids": same, "runs": runs}
+        return {task: found}
 
     def finish(self, found: dict[str, Any], **task: int) -> None:
         click.echo('"same ids": up to the first that differs from the first row\'s; the likeliest id each time')
@@ -279,7 +285,7 @@ class Contest:
             )
 
 
-def machine(who: Sequence[tuple[str, str]]) -> dict[str, Any]:
+def machine(who: Sequence[Who]) -> dict[str, Any]:
     """What the numbers belong to."""
     import platform
 

@@ -28,7 +28,11 @@ class Contestant:
             stderr=self.errors,
             text=True,
         )
-        self.answer()
+        try:
+            self.answer()
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def label(self) -> str:

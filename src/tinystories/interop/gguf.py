@@ -1,5 +1,6 @@
 """`modern` as a GGUF file, which llama.cpp reads (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md)."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ def write_gguf(config: ModelConfig, weights: Mapping[str, npt.NDArray[Any]], pat
         raise UserError("llama.cpp has no model like classic: its gpt2 has GELU, ours ReLU")
     if not config.qk_norm:
         raise UserError("a GGUF file needs a model with QK-norm (model.qk_norm = true)")
+    logging.getLogger("gguf").setLevel(logging.WARNING)  # it tells every step
     writer = gguf.GGUFWriter(path, "qwen3")
     writer.add_name("TinyStories")
     writer.add_vocab_size(config.vocab_size)

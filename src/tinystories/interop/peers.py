@@ -116,9 +116,11 @@ def save_hf(folder: Path) -> None:
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
+    from transformers.utils.logging import disable_progress_bar
 
     from tinystories.interop.hf import to_transformers
 
+    disable_progress_bar()
     config = files_of(folder).config
     to_transformers(config, load_file(folder / WEIGHTS)).save_pretrained(folder / "hf")
     words = Tokenizer(WordLevel({str(i): i for i in range(config.vocab_size)}, unk_token="0"))
