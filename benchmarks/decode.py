@@ -3,6 +3,7 @@
 All run the same weights (random ones; speed does not depend on them) in one process, taking turns: `classic` is
 GPT2LMHeadModel with ReLU and the sinusoid table as `wpe`. On a CPU the CPU engine takes part in its three precisions.
 The ids of all that compute in fp32 must be equal. Prints a table and, last, one JSON line. Needs `transformers`.
+`tinystories bench decode --peers` compares with more programs on CPUs; this one also runs on CUDA (--device cuda).
 
     python benchmarks/decode.py                                   seed-89m, 200 tokens, 5 runs of each
     python benchmarks/decode.py --preset nano --vocab 512 --tokens 20 --runs 2
@@ -24,12 +25,13 @@ import torch
 from safetensors.torch import save_file
 
 from tinystories.checkpoint import ModelFiles, saved_weights
-from tinystories.config import ModelConfig, SamplingConfig, load_config
+from tinystories.config import SamplingConfig, load_config
 from tinystories.engine.cpu.engine import CpuEngine
 from tinystories.engine.cpu.weights import pack, source_of
 from tinystories.engine.protocol import Engine
 from tinystories.engine.torch_engine import TorchEngine
 from tinystories.generate.sampling import next_ids
+from tinystories.interop.hf import to_transformers
 from tinystories.model import GPT
 
 GREEDY = SamplingConfig(temperature=0.0)
@@ -107,7 +109,7 @@ def decoder(engine: Engine, prompt: list[int], n_tokens: int) -> Callable[[], li
 
 
 def hugging_face(model: GPT, device: str, prompt: list[int], n_tokens: int) -> Callable[[], list[int]]:
-    peer = same_weights(model).to(device)  # a copy: `ours` repacks the model afterwards
+    peer = to_transformers(model.config, saved_weights(model)).to(device)  # a copy: ours repacks the model afterwards
     peer.generation_config.eos_token_id = None
     tokens = torch.tensor([prompt], device=device)
 
@@ -124,53 +126,6 @@ def hugging_face(model: GPT, device: str, prompt: list[int], n_tokens: int) -> C
         return ids
 
     return run
-
-
-def same_weights(model: GPT) -> Any:
-    """The classic model as GPT2LMHeadModel, whose linear layers hold their matrices transposed."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config: ModelConfig = model.config
-    peer = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=config.vocab_size,
-            n_positions=config.n_ctx,
-            n_embd=config.n_embd,
-            n_layer=config.n_layer,
-            n_head=config.n_head,
-            n_inner=config.n_ff,
-            activation_function="relu",
-            layer_norm_epsilon=config.norm_eps,
-            tie_word_embeddings=False,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-    ).eval()
-    ours = model.state_dict()
-    weights = {
-        "transformer.wte.weight": ours["embed_tokens.weight"],
-        "transformer.wpe.weight": model.sinusoid,
-        "lm_head.weight": ours["lm_head.weight"],
-    }
-    names = {
-        "ln_1": "input_layernorm",
-        "ln_2": "post_attention_layernorm",
-        "attn.c_proj": "self_attn.o_proj",
-        "mlp.c_fc": "mlp.up_proj",
-        "mlp.c_proj": "mlp.down_proj",
-    }
-    for i in range(config.n_layer):
-        here, there = f"layers.{i}.", f"transformer.h.{i}."
-        qkv = torch.cat([ours[f"{here}self_attn.{x}_proj.weight"] for x in "qkv"])
-        weights[f"{there}attn.c_attn.weight"] = qkv.t()
-        weights[f"{there}attn.c_attn.bias"] = torch.zeros(len(qkv))
-        for theirs, name in names.items():
-            weight = ours[f"{here}{name}.weight"]
-            weights[f"{there}{theirs}.weight"] = weight.t() if weight.ndim == 2 else weight
-            weights[f"{there}{theirs}.bias"] = ours[f"{here}{name}.bias"]
-    weights |= {f"transformer.ln_f.{x}": ours[f"norm.{x}"] for x in ("weight", "bias")}
-    peer.load_state_dict(weights)
-    return peer
 
 
 def interleaved(
