@@ -65,19 +65,18 @@ def shared(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-preset_option = click.option(
-    "--preset",
-    help=f"Random weights of this preset or TOML file: {', '.join(PRESETS)}.  [default: {DEFAULT_PRESET}]",
-)
-vocab_option = click.option(
-    "--vocab", type=click.IntRange(min=2), default=50257, show_default=True, help="Ids of the random model."
-)
+def model_or_random(command: Callable[..., None]) -> Callable[..., None]:
+    """What all benches have, and what random weights are made of where no MODEL is named."""
+    preset = f"Random weights of this preset or TOML file: {', '.join(PRESETS)}.  [default: {DEFAULT_PRESET}]"
+    size = click.IntRange(min=2)
+    command = click.option("--vocab", type=size, default=50257, show_default=True, help="Ids of the random model.")(
+        command
+    )
+    return shared(click.option("--preset", help=preset)(command))
 
 
 @bench.command(context_settings=SETTINGS)
-@shared
-@preset_option
-@vocab_option
+@model_or_random
 @click.option("--tokens", type=click.IntRange(min=2), default=200, show_default=True, help="To write, greedily.")
 @click.option("--prompt-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="To read (prefill).")
 def decode(tokens: int, prompt_tokens: int, **options: Any) -> None:
@@ -89,9 +88,7 @@ def decode(tokens: int, prompt_tokens: int, **options: Any) -> None:
 
 
 @bench.command(context_settings=SETTINGS)
-@shared
-@preset_option
-@vocab_option
+@model_or_random
 @click.option("--streams", type=click.IntRange(min=1), default=32, show_default=True, help="Written at once.")
 @click.option("--tokens", type=click.IntRange(min=2), default=64, show_default=True, help="To write in each stream.")
 def batch(streams: int, tokens: int, **options: Any) -> None:
