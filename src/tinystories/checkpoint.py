@@ -13,6 +13,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy.typing as npt
+
 from tinystories.config import ModelConfig, SamplingConfig, build
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.errors import UserError
@@ -156,15 +158,28 @@ def write_model(
     provenance: Mapping[str, Any],
 ) -> None:
     """Write the files of a model into an existing folder (a draft: see `whole`)."""
-    from safetensors.torch import save_file
+    weights = {name: weight.numpy(force=True) for name, weight in saved_weights(model).items()}
+    write_arrays(folder, model.config, weights, tokenizer, sampling, provenance)
 
-    save_file(saved_weights(model), folder / WEIGHTS, metadata={"format": "pt"})
+
+def write_arrays(
+    folder: Path,
+    config: ModelConfig,
+    weights: Mapping[str, npt.NDArray[Any]],
+    tokenizer: Tokenizer,
+    sampling: SamplingConfig,
+    provenance: Mapping[str, Any],
+) -> None:
+    """As `write_model`, without torch. Weights: contiguous, fp32, by the names that `saved_weights` gives."""
+    from safetensors.numpy import save_file
+
+    save_file(dict(weights), folder / WEIGHTS, metadata={"format": "pt"})
     tokenizer.save(folder / "tokenizer.json")
     write_json(folder / "generation.json", dataclasses.asdict(sampling))
     names = (WEIGHTS, "tokenizer.json", "generation.json")
     described = {
         "format": FORMAT,
-        "model": dataclasses.asdict(model.config),
+        "model": dataclasses.asdict(config),
         "provenance": dict(provenance),
         "files": {name: sha256(folder / name) for name in names},
     }

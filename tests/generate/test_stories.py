@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -29,6 +30,20 @@ def test_a_story_says_how_it_was_made(scripted: Make, tokenizer: Tokenizer) -> N
     assert (story.n_prompt, story.n_generated) == (len(tokenizer.encode("The")), len(ids) + 1)
     assert story.seconds > 0
     assert story.tokens_per_s == pytest.approx(story.n_generated / story.seconds)
+
+
+def test_any_special_token_ends_a_story_and_so_does_an_id_without_text(scripted: Make, tokenizer: Tokenizer) -> None:
+    parts = json.loads(tokenizer.text)
+    last = tokenizer.vocab_size
+    parts["added_tokens"].append({**parts["added_tokens"][0], "id": last, "content": "</s>"})
+    other = Tokenizer(json.dumps(parts))
+    assert other.encode("</s>") == tokenizer.encode("</s>")
+    for closing in (last, last + 5):
+        script = [*tokenizer.encode(" cat"), closing, *tokenizer.encode(" dog")]
+        engine = scripted(script)
+        engine.rule = lambda _, coming=iter(script): np.eye(last + 6, dtype=np.float32)[next(coming)]
+        story = generate(engine, other, "The", settings=GREEDY, seed=1)
+        assert (story.text, story.stop_reason) == ("The cat", "end")
 
 
 def test_a_story_is_plain_json(scripted: Make, tokenizer: Tokenizer) -> None:

@@ -70,6 +70,17 @@ class Tokenizer:
         canonical = json.dumps(self.parts, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
+    def ends(self, token: int) -> bool:
+        """Whether a story is over with this id: END, another special token, or an id that the tokenizer does not have.
+
+        Other programs' models have several such tokens, and vocabularies that are filled up to a round number.
+        """
+        return token >= self.vocab_size or token in self.special_ids
+
+    @functools.cached_property
+    def special_ids(self) -> frozenset[int]:
+        return frozenset(token["id"] for token in self.parts["added_tokens"] if token["special"])
+
     def encode(self, text: str) -> list[int]:
         return self._backend.encode(text, add_special_tokens=False).ids
 

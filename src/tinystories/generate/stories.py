@@ -153,8 +153,8 @@ class Telling:
         prompt = tokenizer.encode(request.prompt)
         self.n_prompt = len(prompt)
         self.seen = set(prompt)  # for the repetition penalty; END is structure, not repetition, and stays out
-        self.end_id = tokenizer.end_id
-        self.context = [self.end_id, *prompt]  # what the slot should hold
+        self.tokenizer = tokenizer
+        self.context = [tokenizer.end_id, *prompt]  # what the slot should hold
         self.in_slot = 0  # how much of it the slot does hold: nothing, or all but the last id
         self.generated: list[int] = []
         self.out = TextStream(tokenizer.bytes_of, request.stop, begun=bool(request.prompt))
@@ -170,12 +170,12 @@ class Telling:
     def take(self, token: int) -> str:
         """Go on by one token; returns the text that may leave. Sets `stop_reason` when the story is over."""
         self.generated.append(token)
-        if token != self.end_id:
+        if not self.tokenizer.ends(token):
             self.context.append(token)
             self.seen.add(token)
             piece = self.out.push(token)
         elif self.request.ignore_end:
-            self.context, self.in_slot = [token], 0
+            self.context, self.in_slot = [self.tokenizer.end_id], 0
             piece = self.out.separate()
         else:
             self.stop_reason = "end"
