@@ -64,3 +64,15 @@ def gguf_name(name: str) -> str:
         return top[name]
     _, layer, rest = name.split(".", 2)
     return f"blk.{layer}.{NAMES[rest.removesuffix('.weight')]}.weight"
+
+
+def write(model: "Portable", path: Path, precision: str) -> None:
+    raise NotImplementedError
+
+
+def logits(path: Path, ids: list[int]) -> npt.NDArray[Any]:
+    raise NotImplementedError
+
+
+def read(path: Path, tokenizer: Path | None) -> "Portable":
+    raise NotImplementedError

@@ -89,3 +89,15 @@ def gpt2_weights(config: ModelConfig, weights: Mapping[str, Tensor]) -> dict[str
             for kind in ("weight", "bias"):
                 named[f"{there}{theirs}.{kind}"] = weights[f"{here}{ours}.{kind}"]
     return named
+
+
+def write(model: "Portable", path: "Path", precision: str) -> None:
+    raise NotImplementedError
+
+
+def logits(path: "Path", ids: list[int]) -> Any:
+    raise NotImplementedError
+
+
+def read(path: "Path", tokenizer: "Path | None") -> "Portable":
+    raise NotImplementedError

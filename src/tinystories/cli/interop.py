@@ -1,0 +1,85 @@
+"""`tinystories export` and `tinystories import`: to the files of other programs, and from them."""
+
+from pathlib import Path
+
+import click
+
+from tinystories.cli.command import SETTINGS
+from tinystories.errors import UserError
+
+force_option = click.option("--force", is_flag=True, help="Replace what is there.")
+
+
+@click.command(context_settings=SETTINGS)
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "--format",
+    "name",
+    required=True,
+    type=click.Choice(["hf", "gguf", "llama2c", "onnx"]),
+    help="hf: a folder for transformers, CTranslate2, vLLM; gguf: llama.cpp, Ollama; llama2c: llama2.c;"
+    " onnx: ONNX Runtime.",
+)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="File to write; for hf a folder.")
+@click.option(
+    "--precision",
+    default="",
+    help="Of the weights. gguf: f32, f16, q8_0, q4_0; llama2c: f32, q8_0; hf, onnx: f32.  [default: f32]",
+)
+@force_option
+def export(model: Path, name: str, out: Path, precision: str, force: bool) -> None:
+    """Write MODEL in the format of another program.
+
+    The file is read back and must say what the model says, or nothing is kept. Which models fit which format, and what
+    to do with the files, is in docs/interop.md.
+
+    \b
+      tinystories export runs/small --format gguf --precision q8_0 --out stories.gguf
+      tinystories export runs/small --format hf --out stories-hf
+    """
+    from tinystories.interop.exports import FORMATS, export
+    from tinystories.interop.portable import Portable
+
+    done = export(Portable.read(model), name, out, precision=precision, force=force)
+    for path in done.paths:
+        files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+        click.echo(f"{path}: {sum(file.stat().st_size for file in files) / 1e6:,.1f} MB")
+    click.echo(
+        f"read back: over {done.n_ids} ids of a story, logits differ by at most {done.largest:.2g}"
+        f" (divergence {done.divergence:.2g} nats)"
+    )
+    if FORMATS[name].hint:
+        click.echo(FORMATS[name].hint.format(out=out))
+
+
+@click.command("import", context_settings=SETTINGS)
+@click.argument("source")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Model directory to write.")
+@click.option(
+    "--tokenizer",
+    type=click.Path(path_type=Path),
+    help="tokenizer.json, or llama2.c's tokenizer.bin, where the source brings none.",
+)
+@force_option
+def import_(source: str, out: Path, tokenizer: Path | None, force: bool) -> None:
+    """Make a model directory of another program's model.
+
+    SOURCE is a Hugging Face folder (gpt2, gpt_neo, llama, qwen3), hf:OWNER/NAME[@REVISION] on their Hub, a GGUF file, a
+    llama2.c checkpoint (.bin), or a state dict of the original program (.pt).
+
+    \b
+      tinystories import stories15M.bin --tokenizer tokenizer.bin --out models/15m
+      tinystories import hf:roneneldan/TinyStories-33M --out models/paper
+    """
+    from tinystories.interop.imports import import_model
+
+    if out.exists() and not force:
+        raise UserError(f"{out} exists; choose another --out, or replace it with --force")
+    model = import_model(source, tokenizer)
+    model.write(out)
+    config = model.config
+    click.echo(
+        f"{out}: {config.architecture}, {config.n_params:,} parameters, {config.n_layer} layers x {config.n_embd},"
+        f" context {config.n_ctx}, {config.vocab_size:,} ids"
+    )
+    click.echo(f'next: tinystories generate {out} --prompt "Once upon a time"')

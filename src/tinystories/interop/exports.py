@@ -1,0 +1,121 @@
+"""Our models in the files of other programs. Each export is read back and compared before it is kept."""
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tinystories.checkpoint import DRAFT
+from tinystories.data.sources import SAMPLE
+from tinystories.data.tokenizer import END
+from tinystories.errors import UserError
+from tinystories.interop import gguf, hf, llama2c, onnx_graph
+from tinystories.interop.portable import Portable
+
+Logits = npt.NDArray[Any]
+MOST_IDS = 64  # of the text that an export is compared on
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """How a kind of file is written, and what other code makes of it.
+
+    `write(model, path, precision)` may put companions beside the path; `logits(path, ids)` reads the file as its users
+    will and returns (T, V). `divergence`: of each precision, the first being the default, the largest mean
+    Kullback-Leibler divergence (nats) of what it predicts from what the model does; fp32 is held to LARGEST instead.
+    `hint`: what to do with the file next.
+    """
+
+    divergence: dict[str, float]
+    write: Callable[[Portable, Path, str], None]
+    logits: Callable[[Path, list[int]], Logits]
+    hint: str = ""
+
+
+LARGEST = 1e-4  # difference of logits in fp32, for logits up to 10
+
+FORMATS = {
+    "hf": Format({"f32": 0}, hf.write, hf.logits),
+    "gguf": Format({"f32": 0, "f16": 1e-4, "q8_0": 0.01, "q4_0": 0.5}, gguf.write, gguf.logits),
+    "llama2c": Format({"f32": 0, "q8_0": 0.01}, llama2c.write, llama2c.logits),
+    "onnx": Format({"f32": 0}, onnx_graph.write, onnx_graph.logits),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """What came of it: the files, and how far their logits are from the model's on `n_ids` ids of a story."""
+
+    paths: list[Path]
+    largest: float
+    divergence: float
+    n_ids: int
+
+
+def export(model: Portable, name: str, out: Path, *, precision: str = "", force: bool = False) -> Exported:
+    """Write the model in the format of that name to `out`; nothing is left there unless it reads back the same.
+
+    `UserError` where the format cannot hold the model, where files are in the way (and not `force`), and where the
+    logits differ too much.
+    """
+    if name not in FORMATS:
+        raise UserError(f"format {name} is not known; use one of {', '.join(FORMATS)}")
+    form = FORMATS[name]
+    precision = precision or next(iter(form.divergence))
+    if precision not in form.divergence:
+        raise UserError(f"format {name} has no precision {precision}; use {', '.join(form.divergence)}")
+    if out.exists() and not force:
+        raise UserError(f"{out} exists; choose another --out, or replace it with --force")
+    draft = out.with_name(f".{out.name}{DRAFT}")
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        draft.mkdir(parents=True)
+        form.write(model, draft / out.name, precision)
+        ids = sample_ids(model)
+        largest, divergence = differences(model.logits(ids), form.logits(draft / out.name, ids))
+        require_likeness(form, precision, largest, divergence)
+        paths = [out.parent / path.name for path in sorted(draft.iterdir())]
+        for path in paths:
+            if path.exists() and not force:
+                raise UserError(f"{path} exists; choose another --out, or replace it with --force")
+        for path in paths:
+            if path.is_dir():
+                shutil.rmtree(path)
+            (draft / path.name).replace(path)
+    except OSError as error:
+        raise UserError(f"{out} could not be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return Exported(paths, largest, divergence, len(ids))
+
+
+def sample_ids(model: Portable) -> list[int]:
+    """The beginning of a story, END in front."""
+    story = SAMPLE.read_text(encoding="utf-8").split(END, 1)[0].strip()
+    ids = [model.tokenizer.end_id, *model.tokenizer.encode(story)]
+    return ids[: min(MOST_IDS, model.config.n_ctx)]
+
+
+def differences(ours: Logits, theirs: Logits) -> tuple[float, float]:
+    """Largest difference of logits (for logits up to 10; else relative), and mean KL divergence in nats."""
+    if ours.shape != theirs.shape:
+        raise UserError(f"the file gives logits of shape {theirs.shape}, not {ours.shape}")
+    largest = float(np.abs(ours - theirs).max() / max(1, np.abs(ours).max() / 10))
+    p, q = (x - np.logaddexp.reduce(x.astype(np.float64), axis=1)[:, None] for x in (ours, theirs))
+    return largest, float((np.exp(p) * (p - q)).sum(axis=1).mean())
+
+
+def require_likeness(form: Format, precision: str, largest: float, divergence: float) -> None:
+    if form.divergence[precision]:
+        alike = divergence <= form.divergence[precision]
+    else:
+        alike = largest <= LARGEST
+    if not alike:  # also where they are not numbers
+        raise UserError(
+            f"the file does not say what the model says (logits differ by up to {largest:.2g}, divergence"
+            f" {divergence:.2g}); nothing was written"
+        )

@@ -1,0 +1,70 @@
+"""A model as every file format sees it: sizes, NumPy weights, a tokenizer. No torch."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tinystories import checkpoint
+from tinystories.config import ModelConfig, SamplingConfig
+from tinystories.data.tokenizer import Tokenizer
+from tinystories.engine.cpu.engine import Cache, CpuEngine
+from tinystories.engine.cpu.weights import expected_shapes, source_of
+from tinystories.errors import UserError
+
+Array = npt.NDArray[Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Portable:
+    """Weights: fp32, by their names in `model.safetensors`; a tied head is not among them."""
+
+    config: ModelConfig
+    weights: Mapping[str, Array]
+    tokenizer: Tokenizer
+    sampling: SamplingConfig = SamplingConfig()
+    provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: Path | str) -> "Portable":
+        """From a model directory; the weights stay mapped."""
+        files = checkpoint.read_model(folder)
+        return cls(
+            config=files.config,
+            weights=source_of(files),
+            tokenizer=files.tokenizer(),
+            sampling=files.sampling,
+            provenance=files.provenance,
+        )
+
+    def write(self, folder: Path) -> None:
+        """As a model directory, whole or not at all. `UserError` unless the parts fit each other."""
+        self.check()
+        with checkpoint.whole(folder) as draft:
+            weights = {name: np.ascontiguousarray(weight, np.float32) for name, weight in self.weights.items()}
+            checkpoint.write_arrays(draft, self.config, weights, self.tokenizer, self.sampling, self.provenance)
+
+    def check(self) -> None:
+        """`UserError` unless all weights are there, of the right shapes and finite, and the tokenizer's ids fit."""
+        wanted = expected_shapes(self.config)
+        for name in sorted(wanted.keys() | self.weights.keys()):
+            if name not in self.weights or name not in wanted:
+                raise UserError(f"weight {name} is {'unknown' if name in self.weights else 'missing'}")
+            if self.weights[name].shape != wanted[name]:
+                raise UserError(f"weight {name} is {self.weights[name].shape}, not {wanted[name]}")
+            if not np.isfinite(self.weights[name]).all():
+                raise UserError(f"weight {name} holds numbers that are not finite; use another checkpoint")
+        if self.tokenizer.vocab_size > self.config.vocab_size:
+            raise UserError(
+                f"the tokenizer has {self.tokenizer.vocab_size:,} ids, the model only {self.config.vocab_size:,};"
+                " they do not belong together"
+            )
+
+    def logits(self, ids: npt.ArrayLike) -> npt.NDArray[np.float32]:
+        """(T, V) logits of our own engine in fp32 after each of the ids."""
+        engine = CpuEngine(self.config, self.weights)
+        parts = engine.read(Cache(self.config, 1), 0, np.asarray(ids, np.int64), everything=True)
+        return np.concatenate([logits for _, logits in parts])
