@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 WEIGHTS = "model.safetensors"
+PACKED = "packed-int8.safetensors"  # in its place, in a model that is shipped small (engine/cpu/shipped.py)
 DRAFT = ".draft"
 
 
@@ -40,16 +41,20 @@ class ModelFiles:
     sums: dict[str, str]  # SHA-256 of the other files
 
     @property
+    def is_packed(self) -> bool:
+        return WEIGHTS not in self.sums
+
+    @property
     def weights_path(self) -> Path:
-        return self.folder / WEIGHTS
+        return self.folder / (PACKED if self.is_packed else WEIGHTS)
 
     @property
     def weights_sha256(self) -> str:
-        return self.sums[WEIGHTS]
+        return self.sums[self.weights_path.name]
 
     def check_weights(self) -> None:
         """`UserError` where the weights are not those that config.json names."""
-        verify(self.folder, {WEIGHTS: self.weights_sha256})
+        verify(self.folder, {self.weights_path.name: self.weights_sha256})
 
     @functools.cached_property
     def _tokenizer(self) -> Tokenizer:
@@ -78,7 +83,7 @@ def read_model(folder: Path | str, *, check_weights: bool = True) -> ModelFiles:
         raise UserError(
             f"{folder}/config.json: format {described.get('format')!r} is not {FORMAT}; not written by this program"
         )
-    verify(folder, described.get("files"), set() if check_weights else {WEIGHTS})
+    verify(folder, described.get("files"), set() if check_weights else {WEIGHTS, PACKED})
     settings = described.get("model")
     if not isinstance(settings, dict):
         raise UserError(f"{folder}/config.json: [model] is missing")
@@ -93,7 +98,7 @@ def read_model(folder: Path | str, *, check_weights: bool = True) -> ModelFiles:
 
 def verify(folder: Path, sums: object, unchecked: Collection[str] = ()) -> None:
     """Compare the files that config.json names with their SHA-256; of those in `unchecked` only that they are there."""
-    if not isinstance(sums, dict) or WEIGHTS not in sums:
+    if not isinstance(sums, dict) or not {WEIGHTS, PACKED} & sums.keys():
         raise UserError(f"{folder}/config.json names no checksums; the model is incomplete")
     for name, expected in sums.items():
         path = folder / str(name)
@@ -131,14 +136,17 @@ def load_weights(files: ModelFiles, model: "GPT") -> None:
         weights = load_file(files.weights_path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{files.weights_path} cannot be read: {error}") from None
+    put_weights(weights, model, files.weights_path)
+
+
+def put_weights(weights: "Mapping[str, torch.Tensor]", model: "GPT", where: Path) -> None:
+    """Copy weights into a model. `UserError`, which names `where`, unless names and shapes are the model's."""
     wanted = saved_weights(model)
     for name in sorted(wanted.keys() | weights.keys()):
         if name not in weights or name not in wanted:
-            raise UserError(f"{files.weights_path}: weight {name} is {'unknown' if name in weights else 'missing'}")
+            raise UserError(f"{where}: weight {name} is {'unknown' if name in weights else 'missing'}")
         if weights[name].shape != wanted[name].shape:
-            raise UserError(
-                f"{files.weights_path}: {name} is {tuple(weights[name].shape)}, not {tuple(wanted[name].shape)}"
-            )
+            raise UserError(f"{where}: {name} is {tuple(weights[name].shape)}, not {tuple(wanted[name].shape)}")
     model.load_state_dict(weights, strict=False)
 
 
@@ -175,8 +183,15 @@ def write_arrays(
 
     save_file(dict(weights), folder / WEIGHTS, metadata={"format": "pt"})
     tokenizer.save(folder / "tokenizer.json")
+    describe(folder, config, sampling, provenance, WEIGHTS)
+
+
+def describe(
+    folder: Path, config: ModelConfig, sampling: SamplingConfig, provenance: Mapping[str, Any], weights: str
+) -> None:
+    """Write generation.json and config.json beside a tokenizer and weights of that name."""
     write_json(folder / "generation.json", dataclasses.asdict(sampling))
-    names = (WEIGHTS, "tokenizer.json", "generation.json")
+    names = (weights, "tokenizer.json", "generation.json")
     described = {
         "format": FORMAT,
         "model": dataclasses.asdict(config),

@@ -81,14 +81,14 @@ def chaotic(tokenizer: Tokenizer) -> Callable[..., FakeEngine]:
 def scripted(tokenizer: Tokenizer) -> Callable[..., FakeEngine]:
     """Says the ids of one script one after the other, whatever it reads; then END for ever."""
 
-    def make(script: Sequence[int], **sizes: int) -> FakeEngine:
+    def make(script: Sequence[int], n_ids: int = tokenizer.vocab_size, **sizes: int) -> FakeEngine:
         coming = iter(script)
 
         def rule(_: list[int]) -> np.ndarray:
-            logits = np.full(tokenizer.vocab_size, -np.inf, dtype=np.float32)
+            logits = np.full(n_ids, -np.inf, dtype=np.float32)
             logits[next(coming, tokenizer.end_id)] = 0
             return logits
 
-        return FakeEngine(rule, tokenizer.vocab_size, **sizes)
+        return FakeEngine(rule, n_ids, **sizes)
 
     return make

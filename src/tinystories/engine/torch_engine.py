@@ -61,12 +61,17 @@ class TorchEngine:
         cls, files: "ModelFiles", *, n_slots: int = 1, device: str | torch.device = "auto", precision: str = "auto"
     ) -> "TorchEngine":
         """The engine of a model directory."""
-        from tinystories.checkpoint import load_weights
+        from tinystories.checkpoint import load_weights, put_weights
 
         device = pick_device(device)
         pick_precision(device, precision)  # refuse before the weights are read
         model = GPT(files.config)
-        load_weights(files, model)
+        if files.is_packed:
+            from tinystories.engine.cpu.weights import unpacked
+
+            put_weights({name: torch.tensor(weight) for name, weight in unpacked(files).items()}, model, files.folder)
+        else:
+            load_weights(files, model)
         return cls(model.eval(), n_slots=n_slots, device=device, precision=precision, own=True)
 
     def prefill(self, slot: int, ids: Ids) -> Logits:

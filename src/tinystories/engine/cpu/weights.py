@@ -19,7 +19,7 @@ import numpy.typing as npt
 from tinystories.checkpoint import ModelFiles
 from tinystories.config import ModelConfig
 from tinystories.engine.cpu.fields import BLOCK, GROUP
-from tinystories.engine.cpu.packing import pack_int4, pack_int8, padded, rounded_to_int8
+from tinystories.engine.cpu.packing import pack_int4, pack_int8, padded, rounded_to_int8, unpack_int8
 from tinystories.engine.cpu.plan import EMBEDDING, HEAD
 from tinystories.errors import UserError
 
@@ -121,8 +121,40 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def source_of(files: ModelFiles) -> Mapped:
+def shipped(files: ModelFiles) -> Mapped:
+    """The weights of a directory that has none but packed ones, checked. `UserError` where they are damaged."""
+    path = files.weights_path
+    try:
+        found = Mapped(path)
+        if found.metadata.get("layout") != str(LAYOUT):
+            raise ValueError("its layout is that of another version of this program")
+        if found.metadata.get("sha256") != found.digest():
+            raise ValueError("it does not match its checksum")
+        require_sizes(found, files.config, "int8")
+    except UNREADABLE as error:
+        raise UserError(f"{path} is damaged ({error}), and there is no other copy of these weights here") from None
+    return found
+
+
+def unpacked(files: ModelFiles) -> Mapping[str, Array]:
+    """The same in fp32, by their names in `model.safetensors`."""
+    found = shipped(files)
+    weights: dict[str, Array] = {}
+    for name, shape in expected_shapes(files.config).items():
+        if len(shape) == 1:
+            weights[name] = found[name]
+        elif name == EMBEDDING and not files.config.tied:
+            rows = found[f"{name}.rows"].reshape(shape).astype(np.float32)
+            weights[name] = rows * found[f"{name}.scales"][:, None]
+        else:
+            weights[name] = np.ascontiguousarray(unpack_int8(found[f"{name}.int8"], found[f"{name}.scales"], *shape))
+    return weights
+
+
+def source_of(files: ModelFiles) -> Mapping[str, Array]:
     """The model's own weights, checked: names, shapes, and that all are finite numbers."""
+    if files.is_packed:
+        return unpacked(files)
     found, wanted = opened(files.weights_path), expected_shapes(files.config)
     for name in sorted(wanted.keys() | found.keys()):
         if name not in found or name not in wanted:
@@ -147,6 +179,8 @@ def packed(files: ModelFiles, precision: Precision) -> Mapping[str, Array]:
 
     The model's own weights are only read again when their file has changed, in size, date, or by config.json.
     """
+    if files.is_packed and precision == "int8":
+        return shipped(files)
     path, status = packed_path(files, precision), files.weights_path.stat()
     facts = {"layout": str(LAYOUT), "precision": precision, "source_sha256": files.weights_sha256}
     seen = {"source_bytes": str(status.st_size), "source_mtime_ns": str(status.st_mtime_ns)}
