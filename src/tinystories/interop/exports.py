@@ -13,7 +13,7 @@ from tinystories.checkpoint import DRAFT
 from tinystories.data.sources import SAMPLE
 from tinystories.data.tokenizer import END
 from tinystories.errors import UserError
-from tinystories.interop import gguf, hf, llama2c, onnx_graph
+from tinystories.interop import gguf, hf_folder, llama2c, onnx_graph
 from tinystories.interop.portable import Portable
 
 Logits = npt.NDArray[Any]
@@ -39,7 +39,7 @@ class Format:
 LARGEST = 1e-4  # difference of logits in fp32, for logits up to 10
 
 FORMATS = {
-    "hf": Format({"f32": 0}, hf.write, hf.logits),
+    "hf": Format({"f32": 0}, hf_folder.write, hf_folder.logits),
     "gguf": Format({"f32": 0, "f16": 1e-4, "q8_0": 0.01, "q4_0": 0.5}, gguf.write, gguf.logits),
     "llama2c": Format({"f32": 0, "q8_0": 0.01}, llama2c.write, llama2c.logits),
     "onnx": Format({"f32": 0}, onnx_graph.write, onnx_graph.logits),

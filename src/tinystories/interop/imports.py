@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from tinystories.errors import UserError
-from tinystories.interop import gguf, hf, hub, llama2c, original
+from tinystories.interop import gguf, hf_folder, hub, llama2c, original
 from tinystories.interop.portable import Portable
 
 
@@ -14,10 +14,10 @@ def import_model(source: str, tokenizer: Path | None = None) -> Portable:
     none of these, is damaged, or holds what our architectures cannot.
     """
     if source.startswith("hf:"):
-        return hf.read(hub.download(source), tokenizer)
+        return hf_folder.read(hub.download(source), tokenizer)
     path = Path(source)
     if path.is_dir():
-        return hf.read(path, tokenizer)
+        return hf_folder.read(path, tokenizer)
     try:
         with path.open("rb") as file:
             start = file.read(8)
