@@ -82,9 +82,8 @@ def model_or_random(command: Callable[..., None]) -> Callable[..., None]:
 @click.option(
     "--shortlist",
     type=click.IntRange(min=2),
-    default=None,
     metavar="N",
-    help="Also run ours with a head of N rows (which N makes no difference to speed).",
+    help="Also run ours with logits of N ids alone, as `generate --shortlist` (here the first N).",
 )
 def decode(tokens: int, prompt_tokens: int, shortlist: int | None, **options: Any) -> None:
     """One stream: how fast a prompt is read, and how fast tokens are written after 8 others."""
