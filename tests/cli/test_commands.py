@@ -169,6 +169,21 @@ def test_packing_and_the_precisions_of_eval(run: Path, tmp_path: Path) -> None:
     assert max(abs(score - exact) for score in scores.values()) < 0.05 * exact
 
 
+def test_a_model_to_ship_tells_the_same_story(run: Path, tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    packed = tinystories("pack", str(run), "--out", str(small))
+    assert packed.returncode == 0, packed.stderr
+    assert packed.stdout.startswith(f"{small}: ")
+    words = ["--seed", "1", "--max-tokens", "20", "--engine", "cpu"]
+    expected = tinystories("generate", str(run), *words, "--precision", "int8")
+    for precision in ("auto", "int8"):
+        assert tinystories("generate", str(small), *words, "--precision", precision).stdout == expected.stdout
+    assert tinystories("generate", str(small), *words[:4], "--engine", "torch").returncode == 0
+    assert "exists; choose another --out" in one_line_error(tinystories("pack", str(run), "--out", str(small)))
+    wrong = tinystories("pack", str(run), "--out", str(tmp_path / "x"), "--precision", "int4")
+    assert "--out is for int8" in one_line_error(wrong)
+
+
 def test_a_shortlist_is_made_told_of_and_used(run: Path, sample_data: Path, tmp_path: Path) -> None:
     """With all ids that the training stories hold, greedy stories are the same; no other id wins."""
     model = tmp_path / "model"

@@ -28,21 +28,36 @@ if TYPE_CHECKING:
     help="Also choose the N ids that are most frequent in the stories of --data, for `generate --shortlist`.",
 )
 @click.option("--data", type=click.Path(path_type=Path), help="Folder made by `tinystories prepare`.")
-def pack(model: Path, precision: tuple[str, ...], shortlist: int | None, data: Path | None) -> None:
+@click.option(
+    "--out", type=click.Path(path_type=Path), metavar="DIR", help="Write a model directory of int8 weights alone, to ship."
+)
+def pack(model: Path, precision: tuple[str, ...], shortlist: int | None, data: Path | None, out: Path | None) -> None:
     """Pack the weights of MODEL for the CPU engine.
 
     Writes packed-int8.safetensors or packed-int4.safetensors into its folder; `generate` does so when it needs one.
+
+    With --out nothing is written there: DIR becomes a model directory of a quarter of the size, with int8 weights and
+    no others. Every command and engine reads it.
 
     With --shortlist also shortlist.json, and says what it costs: `generate --shortlist` (in any precision of the CPU
     engine) computes the logits of these ids alone, and never writes another. `eval` always uses all ids.
     """
     from tinystories.checkpoint import read_model
+    from tinystories.engine.cpu.shipped import ship
     from tinystories.engine.cpu.weights import Mapped, packed, packed_path
     from tinystories.errors import UserError
 
     if (shortlist is None) != (data is None):
         raise UserError("--shortlist N and --data DIR belong together")
     files = read_model(model, check_weights=False)
+    if out is not None:
+        if (precision, shortlist) != (("int8",), None):
+            raise UserError("--out is for int8 and all ids: leave --precision and --shortlist out")
+        if out.exists():
+            raise UserError(f"{out} exists; choose another --out")
+        ship(files, out)
+        click.echo(f"{out}: {sum(file.stat().st_size for file in out.iterdir()) / 1e6:,.1f} MB")
+        return
     if shortlist is not None and data is not None:
         choose(files, shortlist, data)
     for name in precision:
