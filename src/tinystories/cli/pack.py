@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 )
 @click.option("--data", type=click.Path(path_type=Path), help="Folder made by `tinystories prepare`.")
 @click.option(
-    "--out", type=click.Path(path_type=Path), metavar="DIR", help="Write a model directory of int8 weights alone, to ship."
+    "--out", type=click.Path(path_type=Path), metavar="DIR", help="Write a small model directory: int8 weights alone."
 )
 def pack(model: Path, precision: tuple[str, ...], shortlist: int | None, data: Path | None, out: Path | None) -> None:
     """Pack the weights of MODEL for the CPU engine.
