@@ -33,16 +33,20 @@ def load(
     device: "str | torch.device" = "auto",
     precision: str = "auto",
     threads: int | None = None,
+    shortlist: bool = False,
 ) -> "Storyteller":
     """A storyteller from a model directory (what `tinystories train` writes).
 
     `engine`: auto, cpu, torch; auto is cpu but where CUDA is at hand. `device` of torch: auto, cpu, cuda, cuda:1, mps.
     `precision`: auto, fp32; int8, int4 (cpu); bf16 (torch, where the hardware has it). `threads` of the CPU engine: as
-    many as there are cores. `UserError` where the model is missing or damaged, or what it needs is not installed.
+    many as there are cores. `shortlist`: write only the ids that `tinystories pack --shortlist` chose (cpu), which is
+    faster. `UserError` where the model is missing or damaged, or what it needs is not installed.
     """
     from tinystories.generate.storyteller import Storyteller
 
-    return Storyteller.load(model, engine=engine, device=device, precision=precision, threads=threads)
+    return Storyteller.load(
+        model, engine=engine, device=device, precision=precision, threads=threads, shortlist=shortlist
+    )
 
 
 def __getattr__(name: str) -> Any:

@@ -17,7 +17,7 @@ from tinystories.errors import UserError
 T = TypeVar("T")
 
 UNIONS = (Union, UnionType)  # `int | Literal["auto"]` is the one or the other by the version of Python
-PRESETS = ("nano", "small", "base", "seed-89m", "modern-89m")
+PRESETS = ("nano", "small", "storyteller", "base", "seed-89m", "modern-89m")
 CLASSIC_ONLY = ("learned_positions", "activation", "qkv_bias", "scaled_scores", "window")
 
 

@@ -43,6 +43,22 @@ def test_a_peer_writes_the_ids_that_ours_writes(command: str, peer: str, capsys:
         assert scores["ratios"][f"tinystories fp32 / {name}"] > 0
 
 
+def test_a_shortlist_is_a_row_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    task = ["--tokens", "6", "--prompt-tokens", "9", "--shortlist", "9", "--only", "tinystories:int4,tinystories:int8"]
+    found, _ = bench(capsys, "decode", *SMALL, *task, "--json")
+    rows = ["tinystories int4", "tinystories int4, 9 ids", "tinystories int8", "tinystories int8, 9 ids"]
+    assert list(found["decode"]["tokens_per_s"]) == rows
+    assert list(found["decode"]["ratios"]) == [f"{rows[1]} / {rows[0]}", f"{rows[3]} / {rows[2]}"]
+
+
+def test_a_shortlist_is_compared_with_peers(capsys: pytest.CaptureFixture[str]) -> None:
+    needed("llama.cpp")
+    task = ["--tokens", "2", "--prompt-tokens", "2", "--shortlist", "9", "--only", "tinystories:fp32,llama.cpp:fp32"]
+    found, _ = bench(capsys, "decode", *SMALL, *task, "--json")
+    names = ["tinystories fp32 / llama.cpp fp32", "tinystories fp32, 9 ids / llama.cpp fp32"]
+    assert list(found["decode"]["ratios"])[:2] == names
+
+
 def test_classic_runs_beside_ctranslate2(capsys: pytest.CaptureFixture[str]) -> None:
     needed("ctranslate2")
     shape = ["--preset", "seed-89m", "--vocab", "64", "--runs", "1", "--tokens", "3", "--prompt-tokens", "4"]
@@ -68,6 +84,8 @@ def test_what_is_not_installed_is_left_out_and_named(
         (["decode", *SMALL, "--only", "vllm"], "there is no such program or precision"),
         (["decode", *SMALL, "--only", "torch:int4"], "there is no such program or precision"),
         (["decode", *SMALL, "--tokens", "5000"], "do not fit the model's context"),
+        (["decode", *SMALL, "--shortlist", "64"], "not shorter than the vocabulary"),
+        (["decode", *SMALL, "--shortlist", "9", "--only", "torch"], "--only leaves out"),
         (["decode", "somewhere", "--preset", "nano"], "either MODEL or --preset"),
         (["decode", "nowhere"], "no such model directory"),
         (["startup"], "needs a MODEL"),

@@ -169,6 +169,58 @@ def test_packing_and_the_precisions_of_eval(run: Path, tmp_path: Path) -> None:
     assert max(abs(score - exact) for score in scores.values()) < 0.05 * exact
 
 
+def test_a_model_to_ship_tells_the_same_story(run: Path, tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    packed = tinystories("pack", str(run), "--out", str(small))
+    assert packed.returncode == 0, packed.stderr
+    assert packed.stdout.startswith(f"{small}: ")
+    words = ["--seed", "1", "--max-tokens", "20", "--engine", "cpu"]
+    expected = tinystories("generate", str(run), *words, "--precision", "int8")
+    for precision in ("auto", "int8"):
+        assert tinystories("generate", str(small), *words, "--precision", precision).stdout == expected.stdout
+    assert tinystories("generate", str(small), *words[:4], "--engine", "torch").returncode == 0
+    assert "exists; choose another --out" in one_line_error(tinystories("pack", str(run), "--out", str(small)))
+    wrong = tinystories("pack", str(run), "--out", str(tmp_path / "x"), "--precision", "int4")
+    assert "--out is for int8" in one_line_error(wrong)
+
+
+def test_a_shortlist_is_made_told_of_and_used(run: Path, sample_data: Path, tmp_path: Path) -> None:
+    """With all ids that the training stories hold, greedy stories are the same; no other id wins."""
+    model = tmp_path / "model"
+    shutil.copytree(run, model)
+    generate = ["generate", str(model), "--seed", "1", "--max-tokens", "20", "--temperature", "0", "--precision"]
+    assert "has no shortlist" in one_line_error(tinystories(*generate, "int4", "--shortlist"))
+    packed = tinystories("pack", str(model), "--precision", "int4", "--shortlist", "205", "--data", str(sample_data))
+    assert packed.returncode == 0, packed.stderr
+    lines = packed.stdout.splitlines()
+    assert lines[0] == f"{model}/shortlist.json: 205 of 400 ids, 100.00% of the training tokens"
+    assert re.fullmatch(r"0\.\d\d% of the validation tokens are others; \d+\.\d% of the stories need one", lines[1])
+    assert lines[2].startswith(f"{model}/packed-int4.safetensors: ")
+    for precision in ("fp32", "int8", "int4"):
+        listed = tinystories(*generate, precision, "--shortlist")
+        assert listed.returncode == 0, listed.stderr
+        assert listed.stdout == tinystories(*generate, precision).stdout
+    (model / "shortlist.json").write_text("{}")
+    assert "shortlist.json is damaged" in one_line_error(tinystories(*generate, "int8", "--shortlist"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("pack MODEL --shortlist 100", "--shortlist N and --data DIR belong together"),
+        ("pack MODEL --data DATA", "--shortlist N and --data DIR belong together"),
+        ("pack MODEL --data nowhere --shortlist 100", "nowhere holds no prepared data"),
+        ("pack MODEL --data DATA --shortlist 1", "a shortlist of 1 ids cannot be made"),
+        ("pack MODEL --data DATA --shortlist 999", "a shortlist of 999 ids cannot be made"),
+        ("generate MODEL --shortlist --engine torch", "--shortlist is for the CPU engine: add --engine cpu"),
+    ],
+)
+def test_shortlists_that_cannot_be_are_refused(run: Path, sample_data: Path, words: str, message: str) -> None:
+    places = {"MODEL": str(run), "DATA": str(sample_data)}
+    assert message in one_line_error(tinystories(*(places.get(word, word) for word in words.split())))
+    assert not list(run.glob("shortlist*"))
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [("--temperature -1", "temperature"), ("--top-p 0", "top_p"), ("--min-p 2", "min_p"), ("--engine llama", "engine")],

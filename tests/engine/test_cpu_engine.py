@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from folders import opened, saved
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -52,19 +53,9 @@ def uncached(model: GPT, ids: list[int]) -> np.ndarray:
         return model.logits(model(torch.tensor([ids])))[0].numpy()
 
 
-def saved(folder: Path, model: GPT, data: Path) -> Path:
-    with checkpoint.whole(folder) as draft:
-        checkpoint.write_model(draft, model, Tokenizer.load(data), SamplingConfig(), {})
-    return folder
-
-
 @pytest.fixture
 def folder(build: Build, sample_data: Path, tmp_path: Path) -> Path:
     return saved(tmp_path / "model", build(vocab_size=400, tied=False), sample_data)
-
-
-def opened(folder: Path, precision: weights.Precision = "int8", **options: Any) -> CpuEngine:
-    return CpuEngine.load(checkpoint.read_model(folder, check_weights=False), precision=precision, **options)
 
 
 def test_steps_equal_one_pass_up_to_the_last_place(build: Build, shape: dict[str, object]) -> None:

@@ -79,9 +79,15 @@ def model_or_random(command: Callable[..., None]) -> Callable[..., None]:
 @model_or_random
 @click.option("--tokens", type=click.IntRange(min=2), default=200, show_default=True, help="To write, greedily.")
 @click.option("--prompt-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="To read (prefill).")
-def decode(tokens: int, prompt_tokens: int, **options: Any) -> None:
+@click.option(
+    "--shortlist",
+    type=click.IntRange(min=2),
+    metavar="N",
+    help="Also run ours with logits of N ids alone, as `generate --shortlist` (here the first N).",
+)
+def decode(tokens: int, prompt_tokens: int, shortlist: int | None, **options: Any) -> None:
     """One stream: how fast a prompt is read, and how fast tokens are written after 8 others."""
-    with contest(options, streams=1, room=max(tokens + 8, prompt_tokens)) as turn:
+    with contest(options, streams=1, room=max(tokens + 8, prompt_tokens), shortlist=shortlist or 0) as turn:
         read = turn.measure("prefill", [turn.prompt(prompt_tokens)], 1, prompt_tokens)
         write = turn.measure("decode", [turn.prompt(8)], tokens, tokens)
         turn.finish(read | write, prompt_tokens=prompt_tokens, tokens=tokens)
@@ -153,8 +159,11 @@ def process_of(who: Who, model: Path, folder: Path, threads: int | None) -> tupl
 
 
 @contextlib.contextmanager
-def contest(options: dict[str, Any], *, streams: int, room: int) -> Iterator["Contest"]:
-    """The contestants over MODEL or random weights, ready in their processes; ended with the block."""
+def contest(options: dict[str, Any], *, streams: int, room: int, shortlist: int = 0) -> Iterator["Contest"]:
+    """The contestants over MODEL or random weights, ready in their processes; ended with the block.
+
+    With `shortlist` ours takes part a second time, with a head of so many rows.
+    """
     from tinystories.interop.contest import Contestant
     from tinystories.interop.peers import Room
 
@@ -163,14 +172,19 @@ def contest(options: dict[str, Any], *, streams: int, room: int) -> Iterator["Co
         config = weights_for(folder, options)
         if room > config.n_ctx:
             raise UserError(f"{room} tokens do not fit the model's context of {config.n_ctx}; ask for fewer")
+        if shortlist >= config.vocab_size:
+            raise UserError(f"a shortlist of {shortlist:,} ids is not shorter than the vocabulary")
         chosen = ready(folder, config, options["peers"], options["only"])
+        if shortlist and all(name != "tinystories" for name, _ in chosen):
+            raise UserError("--shortlist is of tinystories, which --only leaves out")
         place = Room(threads=options["threads"] or cores(), streams=streams, tokens=room)
         with contextlib.ExitStack() as stack:
             contestants = []
             for who in chosen:
                 tell(f"starting {label(*who)}")
-                contestants.append(Contestant(*who, folder, place))
-                stack.callback(contestants[-1].close)
+                for rows in (0, shortlist) if shortlist and who[0] == "tinystories" else (0,):
+                    contestants.append(Contestant(*who, folder, dataclasses.replace(place, shortlist=rows)))
+                    stack.callback(contestants[-1].close)
             yield Contest(config, contestants, options, place.threads)
 
 

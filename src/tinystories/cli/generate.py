@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 @device_option
 @precision_option
 @threads_option
+@click.option("--shortlist", is_flag=True, help="Write only ids that `tinystories pack --shortlist` chose: faster.")
 @click.option("--stream/--no-stream", default=True, show_default=True, help="Show text as it is made.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Also write to FILE.txt or FILE.jsonl.")
 def generate(
@@ -46,6 +47,7 @@ def generate(
     device: str,
     precision: str,
     threads: int | None,
+    shortlist: bool,
     stream: bool,
     out: Path | None,
     **sampling: float | int | None,
@@ -57,7 +59,13 @@ def generate(
     from tinystories.generate.storyteller import N_SLOTS, Storyteller
 
     teller = Storyteller.load(
-        model, engine=engine, device=device, precision=precision, n_slots=min(num, N_SLOTS), threads=threads
+        model,
+        engine=engine,
+        device=device,
+        precision=precision,
+        n_slots=min(num, N_SLOTS),
+        threads=threads,
+        shortlist=shortlist,
     )
     request = teller.request(
         prompt,

@@ -1,10 +1,14 @@
 """`tinystories pack` and `tinystories warmup`: what `generate` does by itself when it is needed, ahead of time."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from tinystories.cli.command import SETTINGS
+
+if TYPE_CHECKING:
+    from tinystories.checkpoint import ModelFiles
 
 
 @click.command(context_settings=SETTINGS)
@@ -17,22 +21,63 @@ from tinystories.cli.command import SETTINGS
     show_default=True,
     help="Bits of a weight; may be repeated.",
 )
-def pack(model: Path, precision: tuple[str, ...]) -> None:
+@click.option(
+    "--shortlist",
+    type=int,
+    metavar="N",
+    help="Also choose the N ids that are most frequent in the stories of --data, for `generate --shortlist`.",
+)
+@click.option("--data", type=click.Path(path_type=Path), help="Folder made by `tinystories prepare`.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), metavar="DIR", help="Write a small model directory: int8 weights alone."
+)
+def pack(model: Path, precision: tuple[str, ...], shortlist: int | None, data: Path | None, out: Path | None) -> None:
     """Pack the weights of MODEL for the CPU engine.
 
     Writes packed-int8.safetensors or packed-int4.safetensors into its folder; `generate` does so when it needs one.
+
+    With --out nothing is written there: DIR becomes a model directory of a quarter of the size, with int8 weights and
+    no others. Every command and engine reads it.
+
+    With --shortlist also shortlist.json, and says what it costs: `generate --shortlist` (in any precision of the CPU
+    engine) computes the logits of these ids alone, and never writes another. `eval` always uses all ids.
     """
     from tinystories.checkpoint import read_model
+    from tinystories.engine.cpu.shipped import ship
     from tinystories.engine.cpu.weights import Mapped, packed, packed_path
     from tinystories.errors import UserError
 
+    if (shortlist is None) != (data is None):
+        raise UserError("--shortlist N and --data DIR belong together")
     files = read_model(model, check_weights=False)
+    if out is not None:
+        if (precision, shortlist) != (("int8",), None):
+            raise UserError("--out is for int8 and all ids: leave --precision and --shortlist out")
+        if out.exists():
+            raise UserError(f"{out} exists; choose another --out")
+        ship(files, out)
+        click.echo(f"{out}: {sum(file.stat().st_size for file in out.iterdir()) / 1e6:,.1f} MB")
+        return
+    if shortlist is not None and data is not None:
+        choose(files, shortlist, data)
     for name in precision:
         path = packed_path(files, name)  # type: ignore[arg-type]
         if not isinstance(packed(files, name), Mapped):  # type: ignore[arg-type]
             raise UserError(f"{path} could not be written; the folder or the disk refuses it")
         sizes = path.stat().st_size / 1e6, files.weights_path.stat().st_size / 1e6
         click.echo(f"{path}: {sizes[0]:,.1f} MB ({sizes[1]:,.1f} MB in fp32)")
+
+
+def choose(files: "ModelFiles", n: int, data: Path) -> None:
+    """Write the shortlist of a model, and say what it costs."""
+    from tinystories.engine.cpu.shortlist import left_out, most_frequent, write
+
+    ids, share = most_frequent(files, data, n)
+    lost = left_out(files, data, ids) if (data / "val.bin").exists() else None
+    path = write(files, ids)
+    click.echo(f"{path}: {n:,} of {files.config.vocab_size:,} ids, {share:.2%} of the training tokens")
+    if lost:
+        click.echo(f"{lost[0]:.2%} of the validation tokens are others; {lost[1]:.1%} of the stories need one")
 
 
 @click.command(context_settings=SETTINGS)

@@ -54,15 +54,29 @@ def has_cuda() -> bool:
 
 
 def load_engine(
-    model: Any, *, engine: str, device: Any, precision: str, n_slots: int, threads: int | None = None
+    model: Any,
+    *,
+    engine: str,
+    device: Any,
+    precision: str,
+    n_slots: int,
+    threads: int | None = None,
+    shortlist: bool = False,
 ) -> tuple[ModelFiles, Engine]:
-    """A model directory, and the engine over it. `UserError` where it cannot run here."""
+    """A model directory, and the engine over it, which writes only ids of the model's shortlist where that is wanted.
+
+    `UserError` where it cannot run here.
+    """
     if pick_engine(engine, device, precision) == "cpu":
+        from tinystories.engine.cpu import shortlist as short
         from tinystories.engine.cpu.engine import CpuEngine
 
         files = read_model(model, check_weights=False)
         chosen: Any = "int8" if precision == "auto" else precision
-        return files, CpuEngine.load(files, precision=chosen, n_slots=n_slots, threads=threads)
+        ids = short.read(files) if shortlist else None
+        return files, CpuEngine.load(files, precision=chosen, n_slots=n_slots, threads=threads, shortlist=ids)
+    if shortlist:
+        raise UserError("--shortlist is for the CPU engine: add --engine cpu")
     if threads is not None:
         raise UserError("--threads is for the CPU engine; OMP_NUM_THREADS sets those of torch")
     files = read_model(model)

@@ -68,10 +68,20 @@ class Storyteller:
         precision: str = "auto",
         n_slots: int = N_SLOTS,
         threads: int | None = None,
+        shortlist: bool = False,
     ) -> "Storyteller":
-        """From a model directory. `UserError` where it is missing or damaged, or where the engine cannot run here."""
+        """From a model directory. `UserError` where it is missing or damaged, or where the engine cannot run here.
+
+        With `shortlist` it writes only the ids that `tinystories pack --shortlist` chose, and scores nothing.
+        """
         files, chosen = load_engine(
-            model, engine=engine, device=device, precision=precision, n_slots=n_slots, threads=threads
+            model,
+            engine=engine,
+            device=device,
+            precision=precision,
+            n_slots=n_slots,
+            threads=threads,
+            shortlist=shortlist,
         )
         return cls(chosen, files.tokenizer(), files.sampling)
 

@@ -18,7 +18,8 @@ class Contestant:
     """A peer's process, which waits between its turns."""
 
     def __init__(self, name: str, precision: str, folder: Path, room: Room) -> None:
-        self.name, self.precision = name, precision
+        self.name, self.precision, self.shortlist = name, precision, room.shortlist
+        self.label = f"{name} {precision}" + (f", {room.shortlist:,} ids" if room.shortlist else "")
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         command = [sys.executable, "-m", "tinystories.interop.peers", name, precision, str(folder)]
         self.process = subprocess.Popen(
@@ -33,10 +34,6 @@ class Contestant:
         except BaseException:
             self.close()
             raise
-
-    @property
-    def label(self) -> str:
-        return f"{self.name} {self.precision}"
 
     def answer(self) -> Any:
         assert self.process.stdout is not None
@@ -70,15 +67,14 @@ class Contestant:
 class Score:
     """Of one contestant at one task."""
 
-    name: str
-    precision: str
+    who: Contestant
     rates: list[float]  # tokens/s of each round
     ids: Prompts
     peak_mb: float | None
 
     @property
     def label(self) -> str:
-        return f"{self.name} {self.precision}"
+        return self.who.label
 
     @property
     def median(self) -> float:
@@ -99,7 +95,7 @@ def rounds(
     tell: Callable[[str], None],
 ) -> list[Score]:
     """`runs` rounds in which each has its turn, after one that warms up. A turn counts as `counted` tokens."""
-    scores = [Score(c.name, c.precision, [], [], None) for c in contestants]
+    scores = [Score(c, [], [], None) for c in contestants]
     for i in range(runs + 1):
         tell(f"round {i} of {runs}" if i else "warming up")
         for contestant, score in zip(contestants, scores, strict=True):
@@ -120,11 +116,17 @@ def agreement(score: Score, reference: Score) -> int:
 
 
 def pairs(scores: Sequence[Score]) -> dict[str, float]:
-    """Ours over each peer of the same precision, and our fastest over the fastest peer."""
-    ours = {s.precision: s for s in scores if s.name == "tinystories"}
-    peers = [s for s in scores if s.name not in ("tinystories", "torch")]
-    found = {f"{ours[p.precision].label} / {p.label}": ours[p.precision].over(p) for p in peers if p.precision in ours}
+    """Ours over each peer of the same precision, a shortlist over all ids, and our fastest over the fastest peer."""
+    ours = [s for s in scores if s.who.name == "tinystories"]
+    peers = [s for s in scores if s.who.name not in ("tinystories", "torch")]
+    of_all_ids = [s for s in ours if not s.who.shortlist]
+    found = {
+        f"{a.label} / {b.label}": a.over(b)
+        for b in peers + of_all_ids
+        for a in ours
+        if a.who.precision == b.who.precision and (a.who.shortlist or b in peers)
+    }
     if ours and peers:
-        best, rival = (max(them, key=lambda s: s.median) for them in (ours.values(), peers))
+        best, rival = (max(them, key=lambda s: s.median) for them in (ours, peers))
         found[f"fastest: {best.label} / {rival.label}"] = best.over(rival)
     return found

@@ -48,6 +48,7 @@ class Room:
     streams: int
     tokens: int  # of a stream, prompt and all
     device: str = "cpu"
+    shortlist: int = 0  # the head of our CPU engine has so many rows (the first); 0: all
 
 
 def why_not(name: str, config: ModelConfig) -> str | None:
@@ -150,7 +151,13 @@ def writer(name: str, precision: str, folder: Path, room: Room) -> Write:
 def cpu_engine(folder: Path, precision: str, room: Room) -> Write:
     from tinystories.engine.cpu.engine import CpuEngine
 
-    engine = CpuEngine.load(files_of(folder), precision=precision, n_slots=room.streams, threads=room.threads)  # type: ignore[arg-type]
+    engine = CpuEngine.load(
+        files_of(folder),
+        precision=precision,  # type: ignore[arg-type]
+        n_slots=room.streams,
+        threads=room.threads,
+        shortlist=np.arange(room.shortlist) if room.shortlist else None,
+    )
     return by_protocol(engine)
 
 

@@ -24,8 +24,15 @@ class CpuEngine:
     """`Engine` over weights as `weights.source_of` (fp32) or `weights.packed` give them."""
 
     def __init__(
-        self, config: ModelConfig, weights: Mapping[str, Array], *, n_slots: int = 1, threads: int | None = None
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, Array],
+        *,
+        n_slots: int = 1,
+        threads: int | None = None,
+        shortlist: Array | None = None,
     ) -> None:
+        """With `shortlist` the logits of ids that are not in it are -inf; such an engine writes, and scores nothing."""
         if n_slots < 1:
             raise UserError(f"the number of slots must be at least 1, not {n_slots}")
         most = 4 * (os.cpu_count() or 1)
@@ -38,11 +45,17 @@ class CpuEngine:
             )
         self.config, self.n_slots = config, n_slots
         self.lengths = [0] * n_slots
-        self.machine = Machine(config, weights, threads or physical_cores())
+        self.machine = Machine(config, weights, threads or physical_cores(), shortlist)
 
     @classmethod
     def load(
-        cls, files: ModelFiles, *, precision: Precision = "int8", n_slots: int = 1, threads: int | None = None
+        cls,
+        files: ModelFiles,
+        *,
+        precision: Precision = "int8",
+        n_slots: int = 1,
+        threads: int | None = None,
+        shortlist: Array | None = None,
     ) -> "CpuEngine":
         """The engine of a model directory, whose weights need not have been checked; packs them where needed."""
         if precision not in get_args(Precision):
@@ -50,7 +63,7 @@ class CpuEngine:
         if precision == "fp32":
             files.check_weights()
         weights = source_of(files) if precision == "fp32" else packed(files, precision)
-        return cls(files.config, weights, n_slots=n_slots, threads=threads)
+        return cls(files.config, weights, n_slots=n_slots, threads=threads, shortlist=shortlist)
 
     @functools.cached_property
     def cache(self) -> "Cache":
@@ -86,6 +99,8 @@ class CpuEngine:
         self.lengths[slot] = 0
 
     def logprobs(self, sequences: Sequence[Ids]) -> list[npt.NDArray[np.floating[Any]]]:
+        if self.machine.shortlist is not None:
+            raise UserError("a shortlist gives no probabilities of the ids it leaves out; score without --shortlist")
         results = []
         for ids in checked_sequences(sequences, self.config):
             scored = np.empty(len(ids) - 1, dtype=np.float32)

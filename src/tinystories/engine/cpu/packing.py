@@ -3,6 +3,8 @@
 int8: one fp32 scale for each row. int4: one bf16 scale for each group of 32 columns; values -8..7, stored plus 8.
 """
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -10,6 +12,7 @@ from tinystories.engine.cpu.fields import BLOCK, GROUP
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
+Array = npt.NDArray[Any]
 
 SMALLEST = 1e-30  # a smaller scale stands for zeros: its inverse would overflow
 
@@ -87,3 +90,15 @@ def unpack_int4(packed: Bytes, scales: npt.NDArray[np.uint16], rows: int, inner:
     halves = np.stack([both & 15, both >> 4], axis=2).astype(np.float32) - 8  # block, group, half, four, row, column
     values = halves * from_bf16(scales).reshape(-1, n_groups, 1, 1, BLOCK, 1)
     return values.transpose(0, 4, 1, 2, 3, 5).reshape(-1, n_groups * GROUP)[:rows, :inner]
+
+
+def rows_of(packed: Array, row_ids: npt.NDArray[np.int64], word: type, n_rows: int) -> Array:
+    """Some rows of a packed matrix of n_rows, packed as well: of its blocks or of its scales.
+
+    `word` is a type as wide as what stands together of one row: two columns of int8, four of int4, or one scale.
+    """
+    blocks = packed.view(word).reshape(padded(n_rows, BLOCK) // BLOCK, -1, BLOCK)
+    chosen = np.zeros((padded(len(row_ids), BLOCK) // BLOCK, blocks.shape[1], BLOCK), dtype=word)
+    to = np.arange(len(row_ids))
+    chosen[to // BLOCK, :, to % BLOCK] = blocks[row_ids // BLOCK, :, row_ids % BLOCK]
+    return chosen.reshape(-1).view(packed.dtype)

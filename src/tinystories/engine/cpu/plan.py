@@ -23,7 +23,7 @@ from tinystories.engine.cpu.fields import (
     MODEL,
     RELU,
 )
-from tinystories.engine.cpu.packing import padded, unpack_int4, unpack_int8
+from tinystories.engine.cpu.packing import padded, rows_of, unpack_int4, unpack_int8
 from tinystories.engine.cpu.team import Team
 from tinystories.errors import UserError
 from tinystories.positions import rotary_tables, sinusoid_table
@@ -37,11 +37,16 @@ ROWS = 64  # of one call: more rows use the weights better, and need more memory
 class Machine:
     """Runs new tokens through the model, in several threads."""
 
-    def __init__(self, config: ModelConfig, weights: Mapping[str, Array], threads: int) -> None:
-        """`weights`: fp32 arrays by their names in `model.safetensors`, or what `weights.pack` makes of them."""
-        self.config, self.n_threads = config, threads
+    def __init__(
+        self, config: ModelConfig, weights: Mapping[str, Array], threads: int, shortlist: Array | None = None
+    ) -> None:
+        """`weights`: fp32 arrays by their names in `model.safetensors`, or what `weights.pack` makes of them.
+
+        `shortlist`: ids whose rows of the head are computed; the logits of all others are -inf.
+        """
+        self.config, self.n_threads, self.shortlist = config, threads, shortlist
         self.forward = native.load()
-        self.model = Model(config, weights)
+        self.model = Model(config, weights, shortlist)
         self.room = Room(config, self.model, threads)
 
     def run(
@@ -64,7 +69,11 @@ class Machine:
             call[CALL.keys], call[CALL.values] = keys, values
             call[CALL.counter], call[CALL.arrived] = team.counter.ctypes.data, team.counter[0]
             team.run(functools.partial(self.forward, self.model.at, room.at, self.config.norm_eps))
-            return room.logits[first:n_rows, : self.config.vocab_size].copy()
+            if self.shortlist is None:
+                return room.logits[first:n_rows, : self.config.vocab_size].copy()
+            logits = np.full((n_rows - first, self.config.vocab_size), -np.inf, dtype=np.float32)
+            logits[:, self.shortlist] = room.logits[first:n_rows, : len(self.shortlist)]
+            return logits
 
 
 class Room:
@@ -101,7 +110,7 @@ class Room:
 class Model:
     """The table that says where the weights are; embeds tokens."""
 
-    def __init__(self, config: ModelConfig, weights: Mapping[str, Array]) -> None:
+    def __init__(self, config: ModelConfig, weights: Mapping[str, Array], shortlist: Array | None = None) -> None:
         self.config, self.weights = config, weights
         self.kept: list[Array] = []
         self.table = table = np.zeros(MODEL.layers + config.n_layer * LAYER.size, dtype=np.int64)
@@ -116,7 +125,11 @@ class Model:
         table[MODEL.norm] = self.address("norm.weight", np.float32, C)
         if classic:
             table[MODEL.norm_bias] = self.address("norm.bias", np.float32, C)
-        self.matrix(MODEL.head, EMBEDDING if config.tied else HEAD, config.vocab_size, C)
+        if shortlist is None:
+            self.matrix(MODEL.head, EMBEDDING if config.tied else HEAD, config.vocab_size, C)
+        else:
+            self.weights = {**weights, **self.short_head(shortlist)}
+            self.matrix(MODEL.head, SHORT_HEAD, len(shortlist), C)
         for i in range(config.n_layer):
             at, layer = MODEL.layers + i * LAYER.size, f"layers.{i}."
             table[at + LAYER.window] = config.window_of(i) or config.n_ctx
@@ -163,6 +176,19 @@ class Model:
             kind, weights = INT4, self.address(f"{name}.int4", np.uint8, outer * groups * GROUP // 2)
             scales = self.address(f"{name}.scales", np.uint16, outer * groups)
         table[at + MATRIX.kind], table[at + MATRIX.weights], table[at + MATRIX.scales] = kind, weights, scales
+
+    def short_head(self, ids: Array) -> dict[str, Array]:
+        """The rows of the head for these ids, as a matrix of its own."""
+        weights, head, V = self.weights, EMBEDDING if self.config.tied else HEAD, self.config.vocab_size
+        if head in weights:
+            return {SHORT_HEAD: weights[head][ids]}
+        kind, words = (
+            ("int8", (np.uint16, np.float32)) if f"{head}.int8" in weights else ("int4", (np.uint32, np.uint16))
+        )
+        return {
+            f"{SHORT_HEAD}.{part}": rows_of(weights[f"{head}.{part}"], ids, word, V)
+            for part, word in zip((kind, "scales"), words, strict=True)
+        }
 
     def outer(self, name: str) -> int:
         """Padded number of rows of a matrix: of the head, or of a kind of matrix of the blocks."""

@@ -1,0 +1,98 @@
+"""`shortlist.json` beside a model: the ids that writing may be limited to, so that the head has few rows to read."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tinystories.checkpoint import DRAFT, ModelFiles, read_json, write_json
+from tinystories.data.prepared import open_split, read_meta
+from tinystories.errors import UserError
+
+FORMAT = 1
+NAME = "shortlist.json"
+CHUNK = 1 << 24  # tokens counted at once
+
+Array = npt.NDArray[Any]
+
+
+def most_frequent(files: ModelFiles, data: Path, n: int) -> tuple[Array, float]:
+    """The end's id and the n - 1 others that are most frequent in prepared training stories (of equals the lower ones),
+    ascending; and the share of the stories' tokens that they are.
+
+    `UserError` where the data are of another tokenizer, or n is not from 2 to the number of ids that occur in them.
+    """
+    tokens, _ = split_of(files, data, "train")
+    counts = np.zeros(files.config.vocab_size, dtype=np.int64)
+    for start in range(0, len(tokens), CHUNK):
+        counts += np.bincount(tokens[start : start + CHUNK], minlength=len(counts))
+    most = min(np.count_nonzero(counts), len(counts) - 1)
+    if not 2 <= n <= most:
+        raise UserError(f"a shortlist of {n:,} ids cannot be made of {data}; choose from 2 to {most:,}")
+    ranks = counts.copy()
+    ranks[files.tokenizer().end_id] = len(tokens) + 1
+    ids = np.sort(np.argsort(-ranks, kind="stable")[:n])
+    return ids, float(counts[ids].sum() / len(tokens))
+
+
+def left_out(files: ModelFiles, data: Path, ids: Array) -> tuple[float, float]:
+    """Shares of the validation tokens that are not among the ids, and of the validation stories that hold one."""
+    tokens, index = split_of(files, data, "val")
+    outside = np.ones(files.config.vocab_size, dtype=bool)
+    outside[ids] = False
+    missing = outside[tokens]
+    return float(missing.mean()), float(np.logical_or.reduceat(missing, index[:-1, 0].astype(np.intp)).mean())
+
+
+def split_of(files: ModelFiles, data: Path, split: str) -> tuple[np.memmap, npt.NDArray[np.uint64]]:
+    """As `open_split`, of data whose ids are the model's."""
+    if read_meta(data).tokenizer_sha256 != files.tokenizer().sha256:
+        cure = f"prepare it with --tokenizer {files.folder / 'tokenizer.json'}"
+        raise UserError(f"{data} was prepared with another tokenizer than the model's; {cure}")
+    tokens, index = open_split(data, split)
+    if tokens.max() >= files.config.vocab_size:
+        raise UserError(f"{data / split}.bin is damaged: it holds id {tokens.max()}; prepare the data again")
+    return tokens, index
+
+
+def write(files: ModelFiles, ids: Array) -> Path:
+    """Beside the model; whole or not at all. `UserError` where that is refused."""
+    path = files.folder / NAME
+    draft = path.with_suffix(DRAFT)
+    facts = {
+        "format": FORMAT,
+        "tokenizer_sha256": files.tokenizer().sha256,
+        "vocab_size": files.config.vocab_size,
+        "ids": ids.tolist(),
+    }
+    try:
+        write_json(draft, facts | {"sha256": digest_of(facts)})
+        os.replace(draft, path)
+    except OSError as error:
+        raise UserError(f"{path} could not be written: {error.strerror}") from None
+    return path
+
+
+def read(files: ModelFiles) -> Array:
+    """The model's list, ascending. `UserError` where there is none, or it is damaged or of another vocabulary."""
+    path, cure = files.folder / NAME, f"tinystories pack {files.folder} --shortlist 8000 --data DIR"
+    if not path.exists():
+        raise UserError(f"{files.folder} has no shortlist; make one with: {cure}")
+    facts, end_id, vocab_size = read_json(path), files.tokenizer().end_id, files.config.vocab_size
+    if facts.pop("sha256", None) != digest_of(facts) or facts.get("format") != FORMAT:
+        raise UserError(f"{path} is damaged; make it again with: {cure}")
+    if (facts.get("tokenizer_sha256"), facts.get("vocab_size")) != (files.tokenizer().sha256, vocab_size):
+        raise UserError(f"{path} is of another vocabulary than the model's; make it again with: {cure}")
+    ids = facts.get("ids")
+    whole = isinstance(ids, list) and all(type(i) is int and 0 <= i < vocab_size for i in ids)
+    if not whole or ids != sorted(set(ids)) or end_id not in ids:
+        raise UserError(f"{path} does not hold ids of the model in order, the end's among them; make it with: {cure}")
+    return np.array(ids)
+
+
+def digest_of(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
