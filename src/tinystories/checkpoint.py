@@ -179,11 +179,19 @@ def write_arrays(
     provenance: Mapping[str, Any],
 ) -> None:
     """As `write_model`, without torch. Weights: contiguous, fp32, by the names that `saved_weights` gives."""
-    from safetensors.numpy import save_file
-
-    save_file(dict(weights), folder / WEIGHTS, metadata={"format": "pt"})
+    save_weights(folder / WEIGHTS, weights)
     tokenizer.save(folder / "tokenizer.json")
     describe(folder, config, sampling, provenance, WEIGHTS)
+
+
+def save_weights(path: Path, weights: Mapping[str, npt.NDArray[Any]]) -> None:
+    """A safetensors file, which others may read as any new file: the library leaves it to its owner alone."""
+    from safetensors.numpy import save_file
+
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(weights), path, metadata={"format": "pt"})
+    path.chmod(mode)
 
 
 def describe(

@@ -114,11 +114,8 @@ def differences(ours: Logits, theirs: Logits) -> tuple[float, float]:
 
 
 def require_likeness(form: Format, precision: str, largest: float, divergence: float) -> None:
-    if form.divergence[precision]:
-        alike = divergence <= form.divergence[precision]
-    else:
-        alike = largest <= LARGEST
-    if not alike:  # also where they are not numbers
+    rounded = form.divergence[precision]
+    if not (divergence <= rounded if rounded else largest <= LARGEST):  # also where they are not numbers
         raise UserError(
             f"the file does not say what the model says (logits differ by up to {largest:.2g}, divergence"
             f" {divergence:.2g}); nothing was written"

@@ -27,14 +27,12 @@ NEEDS = 'reading a Hugging Face folder back needs transformers: pip install "tin
 def write(model: Portable, path: Path, precision: str) -> None:
     """Fill a new folder. The tokenizer puts END before a text, as the model has learned to read."""
     assert precision == "f32"
-    from safetensors.numpy import save_file
-
     settings, weights = for_transformers(model.config, model.weights)
     end_id = model.tokenizer.end_id
     ends = {"bos_token_id": end_id, "eos_token_id": end_id, "pad_token_id": end_id}
     settings |= ends | {"architectures": [f"{CLASSES[settings['model_type']]}ForCausalLM"], "dtype": "float32"}
     path.mkdir()
-    save_file(weights, path / checkpoint.WEIGHTS, metadata={"format": "pt"})
+    checkpoint.save_weights(path / checkpoint.WEIGHTS, weights)
     checkpoint.write_json(path / "config.json", settings)
     sampling = {name: getattr(model.sampling, name) for name in SAMPLING}
     if sampling["temperature"] == 0:  # greedy, which transformers says otherwise
@@ -141,10 +139,7 @@ def tokenizer_of(path: Path, given: Path | None, settings: Mapping[str, Any], vo
     end_id = next((settings[name] for name in ("bos_token_id", "eos_token_id") if settings.get(name) is not None), None)
     if isinstance(end_id, list) and end_id:
         end_id = end_id[0]
-    if given is None and not file.is_file():
-        text = from_merges(path, vocab_size)
-    else:
-        text = Tokenizer.load(file).text
+    text = Tokenizer.load(file).text if given or file.is_file() else from_merges(path, vocab_size)
     if end_id is None and json.loads(text)["added_tokens"]:
         return Tokenizer(text, str(file))
     if type(end_id) is not int:
