@@ -192,6 +192,7 @@ class ScheduleConfig:
 class TrainConfig:
     """One clock: `step` counts optimizer steps. One row is one window of n_ctx tokens."""
 
+    init: str = setting("", "model directory whose weights training begins with; empty: random ones")
     steps: int = setting(2000, "optimizer steps of the whole run")
     batch_size: int = setting(32, "rows of n_ctx tokens in an optimizer step")
     micro_batch: int | Literal["auto"] = setting(

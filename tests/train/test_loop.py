@@ -118,6 +118,33 @@ def test_an_interrupt_during_an_evaluation_loses_nothing(
     assert (broken / "model.safetensors").read_bytes() == (straight / "model.safetensors").read_bytes()
 
 
+def test_a_run_may_begin_with_the_weights_of_another(config: Config, tmp_path: Path) -> None:
+    train(config, tmp_path / "first")
+    first = load_file(tmp_path / "first" / "model.safetensors")
+    longer = changed(changed(config, "model", n_ctx=48, dropout=0.0), "train", init=str(tmp_path / "first"))
+    train(changed(longer, "optim", learning_rate=1e-12, muon_rate=1e-12), tmp_path / "still")
+    for name, weight in load_file(tmp_path / "still" / "model.safetensors").items():
+        torch.testing.assert_close(weight, first[name], atol=1e-9, rtol=0)
+    train(longer, tmp_path / "second")
+    scores = [records(tmp_path / run)[-1]["val_bits_per_byte"] for run in ("still", "second")]
+    assert scores[1] < scores[0], "it has learned more"
+    described = checkpoint.read_model(tmp_path / "second")
+    assert (described.config.n_ctx, described.provenance["began_with"]) == (48, str(tmp_path / "first"))
+
+
+def test_a_run_cannot_begin_with_other_shapes_or_ids(config: Config, tmp_path: Path) -> None:
+    train(changed(config, "train", steps=1), tmp_path / "first")
+    further = changed(config, "train", init=str(tmp_path / "first"))
+    with pytest.raises(UserError, match=r"model\.n_ff is 64, but .*first has 32; set it to that"):
+        train(changed(further, "model", n_ff=64), tmp_path / "other")
+    with pytest.raises(UserError, match="nowhere: no such model directory"):
+        train(changed(config, "train", init="nowhere"), tmp_path / "other")
+    prepare("sample", tmp_path / "data", tokenizer="bpe:400", val_fraction=0.2, progress=False)
+    with pytest.raises(UserError, match="another tokenizer than the data"):
+        train(changed(further, "data", dir=str(tmp_path / "data")), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
 def test_resuming_a_finished_run_changes_nothing(config: Config, tmp_path: Path) -> None:
     train(config, tmp_path / "run")
     before = {p: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.is_file()}

@@ -199,6 +199,8 @@ class Trainer:
             "train_seconds": round(clock.seconds, 1),
             "seed": self.config.train.seed,
         }
+        if self.config.train.init:
+            facts["began_with"] = self.config.train.init
         for record in metrics.records[-3:]:
             if record["step"] == clock.step and "val_stories" in record:
                 facts |= {name: record[name] for name in ("val_bits_per_byte", "val_stories")}

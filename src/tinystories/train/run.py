@@ -61,6 +61,8 @@ def train_on(config: Config, run: Path, last: Path | None, world: World) -> Bits
             )
         clock = trainer.clock
         trainer.recent = Recent(clock.recent_nats, clock.recent_targets, clock.recent_seconds)
+    elif config.train.init:
+        state.begin_with(Path(config.train.init), trainer.model, trainer.tokenizer)
     if world.first:
         if last is not None:
             checkpoint.publish(last, run)  # a kill may have come between a checkpoint and its publication

@@ -113,6 +113,23 @@ def read_config(folder: Path) -> Config:
     return load_config(folder / "state" / "config.toml")
 
 
+def begin_with(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
+    """Give a new run the weights of a model directory, whose context and dropout may be others.
+
+    `UserError` where its tokenizer or another setting of its shape is not the run's.
+    """
+    files = checkpoint.read_model(folder)
+    if files.tokenizer().sha256 != tokenizer.sha256:
+        raise UserError(f"{folder} has another tokenizer than the data; prepare them with --tokenizer {folder}")
+    theirs, ours = dataclasses.asdict(files.config), dataclasses.asdict(model.config)
+    for name in theirs.keys() - {"n_ctx", "dropout"}:
+        if theirs[name] != ours[name]:
+            raise UserError(f"model.{name} is {ours[name]}, but {folder} has {theirs[name]}; set it to that")
+    if files.is_packed:
+        raise UserError(f"{folder} has packed weights alone, which are rounded; train on from the model they come from")
+    checkpoint.load_weights(files, model)
+
+
 def restore(folder: Path, model: GPT, optimizers: Optimizers) -> Clock:
     """Bring model and optimizers to the state of a checkpoint; returns its clock."""
     checkpoint.load_weights(checkpoint.read_model(folder), model)
