@@ -1,6 +1,7 @@
 """llama2.c's files hold our models exactly, and theirs are read as run.c reads them."""
 
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -310,13 +311,15 @@ def test_run_c_tells_what_we_tell(programs: Path, published: Path, tmp_path: Pat
 
 @pytest.mark.interop
 def test_run_c_reads_our_own_vocabulary(programs: Path, model: Portable, tmp_path: Path) -> None:
-    """It puts a space in front of the text, so it tells what we tell after that."""
+    """It puts a space in front, so it tells what we tell after one; it prints no bytes that are no text."""
     model.write(tmp_path / "model")
     export(model, "llama2c", tmp_path / "m.bin")
     teller = Storyteller.load(tmp_path / "model", engine="cpu", precision="fp32", n_slots=1)
     story = teller.generate(" Once upon a time", temperature=0, max_tokens=12)
     theirs = told(programs / "run", tmp_path / "m.bin", "Once upon a time")
-    assert theirs[:20] == story.text.lstrip()[:20]
+    theirs, ours = (re.sub(r"[^ -~]", "", text) for text in (theirs, story.text.lstrip()))
+    assert len(ours) > len("Once upon a time")
+    assert theirs.startswith(ours)
 
 
 @pytest.mark.interop

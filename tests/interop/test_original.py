@@ -20,6 +20,7 @@ from tinystories.data.sources import stories
 from tinystories.data.vocabulary import train_bpe
 from tinystories.errors import UserError
 from tinystories.interop.imports import import_model
+from tinystories.interop.portable import Portable
 from tinystories.model import GPT
 from tinystories.positions import sinusoid_table
 
@@ -101,7 +102,8 @@ LAYOUTS: dict[str, Callable[[State], Any]] = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_is_the_same_model(classic: GPT, tokenizer: Path, tmp_path: Path, layout: str) -> None:
     torch.save(LAYOUTS[layout](dict(classic.state_dict())), tmp_path / "gpt.pt")
-    found = import_model(str(tmp_path / "gpt.pt"), tokenizer)
+    import_model(str(tmp_path / "gpt.pt"), tokenizer).write(tmp_path / "model")
+    found = Portable.read(tmp_path / "model")
     assert found.config == dataclasses.replace(classic.config, dropout=0)
     ids = np.arange(3, 43)
     with torch.no_grad():
@@ -116,9 +118,8 @@ def test_without_a_head_the_embedding_is_it(classic: GPT, tokenizer: Path, tmp_p
         if kind == "equal":
             state["lm_head.weight"] = state["embed_tokens.weight"]
         torch.save(state, tmp_path / "gpt.pt")
-        found = import_model(str(tmp_path / "gpt.pt"), tokenizer)
-        assert found.config.tied
-        found.check()
+        import_model(str(tmp_path / "gpt.pt"), tokenizer).write(tmp_path / kind)
+        assert Portable.read(tmp_path / kind).config.tied
 
 
 def test_biases_that_are_not_there_are_zero(classic: GPT, tokenizer: Path, tmp_path: Path) -> None:
@@ -128,6 +129,21 @@ def test_biases_that_are_not_there_are_zero(classic: GPT, tokenizer: Path, tmp_p
     found = import_model(str(tmp_path / "gpt.pt"), tokenizer)
     found.check()
     assert not found.weights["layers.1.mlp.up_proj.bias"].any()
+
+
+def test_learned_positions_and_gelu_are_settings_or_refused(classic: GPT, tokenizer: Path, tmp_path: Path) -> None:
+    state = {f"transformer.{name.replace('layers.', 'h.')}": weight for name, weight in classic.state_dict().items()}
+    state = renamed(state, [(r"mlp\.up_proj", "mlp.c_fc"), ("embed_tokens", "wte")])
+    state["transformer.wpe.weight"] = torch.ones(40, 128)
+    torch.save({"model": state, "model_args": {"n_head": 4}}, tmp_path / "gpt.pt")
+    settings = {"learned_positions": True, "activation": "gelu_erf", "n_head": 4, "n_ctx": 40}
+    if settings.keys() <= {field.name for field in dataclasses.fields(ModelConfig)}:
+        found = import_model(str(tmp_path / "gpt.pt"), tokenizer)
+        assert settings.items() <= dataclasses.asdict(found.config).items()
+        found.check()
+    else:
+        with pytest.raises(UserError, match="has activation and learned_positions, which our classic models do not"):
+            import_model(str(tmp_path / "gpt.pt"), tokenizer)
 
 
 def test_what_is_assumed_is_told(

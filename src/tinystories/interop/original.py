@@ -185,7 +185,7 @@ def config_of(
     if layers != set(range(len(layers))) or len(layers) > DEEPEST:
         raise UserError(f"{path}: blocks are missing; there are {len(layers)}, the last is number {max(layers)}")
     head = found.get("lm_head.weight")
-    settings: dict[str, Any] = {"tied": head is None or (head.shape == embedding.shape and (head == embedding).all())}
+    settings: dict[str, Any] = {"tied": head is None or np.array_equal(head, embedding)}
     if settings["tied"]:
         found.pop("lm_head.weight", None)
     table = found.pop("pe", None)
