@@ -190,6 +190,12 @@ def test_damage_is_named(whole: Path, tmp_path: Path, name: str, at: int, value:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_longer_file_is_refused(whole: Path, tmp_path: Path) -> None:
+    (tmp_path / "m.bin").write_bytes((whole / "v0.bin").read_bytes() + bytes(4))
+    with pytest.raises(UserError, match="its header asks for"):
+        import_model(str(tmp_path / "m.bin"), whole / "tokenizer.bin")
+
+
 @given(st.sampled_from(["v0.bin", "v1.bin", "v2.bin"]), st.data())
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_every_cut_is_noticed(whole: Path, tmp_path: Path, name: str, data: st.DataObject) -> None:
