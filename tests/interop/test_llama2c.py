@@ -1,7 +1,10 @@
 """llama2.c's files hold our models exactly, and theirs are read as run.c reads them."""
 
+import os
+import re
 import shutil
 import struct
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -187,6 +190,12 @@ def test_damage_is_named(whole: Path, tmp_path: Path, name: str, at: int, value:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_longer_file_is_refused(whole: Path, tmp_path: Path) -> None:
+    (tmp_path / "m.bin").write_bytes((whole / "v0.bin").read_bytes() + bytes(4))
+    with pytest.raises(UserError, match="its header asks for"):
+        import_model(str(tmp_path / "m.bin"), whole / "tokenizer.bin")
+
+
 @given(st.sampled_from(["v0.bin", "v1.bin", "v2.bin"]), st.data())
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_every_cut_is_noticed(whole: Path, tmp_path: Path, name: str, data: st.DataObject) -> None:
@@ -275,3 +284,51 @@ def test_the_published_model_goes_out_byte_for_byte(published: Path, tmp_path: P
     export(Portable.read(published), "llama2c", tmp_path / "m.bin")
     assert (tmp_path / "m.bin").read_bytes() == peer("stories260K.bin").read_bytes()
     assert (tmp_path / "m.tokenizer.bin").read_bytes() == peer("tok512.bin").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """run and runq, compiled from the sources in LLAMA2C_DIR."""
+    if "LLAMA2C_DIR" not in os.environ or not shutil.which("cc"):
+        pytest.skip("needs LLAMA2C_DIR, a copy of github.com/karpathy/llama2.c, and a C compiler")
+    folder = tmp_path_factory.mktemp("programs")
+    for name in ("run", "runq"):
+        source = Path(os.environ["LLAMA2C_DIR"]) / f"{name}.c"
+        subprocess.run(["cc", "-O2", "-o", folder / name, source, "-lm"], check=True, capture_output=True)
+    return folder
+
+
+def told(program: Path, checkpoint: Path, prompt: str) -> str:
+    """100 tokens, greedily; what of a character its program cannot print is left out."""
+    table = checkpoint.with_suffix(".tokenizer.bin")
+    command = [program, checkpoint, "-z", table, "-t", "0", "-n", "100", "-i", prompt]
+    return subprocess.run(command, check=True, capture_output=True).stdout.decode(errors="ignore").strip("\n")
+
+
+@pytest.mark.interop
+def test_run_c_tells_what_we_tell(programs: Path, published: Path, tmp_path: Path) -> None:
+    export(Portable.read(published), "llama2c", tmp_path / "m.bin")
+    teller = Storyteller.load(published, engine="cpu", precision="fp32", n_slots=1)
+    story = teller.generate("Once upon a time", temperature=0, max_tokens=100)
+    theirs = told(programs / "run", tmp_path / "m.bin", "Once upon a time")
+    assert len(theirs) > 200
+    assert story.text.startswith(theirs)
+
+
+@pytest.mark.interop
+def test_run_c_reads_our_own_vocabulary(programs: Path, model: Portable, tmp_path: Path) -> None:
+    """It puts a space in front, so it tells what we tell after one; it prints no bytes that are no text."""
+    model.write(tmp_path / "model")
+    export(model, "llama2c", tmp_path / "m.bin")
+    teller = Storyteller.load(tmp_path / "model", engine="cpu", precision="fp32", n_slots=1)
+    story = teller.generate(" Once upon a time", temperature=0, max_tokens=12)
+    theirs = told(programs / "run", tmp_path / "m.bin", "Once upon a time")
+    theirs, ours = (re.sub(r"[^ -~]", "", text) for text in (theirs, story.text.lstrip()))
+    assert len(ours) > len("Once upon a time")
+    assert theirs.startswith(ours)
+
+
+@pytest.mark.interop
+def test_runq_reads_8_bits(programs: Path, published: Path, tmp_path: Path) -> None:
+    export(Portable.read(published), "llama2c", tmp_path / "m.bin", precision="q8_0")
+    assert told(programs / "runq", tmp_path / "m.bin", "Once upon a time").startswith(BEGINNING)

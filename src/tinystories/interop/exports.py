@@ -25,8 +25,9 @@ class Format:
     """How a kind of file is written, and what other code makes of it.
 
     `write(model, path, precision)` may put companions beside the path; it returns the file's id of each of ours where
-    they differ. `logits(path, ids)` reads the file as its users will and returns (T, V). `divergence`: of each precision, the first being the default, the largest mean
-    Kullback-Leibler divergence (nats) of what it predicts from what the model does; fp32 is held to LARGEST instead.
+    they differ. `logits(path, ids)` reads the file as its users will and returns (T, V). `divergence`: of each
+    precision, the first being the default, the largest mean Kullback-Leibler divergence (nats) of what it predicts from
+    what the model does; fp32 is held to LARGEST instead.
     `hint`: what to do with the file next.
     """
 

@@ -1,0 +1,239 @@
+"""State dicts of the original program and of programs like it, whatever they call their weights."""
+
+import dataclasses
+import os
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tinystories.config import ModelConfig
+from tinystories.data.sources import stories
+from tinystories.data.vocabulary import train_bpe
+from tinystories.errors import UserError
+from tinystories.interop.imports import import_model
+from tinystories.interop.portable import Portable
+from tinystories.model import GPT
+from tinystories.positions import sinusoid_table
+
+State = dict[str, Tensor]
+LECTURE = [
+    (r"embed_tokens", "token_embedding_table"),
+    (r"layers\.(\d+)\.", r"blocks.\1."),
+    (r"self_attn\.o_proj", "sa.proj"),
+    (r"mlp\.up_proj", "ffwd.net.0"),
+    (r"mlp\.down_proj", "ffwd.net.2"),
+    (r"input_layernorm", "ln1"),
+    (r"post_attention_layernorm", "ln2"),
+    (r"^norm", "ln_f"),
+]
+SEPARATE = [*LECTURE, (r"self_attn\.q_proj", "attn.query"), (r"self_attn\.k_proj", "attn.key")]
+SEPARATE += [(r"self_attn\.v_proj", "attn.value"), (r"sa\.proj", "attn.out_proj"), (r"ffwd\.net\.0", "ff.fc1")]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    train_bpe(300, stories("sample")).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def classic(tiny: Callable[..., ModelConfig], awake: Callable[[ModelConfig], GPT]) -> GPT:
+    """Heads are 64 wide, as in the original."""
+    return awake(
+        tiny(
+            architecture="classic", vocab_size=300, n_ctx=512, n_embd=128, n_head=2, n_ff=96, tied=False, qk_norm=False
+        )
+    )
+
+
+def renamed(state: State, table: list[tuple[str, str]]) -> State:
+    for old, new in table:
+        state = {re.sub(old, new, name): weight for name, weight in state.items()}
+    return state
+
+
+def by_heads(state: State, n_head: int) -> State:
+    """As the lecture has it: every head its own three matrices and its own mask."""
+    out = {}
+    for name, weight in state.items():
+        if match := re.fullmatch(r"(layers\.\d+\.self_attn)\.([qkv])_proj\.weight", name):
+            word = {"q": "query", "k": "key", "v": "value"}[match[2]]
+            for i, part in enumerate(weight.chunk(n_head)):
+                out[f"{match[1].replace('self_attn', 'sa')}.heads.{i}.{word}.weight"] = part
+                out[f"{match[1].replace('self_attn', 'sa')}.heads.{i}.tril"] = torch.ones(512, 512).tril()
+        else:
+            out[name] = weight
+    return renamed(out, LECTURE)
+
+
+def fused(state: State) -> State:
+    out = {name: weight for name, weight in state.items() if not re.search(r"[qkv]_proj", name)}
+    for i in range(2):
+        parts = [state[f"layers.{i}.self_attn.{letter}_proj.weight"] for letter in "qkv"]
+        out[f"layers.{i}.self_attn.qkv.weight"] = torch.cat(parts)
+    return out
+
+
+LAYOUTS: dict[str, Callable[[State], Any]] = {
+    "ours": lambda state: state,
+    "the lecture": lambda state: by_heads(state, 2),
+    "separate q, k, v": lambda state: renamed(state, SEPARATE),
+    "fused": fused,
+    "compiled": lambda state: {f"_orig_mod.module.{name}": weight for name, weight in state.items()},
+    "model": lambda state: {"model": state, "optimizer": {"lr": 1e-3}, "iter_num": 3},
+    "state_dict": lambda state: {"state_dict": state},
+    "model_state_dict": lambda state: {"model_state_dict": state, "epoch": 1},
+    "with its sinusoids": lambda state: state | {"pos_enc.pe": torch.from_numpy(sinusoid_table(512, 128))[None]},
+    "with sizes": lambda state: {"model": state, "model_args": {"n_head": 2, "block_size": 512}},
+    "half precision": lambda state: {name: weight.half() for name, weight in state.items()},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_is_the_same_model(classic: GPT, tokenizer: Path, tmp_path: Path, layout: str) -> None:
+    torch.save(LAYOUTS[layout](dict(classic.state_dict())), tmp_path / "gpt.pt")
+    import_model(str(tmp_path / "gpt.pt"), tokenizer).write(tmp_path / "model")
+    found = Portable.read(tmp_path / "model")
+    assert found.config == dataclasses.replace(classic.config, dropout=0)
+    ids = np.arange(3, 43)
+    with torch.no_grad():
+        expected = classic.logits(classic(torch.from_numpy(ids)[None]))[0].numpy()
+    np.testing.assert_allclose(found.logits(ids), expected, atol=0.05 if layout == "half precision" else 1e-4)
+
+
+def test_without_a_head_the_embedding_is_it(classic: GPT, tokenizer: Path, tmp_path: Path) -> None:
+    state = dict(classic.state_dict())
+    for kind in ("absent", "equal"):
+        state.pop("lm_head.weight", None)
+        if kind == "equal":
+            state["lm_head.weight"] = state["embed_tokens.weight"]
+        torch.save(state, tmp_path / "gpt.pt")
+        import_model(str(tmp_path / "gpt.pt"), tokenizer).write(tmp_path / kind)
+        assert Portable.read(tmp_path / kind).config.tied
+
+
+def test_biases_that_are_not_there_are_zero(classic: GPT, tokenizer: Path, tmp_path: Path) -> None:
+    state = {name: weight for name, weight in classic.state_dict().items() if not name.endswith("bias")}
+    state["layers.0.self_attn.q_proj.bias"] = torch.zeros(128)
+    torch.save(state, tmp_path / "gpt.pt")
+    found = import_model(str(tmp_path / "gpt.pt"), tokenizer)
+    found.check()
+    assert not found.weights["layers.1.mlp.up_proj.bias"].any()
+
+
+def test_learned_positions_and_gelu_are_settings_or_refused(classic: GPT, tokenizer: Path, tmp_path: Path) -> None:
+    state = {f"transformer.{name.replace('layers.', 'h.')}": weight for name, weight in classic.state_dict().items()}
+    state = renamed(state, [(r"mlp\.up_proj", "mlp.c_fc"), ("embed_tokens", "wte")])
+    state["transformer.wpe.weight"] = torch.ones(40, 128)
+    torch.save({"model": state, "model_args": {"n_head": 4}}, tmp_path / "gpt.pt")
+    settings = {"learned_positions": True, "activation": "gelu_erf", "n_head": 4, "n_ctx": 40}
+    if settings.keys() <= {field.name for field in dataclasses.fields(ModelConfig)}:
+        found = import_model(str(tmp_path / "gpt.pt"), tokenizer)
+        assert settings.items() <= dataclasses.asdict(found.config).items()
+        found.check()
+    else:
+        with pytest.raises(UserError, match="has activation and learned_positions, which our classic models do not"):
+            import_model(str(tmp_path / "gpt.pt"), tokenizer)
+
+
+def test_what_is_assumed_is_told(
+    classic: GPT, tokenizer: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.save(dict(classic.state_dict()), tmp_path / "gpt.pt")
+    import_model(str(tmp_path / "gpt.pt"), tokenizer)
+    assert "heads are 64 wide" in caplog.text
+    assert "the context is 512 tokens" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers.0.gate.weight": torch.ones(3, 3)}, "weight layers.0.gate.weight is not known"),
+        ({"lm_head.bias": torch.ones(300)}, "its head has a bias"),
+        ({"ln_f.weight": torch.ones(128)}, "weight ln_f.weight is there twice"),
+        ({"embed_tokens.weight": None}, "is no GPT"),
+        ({"layers.3.ln1.weight": torch.ones(128)}, "blocks are missing; there are 3, the last is number 3"),
+        ({"layers.0.mlp.up_proj.weight": torch.ones(96, 7)}, "they do not fit"),
+        ({"layers.0.mlp.up_proj.weight": torch.ones(2**40, 0)}, "they do not fit"),
+        ({"layers.1.mlp.up_proj.weight": torch.ones(96, 7)}, "up_proj.weight is"),
+        ({"layers.0.attn.tril": torch.ones(0, 2**40), "pe": torch.ones(0, 2**40)}, "table of positions"),
+        ({"layers.0.mlp.down_proj.weight": None}, "down_proj.weight is missing"),
+        ({"layers.1.mlp.up_proj.weight": torch.full((96, 128), torch.nan)}, "not finite"),
+        ({"norm.weight": torch.ones(128, dtype=torch.int32)}, "norm.weight is torch.int32"),
+        ({"pe": torch.ones(512, 128)}, "table of positions is not that of"),
+        ({"norm.weight": "text"}, "'norm.weight' is no tensor"),
+        ({"norm.weight": torch.ones(1).expand(2**40)}, "is larger than the file"),
+        ({"norm.weight": torch.ones(128).to_sparse()}, "not a plain tensor"),
+    ],
+)
+def test_unknown_parts_are_refused_by_name(
+    classic: GPT, tokenizer: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    state = {n: w for n, w in (dict(classic.state_dict()) | changes).items() if w is not None}
+    torch.save(state, tmp_path / "gpt.pt")
+    with pytest.raises(UserError, match=message):
+        import_model(str(tmp_path / "gpt.pt"), tokenizer).write(tmp_path / "out")
+
+
+class Hostile:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.folder),)
+
+
+def test_code_in_a_pickle_does_not_run(tokenizer: Path, tmp_path: Path) -> None:
+    torch.save({"model": Hostile(tmp_path / "ran")}, tmp_path / "gpt.pt")
+    (tmp_path / "bare.pt").write_bytes(pickle.dumps(Hostile(tmp_path / "ran")))
+    for name in ("gpt.pt", "bare.pt"):
+        with pytest.raises(UserError, match="is not a whole file of tensors") as caught:
+            import_model(str(tmp_path / name), tokenizer)
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("content", [{}, [1, 2], torch.ones(3), {"model": {}}])
+def test_other_contents_are_refused(tokenizer: Path, tmp_path: Path, content: Any) -> None:
+    torch.save(content, tmp_path / "gpt.pt")
+    with pytest.raises(UserError, match=r"holds no state dict|is no tensor"):
+        import_model(str(tmp_path / "gpt.pt"), tokenizer)
+
+
+@given(st.data())
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_damage_is_a_user_error(classic: GPT, tokenizer: Path, tmp_path: Path, data: st.DataObject) -> None:
+    """Cut short it is always refused; with a flipped bit it is refused or another model."""
+    if not (tmp_path / "whole.pt").exists():
+        torch.save(dict(classic.state_dict()), tmp_path / "whole.pt")
+    content = bytearray((tmp_path / "whole.pt").read_bytes())
+    at = data.draw(st.one_of(st.integers(0, len(content) - 1), st.integers(0, 4000)))
+    cut = data.draw(st.booleans())
+    if cut:
+        content = content[:at]
+    else:
+        content[at] ^= 1 << data.draw(st.integers(0, 7))
+    (tmp_path / "gpt.pt").write_bytes(content)
+    try:
+        import_model(str(tmp_path / "gpt.pt"), tokenizer).check()
+    except UserError:
+        return
+    assert not cut
+
+
+def test_another_vocabulary_needs_its_tokenizer(classic: GPT, tmp_path: Path) -> None:
+    torch.save(dict(classic.state_dict()), tmp_path / "gpt.pt")
+    with pytest.raises(UserError, match=r"300 ids, which are not GPT-2's; give its tokenizer\.json by --tokenizer"):
+        import_model(str(tmp_path / "gpt.pt"))
