@@ -48,6 +48,8 @@ def test_a_shortlist_is_a_row_of_its_own(capsys: pytest.CaptureFixture[str]) -> 
     found, _ = bench(capsys, "decode", *SMALL, *task, "--json")
     rows = ["tinystories int4", "tinystories int4, 9 ids", "tinystories int8", "tinystories int8, 9 ids"]
     assert list(found["decode"]["tokens_per_s"]) == rows
+    same = found["decode"]["same_ids"]
+    assert same[rows[1]] < same[rows[0]] == 1
     assert list(found["decode"]["ratios"]) == [f"{rows[1]} / {rows[0]}", f"{rows[3]} / {rows[2]}"]
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from tinystories.data.prepare import prepare
+
 ROOT = Path(__file__).parents[2]
 TINY = "--model.n_layer 1 --model.n_embd 16 --model.n_ff 32 --model.n_head 2 --model.n_ctx 64 --train.device cpu"
 SHORT = "--train.steps 6 --train.batch_size 4 --train.micro_batch 2 --train.log_every 2 --train.eval_every 4"
@@ -200,6 +202,10 @@ def test_a_shortlist_is_made_told_of_and_used(run: Path, sample_data: Path, tmp_
         listed = tinystories(*generate, precision, "--shortlist")
         assert listed.returncode == 0, listed.stderr
         assert listed.stdout == tinystories(*generate, precision).stdout
+    prepare("sample", tmp_path / "all", tokenizer=str(model / "tokenizer.json"), val_fraction=0, progress=False)
+    packed = tinystories("pack", str(model), "--shortlist", "100", "--data", str(tmp_path / "all"))
+    assert packed.returncode == 0, packed.stderr
+    assert "validation" not in packed.stdout
     (model / "shortlist.json").write_text("{}")
     assert "shortlist.json is damaged" in one_line_error(tinystories(*generate, "int8", "--shortlist"))
 

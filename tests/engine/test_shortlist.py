@@ -94,21 +94,21 @@ def test_a_shortlist_scores_nothing(folder: Path) -> None:
         opened(folder, shortlist=LIST).logprobs([[1, 2]])
 
 
-def test_the_most_frequent_ids_and_what_they_leave_out(folder: Path, sample_data: Path) -> None:
+@pytest.mark.parametrize("n", [100, 180, 195])
+def test_the_most_frequent_ids_and_what_they_leave_out(folder: Path, sample_data: Path, n: int) -> None:
     files = checkpoint.read_model(folder)
-    ids, share = shortlist.most_frequent(files, sample_data, 190)
+    ids, share = shortlist.most_frequent(files, sample_data, n)
     end_id = files.tokenizer().end_id
     train, _ = open_split(sample_data, "train")
     counts = collections.Counter(train.tolist())
     ranked = sorted(counts.keys() - {end_id}, key=lambda token: (-counts[token], token))
-    assert ids.tolist() == sorted([end_id, *ranked[:189]])
+    assert ids.tolist() == sorted([end_id, *ranked[: n - 1]])
     assert share == pytest.approx(sum(counts[token] for token in ids.tolist()) / len(train))
     val, index = open_split(sample_data, "val")
     stories = [set(val[a:b].tolist()) for (a, _), (b, _) in itertools.pairwise(index)]
     tokens_lost, stories_lost = shortlist.left_out(files, sample_data, ids)
     assert tokens_lost == pytest.approx(np.isin(val, ids, invert=True).mean())
     assert tokens_lost > 0
-    assert 0 < stories_lost < 1
     assert stories_lost == pytest.approx(np.mean([not story <= set(ids.tolist()) for story in stories]))
 
 
@@ -179,7 +179,7 @@ def changed(facts: dict[str, Any], **changes: Any) -> str:
         (lambda facts: changed(facts, tokenizer_sha256="0" * 64), "another vocabulary"),
         (lambda facts: changed(facts, vocab_size=401), "another vocabulary"),
         (lambda facts: changed(facts, ids=None), "does not hold ids"),
-        (lambda facts: changed(facts, ids={"0": 0}), "does not hold ids"),
+        (lambda facts: changed(facts, ids=5), "does not hold ids"),
         (lambda facts: changed(facts, ids=[]), "does not hold ids"),
         (lambda facts: changed(facts, ids=[*facts["ids"], 400]), "does not hold ids"),
         (lambda facts: changed(facts, ids=[-1, *facts["ids"]]), "does not hold ids"),

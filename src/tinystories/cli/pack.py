@@ -70,10 +70,11 @@ def pack(model: Path, precision: tuple[str, ...], shortlist: int | None, data: P
 
 def choose(files: "ModelFiles", n: int, data: Path) -> None:
     """Write the shortlist of a model, and say what it costs."""
+    from tinystories.data.prepared import read_meta
     from tinystories.engine.cpu.shortlist import left_out, most_frequent, write
 
     ids, share = most_frequent(files, data, n)
-    lost = left_out(files, data, ids) if (data / "val.bin").exists() else None
+    lost = left_out(files, data, ids) if read_meta(data).splits["val"].stories else None
     path = write(files, ids)
     click.echo(f"{path}: {n:,} of {files.config.vocab_size:,} ids, {share:.2%} of the training tokens")
     if lost:

@@ -21,6 +21,14 @@ def padded(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
+def aligned(shape: int | tuple[int, ...], kind: Any) -> Array:
+    """A new array, not filled; it begins at a cache line of its own."""
+    n_bytes = int(np.prod(shape)) * np.dtype(kind).itemsize
+    memory = np.empty(n_bytes + 128, dtype=np.uint8)
+    begin = -memory.ctypes.data % 64
+    return memory[begin : begin + n_bytes].view(kind).reshape(shape)
+
+
 def rounded_to_int8(weight: Floats) -> tuple[npt.NDArray[np.int8], Floats]:
     """Integers -127..127 and the scale of each row."""
     scales = np.abs(weight).max(axis=1) / np.float32(127)
@@ -97,8 +105,9 @@ def rows_of(packed: Array, row_ids: npt.NDArray[np.int64], word: type, n_rows: i
 
     `word` is a type as wide as what stands together of one row: two columns of int8, four of int4, or one scale.
     """
-    blocks = packed.view(word).reshape(padded(n_rows, BLOCK) // BLOCK, -1, BLOCK)
-    chosen = np.zeros((padded(len(row_ids), BLOCK) // BLOCK, blocks.shape[1], BLOCK), dtype=word)
+    blocks: Array = packed.view(word).reshape(padded(n_rows, BLOCK) // BLOCK, -1, BLOCK)
+    chosen = aligned((padded(len(row_ids), BLOCK) // BLOCK, blocks.shape[1], BLOCK), word)
+    chosen[-1] = 0  # what no row fills
     to = np.arange(len(row_ids))
     chosen[to // BLOCK, :, to % BLOCK] = blocks[row_ids // BLOCK, :, row_ids % BLOCK]
     return chosen.reshape(-1).view(packed.dtype)

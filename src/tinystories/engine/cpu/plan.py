@@ -23,7 +23,7 @@ from tinystories.engine.cpu.fields import (
     MODEL,
     RELU,
 )
-from tinystories.engine.cpu.packing import padded, rows_of, unpack_int4, unpack_int8
+from tinystories.engine.cpu.packing import aligned, padded, rows_of, unpack_int4, unpack_int8
 from tinystories.engine.cpu.team import Team
 from tinystories.errors import UserError
 from tinystories.positions import rotary_tables, sinusoid_table
@@ -72,7 +72,8 @@ class Machine:
             if self.shortlist is None:
                 return room.logits[first:n_rows, : self.config.vocab_size].copy()
             logits = np.full((n_rows - first, self.config.vocab_size), -np.inf, dtype=np.float32)
-            logits[:, self.shortlist] = room.logits[first:n_rows, : len(self.shortlist)]
+            for row, found in zip(logits, room.logits[first:n_rows, : len(self.shortlist)], strict=True):
+                row[self.shortlist] = found  # half the time of logits[:, shortlist] = ...
             return logits
 
 
@@ -97,13 +98,10 @@ class Room:
         self.call[CALL.own_size], self.call[CALL.width], self.call[CALL.capacity] = size, width, ROWS
 
     def array(self, at: int, shape: int | tuple[int, ...], kind: Any = np.float32) -> Array:
-        """A new array, whose address goes into the table; it begins at a cache line of its own."""
-        count = int(np.prod(shape))
-        memory = np.empty(count * np.dtype(kind).itemsize + 128, dtype=np.uint8)
-        begin = -memory.ctypes.data % 64
-        array = memory[begin : begin + count * np.dtype(kind).itemsize].view(kind).reshape(shape)
+        """As `aligned`; its address goes into the table."""
+        array = aligned(shape, kind)
         self.call[at] = array.ctypes.data
-        self.kept.append(memory)
+        self.kept.append(array)
         return array
 
 

@@ -30,7 +30,7 @@ def most_frequent(files: ModelFiles, data: Path, n: int) -> tuple[Array, float]:
     counts = np.zeros(files.config.vocab_size, dtype=np.int64)
     for start in range(0, len(tokens), CHUNK):
         counts += np.bincount(tokens[start : start + CHUNK], minlength=len(counts))
-    most = min(np.count_nonzero(counts), len(counts) - 1)
+    most = min(int(np.count_nonzero(counts)), len(counts) - 1)
     if not 2 <= n <= most:
         raise UserError(f"a shortlist of {n:,} ids cannot be made of {data}; choose from 2 to {most:,}")
     ranks = counts.copy()
@@ -87,7 +87,7 @@ def read(files: ModelFiles) -> Array:
         raise UserError(f"{path} is damaged; make it again with: {cure}")
     if (facts.get("tokenizer_sha256"), facts.get("vocab_size")) != (files.tokenizer().sha256, vocab_size):
         raise UserError(f"{path} is of another vocabulary than the model's; make it again with: {cure}")
-    ids = facts.get("ids")
+    ids: Any = facts.get("ids")
     whole = isinstance(ids, list) and all(type(i) is int and 0 <= i < vocab_size for i in ids)
     if not whole or ids != sorted(set(ids)) or end_id not in ids:
         raise UserError(f"{path} does not hold ids of the model in order, the end's among them; make it with: {cure}")
