@@ -12,6 +12,7 @@ from tinystories import checkpoint
 from tinystories.config import SamplingConfig, build
 from tinystories.data.tokenizer import END, Tokenizer, one_line
 from tinystories.errors import UserError
+from tinystories.interop import original
 from tinystories.interop.hf import for_transformers, from_transformers
 from tinystories.interop.portable import Portable
 from tinystories.interop.vocabulary import with_end
@@ -98,22 +99,23 @@ def read(path: Path, tokenizer: Path | None) -> Portable:
 
 def stored_weights(path: Path) -> dict[str, Array]:
     """All weights of a folder, in one file or several, fp32."""
-    index = path / "model.safetensors.index.json"
-    if (path / checkpoint.WEIGHTS).is_file():
-        return dict(safetensors_of(path / checkpoint.WEIGHTS))
-    if index.is_file():
-        places = checkpoint.read_json(index).get("weight_map")
-        if not isinstance(places, dict) or not all(Path(str(file)).name == file for file in places.values()):
-            raise UserError(f"{index} names files outside its folder, or none; download the model again")
-        weights: dict[str, Array] = {}
-        for file in sorted(set(places.values())):
-            weights |= safetensors_of(path / file)
-        return weights
-    if (path / "pytorch_model.bin").is_file():
-        from tinystories.interop.original import state_dict_of
-
-        return state_dict_of(path / "pytorch_model.bin")
+    for name, contents in ((checkpoint.WEIGHTS, safetensors_of), ("pytorch_model.bin", state_dict_of)):
+        files, index = [name], path / f"{name}.index.json"
+        if not (path / name).is_file():
+            if not index.is_file():
+                continue
+            places = checkpoint.read_json(index).get("weight_map")
+            if not isinstance(places, dict) or not all(Path(str(file)).name == file for file in places.values()):
+                raise UserError(f"{index} names files outside its folder, or none; download the model again")
+            files = sorted(set(places.values()))
+        return {name: weight for file in files for name, weight in contents(path / file)}
     raise UserError(f"{path} holds no weights (model.safetensors or pytorch_model.bin)")
+
+
+def state_dict_of(path: Path) -> Iterator[tuple[str, Array]]:
+    for name, tensor in original.load(path)[0].items():
+        if tensor.is_floating_point():
+            yield name, tensor.float().numpy()
 
 
 def safetensors_of(path: Path) -> Iterator[tuple[str, Array]]:
