@@ -109,9 +109,10 @@ def differences(ours: Logits, theirs: Logits) -> tuple[float, float]:
     """Largest difference of logits (for logits up to 10; else relative), and mean KL divergence in nats."""
     if ours.shape != theirs.shape:
         raise UserError(f"the file gives logits of shape {theirs.shape}, not {ours.shape}")
-    largest = float(np.abs(ours - theirs).max() / max(1, np.abs(ours).max() / 10))
-    p, q = (x - np.logaddexp.reduce(x.astype(np.float64), axis=1)[:, None] for x in (ours, theirs))
-    return largest, float((np.exp(p) * (p - q)).sum(axis=1).mean())
+    with np.errstate(invalid="ignore"):  # what is not a number is found out by the caller
+        largest = float(np.abs(ours - theirs).max() / max(1, np.abs(ours).max() / 10))
+        p, q = (x - np.logaddexp.reduce(x.astype(np.float64), axis=1)[:, None] for x in (ours, theirs))
+        return largest, float((np.exp(p) * (p - q)).sum(axis=1).mean())
 
 
 def require_likeness(form: Format, precision: str, largest: float, divergence: float) -> None:

@@ -255,7 +255,7 @@ def header_of(start: bytes, path: Path) -> tuple[ModelConfig, int, int, int]:
         n_ff=F,
         n_layer=n_layer,
         n_head=n_head,
-        n_kv_head=n_kv_head,
+        n_kv_head=n_kv_head if n_kv_head < n_head else 0,
         vocab_size=V,
         n_ctx=T,
         tied=bool(tied),

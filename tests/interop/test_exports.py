@@ -1,0 +1,120 @@
+"""What holds for every format: a file that says what the model says, or none at all."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tinystories.errors import UserError
+from tinystories.interop import exports
+from tinystories.interop.exports import FORMATS, differences, export
+from tinystories.interop.imports import import_model
+from tinystories.interop.portable import Portable
+
+Build = Callable[[str], Portable]
+
+# kind -> formats that hold it; what is not here is refused
+HOLDS = {
+    "the original": {"hf", "onnx"},
+    "gpt2": {"hf", "gguf", "onnx"},
+    "gpt_neo": {"hf", "onnx"},
+    "llama": {"hf", "gguf", "llama2c", "onnx"},
+    "qwen3": {"hf", "gguf", "onnx"},
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("kind", HOLDS)
+def test_every_model_in_every_format_and_back(portable: Build, tmp_path: Path, kind: str, name: str) -> None:
+    """In fp32 to the last bit; what a format cannot hold is refused, and leaves nothing."""
+    model, out = portable(kind), tmp_path / "out" / "story"
+    if name not in HOLDS[kind]:
+        with pytest.raises(UserError):
+            export(model, name, out)
+        assert not out.parent.exists() or not list(out.parent.iterdir())
+        return
+    done = export(model, name, out)
+    assert out in done.paths
+    assert sorted(done.paths) == sorted(out.parent.iterdir())
+    assert done.largest <= 1e-4
+    assert done.n_ids == 24
+    if name == "onnx":
+        return  # for running alone
+    back = import_model(str(out.rename(out.with_suffix(".bin")) if name == "llama2c" else out))
+    assert back.config == model.config
+    assert back.weights.keys() == model.weights.keys()
+    for weight, expected in model.weights.items():
+        assert (back.weights[weight] == expected).all(), weight
+    text = "Once upon a time, Lily saw 3 naïve cats.\n\n“Hi!” she said."
+    assert back.tokenizer.encode(text) == model.tokenizer.encode(text)
+    assert back.tokenizer.end_id == model.tokenizer.end_id
+    back.write(tmp_path / "back")
+    assert Portable.read(tmp_path / "back").config == model.config
+
+
+@pytest.mark.parametrize("wrong", ["one weight", "not a number", "shape"])
+def test_a_file_that_says_something_else_is_not_kept(
+    portable: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
+    model = portable("llama")
+
+    def spoilt(path: Path, ids: list[int]) -> np.ndarray:
+        logits = model.logits(ids).copy()
+        if wrong == "shape":
+            return logits[1:]
+        logits[3, 7] = np.nan if wrong == "not a number" else logits[3, 7] + 1e-3
+        return logits
+
+    form = exports.Format({"f32": 0}, FORMATS["hf"].write, spoilt)
+    monkeypatch.setitem(FORMATS, "hf", form)
+    with pytest.raises(UserError, match="nothing was written|of shape"):
+        export(model, "hf", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_replaced_unless_asked(portable: Build, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a thesis")
+    with pytest.raises(UserError, match=r"out exists; .*--force"):
+        export(portable("llama"), "llama2c", tmp_path / "out")
+    assert (tmp_path / "out").read_text() == "a thesis"
+    done = export(portable("llama"), "llama2c", tmp_path / "out", force=True)
+    assert (tmp_path / "out").stat().st_size > 1000
+    assert sorted(tmp_path.iterdir()) == sorted(done.paths)
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "message"),
+    [("h5", "", "format h5 is not known; use one of hf"), ("hf", "q4_0", "format hf has no precision q4_0; use f32")],
+)
+def test_what_is_not_known_is_named(portable: Build, tmp_path: Path, name: str, precision: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        export(portable("llama"), name, tmp_path / "out", precision=precision)
+
+
+def test_a_place_that_cannot_be_written_is_named(portable: Build, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="could not be written"):
+        export(portable("llama"), "llama2c", tmp_path / "file" / "out")
+
+
+def test_differences_are_of_logits_and_of_what_they_predict() -> None:
+    ours = np.log(np.array([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]))
+    assert differences(ours, ours + 3) == (3, pytest.approx(0, abs=1e-12))  # adding a number changes no prediction
+    theirs = np.log(np.array([[0.25, 0.5, 0.25], [0.1, 0.1, 0.8]]))
+    largest, divergence = differences(ours, theirs)
+    assert largest == pytest.approx(np.log(2))
+    assert divergence == pytest.approx(0.25 * np.log(2) / 2)
+    assert differences(100 * ours, 100 * ours + 1)[0] == pytest.approx(10 / (100 * np.log(10)))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "cannot be read: No such file"), (b"", "is not known"), (b"\x89PNG123", "is not known")],
+)
+def test_files_of_no_known_kind_are_refused(tmp_path: Path, content: bytes | None, message: str) -> None:
+    path = tmp_path / "model.xyz"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        import_model(str(path))
