@@ -30,7 +30,7 @@ NAMES = {
 def write_gguf(config: ModelConfig, weights: Mapping[str, npt.NDArray[Any]], path: Path) -> None:
     """The model in fp32, as architecture `qwen3`, without a vocabulary: it is given ids and gives ids."""
     if config.architecture == "classic":
-        raise UserError("llama.cpp has no model like classic: its gpt2 has GELU, ours ReLU")
+        raise UserError("a GGUF file is only made of models with model.architecture = modern")
     if not config.qk_norm:
         raise UserError("a GGUF file needs a model with QK-norm (model.qk_norm = true)")
     logging.getLogger("gguf").setLevel(logging.WARNING)  # it tells every step

@@ -144,7 +144,7 @@ def to_transformers(config: ModelConfig, weights: "Mapping[str, Tensor]") -> Any
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    settings, named = for_transformers(config, {name: weight.numpy() for name, weight in weights.items()})
+    settings, named = for_transformers(config, {name: weight.cpu().numpy() for name, weight in weights.items()})
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
     tensors = {name: torch.from_numpy(array) for name, array in named.items()}
     if config.tied:

@@ -57,11 +57,13 @@ def why_not(name: str, config: ModelConfig) -> str | None:
     if missing:
         return f"needs {' and '.join(missing)}: pip install 'tinystories-gpt[bench]'"
     if name == "llama.cpp" and config.architecture == "classic":
-        return "has no model like classic: its gpt2 has GELU, ours ReLU"
+        return "is only built for the modern architecture"
     if name == "llama.cpp" and not config.qk_norm:
         return "is only built for models with QK-norm"
     if name == "ctranslate2" and not config.qk_norm and config.architecture != "classic":
         return "is only built for models with QK-norm"
+    if name == "ctranslate2" and not config.scaled_scores:
+        return "scales attention scores"
     return None
 
 
