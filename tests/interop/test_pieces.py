@@ -62,7 +62,7 @@ def test_decoding_gives_the_text_back(small: Tokenizer, text: str) -> None:
 def test_stories_have_the_ids_of_run_c_in_the_published_table() -> None:
     pieces, scores = read_table(peer("tok512.bin").read_bytes())
     tokenizer = sentencepiece([piece.strip(b"\n") for piece in pieces], scores, 1)
-    for story, _ in zip(stories("sample"), range(12), strict=False):
+    for story, _ in zip(stories("sample"), range(4), strict=False):
         ids = tokenizer.encode(story)
         assert ids == encode(pieces, scores, story)
         assert tokenizer.decode(ids) == story

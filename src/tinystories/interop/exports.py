@@ -24,14 +24,14 @@ MOST_IDS = 64  # of the text that an export is compared on
 class Format:
     """How a kind of file is written, and what other code makes of it.
 
-    `write(model, path, precision)` may put companions beside the path; `logits(path, ids)` reads the file as its users
-    will and returns (T, V). `divergence`: of each precision, the first being the default, the largest mean
+    `write(model, path, precision)` may put companions beside the path; it returns the file's id of each of ours where
+    they differ. `logits(path, ids)` reads the file as its users will and returns (T, V). `divergence`: of each precision, the first being the default, the largest mean
     Kullback-Leibler divergence (nats) of what it predicts from what the model does; fp32 is held to LARGEST instead.
     `hint`: what to do with the file next.
     """
 
     divergence: dict[str, float]
-    write: Callable[[Portable, Path, str], None]
+    write: Callable[[Portable, Path, str], Logits | None]
     logits: Callable[[Path, list[int]], Logits]
     hint: str = ""
 
@@ -41,7 +41,7 @@ LARGEST = 1e-4  # difference of logits in fp32, for logits up to 10
 FORMATS = {
     "hf": Format({"f32": 0}, hf.write, hf.logits),
     "gguf": Format({"f32": 0, "f16": 1e-4, "q8_0": 0.01, "q4_0": 0.5}, gguf.write, gguf.logits, gguf.HINT),
-    "llama2c": Format({"f32": 0, "q8_0": 0.01}, llama2c.write, llama2c.logits),
+    "llama2c": Format({"f32": 0, "q8_0": 0.01}, llama2c.write, llama2c.logits, llama2c.HINT),
     "onnx": Format({"f32": 0}, onnx_graph.write, onnx_graph.logits),
 }
 
@@ -74,9 +74,13 @@ def export(model: Portable, name: str, out: Path, *, precision: str = "", force:
     shutil.rmtree(draft, ignore_errors=True)
     try:
         draft.mkdir(parents=True)
-        form.write(model, draft / out.name, precision)
+        order = form.write(model, draft / out.name, precision)
         ids = sample_ids(model)
-        largest, divergence = differences(model.logits(ids), form.logits(draft / out.name, ids))
+        if order is None:
+            theirs = form.logits(draft / out.name, ids)
+        else:
+            theirs = form.logits(draft / out.name, order[ids].tolist())[:, order]
+        largest, divergence = differences(model.logits(ids), theirs)
         require_likeness(form, precision, largest, divergence)
         paths = [out.parent / path.name for path in sorted(draft.iterdir())]
         for path in paths:

@@ -18,6 +18,7 @@ from tinystories.engine.cpu.weights import expected_shapes
 from tinystories.errors import UserError
 from tinystories.interop import gguf_vocabulary
 from tinystories.interop.gguf_file import GgufFile, package
+from tinystories.interop.llama2c import halved, interleaved
 from tinystories.interop.portable import Portable
 
 Array = npt.NDArray[Any]
@@ -180,16 +181,6 @@ def names_of(config: ModelConfig) -> Iterator[tuple[str, str]]:
 def is_rotated(config: ModelConfig, name: str) -> bool:
     """Whether the rows of a weight stand in another order in the file."""
     return not config.qk_norm and name.endswith(("q_proj.weight", "k_proj.weight"))
-
-
-def interleaved(weight: Array, head_dim: int) -> Array:
-    """Rows i and i + D/2 of each head side by side, as rotations of neighbours want them."""
-    return weight.reshape(-1, 2, head_dim // 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
-
-
-def halved(weight: Array, head_dim: int) -> Array:
-    """The inverse of `interleaved`."""
-    return weight.reshape(-1, head_dim // 2, 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
 
 
 def config_of(file: GgufFile, architecture: str) -> ModelConfig:

@@ -162,6 +162,16 @@ def merges_in(model: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(left, right) for left, right in pairs]
 
 
+def relabelled(tokenizer: Tokenizer, ids: Sequence[int]) -> Tokenizer:
+    """The same BPE tokenizer with `ids[i]` for each id i."""
+    parts = json.loads(tokenizer.text)
+    added = {token["content"]: token["id"] for token in parts["added_tokens"]}
+    parts["model"]["vocab"] = {name: ids[i] for name, i in (parts["model"]["vocab"] | added).items()}
+    tokens = [token | {"id": ids[token["id"]]} for token in parts["added_tokens"]]
+    parts["added_tokens"] = sorted(tokens, key=lambda token: int(token["id"]))
+    return Tokenizer(json.dumps(parts, ensure_ascii=False))
+
+
 def pieces_of(tokenizer: Tokenizer) -> tuple[list[bytes], list[float]]:
     """What each id stands for, and scores by which merging the best pair first encodes as the tokenizer does.
 
