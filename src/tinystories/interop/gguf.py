@@ -197,6 +197,7 @@ def config_of(file: GgufFile, architecture: str) -> ModelConfig:
     n_head, n_embd, n_layer, n_ctx = (
         whole(key) for key in ("attention.head_count", "embedding_length", "block_count", "context_length")
     )
+    n_kv_head = whole("attention.head_count_kv", n_head)
     if TOP[EMBEDDING] not in file.tensors or n_layer > len(file.tensors) or n_ctx > MOST_CONTEXT:
         raise UserError(f"{n_layer:,} blocks, a context of {n_ctx:,} and {len(file.tensors):,} tensors cannot be")
     sizes = {
@@ -205,7 +206,7 @@ def config_of(file: GgufFile, architecture: str) -> ModelConfig:
         "n_ctx": n_ctx,
         "n_layer": n_layer,
         "n_head": n_head,
-        "n_kv_head": whole("attention.head_count_kv", n_head),
+        "n_kv_head": 0 if n_kv_head == n_head else n_kv_head,
         "n_embd": n_embd,
         "n_ff": whole("feed_forward_length"),
         "tied": TOP[HEAD] not in file.tensors,
