@@ -126,6 +126,7 @@ def test_heads_follow_from_the_sizes() -> None:
     config = ModelConfig(n_embd=96, n_head=8, n_kv_head=2)
     assert (config.head_dim, config.kv_heads) == (12, 2)
     assert ModelConfig(n_head=8).kv_heads == 8
+    assert ModelConfig(n_embd=96, n_head=8, head_size=64).head_dim == 64
 
 
 def test_the_vocabulary_comes_from_the_data() -> None:
@@ -278,7 +279,16 @@ IMPOSSIBLE: list[tuple[type, dict[str, Any], str]] = [
     (ModelConfig, {"rope_base": 1.0}, "model.rope_base=1.0 must be greater than 1"),
     (ModelConfig, {"architecture": "classic", "n_kv_head": 2}, "the classic architecture has no grouped heads"),
     (ModelConfig, {"architecture": "classic", "n_embd": 15, "n_head": 5}, "model.n_embd=15 must be even"),
+    (ModelConfig, {"architecture": "classic", "head_size": 10}, "model.head_size=10: the heads of the classic"),
+    (ModelConfig, {"architecture": "classic", "window": -1}, "model.window=-1 must not be negative"),
     (ModelConfig, {"n_embd": 12, "n_head": 4}, "model.n_embd/model.n_head=3 must be even"),
+    (ModelConfig, {"head_size": 9}, "model.head_size=9 must be even"),
+    (ModelConfig, {"head_size": -2}, "model.head_size=-2 must not be negative"),
+    (ModelConfig, {"learned_positions": True}, "model.learned_positions=True needs model.architecture=classic"),
+    (ModelConfig, {"activation": "gelu_erf"}, "model.activation=gelu_erf needs model.architecture=classic"),
+    (ModelConfig, {"qkv_bias": True}, "model.qkv_bias=True needs model.architecture=classic"),
+    (ModelConfig, {"scaled_scores": False}, "model.scaled_scores=False needs model.architecture=classic"),
+    (ModelConfig, {"window": 8}, "model.window=8 needs model.architecture=classic"),
     (OptimConfig, {"learning_rate": 0.0}, "optim.learning_rate=0.0 must be positive"),
     (OptimConfig, {"beta1": 1.0}, "optim.beta1=1.0 must be in [0, 1)"),
     (OptimConfig, {"beta1": -0.1}, "optim.beta1=-0.1 must be in [0, 1)"),
@@ -349,6 +359,8 @@ def test_not_a_number_is_refused_everywhere(kind: type, name: str) -> None:
         (ModelConfig, {"dropout": 0.0, "n_kv_head": 1}),
         (ModelConfig, {"architecture": "classic", "n_head": 4, "n_kv_head": 4}),
         (ModelConfig, {"architecture": "classic", "n_embd": 12, "n_head": 4}),
+        (ModelConfig, {"architecture": "classic", "n_embd": 15, "n_head": 5, "learned_positions": True}),
+        (ModelConfig, {"n_embd": 22, "n_head": 4, "head_size": 6}),
         (ScheduleConfig, {"warmup": 0.6}),
         (ScheduleConfig, {"kind": "wsd", "warmup": 0.9, "decay": 0.1}),
         (OptimConfig, {"grad_clip": 0.0, "weight_decay": 0.0, "beta1": 0.0}),

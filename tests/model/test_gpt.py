@@ -30,6 +30,25 @@ def test_a_hidden_state_depends_on_its_past_and_on_nothing_else(model: GPT, toke
         assert (influence[1] == 0).all(), "rows of a batch must not see each other"
 
 
+def test_every_second_block_sees_as_far_as_its_window(
+    tiny: Callable[..., ModelConfig], awake: Callable[[ModelConfig], GPT], tokens: Tensor
+) -> None:
+    """By gradient, as above, of each block by its own input."""
+    model = awake(tiny(architecture="classic", window=4, n_layer=4))
+    seen: list[tuple[Tensor, Tensor]] = []
+    for layer in model.layers:
+        layer.register_forward_hook(lambda _, args, output: seen.append((args[0], output)))
+    model(tokens)
+    for i, (x, y) in enumerate(seen):
+        for t in range(tokens.shape[1]):
+            (gradient,) = torch.autograd.grad(y[0, t].square().sum(), x, retain_graph=True)
+            influence = gradient[0].abs().amax(dim=-1)
+            first = max(0, t - 3) if i % 2 else 0
+            assert (influence[first : t + 1] > 0).all()
+            assert (influence[:first] == 0).all()
+            assert (influence[t + 1 :] == 0).all()
+
+
 @settings(deadline=None, max_examples=10)
 @given(batch=st.integers(1, 5), length=st.integers(1, 24), seed=st.integers(0, 2**32))
 def test_a_batch_gives_what_its_rows_give_alone(model: GPT, batch: int, length: int, seed: int) -> None:
@@ -101,6 +120,14 @@ def test_every_weight_starts_as_gpt2s_but_the_head(architecture: str) -> None:
             into_the_stream = name.endswith(("o_proj.weight", "down_proj.weight"))
             assert weight.std().item() == pytest.approx(0.02 / (16**0.5 if into_the_stream else 1), rel=0.05), name
     assert model.lm_head.weight.std().item() == pytest.approx(1 / 96, rel=0.05)
+
+
+def test_learned_positions_start_on_the_scale_of_the_embedding(tiny: Callable[..., ModelConfig]) -> None:
+    """Else one would drown the other."""
+    torch.manual_seed(12)
+    model = GPT(tiny(architecture="classic", learned_positions=True, tied=False, n_embd=96, n_ctx=61))
+    for weight in (model.embed_tokens.weight, model.embed_positions.weight):
+        assert weight.std().item() == pytest.approx(0.02, rel=0.05)
 
 
 def test_a_seed_decides_the_weights(tiny: Callable[..., ModelConfig], architecture: str) -> None:

@@ -22,13 +22,20 @@ def gradients(model: GPT, tokens: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("architecture", ["classic", "modern"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"architecture": "classic"},
+        {"architecture": "classic", "activation": "gelu_tanh", "qkv_bias": True},
+        {"architecture": "classic", "activation": "gelu_erf", "learned_positions": True, "window": 5},
+        {"architecture": "modern"},
+    ],
+    ids=str,
+)
 def test_gradients_are_those_of_keeping_everything(
-    monkeypatch: pytest.MonkeyPatch, awake: Any, architecture: Any, dropout: float
+    monkeypatch: pytest.MonkeyPatch, awake: Any, shape: dict[str, Any], dropout: float
 ) -> None:
-    config = ModelConfig(
-        architecture=architecture, vocab_size=50, n_ctx=16, n_layer=2, n_embd=24, n_head=2, n_ff=40, dropout=dropout
-    )
+    config = ModelConfig(vocab_size=50, n_ctx=16, n_layer=2, n_embd=24, n_head=2, n_ff=40, dropout=dropout, **shape)
     model = awake(config).train()
     tokens = torch.randint(50, (3, 17), generator=torch.Generator().manual_seed(1))
     torch.manual_seed(0)

@@ -1,94 +1,323 @@
-"""Our weights as models of Hugging Face transformers, with no code of our own in them."""
+"""The same model for Hugging Face transformers and for us: names of settings and weights, both ways. NumPy alone.
 
+GPT-2 and GPT-Neo are `classic`, Llama and Qwen3 `modern`. What the other side cannot hold exactly is refused.
+"""
+
+import dataclasses
+import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
-import torch
-import transformers
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
 
-from tinystories.config import ModelConfig
+from tinystories.config import ModelConfig, build, checked
+from tinystories.engine.cpu.plan import EMBEDDING, HEAD, POSITIONS
+from tinystories.engine.cpu.weights import expected_shapes
+from tinystories.errors import UserError
 from tinystories.positions import sinusoid_table
 
+if TYPE_CHECKING:
+    from pathlib import Path
 
-def to_transformers(config: ModelConfig, weights: Mapping[str, Tensor]) -> Any:
-    """`classic` as GPT2LMHeadModel, `modern` as Qwen3ForCausalLM or, without QK-norm, LlamaForCausalLM.
+    from torch import Tensor
 
-    `weights`: by their names in `model.safetensors`. In evaluation mode; the logits are ours but for rounding.
+    from tinystories.interop.portable import Portable
+
+Array = npt.NDArray[Any]
+
+# Their settings that are ours by another name; by `model_type`.
+GPT = {"vocab_size": "vocab_size", "layer_norm_epsilon": "norm_eps", "tie_word_embeddings": "tied"}
+LLAMA = {
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "n_ctx",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "num_key_value_heads": "kv_heads",
+    "hidden_size": "n_embd",
+    "head_dim": "head_dim",
+    "intermediate_size": "n_ff",
+    "rms_norm_eps": "norm_eps",
+    "tie_word_embeddings": "tied",
+}
+SETTINGS = {
+    "gpt2": GPT
+    | {"n_positions": "n_ctx", "n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd", "n_inner": "n_ff"},
+    "gpt_neo": GPT
+    | {"max_position_embeddings": "n_ctx", "num_layers": "n_layer", "num_heads": "n_head"}
+    | {"hidden_size": "n_embd", "intermediate_size": "n_ff"},
+    "llama": LLAMA,
+    "qwen3": LLAMA,
+}
+FIELDS = {"kv_heads": "n_kv_head", "head_dim": "head_size"}  # to be set, where ours is a property
+# What transformers takes for a setting that config.json leaves out.
+GPT_DEFAULTS = {"layer_norm_epsilon": 1e-5, "tie_word_embeddings": True, "activation_function": "gelu_new"}
+LLAMA_DEFAULTS = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "gpt2": GPT_DEFAULTS,
+    "gpt_neo": GPT_DEFAULTS,
+    "llama": LLAMA_DEFAULTS,
+    "qwen3": LLAMA_DEFAULTS | {"num_key_value_heads": 32, "head_dim": 128},
+}
+# Settings that must have one of these values; the first is meant where there is none.
+ONLY: dict[str, tuple[Any, ...]] = {
+    "add_cross_attention": (False,),
+    "attention_bias": (False,),
+    "hidden_act": ("silu", "swish"),
+    "is_encoder_decoder": (False,),
+    "mlp_bias": (False,),
+    "quantization_config": (None,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "use_sliding_window": (False,),
+}
+ACTIVATIONS = {"relu": "relu", "gelu_new": "gelu_tanh", "gelu": "gelu_erf", "gelu_pytorch_tanh": "gelu_tanh"}
+
+# Modules of GPT-2 and GPT-Neo; Llama and Qwen3 have our names.
+PREFIX = {"gpt2": "transformer.", "gpt_neo": "transformer.", "llama": "model.", "qwen3": "model."}
+TOP = {"embed_tokens": "wte", "embed_positions": "wpe", "norm": "ln_f"}
+GPT_LAYER = {
+    "input_layernorm": "ln_1",
+    "post_attention_layernorm": "ln_2",
+    "mlp.up_proj": "mlp.c_fc",
+    "mlp.down_proj": "mlp.c_proj",
+}
+LAYER = {
+    "gpt2": GPT_LAYER
+    | {f"self_attn.{name}_proj": "attn.c_attn" for name in "qkv"}
+    | {"self_attn.o_proj": "attn.c_proj"},
+    "gpt_neo": GPT_LAYER
+    | {f"self_attn.{name}_proj": f"attn.attention.{name}_proj" for name in "qkv"}
+    | {"self_attn.o_proj": "attn.attention.out_proj"},
+}
+TABLES = re.compile(r"\.attn\.(attention\.)?(masked_)?bias$|rotary_emb\.inv_freq$")  # masks, frequencies: no weights
+
+
+def from_transformers(
+    settings: Mapping[str, Any], weights: Mapping[str, Array]
+) -> tuple[ModelConfig, dict[str, npt.NDArray[np.float32]]]:
+    """Our config and weights from their config.json and arrays of floating-point numbers (bf16 is none of NumPy's).
+
+    Positions that are our sinusoids, and biases of q, k and v that are all zero, are left out. `UserError` where
+    something is missing, unknown, or not to be held exactly.
     """
+    config = config_from(settings)
+    kind, shapes = settings["model_type"], expected_shapes(config)
+    places = places_of(kind, config)
+    if not any(name.startswith(PREFIX[kind]) for name in weights):  # saved without its head
+        places = {name.removeprefix(PREFIX[kind]): ours for name, ours in places.items()}
+    found = {name for name in weights if not TABLES.search(name)}
+    if config.tied and HEAD in found:
+        found.remove(HEAD)
+        embedding = next(name for name, ours in places.items() if ours == [EMBEDDING])
+        if embedding in weights and not np.array_equal(weights[HEAD], weights[embedding]):
+            raise UserError(f"{HEAD} is not {embedding}, as tie_word_embeddings in config.json says")
+    ours: dict[str, npt.NDArray[np.float32]] = {}
+    for name in sorted(places.keys() | found):
+        if name not in found or name not in places:
+            raise UserError(f"weight {name} is {'unknown' if name in found else 'missing'}")
+        array, parts, flipped = weights[name], places[name], is_transposed(kind, name)
+        shape = (sum(shapes[part][0] for part in parts), *shapes[parts[0]][1:])
+        expected = shape[::-1] if flipped else shape
+        if array.shape != expected or not np.issubdtype(array.dtype, np.floating):
+            raise UserError(f"weight {name} is {array.dtype} {array.shape}, not floating-point numbers {expected}")
+        for part, piece in zip(parts, np.split(array.T if flipped else array, len(parts)), strict=True):
+            ours[part] = np.ascontiguousarray(piece, dtype=np.float32)
+    return without_padding(config, ours)
+
+
+def for_transformers(config: ModelConfig, weights: Mapping[str, Array]) -> tuple[dict[str, Any], dict[str, Array]]:
+    """The settings of their config.json, and weights by their names; a tied head is left out. See `from_transformers`.
+
+    `weights`: by their names in `model.safetensors`. `UserError` where transformers has no such model.
+    """
+    settings = settings_for(config)
+    kind = settings["model_type"]
     if config.architecture == "classic":
-        model: Any = transformers.GPT2LMHeadModel(gpt2_config(config))
-        named = gpt2_weights(config, weights)
-    else:
-        kind = "Qwen3" if config.qk_norm else "Llama"
-        settings = llama_settings(config) | ({} if config.qk_norm else {"mlp_bias": False})
-        model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**settings))
-        named = {f"model.{name}": weight for name, weight in weights.items() if name != "lm_head.weight"}
-        named["lm_head.weight"] = weights["embed_tokens.weight" if config.tied else "lm_head.weight"]
-    model.load_state_dict(named, strict=True)
+        config, weights = with_padding(config, weights, kind)
+    named = {}
+    for name, ours in places_of(kind, config).items():
+        array = np.concatenate([weights[part] for part in ours]) if len(ours) > 1 else weights[ours[0]]
+        named[name] = np.ascontiguousarray(array.T if is_transposed(kind, name) else array)
+    return settings, named
+
+
+def to_transformers(config: ModelConfig, weights: "Mapping[str, Tensor]") -> Any:
+    """As a model of transformers in evaluation mode, with no code of our own in it; the logits are ours but for
+    rounding. `classic` is GPT2LMHeadModel or GPTNeoForCausalLM, `modern` Qwen3ForCausalLM or LlamaForCausalLM.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings, named = for_transformers(config, {name: weight.numpy() for name, weight in weights.items()})
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
+    tensors = {name: torch.from_numpy(array) for name, array in named.items()}
+    if config.tied:
+        tensors[HEAD] = tensors[theirs(settings["model_type"], EMBEDDING)]
+    model.load_state_dict(tensors, strict=True)
     return model.eval()
 
 
-def llama_settings(config: ModelConfig) -> dict[str, Any]:
+def config_from(settings: Mapping[str, Any]) -> ModelConfig:
+    """The config of all the weights that theirs has: `without_padding` makes it smaller."""
+    kind = settings.get("model_type")
+    if kind not in SETTINGS:
+        raise UserError(f"config.json: model_type={kind!r} is not one of {', '.join(SETTINGS)}")
+    for name, allowed in ONLY.items():
+        if (value := settings.get(name, allowed[0])) not in allowed:
+            raise UserError(f"config.json: {name}={value!r} is not supported, only {allowed[0]!r}")
+    given, hints = DEFAULTS[kind] | dict(settings), get_type_hints(ModelConfig)
+    values: dict[str, Any] = {"architecture": "classic" if kind in LAYER else "modern"}
+    for name, ours in SETTINGS[kind].items():
+        field, value = FIELDS.get(ours, ours), given.get(name)
+        if value is None and ours in FIELDS:
+            value = 0  # as many as n_head; n_embd / n_head
+        elif value is None and ours == "n_ff" and kind in LAYER:
+            value = 4 * values["n_embd"]
+        elif value is None:
+            raise UserError(f"config.json: {name} is missing")
+        values[field] = checked(value, hints[field], "config.json", name)
+    if kind in LAYER:
+        values |= classic_from(kind, given, values["n_layer"])
+    else:
+        values |= modern_from(kind, given, values)
+    config = build(ModelConfig, values, "config.json", "model.")
+    if config.vocab_size == 0:
+        raise UserError("config.json: vocab_size=0 must be positive")
+    return config
+
+
+def classic_from(kind: str, given: Mapping[str, Any], n_layer: int) -> dict[str, Any]:
+    values: dict[str, Any] = {"learned_positions": True, "qkv_bias": kind == "gpt2"}
+    name = given["activation_function"]
+    if not isinstance(name, str) or name not in ACTIVATIONS:
+        raise UserError(f"config.json: activation_function={name!r} is not one of {', '.join(ACTIVATIONS)}")
+    values["activation"] = ACTIVATIONS[name]
+    if kind == "gpt2":
+        return values | {"scaled_scores": given.get("scale_attn_weights", True)}
+    types = given.get("attention_types") or [[["global", "local"], 12]]
+    try:
+        layers = [which for group, times in types for _ in range(min(times, n_layer + 1)) for which in group]
+    except (TypeError, ValueError):
+        layers = []
+    if given.get("attention_layers", layers) != layers or len(layers) != n_layer:
+        raise UserError(f"config.json: attention_types={types!r} do not describe {n_layer} layers")
+    window = 0
+    if layers == ["local" if i % 2 else "global" for i in range(n_layer)] and n_layer > 1:
+        window = checked(given.get("window_size", 256), int, "config.json", "window_size")
+        if window < 1:
+            raise UserError(f"config.json: window_size={window} must be positive")
+    elif layers != ["global"] * n_layer:
+        raise UserError(f"config.json: attention_types={types!r} are not supported, only global and local in turn")
+    return values | {"scaled_scores": False, "window": window}
+
+
+def modern_from(kind: str, given: Mapping[str, Any], sizes: Mapping[str, Any]) -> dict[str, Any]:
+    rope = given.get("rope_scaling") or given.get("rope_parameters") or {}
+    plain = isinstance(rope, Mapping) and rope.keys() <= {"rope_type", "type", "rope_theta"}
+    if not plain or rope.get("rope_type", rope.get("type", "default")) != "default":
+        raise UserError(f"config.json: rope_parameters={rope!r} are not supported, only rope_theta")
+    if given.get("partial_rotary_factor") not in (None, 1):
+        raise UserError("config.json: partial_rotary_factor is not supported")
+    layers = given.get("layer_types")
+    if layers is not None and layers != ["full_attention"] * sizes["n_layer"]:
+        raise UserError(f"config.json: layer_types={layers!r} are not supported, only full_attention")
+    base = rope.get("rope_theta", given.get("rope_theta", 10000.0))
+    own_size = sizes["head_size"] * sizes["n_head"] != sizes["n_embd"]
     return {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.n_embd,
-        "intermediate_size": config.n_ff,
-        "num_hidden_layers": config.n_layer,
-        "num_attention_heads": config.n_head,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_dim,
-        "max_position_embeddings": config.n_ctx,
-        "rms_norm_eps": config.norm_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},
-        "tie_word_embeddings": config.tied,
-        "attention_bias": False,
-        "bos_token_id": None,
-        "eos_token_id": None,
+        "qk_norm": kind == "qwen3",
+        "rope_base": checked(base, float, "config.json", "rope_theta"),
+        "n_kv_head": sizes["n_kv_head"] if sizes["n_kv_head"] != sizes["n_head"] else 0,
+        "head_size": sizes["head_size"] if own_size else 0,
     }
 
 
-def gpt2_config(config: ModelConfig) -> Any:
-    return transformers.GPT2Config(
-        vocab_size=config.vocab_size,
-        n_positions=config.n_ctx,
-        n_embd=config.n_embd,
-        n_layer=config.n_layer,
-        n_head=config.n_head,
-        n_inner=config.n_ff,
-        activation_function="relu",
-        layer_norm_epsilon=config.norm_eps,
-        tie_word_embeddings=config.tied,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
+def settings_for(config: ModelConfig) -> dict[str, Any]:
+    kind = kind_for(config)
+    settings = {name: getattr(config, ours) for name, ours in SETTINGS[kind].items()}
+    settings |= {"model_type": kind, "bos_token_id": None, "eos_token_id": None}
+    if kind in LAYER:
+        settings["activation_function"] = next(name for name, ours in ACTIVATIONS.items() if ours == config.activation)
+    if kind == "gpt2":
+        settings["scale_attn_weights"] = config.scaled_scores
+    elif kind == "gpt_neo":
+        in_turn, last = divmod(config.n_layer, 2)
+        pair = ["global", "local" if config.window else "global"]
+        settings["attention_types"] = [[pair, in_turn], [["global"], last]]
+        settings |= {"window_size": config.window} if config.window else {}
+    else:
+        settings |= {"rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base}}
+        settings |= {"attention_bias": False} | ({"mlp_bias": False} if kind == "llama" else {})
+    return settings
 
 
-def gpt2_weights(config: ModelConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """GPT-2 keeps its matrices transposed, q, k and v as one with biases (zero here), positions as learned ones."""
-    named = {
-        "transformer.wte.weight": weights["embed_tokens.weight"],
-        "transformer.wpe.weight": torch.from_numpy(sinusoid_table(config.n_ctx, config.n_embd)),
-        "transformer.ln_f.weight": weights["norm.weight"],
-        "transformer.ln_f.bias": weights["norm.bias"],
-        "lm_head.weight": weights["embed_tokens.weight" if config.tied else "lm_head.weight"],
+def kind_for(config: ModelConfig) -> str:
+    """The `model_type` that can hold such a model."""
+    if config.architecture == "modern":
+        if not config.qk_norm and config.n_embd % config.n_head:
+            raise UserError(f"transformers' Llama needs model.n_embd={config.n_embd} to be a multiple of model.n_head")
+        return "qwen3" if config.qk_norm else "llama"
+    if not config.scaled_scores and not config.qkv_bias:
+        return "gpt_neo"
+    if config.window:
+        raise UserError(
+            f"transformers has no model with model.window={config.window} and"
+            f" {'model.qkv_bias=true' if config.qkv_bias else 'model.scaled_scores=true'}"
+        )
+    return "gpt2"
+
+
+def theirs(kind: str, name: str) -> str:
+    """Their name of one of our weights."""
+    if name == HEAD:
+        return name
+    if kind not in LAYER:
+        return PREFIX[kind] + name
+    module, _, part = name.rpartition(".")
+    if module in TOP:
+        return f"{PREFIX[kind]}{TOP[module]}.{part}"
+    _, layer, rest = module.split(".", 2)
+    return f"{PREFIX[kind]}h.{layer}.{LAYER[kind][rest]}.{part}"
+
+
+def places_of(kind: str, config: ModelConfig) -> dict[str, list[str]]:
+    """Their name of each weight, and what of ours it is made of: GPT-2 has q, k and v in one."""
+    places: dict[str, list[str]] = {}
+    for name in expected_shapes(config):
+        places.setdefault(theirs(kind, name), []).append(name)
+    return places
+
+
+def is_transposed(kind: str, name: str) -> bool:
+    """Whether their matrix is (inner, outer), as those of GPT-2's blocks are."""
+    return kind == "gpt2" and re.match(r"(transformer\.)?h\.", name) is not None
+
+
+def with_padding(
+    config: ModelConfig, weights: Mapping[str, Array], kind: str
+) -> tuple[ModelConfig, Mapping[str, Array]]:
+    """`classic` with all the weights that theirs has: sinusoids as positions, in GPT-2 zeros as biases of q, k, v."""
+    config = dataclasses.replace(config, learned_positions=True, qkv_bias=kind == "gpt2")
+    padding = {
+        name: sinusoid_table(*shape) if name == POSITIONS else np.zeros(shape, np.float32)
+        for name, shape in expected_shapes(config).items()
+        if name not in weights
     }
-    for i in range(config.n_layer):
-        here, there = f"layers.{i}.", f"transformer.h.{i}."
-        matrices = [weights[f"{here}self_attn.{name}_proj.weight"] for name in "qkv"]
-        named[f"{there}attn.c_attn.weight"] = torch.cat(matrices).t()
-        named[f"{there}attn.c_attn.bias"] = torch.zeros(3 * config.n_embd)
-        for ours, theirs in (
-            ("self_attn.o_proj", "attn.c_proj"),
-            ("mlp.up_proj", "mlp.c_fc"),
-            ("mlp.down_proj", "mlp.c_proj"),
-        ):
-            named[f"{there}{theirs}.weight"] = weights[f"{here}{ours}.weight"].t()
-            named[f"{there}{theirs}.bias"] = weights[f"{here}{ours}.bias"]
-        for ours, theirs in (("input_layernorm", "ln_1"), ("post_attention_layernorm", "ln_2")):
-            for kind in ("weight", "bias"):
-                named[f"{there}{theirs}.{kind}"] = weights[f"{here}{ours}.{kind}"]
-    return named
+    return config, {**weights, **padding}
+
+
+def without_padding(
+    config: ModelConfig, weights: dict[str, npt.NDArray[np.float32]]
+) -> tuple[ModelConfig, dict[str, npt.NDArray[np.float32]]]:
+    """What `with_padding` adds, taken away again."""
+    if config.learned_positions and np.array_equal(weights[POSITIONS], sinusoid_table(config.n_ctx, config.n_embd)):
+        config = dataclasses.replace(config, learned_positions=False)
+    if config.qkv_bias and not any(weight.any() for name, weight in weights.items() if is_qkv_bias(name)):
+        config = dataclasses.replace(config, qkv_bias=False)
+    return config, {name: weights[name] for name in expected_shapes(config)}
+
+
+def is_qkv_bias(name: str) -> bool:
+    return name.endswith(("q_proj.bias", "k_proj.bias", "v_proj.bias"))
 
 
 def write(model: "Portable", path: "Path", precision: str) -> None:

@@ -60,6 +60,8 @@ def why_not(name: str, config: ModelConfig) -> str | None:
         return gguf.why_not(config)
     if name == "ctranslate2" and not config.qk_norm and config.architecture != "classic":
         return "is only built for models with QK-norm"
+    if name == "ctranslate2" and not config.scaled_scores:
+        return "scales attention scores"
     return None
 
 

@@ -18,7 +18,9 @@ def flops_per_token(config: ModelConfig) -> float:
     """Floating-point operations to train on one token: 6 for each weight in a matrix product, plus causal attention."""
     embedding = config.vocab_size * config.n_embd
     weights = config.n_params - embedding * (1 if config.tied else 2)
-    attention = config.n_layer * config.n_ctx * config.n_embd  # q k and p v, half of it masked
+    if config.learned_positions:
+        weights -= config.n_ctx * config.n_embd
+    attention = config.n_layer * config.n_ctx * config.n_head * config.head_dim  # q k and p v, half of it masked
     return 6.0 * (weights + embedding) + 6.0 * attention
 
 
