@@ -27,6 +27,11 @@ missing = importlib.util.find_spec("llama_cpp") is None
 pytestmark = [pytest.mark.interop, pytest.mark.skipif(missing, reason="needs llama-cpp-python")]
 
 Train = Callable[[ModelConfig], tuple[GPT, np.ndarray]]
+KINDS: dict[str, dict[str, object]] = {
+    "qwen3": {},
+    "llama": {"qk_norm": False},
+    "gpt2": {"architecture": "classic", "learned_positions": True, "activation": "gelu_tanh", "qkv_bias": True},
+}
 VARIATIONS = [
     "don't we'll they've I'm you're he'd it's DON'T WE'LL",
     "1 22 333 4444 1,234.56 -7 3rd \u00bd \u0663\u0664",
@@ -57,13 +62,15 @@ def make(trained: Train, sample_data: Path) -> Callable[..., Portable]:
     return build
 
 
-@pytest.mark.parametrize("qk_norm", [True, False], ids=["qwen3", "llama"])
-@pytest.mark.parametrize("shape", [{}, {"tied": False}, {"n_kv_head": 2}, {"n_kv_head": 1, "tied": False}], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [{}, {"tied": False}, {"n_kv_head": 2}, {"head_size": 24, "tied": False}], ids=str)
 def test_it_writes_the_same_story(
-    make: Callable[..., Portable], tmp_path: Path, qk_norm: bool, shape: dict[str, object]
+    make: Callable[..., Portable], tmp_path: Path, kind: str, shape: dict[str, object]
 ) -> None:
     """100 ids, the likeliest each time, after a prompt of text."""
-    model = make(qk_norm=qk_norm, **shape)
+    if kind == "gpt2" and shape.keys() & {"n_kv_head", "head_size"}:
+        pytest.skip("classic has no such heads")
+    model = make(**KINDS[kind] | shape)
     export(model, "gguf", tmp_path / "m.gguf")
     request = Request(
         prompt="Once upon a time", settings=SamplingConfig(temperature=0), max_tokens=100, ignore_end=True
@@ -106,13 +113,13 @@ def test_it_reads_pieces_as_we_do(make: Callable[..., Portable], tmp_path: Path)
     require_same_words(tokenizer, told, texts, lead=" ")
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("shape", [{}, {"tied": False}, KINDS["gpt2"]], ids=["tied", "untied", "gpt2"])
 @pytest.mark.parametrize("precision", ["f16", "q8_0", "q4_0"])
 def test_its_quantiser_makes_the_same_file(
-    make: Callable[..., Portable], tmp_path: Path, precision: str, tied: bool
+    make: Callable[..., Portable], tmp_path: Path, precision: str, shape: dict[str, object]
 ) -> None:
     """Types and bits of each tensor, rows of 80 among them."""
-    model = make(n_ff=80, tied=tied)
+    model = make(n_ff=80, **shape)
     ours, whole, made = (tmp_path / name for name in ("ours.gguf", "whole.gguf", "made.gguf"))
     gguf.write(model, ours, precision)
     gguf.write(model, whole, "f32")

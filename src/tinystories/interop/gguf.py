@@ -1,49 +1,31 @@
-"""`modern` as a GGUF file, which llama.cpp and Ollama read, and models of llama.cpp as ours.
+"""Models as GGUF files, which llama.cpp and Ollama read, and models of llama.cpp as ours.
 
-With QK-norm it is architecture `qwen3`, without it `llama`, whose rotations pair neighbours: the rows of its queries
-and keys stand in that order in the file.
+`modern` with QK-norm is their architecture `qwen3`, without it `llama`; `classic` with GPT-2's settings is `gpt2`.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from tinystories.config import ModelConfig, SamplingConfig, build
 from tinystories.data.tokenizer import END
 from tinystories.engine.cpu.plan import EMBEDDING, HEAD
-from tinystories.engine.cpu.weights import expected_shapes
 from tinystories.errors import UserError
 from tinystories.interop import gguf_vocabulary
 from tinystories.interop.gguf_file import GgufFile, package
-from tinystories.interop.llama2c import halved, interleaved
+from tinystories.interop.gguf_tensors import QKV_BIAS, TOP, Array, kind_of, tensors_of, weights_of
 from tinystories.interop.portable import Portable
 
-Array = npt.NDArray[Any]
-
-TOP = {EMBEDDING: "token_embd.weight", "norm.weight": "output_norm.weight", HEAD: "output.weight"}
-NAMES = {
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
+ARCHITECTURES = ("qwen3", "llama", "gpt2")
 PRECISIONS = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0"}
 LARGEST_F16 = 65504.0
 # Of an architecture's settings, those that are ours, and the values by which others change nothing.
 SETTINGS = (
     *("block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size"),
     *("attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length"),
-    *("attention.layer_norm_rms_epsilon", "rope.freq_base", "rope.dimension_count"),
+    *("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon", "rope.freq_base", "rope.dimension_count"),
 )
 NEUTRAL = {"expert_count": 0, "expert_used_count": 0, "attention.causal": True, "rope.scaling.type": "none"}
 HINT = (
@@ -81,11 +63,11 @@ def logits(path: Path, ids: list[int]) -> Array:
 
 
 def read(path: Path, tokenizer: Path | None) -> Portable:
-    """A model of llama.cpp's architectures qwen3 and llama, in any precision that the `gguf` package reads."""
+    """A model of llama.cpp's architectures qwen3, llama and gpt2, in any precision that the `gguf` package reads."""
     file = GgufFile(path)
     architecture = file.get("general.architecture", str)
-    if architecture not in ("qwen3", "llama"):
-        raise UserError(f"{path} is of architecture {architecture!r:.40}; only qwen3 and llama can be read")
+    if architecture not in ARCHITECTURES:
+        raise UserError(f"{path} is of architecture {architecture!r:.40}; only qwen3, llama and gpt2 can be read")
     try:
         config = config_of(file, architecture)
         model = Portable(
@@ -104,8 +86,9 @@ def read(path: Path, tokenizer: Path | None) -> Portable:
 
 def why_not(config: ModelConfig) -> str | None:
     """Why llama.cpp cannot run a model; None if it can."""
-    if config.architecture == "classic":
-        return "has no model like classic: its gpt2 has learned positions and GELU, ours sinusoids and ReLU"
+    gpt2 = config.learned_positions and config.activation == "gelu_tanh" and config.scaled_scores and not config.window
+    if config.architecture == "classic" and not gpt2:
+        return "has no model like this classic one: its gpt2 has learned positions, tanh-GELU, scaled scores, no window"
     return None
 
 
@@ -120,7 +103,8 @@ def write_gguf(
     if reason := why_not(config):
         raise UserError(f"llama.cpp {reason}; use --format hf or onnx")
     gguf = package()
-    writer = gguf.GGUFWriter(path, "qwen3" if config.qk_norm else "llama")
+    modern = config.architecture == "modern"
+    writer = gguf.GGUFWriter(path, ("qwen3" if config.qk_norm else "llama") if modern else "gpt2")
     describe(writer)
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.n_ctx)
@@ -128,59 +112,28 @@ def write_gguf(
     writer.add_block_count(config.n_layer)
     writer.add_feed_forward_length(config.n_ff)
     writer.add_head_count(config.n_head)
-    writer.add_head_count_kv(config.kv_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_rope_freq_base(config.rope_base)
+    if modern:
+        writer.add_head_count_kv(config.kv_heads)
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
+        writer.add_rope_dimension_count(config.head_dim)
+        writer.add_rope_freq_base(config.rope_base)
+        writer.add_layer_norm_rms_eps(config.norm_eps)
+    else:
+        writer.add_layer_norm_eps(config.norm_eps)
     writer.add_file_type(gguf.LlamaFileType[PRECISIONS[precision]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    for name, theirs in names_of(config):
-        weight = np.ascontiguousarray(weights[name], np.float32)
-        kind = gguf.GGMLQuantizationType[kind_of(config, name, precision)]
-        if kind.name != "F32" and np.abs(weight).max() > LARGEST_F16:
-            raise UserError(f"weight {name} is too large for {precision}; use --precision f32")
-        if is_rotated(config, name):
-            weight = interleaved(weight, config.head_dim)
-        writer.add_tensor(theirs, gguf.quants.quantize(weight, kind), raw_dtype=kind)
+    for name, tensor in tensors_of(config, weights):
+        kind = gguf.GGMLQuantizationType[kind_of(config, name, tensor.shape, precision)]
+        if kind.name != "F32" and np.abs(tensor).max() > LARGEST_F16:
+            raise UserError(f"weights of {name} are too large for {precision}; use --precision f32")
+        writer.add_tensor(name, gguf.quants.quantize(tensor, kind), raw_dtype=kind)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
     finally:
         writer.close()
-
-
-def kind_of(config: ModelConfig, name: str, precision: str) -> str:
-    """Type of a tensor, as llama.cpp's quantiser chooses it.
-
-    Vectors stay in f32. Rows that are no whole blocks of 32 stay in f16. In q4_0 the head (tied: the embedding) has 8
-    bits; llama.cpp gives it 6 where rows are whole blocks of 256, which the `gguf` package cannot write.
-    """
-    shape = expected_shapes(config)[name]
-    if precision == "f32" or len(shape) == 1:
-        return "F32"
-    if precision == "f16" or shape[1] % 32:
-        return "F16"
-    if name == (EMBEDDING if config.tied else HEAD):
-        return "Q8_0"
-    return precision.upper()
-
-
-def names_of(config: ModelConfig) -> Iterator[tuple[str, str]]:
-    """(Our name, llama.cpp's) of each weight."""
-    for name in expected_shapes(config):
-        if name in TOP:
-            yield name, TOP[name]
-        else:
-            _, layer, rest = name.split(".", 2)
-            yield name, f"blk.{layer}.{NAMES[rest.removesuffix('.weight')]}.weight"
-
-
-def is_rotated(config: ModelConfig, name: str) -> bool:
-    """Whether the rows of a weight stand in another order in the file."""
-    return not config.qk_norm and name.endswith(("q_proj.weight", "k_proj.weight"))
 
 
 def config_of(file: GgufFile, architecture: str) -> ModelConfig:
@@ -197,11 +150,10 @@ def config_of(file: GgufFile, architecture: str) -> ModelConfig:
     n_head, n_embd, n_layer, n_ctx = (
         whole(key) for key in ("attention.head_count", "embedding_length", "block_count", "context_length")
     )
-    n_kv_head = whole("attention.head_count_kv", n_head)
     if TOP[EMBEDDING] not in file.tensors or n_layer > len(file.tensors) or n_ctx > MOST_CONTEXT:
         raise UserError(f"{n_layer:,} blocks, a context of {n_ctx:,} and {len(file.tensors):,} tensors cannot be")
-    sizes = {
-        "architecture": "modern",
+    n_kv_head, usual = whole("attention.head_count_kv", n_head), n_embd // max(n_head, 1)
+    sizes: dict[str, Any] = {
         "vocab_size": file.tensors[TOP[EMBEDDING]].shape[0],
         "n_ctx": n_ctx,
         "n_layer": n_layer,
@@ -210,31 +162,30 @@ def config_of(file: GgufFile, architecture: str) -> ModelConfig:
         "n_embd": n_embd,
         "n_ff": whole("feed_forward_length"),
         "tied": TOP[HEAD] not in file.tensors,
-        "qk_norm": architecture == "qwen3",
-        "rope_base": file.get(f"{architecture}.rope.freq_base", float, 10000.0),
-        "norm_eps": file.get(f"{architecture}.attention.layer_norm_rms_epsilon", float),
     }
+    if architecture == "gpt2":
+        biases = (QKV_BIAS.format(i) for i in range(n_layer))
+        sizes |= {
+            "architecture": "classic",
+            "learned_positions": True,
+            "activation": "gelu_tanh",
+            "qkv_bias": any(file.weight(name).any() for name in biases if name in file.tensors),
+            "norm_eps": file.get("gpt2.attention.layer_norm_epsilon", float),
+        }
+    else:
+        head_dim = whole("attention.key_length", usual)
+        sizes |= {
+            "architecture": "modern",
+            "head_size": 0 if head_dim == usual else head_dim,
+            "qk_norm": architecture == "qwen3",
+            "rope_base": file.get(f"{architecture}.rope.freq_base", float, 10000.0),
+            "norm_eps": file.get(f"{architecture}.attention.layer_norm_rms_epsilon", float),
+        }
     config = build(ModelConfig, sizes, str(file.path))
     for key in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
         if whole(key, config.head_dim) != config.head_dim:
-            raise UserError(f"{architecture}.{key}={whole(key)}, but only embedding / heads = {config.head_dim} fits")
+            raise UserError(f"{architecture}.{key}={whole(key)}, but heads of {config.head_dim} have no other width")
     return config
-
-
-def weights_of(file: GgufFile, config: ModelConfig) -> dict[str, Array]:
-    """By our names, fp32."""
-    names, shapes = dict(names_of(config)), expected_shapes(config)
-    if unknown := file.tensors.keys() - names.values():
-        raise UserError(f"tensor {min(unknown)!r} has no place in our architectures")
-    weights = {}
-    for name, theirs in names.items():
-        if theirs not in file.tensors:
-            raise UserError(f"tensor {theirs!r} is missing; convert the model again")
-        if file.tensors[theirs].shape != shapes[name]:
-            raise UserError(f"tensor {theirs!r} is {file.tensors[theirs].shape}, not {shapes[name]}")
-        weight = file.weight(theirs)
-        weights[name] = halved(weight, config.head_dim) if is_rotated(config, name) else weight
-    return weights
 
 
 def sampling_of(file: GgufFile) -> SamplingConfig:
