@@ -8,7 +8,7 @@ WORKERS := --numprocesses=auto --maxprocesses=8
 # numba cannot cache hooked functions: engine/cpu is left out.
 HOOK := --jaxtyping-packages=tinystories.model,tinystories.engine.decoder,tinystories.engine.graph,tinystories.engine.torch_engine,beartype.beartype
 
-.PHONY: help install demo test test-slow test-gpu check format dist clean
+.PHONY: help install demo test test-slow test-interop test-gpu check format dist clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -38,11 +38,15 @@ demo: install  ## train a tiny model for half a minute and read a story (no netw
 
 test: install  ## fast tests: no network, no GPU
 	@$(TS) warmup
-	OMP_NUM_THREADS=1 $(PY) -m pytest $(WORKERS) $(HOOK) -m "not compile and not slow and not gpu"
-	OMP_NUM_THREADS=1 $(PY) -m pytest $(WORKERS) -m "compile and not slow and not gpu"
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(WORKERS) $(HOOK) -m "not compile and not slow and not gpu and not interop"
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(WORKERS) -m "compile and not slow and not gpu and not interop"
 
 test-slow: install  ## the tests that take minutes
-	$(PY) -m pytest -m "slow and not gpu" --timeout=3600
+	$(PY) -m pytest -m "slow and not gpu and not interop" --timeout=3600
+
+test-interop: install  ## install the peers that take long to build, and run the tests marked interop
+	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt llama-cpp-python
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m interop
 
 test-gpu: install  ## the tests that need a CUDA device
 	$(PY) -m pytest -m gpu

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -33,6 +34,31 @@ def awake() -> Callable[[ModelConfig], GPT]:
                 else:
                     weight.normal_(std=weight.shape[1] ** -0.5, generator=generator)
         return model
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def trained(sample_data: Path) -> Callable[[ModelConfig], tuple[GPT, np.ndarray]]:
+    """A model after a few steps on the bundled stories (vocabulary of 400), and 512 ids of these."""
+    ids = np.fromfile(sample_data / "train.bin", dtype=np.uint16).astype(np.int64)
+
+    def build(config: ModelConfig) -> tuple[GPT, np.ndarray]:
+        torch.manual_seed(0)
+        model = GPT(config)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        losses = []
+        for step in range(30):
+            rows = np.stack([ids[at : at + 129] for at in range(step * 64, step * 64 + 8 * 400, 400)])
+            tokens = torch.from_numpy(rows)
+            logits = model.logits(model(tokens[:, :-1]))
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < losses[0] - 1, "it must have learned something"
+        return model.eval(), ids[:512]
 
     return build
 

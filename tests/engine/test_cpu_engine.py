@@ -168,11 +168,12 @@ def test_300_greedy_tokens_are_those_of_torch(build: Build, shape: dict[str, obj
     ],
     ids=str,
 )
-def test_a_trained_model_reads_and_writes_as_torch_does(shape: dict[str, object], sample_data: Path) -> None:
+def test_a_trained_model_reads_and_writes_as_torch_does(
+    shape: dict[str, object], trained: Callable[[ModelConfig], tuple[GPT, np.ndarray]], sample_data: Path
+) -> None:
     """Logits within 1e-4 at each of 512 positions of stories, and 300 greedy ids."""
-    model, ids = trained(
-        ModelConfig(vocab_size=400, n_ctx=512, n_layer=2, n_embd=64, n_head=4, n_ff=96, **shape), sample_data
-    )  # type: ignore[arg-type]
+    config = ModelConfig(vocab_size=400, n_ctx=512, n_layer=2, n_embd=64, n_head=4, n_ff=96, **shape)  # type: ignore[arg-type]
+    model, ids = trained(config)
     engine = fp32(model)
     found = np.concatenate([logits for _, logits in engine.read(engine.cache, 0, ids, everything=True)])
     assert np.abs(found - uncached(model, ids.tolist())).max() <= 1e-4
@@ -184,26 +185,6 @@ def test_a_trained_model_reads_and_writes_as_torch_does(shape: dict[str, object]
     ]
     assert len(stories[0]) == 300
     assert stories[0] == stories[1]
-
-
-def trained(config: ModelConfig, data: Path) -> tuple[GPT, np.ndarray]:
-    """A model after a few steps on stories, and 512 ids of these."""
-    ids = np.fromfile(data / "train.bin", dtype=np.uint16).astype(np.int64)
-    torch.manual_seed(0)
-    model = GPT(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    losses = []
-    for step in range(30):
-        rows = np.stack([ids[at : at + 129] for at in range(step * 64, step * 64 + 8 * 400, 400)])
-        tokens = torch.from_numpy(rows)
-        logits = model.logits(model(tokens[:, :-1]))
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0] - 1, "it must have learned something"
-    return model.eval(), ids[:512]
 
 
 MATRICES = arrays.arrays(

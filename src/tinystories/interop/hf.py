@@ -18,7 +18,11 @@ from tinystories.errors import UserError
 from tinystories.positions import sinusoid_table
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
+
+    from tinystories.interop.portable import Portable
 
 Array = npt.NDArray[Any]
 

@@ -20,6 +20,7 @@ from tinystories.checkpoint import ModelFiles, sha256, write_json
 from tinystories.config import ModelConfig, SamplingConfig
 from tinystories.engine.protocol import Engine
 from tinystories.errors import UserError
+from tinystories.interop import gguf
 
 Prompts = list[list[int]]
 Write = Callable[[Prompts, int], Prompts]  # as many new ids for each prompt, the likeliest each time
@@ -56,10 +57,8 @@ def why_not(name: str, config: ModelConfig) -> str | None:
     missing = [package for package in PACKAGES[name] if importlib.util.find_spec(package) is None]
     if missing:
         return f"needs {' and '.join(missing)}: pip install 'tinystories-gpt[bench]'"
-    if name == "llama.cpp" and config.architecture == "classic":
-        return "is only built for the modern architecture"
-    if name == "llama.cpp" and not config.qk_norm:
-        return "is only built for models with QK-norm"
+    if name == "llama.cpp":
+        return gguf.why_not(config)
     if name == "ctranslate2" and not config.qk_norm and config.architecture != "classic":
         return "is only built for models with QK-norm"
     if name == "ctranslate2" and not config.scaled_scores:
@@ -95,12 +94,11 @@ def build(folder: Path, name: str, precision: str) -> None:
 
 def build_gguf(folder: Path, precision: str) -> None:
     from tinystories.engine.cpu.weights import source_of
-    from tinystories.interop.gguf import write_gguf
 
     whole = folder / "fp32.gguf"
     files = files_of(folder)
     if not whole.exists():
-        write_gguf(files.config, source_of(files), whole)
+        gguf.write_gguf(files.config, source_of(files), whole)
     if precision == "fp32":
         return
     import llama_cpp
