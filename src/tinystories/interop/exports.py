@@ -42,7 +42,9 @@ FORMATS = {
     "hf": Format({"f32": 0}, hf.write, hf.logits),
     "gguf": Format({"f32": 0, "f16": 1e-4, "q8_0": 0.01, "q4_0": 0.5}, gguf.write, gguf.logits),
     "llama2c": Format({"f32": 0, "q8_0": 0.01}, llama2c.write, llama2c.logits),
-    "onnx": Format({"f32": 0}, onnx_graph.write, onnx_graph.logits),
+    "onnx": Format(
+        {"f32": 0}, onnx_graph.write, onnx_graph.logits, "next: docs/interop.md has a program that reads it"
+    ),
 }
 
 

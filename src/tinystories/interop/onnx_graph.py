@@ -40,8 +40,8 @@ def write(model: Portable, path: Path, precision: str) -> None:
     """The graph to `path`, and the tokenizer beside it, for `stories.onnx` as `stories.tokenizer.json`.
 
     In: `input_ids` and `position_ids` (B, T), `attention_mask` (B, S; 0: padding, on any side), int64, and of each
-    block `past_key_values.I.key` and `.value` (B, K, P, D), fp32; P may be 0. Out: `logits` (B, T, V) and `present.I.key`
-    and `.value` (B, K, S, D), the past of the next call. `UserError` where the weights do not fit one file.
+    block I `past_key_values.I.key` and `.value` (B, K, P, D), fp32; P may be 0. Out: `logits` (B, T, V), and
+    `present.I.key` and `.value` (B, K, S, D), the past of the next call. `UserError` where one file is too small.
     """
     assert precision == "f32"
     from tinystories import __version__
@@ -151,7 +151,7 @@ class Graph:
 
 
 class Decoder:
-    """Fills a graph with a model. Rows are (N, C): the product of all is Gemm, which takes weights as they are stored."""
+    """Fills a graph with a model. Its stream is (N, C): so Gemm serves, which takes the matrices as they are stored."""
 
     def __init__(self, graph: Graph, model: Portable) -> None:
         self.graph, self.config, self.weights = graph, model.config, model.weights
@@ -204,7 +204,7 @@ class Decoder:
         )
 
     def mask(self, window: int) -> str:
-        """(B, 1, G x T, S) to be added to scores: a token sees itself and, of the `window` last (0: all), no padding."""
+        """(B, 1, G x T, S) to be added to scores: a token sees the last `window` ones (0: all) up to itself, no padding."""
         graph, add = self.graph, self.graph.add
         past = add("Squeeze", add("Shape", "past_key_values.0.key", start=2, end=3))
         total = add("Add", past, add("Squeeze", add("Shape", "input_ids", start=1)))
