@@ -18,6 +18,7 @@ T = TypeVar("T")
 
 UNIONS = (Union, UnionType)  # `int | Literal["auto"]` is the one or the other by the version of Python
 PRESETS = ("nano", "small", "base", "seed-89m", "modern-89m")
+CLASSIC_ONLY = ("learned_positions", "activation", "qkv_bias", "scaled_scores", "window")
 
 
 def setting(default: T, text: str) -> T:
@@ -28,7 +29,10 @@ def setting(default: T, text: str) -> T:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """Shape of a GPT. `classic` is the original program's architecture, `modern` is Qwen3's layout."""
+    """Shape of a GPT. `classic` is the original program's architecture, by its settings also GPT-2's and GPT-Neo's.
+
+    `modern` is Qwen3's layout, or Llama's.
+    """
 
     architecture: Literal["classic", "modern"] = setting(
         "modern", "classic: sinusoidal positions, LayerNorm, ReLU; modern: RoPE, RMSNorm, SwiGLU (Qwen3's layout)"
@@ -41,19 +45,28 @@ class ModelConfig:
         0, "heads of keys and values; 0: as many as n_head; fewer is grouped-query attention (modern)"
     )
     n_embd: int = setting(192, "width of the residual stream")
+    head_size: int = setting(0, "width of a head; 0: n_embd / n_head (modern)")
     n_ff: int = setting(512, "width of the feed-forward")
     tied: bool = setting(True, "the head shares the embedding's weights")
     qk_norm: bool = setting(True, "RMSNorm on queries and keys of each head (modern)")
     rope_base: float = setting(10000.0, "base of the rotary positions' wavelengths (modern)")
+    learned_positions: bool = setting(False, "positions are weights, not sinusoids (classic)")
+    activation: Literal["relu", "gelu_tanh", "gelu_erf"] = setting(
+        "relu", "of the feed-forward: ReLU, or GELU by tanh as in GPT-2, or by erf, which is exact (classic)"
+    )
+    qkv_bias: bool = setting(False, "queries, keys and values have biases (classic)")
+    scaled_scores: bool = setting(True, "attention scores are divided by the root of the head's width (classic)")
+    window: int = setting(0, "tokens that every second block sees, the token itself included; 0: all (classic)")
     norm_eps: float = setting(1e-5, "added to the variance in norms")
     dropout: float = setting(0.0, "fraction of activations dropped while training")
 
     def __post_init__(self) -> None:
         for name in ("n_ctx", "n_layer", "n_head", "n_embd", "n_ff"):
             require(getattr(self, name) > 0, f"model.{name}={getattr(self, name)} must be positive")
-        require(self.vocab_size >= 0, f"model.vocab_size={self.vocab_size} must not be negative")
+        for name in ("vocab_size", "head_size", "window"):
+            require(getattr(self, name) >= 0, f"model.{name}={getattr(self, name)} must not be negative")
         require(
-            self.n_embd % self.n_head == 0,
+            self.head_size > 0 or self.n_embd % self.n_head == 0,
             f"model.n_embd={self.n_embd} must be a multiple of model.n_head={self.n_head}",
         )
         require(
@@ -69,31 +82,50 @@ class ModelConfig:
                 f"model.n_kv_head={self.n_kv_head}: the classic architecture has no grouped heads;"
                 " leave it 0 or set model.architecture=modern",
             )
-            require(self.n_embd % 2 == 0, f"model.n_embd={self.n_embd} must be even for sinusoidal positions")
+            require(
+                self.head_dim * self.n_head == self.n_embd,
+                f"model.head_size={self.head_size}: the heads of the classic architecture are n_embd / n_head wide;"
+                " leave it 0 or set model.architecture=modern",
+            )
+            require(
+                self.learned_positions or self.n_embd % 2 == 0,
+                f"model.n_embd={self.n_embd} must be even for sinusoidal positions",
+            )
         else:
+            for field in dataclasses.fields(self):
+                value = getattr(self, field.name)
+                require(
+                    field.name not in CLASSIC_ONLY or value == field.default,
+                    f"model.{field.name}={value} needs model.architecture=classic",
+                )
             require(
                 self.head_dim % 2 == 0,
-                f"model.n_embd/model.n_head={self.head_dim} must be even for rotary positions",
+                f"{'model.head_size' if self.head_size else 'model.n_embd/model.n_head'}={self.head_dim}"
+                " must be even for rotary positions",
             )
 
     @property
     def head_dim(self) -> int:
-        return self.n_embd // self.n_head
+        return self.head_size or self.n_embd // self.n_head
 
     @property
     def kv_heads(self) -> int:
         return self.n_kv_head or self.n_head
 
+    def window_of(self, layer: int) -> int:
+        """Tokens that a block sees, the token itself included; 0: all."""
+        return self.window if layer % 2 else 0
+
     @property
     def n_params(self) -> int:
         """Trainable parameters, a tied head counted once."""
-        C, F, kv = self.n_embd, self.n_ff, self.kv_heads * self.head_dim
-        attention = 2 * C * C + 2 * C * kv
+        C, F, q, kv = self.n_embd, self.n_ff, self.n_head * self.head_dim, self.kv_heads * self.head_dim
+        attention = 2 * C * q + 2 * C * kv
         if self.architecture == "classic":
-            norm, per_layer = 2 * C, attention + C + (2 * C * F + F + C)
+            norm, per_layer = 2 * C, attention + C + (2 * C * F + F + C) + (3 * C if self.qkv_bias else 0)
         else:
             norm, per_layer = C, attention + 3 * C * F + (2 * self.head_dim if self.qk_norm else 0)
-        embeddings = self.vocab_size * C * (1 if self.tied else 2)
+        embeddings = self.vocab_size * C * (1 if self.tied else 2) + (self.n_ctx * C if self.learned_positions else 0)
         return embeddings + self.n_layer * (per_layer + 2 * norm) + norm
 
 

@@ -11,10 +11,26 @@ from tinystories.model import GPT
 SHAPES: dict[str, dict[str, object]] = {
     "classic": {"architecture": "classic", "n_ff": 32, "tied": False},
     "classic-tied": {"architecture": "classic", "n_ff": 32, "tied": True},
+    "classic-as-gpt2": {
+        "architecture": "classic",
+        "learned_positions": True,
+        "activation": "gelu_tanh",
+        "qkv_bias": True,
+        "tied": True,
+    },
+    "classic-as-gpt-neo": {
+        "architecture": "classic",
+        "learned_positions": True,
+        "activation": "gelu_erf",
+        "scaled_scores": False,
+        "window": 5,
+        "tied": False,
+    },
     "modern": {"tied": False},
     "modern-grouped-tied": {"n_kv_head": 2, "tied": True},
     "modern-one-kv-head": {"n_kv_head": 1, "tied": False},
     "modern-without-qk-norm": {"qk_norm": False, "tied": False},
+    "modern-head-size": {"head_size": 10, "n_kv_head": 2, "tied": True},
 }
 
 

@@ -7,6 +7,13 @@ from torch import Tensor
 from tinystories.config import ModelConfig
 
 
+def visible(positions: Int[Tensor, "B T"], horizon: int, window: int = 0) -> Bool[Tensor, "B 1 T S"]:
+    """True where a token may look: at positions up to its own below the horizon, the last `window` of them (0: all)."""
+    seen, own = torch.arange(horizon, device=positions.device), positions[..., None]
+    mask = seen <= own
+    return (mask & (seen > own - window) if window else mask)[:, None]
+
+
 class KVCache:
     """Preallocated keys and values, (layer, B, H_kv, n_ctx, D); row b holds `length[b]` tokens.
 
@@ -38,11 +45,6 @@ class KVCache:
     def positions(self, n_tokens: int) -> Int[Tensor, "B T"]:
         """Positions that the next `n_tokens` tokens of each row will take."""
         return self.length[:, None] + torch.arange(n_tokens, device=self.length.device)
-
-    def mask(self, positions: Int[Tensor, "B T"]) -> Bool[Tensor, "B 1 T S"]:
-        """True where a token may look: at cached positions up to its own."""
-        seen = torch.arange(self.horizon, device=positions.device)
-        return (seen <= positions[..., None])[:, None]
 
     def write(
         self, layer: int, k: Float[Tensor, "B Hkv T D"], v: Float[Tensor, "B Hkv T D"], positions: Int[Tensor, "B T"]

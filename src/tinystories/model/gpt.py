@@ -1,6 +1,7 @@
 """The whole model: two architectures that share one skeleton.
 
-`classic`: sinusoidal positions, LayerNorm, ReLU, no bias on q, k, v; the original program.
+`classic`: sinusoidal positions, LayerNorm, ReLU, no bias on q, k, v; the original program. By its settings also GPT-2
+(learned positions, GELU, biases) and GPT-Neo (scores that are not scaled, a window in every second block).
 `modern`: rotary positions, RMSNorm (also on q and k), SwiGLU, grouped heads, no biases; the layout of Qwen3.
 
 Parameters bear Hugging Face's names. Nothing here knows of files, text or devices.
@@ -16,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tinystories.config import ModelConfig
-from tinystories.model.cache import KVCache
+from tinystories.model.cache import KVCache, visible
 from tinystories.model.norm import RMSNorm
 from tinystories.model.positions import rotary_tables, rotate, sinusoid_table
-from tinystories.model.recompute import gated_silu, relu, remade
+from tinystories.model.recompute import gated_silu, gelu, relu, remade
 
 Rotation = tuple[Tensor, Tensor]
 
@@ -31,9 +32,11 @@ def build_norm(config: ModelConfig, width: int) -> nn.Module:
 
 
 def joined(x: Float[Tensor, "B T C"], *projections: nn.Linear) -> tuple[Tensor, ...]:
-    """What several projections without bias make of x, by one product with all their weights."""
+    """What several projections make of x, by one product with all their weights. All have biases, or none."""
     weight = torch.cat([project.weight for project in projections])
-    return F.linear(x, weight).split([project.out_features for project in projections], dim=-1)
+    biases = tuple(project.bias for project in projections if project.bias is not None)
+    bias = torch.cat(biases) if biases else None
+    return F.linear(x, weight, bias).split([project.out_features for project in projections], dim=-1)
 
 
 class Attention(nn.Module):
@@ -44,10 +47,11 @@ class Attention(nn.Module):
         classic = config.architecture == "classic"
         self.head_dim = config.head_dim
         self.grouped = config.kv_heads < config.n_head
-        self.q_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
-        self.k_proj = nn.Linear(config.n_embd, config.kv_heads * config.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.n_embd, config.kv_heads * config.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.n_embd, config.n_embd, bias=classic)
+        self.scale = None if config.scaled_scores else 1.0  # None: one over the root of D
+        self.q_proj = nn.Linear(config.n_embd, config.n_head * config.head_dim, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.n_embd, config.kv_heads * config.head_dim, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.n_embd, config.kv_heads * config.head_dim, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=classic)
         normed = config.qk_norm and not classic
         self.q_norm = build_norm(config, config.head_dim) if normed else nn.Identity()
         self.k_norm = build_norm(config, config.head_dim) if normed else nn.Identity()
@@ -59,9 +63,9 @@ class Attention(nn.Module):
         cache: KVCache | None,
         layer: int,
         positions: Int[Tensor, "B T"] | None,
-        mask: Bool[Tensor, "B 1 T S"] | None,
+        mask: Bool[Tensor, "#B 1 T S"] | None,
     ) -> Float[Tensor, "B T C"]:
-        B, T, C = x.shape
+        B, T, _ = x.shape
         projections = self.q_proj, self.k_proj, self.v_proj
         # Many rows: one wide product is faster than three narrow ones. Few rows (a cache): copying weights would cost.
         q, k, v = joined(x, *projections) if cache is None else [project(x) for project in projections]
@@ -73,19 +77,33 @@ class Attention(nn.Module):
         if cache is not None and positions is not None:
             k_BHTD, v_BHTD = cache.write(layer, k_BHTD, v_BHTD, positions)
         y_BHTD = F.scaled_dot_product_attention(
-            q_BHTD, k_BHTD, v_BHTD, attn_mask=mask, is_causal=cache is None, enable_gqa=self.grouped
+            q_BHTD,
+            k_BHTD,
+            v_BHTD,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.scale,
+            enable_gqa=self.grouped,
         )
-        return self.o_proj(y_BHTD.transpose(1, 2).reshape(B, T, C))
+        return self.o_proj(y_BHTD.transpose(1, 2).reshape(B, T, -1))
 
 
-class ReluMLP(nn.Module):
+class ClassicMLP(nn.Module):
+    """activation(x W_up) W_down, with biases."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.activation = config.activation
         self.up_proj = nn.Linear(config.n_embd, config.n_ff)
         self.down_proj = nn.Linear(config.n_ff, config.n_embd)
 
     def forward(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
-        return self.down_proj(relu(self.up_proj(x)))
+        inner = self.up_proj(x)
+        if self.activation == "relu":
+            return self.down_proj(relu(inner))
+        active = gelu(inner, self.activation)
+        with remade(active, partial(gelu, inner.detach(), self.activation)):
+            return self.down_proj(active)
 
 
 class SwiGLU(nn.Module):
@@ -112,7 +130,7 @@ class Block(nn.Module):
         self.input_layernorm = build_norm(config, config.n_embd)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = build_norm(config, config.n_embd)
-        self.mlp = ReluMLP(config) if config.architecture == "classic" else SwiGLU(config)
+        self.mlp = ClassicMLP(config) if config.architecture == "classic" else SwiGLU(config)
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
     def forward(
@@ -122,7 +140,7 @@ class Block(nn.Module):
         cache: KVCache | None,
         layer: int,
         positions: Int[Tensor, "B T"] | None,
-        mask: Bool[Tensor, "B 1 T S"] | None,
+        mask: Bool[Tensor, "#B 1 T S"] | None,
     ) -> Float[Tensor, "B T C"]:
         attention, mlp, norm_1, norm_2 = self.self_attn, self.mlp, self.input_layernorm, self.post_attention_layernorm
         normed = norm_1(x)
@@ -151,7 +169,9 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied:
             self.lm_head.weight = self.embed_tokens.weight
-        if config.architecture == "classic":
+        if config.learned_positions:
+            self.embed_positions = nn.Embedding(config.n_ctx, config.n_embd)
+        elif config.architecture == "classic":
             self.register_buffer("sinusoid", sinusoid_table(config.n_ctx, config.n_embd), persistent=False)
         else:
             cos, sin = rotary_tables(config.n_ctx, config.head_dim, config.rope_base)
@@ -163,14 +183,14 @@ class GPT(nn.Module):
     def reset_parameters(self) -> None:
         """GPT-2's initialisation; logits start near zero, so the first loss is ln(V).
 
-        The untied classic embedding has unit variance, the scale of the sinusoids that are added to it. A tied one is
+        An untied embedding has unit variance where sinusoids are added to it, which is their scale. A tied one is
         the head as well: a token's logit for itself is about std x C at first, so wide models start below GPT-2's std.
         """
         config = self.config
         if config.tied:
             embedding_std = min(0.02, 4 / config.n_embd)
         else:
-            embedding_std = 1.0 if config.architecture == "classic" else 0.02
+            embedding_std = 1.0 if config.architecture == "classic" and not config.learned_positions else 0.02
         for name, weight in self.named_parameters():
             if name.endswith("bias"):
                 weight.zero_()
@@ -193,11 +213,16 @@ class GPT(nn.Module):
         T = tokens.shape[1]
         assert self.config.n_ctx >= T, "more tokens than the context holds"
         positions = cache.positions(T) if cache is not None else None
-        mask = cache.mask(positions) if cache is not None and positions is not None else None
+        horizon = T if cache is None else cache.horizon
+        mask = local = None if positions is None else visible(positions, horizon)  # None: causal
+        if 0 < self.config.window < horizon:
+            own = torch.arange(T, device=tokens.device)[None] if positions is None else positions
+            local = visible(own, horizon, self.config.window)
         x = self.embed_tokens(tokens)
         rotation = None
         if self.config.architecture == "classic":
-            x = x + (self.sinusoid[:T] if positions is None else self.sinusoid[positions])
+            table = self.embed_positions.weight if self.config.learned_positions else self.sinusoid
+            x = x + (table[:T] if positions is None else table[positions])
         elif positions is None:
             rotation = (self.rope_cos[:T], self.rope_sin[:T])
         else:
@@ -206,7 +231,7 @@ class GPT(nn.Module):
             rotation = (rotation[0].to(x.dtype), rotation[1].to(x.dtype))
         x = self.dropout(x)
         for i, layer in enumerate(self.layers):
-            x = layer(x, rotation, cache, i, positions, mask)
+            x = layer(x, rotation, cache, i, positions, local if self.config.window_of(i) else mask)
         if cache is not None:
             cache.advance(T)
         return self.norm(x)

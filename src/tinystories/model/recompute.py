@@ -79,6 +79,11 @@ def relu(x: Float[Tensor, "*rest F"]) -> Float[Tensor, "*rest F"]:
     return y
 
 
+def gelu(x: Float[Tensor, "*rest F"], kind: str) -> Float[Tensor, "*rest F"]:
+    """x times the normal distribution function of x: exact (`gelu_erf`), or nearly so (`gelu_tanh`)."""
+    return F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
+
+
 class GatedSilu(torch.autograd.Function):
     """silu(gate) * up, keeping nothing but its inputs."""
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 GROUP = 32  # columns that share a scale in 4-bit matrices; rows of x are padded to a multiple of it
 BLOCK = 8  # rows of a packed matrix that stand together; the outer size of every matrix is padded to a multiple of it
 FP32, INT8, INT4 = 0, 1, 2  # kinds of matrices
+RELU, GELU_TANH, GELU_ERF = 0, 1, 2  # activations of the classic feed-forward
 
 
 class MatrixFields(NamedTuple):
@@ -35,7 +36,8 @@ class LayerFields(NamedTuple):
     gate: int = 34
     up: int = 41
     down: int = 48
-    size: int = 55
+    window: int = 55  # tokens that it sees; n_ctx: all
+    size: int = 56
 
 
 class ModelFields(NamedTuple):
@@ -53,7 +55,9 @@ class ModelFields(NamedTuple):
     cos: int = 9
     sin: int = 10
     head: int = 11
-    layers: int = 18
+    activation: int = 18
+    scaled: int = 19  # whether scores are divided by the root of head_dim
+    layers: int = 20
 
 
 class CallFields(NamedTuple):

@@ -18,7 +18,7 @@ import numba
 import numpy as np
 from numba import carray, types
 
-from tinystories.engine.cpu.fields import BLOCK, CALL, FP32, GROUP, INT8, LAYER, MATRIX, MODEL
+from tinystories.engine.cpu.fields import BLOCK, CALL, FP32, GELU_ERF, GELU_TANH, GROUP, INT8, LAYER, MATRIX, MODEL
 from tinystories.engine.cpu.intrinsics import (
     float_of_bits,
     fp32_block,
@@ -68,6 +68,25 @@ def exp(x):
     y = y * r + np.float32(5.0000001201e-1)
     y = y * r * r + r + np.float32(1)
     return y * float_of_bits((np.int32(n) + np.int32(127)) << np.int32(23))
+
+
+@compiled
+def gelu_tanh(x):
+    """x (1 + tanh(u)) / 2 = x / (1 + e^-2u), u = sqrt(2 / pi) (x + 0.044715 x^3): Hendrycks and Gimpel 2016."""
+    return x / (np.float32(1) + exp(x * (np.float32(-1.5957691216) + np.float32(-0.0713548163) * x * x)))
+
+
+@compiled
+def gelu_erf(x):
+    """x (1 + erf(x / sqrt(2))) / 2 within 1e-7 |x|: 7.1.26 of Abramowitz and Stegun."""
+    t = np.float32(1) / (np.float32(1) + np.float32(0.23164189) * abs(x))
+    y = np.float32(1.061405429)
+    y = y * t + np.float32(-1.453152027)
+    y = y * t + np.float32(1.421413741)
+    y = y * t + np.float32(-0.284496736)
+    y = y * t + np.float32(0.254829592)
+    tail = np.float32(0.5) * y * t * exp(np.float32(-0.5) * x * x)
+    return x * (np.float32(1) - tail if x > np.float32(0) else tail)
 
 
 @compiled
@@ -302,18 +321,19 @@ def store(m, c, at, layer, eps, thread, n_threads):
 
 @compiled
 def attend(m, c, at, layer, own, thread, n_threads):
-    """Each row's heads over all keys of its slot up to its own position."""
+    """Each row's heads over the keys of its slot up to its own position, as far back as the block's window."""
     D, S, n_kv_head, n_rows = m[MODEL.head_dim], m[MODEL.n_ctx], m[MODEL.n_kv_head], c[CALL.n_rows]
     group = m[MODEL.n_head] // n_kv_head
     positions = carray(long_pointer(c[CALL.positions]), (n_rows,))
     slots = carray(long_pointer(c[CALL.slots]), (n_rows,))
     outer, C = m[at + LAYER.q + MATRIX.outer], m[at + LAYER.o + MATRIX.inner]
-    scale = np.float32(1 / math.sqrt(D))
+    scale = np.float32(1 / math.sqrt(D)) if m[MODEL.scaled] else np.float32(1)
     weights = floats(own.x, S)
     for item in range(thread, n_rows * n_kv_head, n_threads):
         b, h = item // n_kv_head, item % n_kv_head
-        offset = 4 * D * S * ((layer * c[CALL.n_slots] + slots[b]) * n_kv_head + h)
-        seen = positions[b] + 1
+        seen = min(positions[b] + 1, m[at + LAYER.window])
+        first = positions[b] + 1 - seen
+        offset = 4 * D * (S * ((layer * c[CALL.n_slots] + slots[b]) * n_kv_head + h) + first)
         keys, values = floats(c[CALL.keys] + offset, seen * D), floats(c[CALL.values] + offset, seen * D)
         for g in range(h * group, (h + 1) * group):
             q, y = floats(c[CALL.q] + 4 * (b * outer + g * D), D), floats(c[CALL.mixed] + 4 * (b * C + g * D), D)
@@ -340,7 +360,7 @@ def attend(m, c, at, layer, own, thread, n_threads):
 
 @compiled
 def activate(m, c, at, own, n_rows, thread, n_threads):
-    """This thread's part of the feed-forward's inner row: relu(up x) or silu(gate x) * up x."""
+    """This thread's part of the feed-forward's inner row: relu or gelu(up x), or silu(gate x) * up x."""
     up = at + LAYER.up
     outer = m[up + MATRIX.outer]
     x = floats(own.x, n_rows * m[up + MATRIX.inner])
@@ -352,6 +372,14 @@ def activate(m, c, at, own, n_rows, thread, n_threads):
         for b in range(n_rows):
             for i in range(b * outer + lo, b * outer + hi):
                 inner[i] *= gate[i] / (np.float32(1) + exp(-gate[i]))
+    elif m[MODEL.activation] == GELU_TANH:
+        for b in range(n_rows):
+            for i in range(b * outer + lo, b * outer + hi):
+                inner[i] = gelu_tanh(inner[i])
+    elif m[MODEL.activation] == GELU_ERF:
+        for b in range(n_rows):
+            for i in range(b * outer + lo, b * outer + hi):
+                inner[i] = gelu_erf(inner[i])
     else:
         for b in range(n_rows):
             for i in range(b * outer + lo, b * outer + hi):

@@ -9,14 +9,28 @@ import numpy.typing as npt
 
 from tinystories.config import ModelConfig
 from tinystories.engine.cpu import native
-from tinystories.engine.cpu.fields import BLOCK, CALL, FP32, GROUP, INT4, INT8, LAYER, MATRIX, MODEL
+from tinystories.engine.cpu.fields import (
+    BLOCK,
+    CALL,
+    FP32,
+    GELU_ERF,
+    GELU_TANH,
+    GROUP,
+    INT4,
+    INT8,
+    LAYER,
+    MATRIX,
+    MODEL,
+    RELU,
+)
 from tinystories.engine.cpu.packing import padded, unpack_int4, unpack_int8
 from tinystories.engine.cpu.team import Team
 from tinystories.errors import UserError
 from tinystories.positions import rotary_tables, sinusoid_table
 
 Array = npt.NDArray[Any]
-EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+EMBEDDING, POSITIONS, HEAD = "embed_tokens.weight", "embed_positions.weight", "lm_head.weight"
+ACTIVATIONS = {"relu": RELU, "gelu_tanh": GELU_TANH, "gelu_erf": GELU_ERF}
 ROWS = 64  # of one call: more rows use the weights better, and need more memory
 
 
@@ -58,16 +72,17 @@ class Room:
 
     def __init__(self, config: ModelConfig, model: "Model", n_threads: int) -> None:
         C, q, k, up, head = config.n_embd, model.outer("q"), model.outer("k"), model.outer("up"), model.outer("head")
+        mixed = config.n_head * config.head_dim
         self.call = np.zeros(CALL.size, dtype=np.int64)
         self.at = self.call.ctypes.data
         self.kept: list[Array] = []
         self.positions, self.slots = (self.array(at, ROWS, np.int64) for at in (CALL.positions, CALL.slots))
         self.x = self.array(CALL.x, (ROWS, C))
         self.logits = self.array(CALL.logits, (ROWS, head))
-        widths = ((CALL.q, q), (CALL.k, k), (CALL.v, k), (CALL.mixed, C), (CALL.inner, up), (CALL.gate, up))
+        widths = ((CALL.q, q), (CALL.k, k), (CALL.v, k), (CALL.mixed, mixed), (CALL.inner, up), (CALL.gate, up))
         for at, width in (*widths, (CALL.added, padded(C, BLOCK))):
             self.array(at, (ROWS, width))
-        width = padded(max(C, config.n_ff, -(-config.n_ctx // ROWS)), GROUP)
+        width = padded(max(C, mixed, config.n_ff, -(-config.n_ctx // ROWS)), GROUP)
         size = padded(ROWS * (4 * width + 2 * width + 4 + 2 * 4 * width // GROUP), 4096)
         self.array(CALL.own, (n_threads, size), np.uint8)
         self.call[CALL.own_size], self.call[CALL.width], self.call[CALL.capacity] = size, width, ROWS
@@ -95,13 +110,16 @@ class Model:
         table[MODEL.n_layer], table[MODEL.n_embd], table[MODEL.n_head] = config.n_layer, config.n_embd, config.n_head
         table[MODEL.n_kv_head], table[MODEL.head_dim] = config.kv_heads, config.head_dim
         table[MODEL.n_ctx], table[MODEL.modern] = config.n_ctx, int(not classic)
-        C, D, kv, F = config.n_embd, config.head_dim, config.kv_heads * config.head_dim, config.n_ff
+        table[MODEL.activation], table[MODEL.scaled] = ACTIVATIONS[config.activation], int(config.scaled_scores)
+        C, D, F = config.n_embd, config.head_dim, config.n_ff
+        q, kv = config.n_head * D, config.kv_heads * D
         table[MODEL.norm] = self.address("norm.weight", np.float32, C)
         if classic:
             table[MODEL.norm_bias] = self.address("norm.bias", np.float32, C)
         self.matrix(MODEL.head, EMBEDDING if config.tied else HEAD, config.vocab_size, C)
         for i in range(config.n_layer):
             at, layer = MODEL.layers + i * LAYER.size, f"layers.{i}."
+            table[at + LAYER.window] = config.window_of(i) or config.n_ctx
             for field, norm in ((LAYER.input_norm, "input_layernorm"), (LAYER.post_norm, "post_attention_layernorm")):
                 table[at + field] = self.address(f"{layer}{norm}.weight", np.float32, C)
                 if classic:
@@ -110,16 +128,16 @@ class Model:
                 for field, norm in ((LAYER.q_norm, "q_norm"), (LAYER.k_norm, "k_norm")):
                     table[at + field] = self.address(f"{layer}self_attn.{norm}.weight", np.float32, D)
             for field, name, rows, inner in (
-                (LAYER.q, "self_attn.q_proj", C, C),
+                (LAYER.q, "self_attn.q_proj", q, C),
                 (LAYER.k, "self_attn.k_proj", kv, C),
                 (LAYER.v, "self_attn.v_proj", kv, C),
-                (LAYER.o, "self_attn.o_proj", C, C),
+                (LAYER.o, "self_attn.o_proj", C, q),
                 (LAYER.gate, "mlp.gate_proj", F, C),
                 (LAYER.up, "mlp.up_proj", F, C),
                 (LAYER.down, "mlp.down_proj", C, F),
             ):
                 if not (classic and field == LAYER.gate):
-                    biased = classic and field in (LAYER.o, LAYER.up, LAYER.down)
+                    biased = config.qkv_bias if field in (LAYER.q, LAYER.k, LAYER.v) else classic
                     self.matrix(at + field, f"{layer}{name}.weight", rows, inner, f"{layer}{name}.bias" * biased)
         self.positions = self.position_tables()
 
@@ -152,8 +170,10 @@ class Model:
         return int(self.table[at + MATRIX.outer])
 
     def position_tables(self) -> Array | None:
-        """The sinusoids of `classic`; of `modern` the tables of rotations, whose addresses go into the table."""
+        """What `classic` adds to embeddings; of `modern` the tables of rotations, whose addresses go into the table."""
         config = self.config
+        if config.learned_positions:
+            return self.weights[POSITIONS].reshape(config.n_ctx, config.n_embd)
         if config.architecture == "classic":
             return sinusoid_table(config.n_ctx, config.n_embd)
         for at, table in zip(

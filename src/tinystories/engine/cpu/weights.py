@@ -20,7 +20,7 @@ from tinystories.checkpoint import ModelFiles
 from tinystories.config import ModelConfig
 from tinystories.engine.cpu.fields import BLOCK, GROUP
 from tinystories.engine.cpu.packing import pack_int4, pack_int8, padded, rounded_to_int8
-from tinystories.engine.cpu.plan import EMBEDDING, HEAD
+from tinystories.engine.cpu.plan import EMBEDDING, HEAD, POSITIONS
 from tinystories.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -95,8 +95,11 @@ def opened(path: Path) -> Mapped:
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the weights of a model."""
     C, F, D = config.n_embd, config.n_ff, config.head_dim
+    q, kv = config.n_head * D, config.kv_heads * D
     classic = config.architecture == "classic"
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, C), "norm.weight": (C,)}
+    if config.learned_positions:
+        shapes[POSITIONS] = (config.n_ctx, C)
     if classic:
         shapes["norm.bias"] = (C,)
     if not config.tied:
@@ -107,8 +110,11 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             shapes[f"{layer}{norm}.weight"] = (C,)
             if classic:
                 shapes[f"{layer}{norm}.bias"] = (C,)
-        for name, outer in (("q", C), ("k", config.kv_heads * D), ("v", config.kv_heads * D), ("o", C)):
+        for name, outer in (("q", q), ("k", kv), ("v", kv)):
             shapes[f"{layer}self_attn.{name}_proj.weight"] = (outer, C)
+            if config.qkv_bias:
+                shapes[f"{layer}self_attn.{name}_proj.bias"] = (outer,)
+        shapes[f"{layer}self_attn.o_proj.weight"] = (C, q)
         for name, shape in (("up", (F, C)), ("down", (C, F))):
             shapes[f"{layer}mlp.{name}_proj.weight"] = shape
         if classic:
@@ -185,8 +191,8 @@ def packed_sizes(config: ModelConfig, precision: Precision) -> dict[str, tuple[t
     """Type and number of elements of each tensor of a packed file: the machine code believes them."""
     sizes: dict[str, tuple[type, int]] = {}
     for name, shape in expected_shapes(config).items():
-        if len(shape) == 1:
-            sizes[name] = np.float32, shape[0]
+        if len(shape) == 1 or name == POSITIONS:
+            sizes[name] = np.float32, int(np.prod(shape))
             continue
         rows, columns = padded(shape[0], BLOCK), padded(shape[1], 8 if precision == "int8" else GROUP)
         if name == EMBEDDING and not config.tied:
@@ -214,7 +220,7 @@ def pack(files: ModelFiles, precision: Precision) -> Iterator[tuple[str, Array]]
     """Every matrix in few bits, everything else as it is."""
     source = source_of(files)
     for name, weight in source.items():
-        if weight.ndim == 1:
+        if weight.ndim == 1 or name == POSITIONS:
             yield name, weight
         elif name == EMBEDDING and not files.config.tied:
             values, scales = rounded_to_int8(weight)
