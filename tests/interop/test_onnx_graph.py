@@ -1,0 +1,234 @@
+"""ONNX Runtime says of the exported graph what our engine says of the model, with and without a past."""
+
+import dataclasses
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+from tinystories.checkpoint import saved_weights
+from tinystories.config import ModelConfig
+from tinystories.data.sources import stories
+from tinystories.data.tokenizer import Tokenizer
+from tinystories.data.vocabulary import train_bpe
+from tinystories.errors import UserError
+from tinystories.interop import onnx_graph
+from tinystories.interop.exports import export
+from tinystories.interop.portable import Portable
+from tinystories.model import GPT
+
+DOCS = Path(__file__).parents[2] / "docs" / "interop.md"
+KNOWN = {field.name for field in dataclasses.fields(ModelConfig)}
+SHAPES: dict[str, dict[str, object]] = {
+    "classic": {"architecture": "classic", "tied": False},
+    "classic-tied": {"architecture": "classic", "tied": True},
+    "classic-as-gpt2": {
+        "architecture": "classic",
+        "learned_positions": True,
+        "activation": "gelu_tanh",
+        "qkv_bias": True,
+    },
+    "classic-as-gpt-neo": {
+        "architecture": "classic",
+        "learned_positions": True,
+        "activation": "gelu_erf",
+        "scaled_scores": False,
+        "window": 7,
+        "tied": False,
+    },
+    "modern": {"tied": False},
+    "modern-tied": {"tied": True},
+    "modern-grouped-tied": {"n_kv_head": 2, "tied": True},
+    "modern-one-kv-head": {"n_kv_head": 1, "tied": False},
+    "modern-without-qk-norm": {"qk_norm": False, "tied": False},
+    "modern-head-size": {"head_size": 10, "n_kv_head": 2, "tied": True},
+}
+Build = Callable[..., Portable]
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return train_bpe(300, stories("sample"))
+
+
+@pytest.fixture(scope="session")
+def build(
+    tiny: Callable[..., ModelConfig], awake: Callable[[ModelConfig], GPT], tokenizer: Tokenizer
+) -> Callable[..., Portable]:
+    def make(**changes: object) -> Portable:
+        gpt = awake(tiny(**{"vocab_size": tokenizer.vocab_size, **changes}))
+        weights = {name: weight.numpy(force=True) for name, weight in saved_weights(gpt).items()}
+        return Portable(config=gpt.config, weights=weights, tokenizer=tokenizer)
+
+    return make
+
+
+@pytest.fixture(params=[name for name, shape in SHAPES.items() if shape.keys() <= KNOWN])
+def model(request: pytest.FixtureRequest, build: Build) -> Portable:
+    return build(**SHAPES[request.param])
+
+
+def written(model: Portable, folder: Path) -> Path:
+    onnx_graph.write(model, folder / "m.onnx", "f32")
+    return folder / "m.onnx"
+
+
+def some_ids(model: Portable, n: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(model.config.vocab_size, size=n).tolist()
+
+
+def session_of(path: Path) -> Any:
+    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+
+def test_says_what_the_model_says_up_to_the_last_position(model: Portable, tmp_path: Path) -> None:
+    """`logits` has compared the reading with a past, in parts of 1, 4 and the rest."""
+    ids = some_ids(model, model.config.n_ctx)
+    ours = model.logits(ids)
+    assert ours.std() > 0.5, "logits too flat to compare"
+    assert np.abs(onnx_graph.logits(written(model, tmp_path), ids) - ours).max() <= 1e-4
+
+
+@pytest.mark.parametrize("ends", [(1, 2, 3, 4), (12,), (23,), (3, 3, 20)])
+def test_parts_of_any_length_may_follow_each_other(model: Portable, tmp_path: Path, ends: tuple[int, ...]) -> None:
+    ids = some_ids(model, 24)
+    told = onnx_graph.read(session_of(written(model, tmp_path)), np.split(np.array(ids), ends))
+    assert np.abs(told - model.logits(ids)).max() <= 1e-4
+
+
+def feeds_of(session: Any, ids: np.ndarray, mask: np.ndarray, past: list[np.ndarray] | None) -> dict[str, np.ndarray]:
+    """Positions as Optimum and transformers.js make them of the mask."""
+    names = [given.name for given in session.get_inputs()]
+    shape = session.get_inputs()[-1].shape
+    past = past or [np.zeros((len(ids), shape[1], 0, shape[3]), np.float32)] * (len(names) - 3)
+    positions = np.where(mask, np.cumsum(mask, axis=1) - 1, 1)[:, -ids.shape[1] :]
+    return dict(zip(names, [ids, mask, positions, *past], strict=True))
+
+
+def test_rows_of_a_batch_know_nothing_of_each_other_nor_of_padding(model: Portable, tmp_path: Path) -> None:
+    session = session_of(written(model, tmp_path))
+    n_pad, split = 5, 11
+    long, short = some_ids(model, 20), some_ids(model, 20 - n_pad, seed=1)
+    ids = np.array([long, [0] * n_pad + short])
+    mask = np.ones_like(ids)
+    mask[1, :n_pad] = 0
+    first, *past = session.run(None, feeds_of(session, ids[:, :split], mask[:, :split], None))
+    second, *_ = session.run(None, feeds_of(session, ids[:, split:], mask, past))
+    told = np.concatenate((first, second), axis=1)
+    assert np.isfinite(told).all(), "also where everything is padding"
+    assert np.abs(told[0] - model.logits(long)).max() <= 1e-4
+    assert np.abs(told[1, n_pad:] - model.logits(short)).max() <= 1e-4
+
+
+def test_more_ids_than_the_context_are_refused(model: Portable, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot run it"):
+        onnx_graph.logits(written(model, tmp_path), some_ids(model, model.config.n_ctx + 1))
+
+
+def test_the_file_is_valid_and_the_same_each_time(model: Portable, tmp_path: Path) -> None:
+    path = written(model, tmp_path)
+    onnx.checker.check_model(str(path), full_check=True)
+    first = path.read_bytes()
+    assert written(model, tmp_path).read_bytes() == first
+
+
+def test_weights_are_stored_once_and_as_they_are(model: Portable, tmp_path: Path) -> None:
+    proto = onnx.load(written(model, tmp_path))
+    arrays = {array.name: onnx.numpy_helper.to_array(array) for array in proto.graph.initializer}
+    for name, weight in model.weights.items():
+        np.testing.assert_array_equal(arrays.pop(name), weight, strict=True)
+    allowed = 2 * model.config.n_ctx * max(model.config.n_embd, model.config.head_dim)  # tables of positions
+    assert sum(array.size for array in arrays.values()) <= allowed + 100
+
+
+def test_names_and_facts(build: Build, tmp_path: Path) -> None:
+    model = build(n_kv_head=2)
+    path = written(model, tmp_path)
+    proto = onnx.load(path)
+    assert (proto.opset_import[0].version, proto.ir_version) == (17, 8), "what ONNX Runtime of two years ago reads"
+    assert {p.key: p.value for p in proto.metadata_props} == {
+        "architecture": "modern",
+        "end_id": str(model.tokenizer.end_id),
+        "n_ctx": "24",
+    }
+    assert (proto.producer_name, proto.model_version) == ("tinystories-gpt", 1)
+    session = session_of(path)
+    past, batch = ["batch_size", 2, "past_sequence_length", 6], ["batch_size", "sequence_length"]
+    assert [(given.name, given.shape) for given in session.get_inputs()] == [
+        ("input_ids", batch),
+        ("attention_mask", ["batch_size", "total_sequence_length"]),
+        ("position_ids", batch),
+        *((f"past_key_values.{i}.{part}", past) for i in (0, 1) for part in ("key", "value")),
+    ]
+    assert [told.name for told in session.get_outputs()] == [
+        "logits",
+        *(f"present.{i}.{part}" for i in (0, 1) for part in ("key", "value")),
+    ]
+
+
+def test_export_brings_the_tokenizer(build: Build, tmp_path: Path) -> None:
+    model = build()
+    done = export(model, "onnx", tmp_path / "tales.v1.onnx")
+    assert [path.name for path in done.paths] == ["tales.v1.onnx", "tales.v1.tokenizer.json"]
+    assert done.largest <= 1e-4
+    assert Tokenizer.load(done.paths[1]).sha256 == model.tokenizer.sha256
+
+
+def test_a_past_that_changes_the_logits_is_found(build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without causality the ids read at once see more than those read in parts."""
+    monkeypatch.setattr(onnx_graph.Decoder, "mask", lambda decoder, _: decoder.graph.number(0.0))
+    model = build()
+    with pytest.raises(UserError, match="with and without a past its logits differ by"):
+        onnx_graph.logits(written(model, tmp_path), some_ids(model, 24))
+
+
+@pytest.mark.parametrize("share", [0, 0.01, 0.1, 0.5, 0.9, 0.99])
+def test_a_cut_file_is_refused(build: Build, tmp_path: Path, share: float) -> None:
+    model = build()
+    path = written(model, tmp_path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(UserError, match=r"m\.onnx: ONNX Runtime cannot run it: [^\n]+$"):
+        onnx_graph.logits(path, some_ids(model, 8))
+
+
+def test_weights_above_two_gigabytes_are_refused(build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx_graph, "LARGEST_FILE", 10_000)
+    with pytest.raises(UserError, match=r"2 GB.*--format hf"):
+        export(build(), "onnx", tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["onnx", "onnxruntime"])
+def test_a_missing_package_is_named(build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UserError, match=rf'{name}: pip install "tinystories-gpt\[export\]"'):
+        export(build(), "onnx", tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_program_in_the_docs_writes_what_the_model_would(
+    build: Build,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    model = build(n_ctx=40)
+    export(model, "onnx", tmp_path / "stories.onnx")
+    program = DOCS.read_text(encoding="utf-8").split("## ONNX\n")[1].split("```python\n")[1].split("```")[0]
+    (tmp_path / "story.py").write_text(program, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    capfd.readouterr()
+    end = runpy.run_path("story.py")
+    ids = [int(i) for i in end["ids"]]
+    assert len(ids) == 40 or end["new"] == [model.tokenizer.end_id]
+    assert np.abs(end["logits"][0, -1] - model.logits(ids)[-1]).max() <= 1e-4
+    told = capfd.readouterr()
+    assert told.out.startswith("Once upon a time")
+    assert told.err == ""
