@@ -34,15 +34,16 @@ def load(
     precision: str = "auto",
     threads: int | None = None,
 ) -> "Storyteller":
-    """A storyteller from a model directory (what `tinystories train` writes).
+    """A storyteller from a model directory (what `tinystories train` writes), or hf:OWNER/NAME[@REVISION] on the Hub.
 
     `engine`: auto, cpu, torch; auto is cpu but where CUDA is at hand. `device` of torch: auto, cpu, cuda, cuda:1, mps.
     `precision`: auto, fp32; int8, int4 (cpu); bf16 (torch, where the hardware has it). `threads` of the CPU engine: as
     many as there are cores. `UserError` where the model is missing or damaged, or what it needs is not installed.
     """
     from tinystories.generate.storyteller import Storyteller
+    from tinystories.interop.hub import model_folder
 
-    return Storyteller.load(model, engine=engine, device=device, precision=precision, threads=threads)
+    return Storyteller.load(model_folder(model), engine=engine, device=device, precision=precision, threads=threads)
 
 
 def __getattr__(name: str) -> Any:

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import click
 
-from tinystories.cli.command import SETTINGS
+from tinystories.cli.command import SETTINGS, model_argument
 
 
 @click.command(context_settings=SETTINGS)
-@click.argument("model", type=click.Path(path_type=Path))
+@model_argument()
 @click.option(
     "--precision",
     type=click.Choice(["int8", "int4"]),
