@@ -68,7 +68,8 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print a JSON
 def run(command: click.Command, argv: list[str] | None = None, name: str = "tinystories") -> int:
     """Run a command and turn what people can mend into one line on stderr; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for client in ("httpx", "httpx2"):
+        logging.getLogger(client).setLevel(logging.WARNING)
     try:
         result = command.main(argv, prog_name=name, standalone_mode=False)
         return result if isinstance(result, int) else 0
