@@ -35,7 +35,7 @@ def load(
     threads: int | None = None,
     shortlist: bool = False,
 ) -> "Storyteller":
-    """A storyteller from a model directory (what `tinystories train` writes).
+    """A storyteller from a model directory (what `tinystories train` writes), or hf:OWNER/NAME[@REVISION] on the Hub.
 
     `engine`: auto, cpu, torch; auto is cpu but where CUDA is at hand. `device` of torch: auto, cpu, cuda, cuda:1, mps.
     `precision`: auto, fp32; int8, int4 (cpu); bf16 (torch, where the hardware has it). `threads` of the CPU engine: as
@@ -43,9 +43,10 @@ def load(
     faster. `UserError` where the model is missing or damaged, or what it needs is not installed.
     """
     from tinystories.generate.storyteller import Storyteller
+    from tinystories.interop.hub import model_folder
 
     return Storyteller.load(
-        model, engine=engine, device=device, precision=precision, threads=threads, shortlist=shortlist
+        model_folder(model), engine=engine, device=device, precision=precision, threads=threads, shortlist=shortlist
     )
 
 

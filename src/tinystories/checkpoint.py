@@ -68,6 +68,11 @@ def is_model(folder: Path) -> bool:
     return (folder / "config.json").is_file()
 
 
+def is_ours(folder: Path) -> bool:
+    """Whether a folder is a model directory, rather than one of Hugging Face transformers (whole or not)."""
+    return is_model(folder) and "format" in read_json(folder / "config.json")
+
+
 def read_model(folder: Path | str, *, check_weights: bool = True) -> ModelFiles:
     """Verify and describe a model directory. `UserError` where a file is missing, altered or of another format.
 

@@ -13,6 +13,7 @@ from tinystories.data.sources import stories
 from tinystories.errors import UserError
 from tinystories.interop.exports import export
 from tinystories.interop.hf_folder import read
+from tinystories.interop.imports import import_model
 from tinystories.interop.portable import Portable
 
 Build = Callable[[str], Portable]
@@ -118,7 +119,7 @@ def test_older_tokenizer_files_and_other_names_of_the_end(model: Portable, folde
 
 def test_a_folder_of_ours_is_read_as_such(model: Portable, tmp_path: Path) -> None:
     model.write(tmp_path / "ours")
-    assert read(tmp_path / "ours", None).provenance == {"tokens_seen": 5}
+    assert import_model(str(tmp_path / "ours")).provenance == {"tokens_seen": 5}
 
 
 @pytest.mark.parametrize(

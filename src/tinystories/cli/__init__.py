@@ -12,7 +12,7 @@ from tinystories.cli.command import SETTINGS, run
 from tinystories.cli.evaluate import evaluate
 from tinystories.cli.generate import generate
 from tinystories.cli.info import info
-from tinystories.cli.interop import export, import_
+from tinystories.cli.interop import export, import_, push
 from tinystories.cli.pack import pack, warmup
 from tinystories.cli.prepare import prepare
 from tinystories.cli.sweep import sweep
@@ -34,7 +34,7 @@ def cli() -> None:
     """
 
 
-for command in (prepare, train, sweep, generate, evaluate, info, pack, warmup, export, import_, bench):
+for command in (prepare, train, sweep, generate, evaluate, info, pack, warmup, export, import_, push, bench):
     cli.add_command(command)
 
 

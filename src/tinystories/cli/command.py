@@ -1,9 +1,11 @@
 """How every command runs: what people can mend becomes one line on stderr and an exit code. Options that many have."""
 
+import functools
 import logging
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import click
 
@@ -20,6 +22,26 @@ errors_option = click.option(
     show_default=True,
     help="What to do with bytes that are not UTF-8: stop, or put U+FFFD in their place.",
 )
+
+
+def model_argument(
+    name: str = "model", *, required: bool = True
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """MODEL, a directory or hf:OWNER/NAME[@REVISION]; the command is given the directory, once all options are read."""
+
+    def decorated(command: Callable[..., None]) -> Callable[..., None]:
+        @click.argument(name, required=required)
+        @functools.wraps(command)
+        def with_folder(**given: Any) -> None:
+            from tinystories.interop.hub import model_folder
+
+            if given[name] is not None:
+                given[name] = model_folder(given[name])
+            command(**given)
+
+        return with_folder
+
+    return decorated
 
 
 def engine_option(text: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -46,7 +68,8 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print a JSON
 def run(command: click.Command, argv: list[str] | None = None, name: str = "tinystories") -> int:
     """Run a command and turn what people can mend into one line on stderr; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for client in ("httpx", "httpx2"):
+        logging.getLogger(client).setLevel(logging.WARNING)
     try:
         result = command.main(argv, prog_name=name, standalone_mode=False)
         return result if isinstance(result, int) else 0

@@ -16,13 +16,14 @@ from tinystories.cli.command import (
     engine_option,
     errors_option,
     json_option,
+    model_argument,
     precision_option,
     threads_option,
 )
 
 
 @click.command("eval", context_settings=SETTINGS)
-@click.argument("model", type=click.Path(path_type=Path))
+@model_argument()
 @click.option(
     "--data", required=True, help="Story file, folder, named source, or a folder made by `tinystories prepare`."
 )

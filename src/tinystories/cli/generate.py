@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tinystories.cli.command import SETTINGS, device_option, engine_option, precision_option, threads_option
+from tinystories.cli.command import (
+    SETTINGS,
+    device_option,
+    engine_option,
+    model_argument,
+    precision_option,
+    threads_option,
+)
 
 if TYPE_CHECKING:
     from tinystories.generate.stories import Request
@@ -16,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @click.command(context_settings=SETTINGS)
-@click.argument("model", type=click.Path(path_type=Path))
+@model_argument()
 @click.option("--prompt", default="", help="How the story begins.  [default: the model begins]")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=400, show_default=True, help="Longest continuation.")
 @click.option("--temperature", type=float, help="0: always the likeliest token.")

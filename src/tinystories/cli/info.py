@@ -7,20 +7,29 @@ from typing import Any
 
 import click
 
-from tinystories.cli.command import SETTINGS, json_option
+from tinystories.cli.command import SETTINGS, json_option, model_argument
 from tinystories.config import PRESETS, Config, load_config
 from tinystories.errors import UserError
 from tinystories.train.rates import settled
 
 
 @click.command(context_settings=SETTINGS)
-@click.argument("path", type=click.Path(path_type=Path), required=False)
+@model_argument("path", required=False)
 @click.option("--config", "config_file", help=f"TOML file, or a preset: {', '.join(PRESETS)}.")
+@click.option("--card", "as_card", is_flag=True, help="Print a model card (README.md) for the model's page on the Hub.")
 @json_option
-def info(path: Path | None, config_file: str | None, as_json: bool) -> None:
+def info(path: Path | None, config_file: str | None, as_card: bool, as_json: bool) -> None:
     """Tell what a model directory, a prepared folder or a config is: sizes, parameters, where it came from."""
     if (path is None) == (config_file is None):
         raise UserError("name either a model or data directory, or --config FILE")
+    if as_card:
+        if path is None or as_json:
+            raise UserError("--card is of a model directory, and no JSON; leave --config and --json out")
+        from tinystories.interop.card import card
+        from tinystories.interop.portable import Portable
+
+        click.echo(card(Portable.read(path)), nl=False)
+        return
     facts = describe_config(load_config(config_file)) if config_file else describe_path(path or Path())
     if as_json:
         click.echo(json.dumps(facts))

@@ -1,17 +1,17 @@
-"""`tinystories export` and `tinystories import`: to the files of other programs, and from them."""
+"""`tinystories export`, `import` and `push`: to the files of other programs, from them, and to the Hub."""
 
 from pathlib import Path
 
 import click
 
-from tinystories.cli.command import SETTINGS
+from tinystories.cli.command import SETTINGS, model_argument
 from tinystories.errors import UserError
 
 force_option = click.option("--force", is_flag=True, help="Replace what is there.")
 
 
 @click.command(context_settings=SETTINGS)
-@click.argument("model", type=click.Path(path_type=Path))
+@model_argument()
 @click.option(
     "--format",
     "name",
@@ -83,3 +83,34 @@ def import_(source: str, out: Path, tokenizer: Path | None, force: bool) -> None
         f" context {config.n_ctx}, {config.vocab_size:,} ids"
     )
     click.echo(f'next: tinystories generate {out} --prompt "Once upon a time"')
+
+
+@click.command(context_settings=SETTINGS)
+@model_argument()
+@click.argument("repository", metavar="OWNER/NAME")
+@click.option("--private/--public", default=True, show_default=True, help="Who may see a repository that is new.")
+@click.option("--message", default="", help="Of the commit.")
+@click.option("--license", default="", help="Of the weights, for the model card: mit, apache-2.0, cc0-1.0 ...")
+def push(model: Path, repository: str, private: bool, message: str, license: str) -> None:
+    """Upload MODEL to the Hugging Face Hub as OWNER/NAME, one commit.
+
+    Goes up: the weights, the config with its provenance, the tokenizer, the sampling defaults, and a model card made of
+    them as README.md (see it first: tinystories info MODEL --card). Stays here: packed weights, checkpoints, the state
+    of training, samples and logs. A card that is there already is replaced; its history keeps it.
+
+    Needs huggingface_hub, and a token that may write in HF_TOKEN or by `hf auth login`. For a repository of the formats
+    of other programs, export first and upload the folder: hf upload OWNER/NAME DIR
+
+    \b
+      tinystories push runs/small me/small-stories
+      tinystories generate hf:me/small-stories --prompt "Once upon a time"
+    """
+    from tinystories.interop import hub
+
+    files = hub.contents(model, repository, license)
+    for name, file in files.items():
+        size = len(file) if isinstance(file, bytes) else file.stat().st_size
+        click.echo(f"{name}: {size / 1e6:,.3f} MB")
+    address = hub.push(files, repository, private=private, message=message)
+    click.echo(f"pushed: {address}")
+    click.echo(f'next: tinystories generate hf:{repository} --prompt "Once upon a time"')

@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tinystories.cli.command import SETTINGS
+from tinystories.cli.command import SETTINGS, model_argument
 
 if TYPE_CHECKING:
     from tinystories.checkpoint import ModelFiles
 
 
 @click.command(context_settings=SETTINGS)
-@click.argument("model", type=click.Path(path_type=Path))
+@model_argument()
 @click.option(
     "--precision",
     type=click.Choice(["int8", "int4"]),

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import logging
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,14 @@ from tinystories.errors import UserError
 
 CONTACT_SECONDS = 20.0  # for the Hub's first answer
 STALL_SECONDS = 180.0  # without any data later on; `datasets` itself tries again for 100
+
+
+def repository(name: str) -> tuple[str, str]:
+    """OWNER/NAME and REVISION (empty: the latest) of hf:OWNER/NAME[@REVISION]. `UserError` for another form."""
+    match = re.fullmatch(r"hf:([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", name)
+    if match is None or ".." in name:
+        raise UserError(f"{name} is not of the form hf:OWNER/NAME or hf:OWNER/NAME@REVISION")
+    return match[1], match[2] or ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,14 +1,12 @@
 """Where stories come from, by name: known collections, the Hub, files."""
 
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
 from tinystories.data.files import FileSource, story_files
-from tinystories.data.hub import HubSource
+from tinystories.data.hub import HubSource, repository
 from tinystories.data.reader import Errors, ReadOptions
-from tinystories.errors import UserError
 
 SAMPLE = Path(__file__).parent / "sample" / "stories.txt"
 
@@ -41,10 +39,8 @@ def resolve(source: Names) -> Source:
     if len(names) == 1 and (name := str(names[0])) in known:
         return known[name]
     if len(names) == 1 and (name := str(names[0])).startswith("hf:"):
-        match = re.fullmatch(r"hf:([\w.-]+/[\w.-]+)(?:@(\S+))?", name)
-        if match is None:
-            raise UserError(f"source {name} is not of the form hf:OWNER/NAME or hf:OWNER/NAME@REVISION")
-        return HubSource(name=name, repo=match[1], revision=match[2] or "")
+        repo, revision = repository(name)
+        return HubSource(name=name, repo=repo, revision=revision)
     paths = tuple(path for name in names for path in story_files(Path(name), known))
     return FileSource(" ".join(map(str, names)), paths)
 

@@ -81,10 +81,8 @@ def logits(path: Path, ids: list[int]) -> Array:
 
 
 def read(path: Path, tokenizer: Path | None) -> Portable:
-    """A folder of gpt2, gpt_neo, llama or qwen3, or a model directory of ours."""
+    """A folder of gpt2, gpt_neo, llama or qwen3. `UserError` where it is none, or damaged."""
     settings = checkpoint.read_json(path / "config.json")
-    if "format" in settings and "model_type" not in settings:
-        return Portable.read(path)
     config, weights = from_transformers(settings, stored_weights(path))
     generation = path / "generation_config.json"
     chosen = checkpoint.read_json(generation) if generation.is_file() else {}

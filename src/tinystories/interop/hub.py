@@ -1,24 +1,230 @@
-"""Stub."""
+"""Models on the Hugging Face Hub: down into `huggingface_hub`'s cache, up as one commit. No code of theirs is run."""
 
+import contextlib
+import errno
+import hashlib
+import logging
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import numpy.typing as npt
+from tinystories import checkpoint
+from tinystories.data.deadline import within
+from tinystories.data.hub import CONTACT_SECONDS, repository
+from tinystories.data.tokenizer import one_line
+from tinystories.errors import UserError
 
-from tinystories.interop.portable import Portable
+log = logging.getLogger(__name__)
 
-
-def write(model: Portable, path: Path, precision: str) -> None:
-    raise NotImplementedError
-
-
-def logits(path: Path, ids: list[int]) -> npt.NDArray[Any]:
-    raise NotImplementedError
-
-
-def read(path: Path, tokenizer: Path | None) -> Portable:
-    raise NotImplementedError
+DESCRIPTIONS = {
+    "config.json",
+    "generation.json",
+    "generation_config.json",
+    "merges.txt",
+    "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+}
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")  # the first that a repository has
+EXPORT_EXTRA = 'pip install "tinystories-gpt[export]"'
 
 
 def download(source: str) -> Path:
-    raise NotImplementedError
+    """The folder, in `huggingface_hub`'s cache, with the files of hf:OWNER/NAME[@REVISION] that we can read.
+
+    Whole files are kept when it is interrupted. Sizes and hashes are those that the Hub lists. Where the Hub does not
+    answer within CONTACT_SECONDS, an earlier download serves, with a warning. `UserError` where there is none, where
+    the repository or revision does not exist, is private or gated, holds no weights, or where the disk is full.
+    """
+    repo, revision = repository(source)
+    hub = client()
+    api = hub.HfApi()
+    with errors(source, api.endpoint):
+        try:
+            info = within(
+                CONTACT_SECONDS,
+                lambda: api.model_info(
+                    repo, revision=revision or None, files_metadata=True, timeout=CONTACT_SECONDS / 2
+                ),
+            )
+        except Exception as error:
+            if is_an_answer(error):
+                raise
+            found = hub.try_to_load_from_cache(repo, "config.json", revision=revision or None)
+            if not isinstance(found, str):
+                raise
+            log.warning("%s: the Hub does not answer (%s); an earlier download is used", source, type(error).__name__)
+            return Path(found).parent
+        files = usable(source, info.siblings)
+        require_space(source, hub, repo, [f for f in files if not cached(hub, repo, f.rfilename, info.sha)])
+        names = [file.rfilename for file in files]  # as patterns each matches itself alone: they hold no * ? [ /
+        folder = Path(hub.snapshot_download(repo, revision=revision or None, allow_patterns=names))
+    if folder.name != info.sha:
+        raise UserError(f"{source} was changed while it was downloaded; run the same again")
+    for file in files:
+        verify(source, folder / file.rfilename, file)
+    return folder
+
+
+def usable(source: str, files: Sequence[Any]) -> list[Any]:
+    """Those of a listing to download: descriptions and one kind of weights, from the top folder only."""
+    plain = [file for file in files if re.fullmatch(r"[\w.-]+", file.rfilename)]
+    kinds = ([file for file in plain if fnmatchcase(file.rfilename, kind)] for kind in WEIGHTS)
+    weights = next(filter(None, kinds), [])
+    names = [file.rfilename for file in weights]
+    if not weights:
+        there = ", ".join(one_line(file.rfilename) for file in files[:10]) or "nothing"
+        raise UserError(f"{source} holds none of {', '.join(WEIGHTS)} in its top folder; it holds {there}")
+    if len(weights) > 1 and names[0].endswith(".gguf"):
+        raise UserError(
+            f"{source} holds several models; download one of these files, then: tinystories import FILE"
+            f" ({', '.join(names)})"
+        )
+    return [file for file in plain if file.rfilename in DESCRIPTIONS] + weights
+
+
+def cached(hub: Any, repo: str, name: str, commit: str) -> bool:
+    return isinstance(hub.try_to_load_from_cache(repo, name, revision=commit), str)
+
+
+def require_space(source: str, hub: Any, repo: str, files: Sequence[Any]) -> None:
+    """`UserError` where the cache's disk has no room for the files; says how much there is to download."""
+    needed = sum(file.size or 0 for file in files)
+    if not files:
+        return
+    place = Path(hub.constants.HF_HUB_CACHE)
+    free = shutil.disk_usage(next(folder for folder in (place, *place.absolute().parents) if folder.exists())).free
+    if needed > free:
+        raise UserError(
+            f"{source} has {needed / 1e6:,.1f} MB to download, {place} only {free / 1e6:,.1f} MB left;"
+            " free space, or set HF_HUB_CACHE to another folder"
+        )
+    log.info("downloading %s: %d files, %.1f MB", repo, len(files), needed / 1e6)
+
+
+def verify(source: str, path: Path, listed: Any) -> None:
+    """`UserError` unless the file is what the Hub lists; what is not leaves the cache."""
+    if listed.lfs is not None:
+        right = checkpoint.sha256(path) == listed.lfs.sha256
+    else:
+        data = path.read_bytes()
+        right = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() == listed.blob_id
+    if not right:
+        path.resolve().unlink()
+        path.unlink(missing_ok=True)
+        raise UserError(f"{source}: {path.name} arrived damaged (its hash is not the listed one); run the same again")
+
+
+def model_folder(model: str | Path) -> Path:
+    """The folder that a MODEL names: a directory itself, or that of hf:OWNER/NAME[@REVISION] once downloaded.
+
+    `UserError` as from `download`, and where that is another program's model.
+    """
+    if not str(model).startswith("hf:"):
+        return Path(model)
+    folder = download(str(model))
+    if not checkpoint.is_ours(folder):
+        raise UserError(
+            f"{model} is a model of another program; make a model directory of it first:"
+            f" tinystories import {model} --out DIR"
+        )
+    return folder
+
+
+def contents(folder: Path, repo: str, license: str = "") -> dict[str, Path | bytes]:
+    """What is pushed of a model directory, by name: its own files and the model card, nothing else that lies there."""
+    from tinystories.interop.card import card
+    from tinystories.interop.portable import Portable
+
+    files = checkpoint.read_model(folder)
+    text = card(Portable.read(folder), repo, license)
+    return {"README.md": text.encode(), **{name: folder / name for name in ("config.json", *files.sums)}}
+
+
+def push(files: Mapping[str, Path | bytes], repo: str, *, private: bool = True, message: str = "") -> str:
+    """Upload files as one commit to a repository, which is made where there is none; returns the commit's address.
+
+    `UserError` without a token that may write there, without network, and where it should be private but is public.
+    """
+    repo, revision = repository(f"hf:{repo}")
+    if revision:
+        raise UserError(f"{repo}@{revision}: a push goes to the main branch; leave @{revision} out")
+    hub = client()
+    if not hub.get_token():
+        raise UserError(
+            "a push needs a token that may write: set HF_TOKEN to one made at https://huggingface.co/settings/tokens,"
+            " or run: hf auth login"
+        )
+    api = hub.HfApi()
+    with errors(repo, api.endpoint):
+        within(CONTACT_SECONDS, lambda: api.create_repo(repo, private=private, exist_ok=True))
+        if private and not within(CONTACT_SECONDS, lambda: api.model_info(repo)).private:
+            raise UserError(f"{repo} is there already and public; push with --public, or name another repository")
+        operations = [hub.CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in files.items()]
+        done = api.create_commit(repo, operations, commit_message=message or "A model of TinyStories GPT")
+    return str(done.commit_url)
+
+
+def client() -> Any:
+    """The package huggingface_hub, told to leave messages to us and to show its progress on terminals only."""
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise UserError(f"the Hub needs huggingface_hub: {EXPORT_EXTRA}") from None
+    huggingface_hub.logging.set_verbosity(logging.CRITICAL)
+    if not sys.stderr.isatty():
+        huggingface_hub.utils.disable_progress_bars()
+    return huggingface_hub
+
+
+def is_an_answer(error: Exception) -> bool:
+    """Whether the Hub itself refused, rather than could not be reached."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code < 500
+    return isinstance(error, HFValidationError)
+
+
+@contextlib.contextmanager
+def errors(name: str, endpoint: str) -> Iterator[None]:
+    """Whatever goes wrong in the client, as a `UserError` about the repository of that name."""
+    from huggingface_hub import errors as theirs
+
+    repo = name.removeprefix("hf:").partition("@")[0]
+    try:
+        yield
+    except UserError:
+        raise
+    except theirs.GatedRepoError:
+        raise UserError(f"{name}: ask for access at {endpoint}/{repo}, then set HF_TOKEN to your token") from None
+    except theirs.RepositoryNotFoundError:
+        raise UserError(f"{name}: no model {repo} at {endpoint} (a private one needs HF_TOKEN)") from None
+    except theirs.RevisionNotFoundError:
+        raise UserError(f"{name}: {repo} has no such revision; see {endpoint}/{repo}/commits/main") from None
+    except theirs.HFValidationError as error:
+        raise UserError(f"{name} is no name of a repository: {one_line(error)}") from None
+    except Exception as error:
+        status = error.response.status_code if isinstance(error, theirs.HfHubHTTPError) else 0
+        if status in (401, 403):
+            raise UserError(
+                f"{name}: the Hub refuses ({status}); HF_TOKEN must be a token that may do this"
+                " (https://huggingface.co/settings/tokens)"
+            ) from None
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"{name}: the disk is full; free space, or set HF_HUB_CACHE to another folder, and run the same again"
+            ) from None
+        if isinstance(error, OSError) and error.filename:
+            raise UserError(f"{name}: {error.filename}: {error.strerror}") from None
+        raise UserError(
+            f"{name}: {endpoint}/{repo} was tried and does not answer as it should ({type(error).__name__}:"
+            f" {one_line(error)[:200]}); run the same again to go on"
+        ) from None

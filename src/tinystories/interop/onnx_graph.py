@@ -22,6 +22,7 @@ from tinystories.positions import rotary_tables, sinusoid_table
 
 Floats = npt.NDArray[np.float32]
 
+HINT = "next: docs/interop.md has a program of twenty lines that writes a story with it"
 OPSET, IR = 17, 8  # the first opset with LayerNormalization; onnxruntime has read both since 1.12
 LARGEST_FILE = 2**31 - 2**20  # bytes: Protocol Buffers end at 2 GB; the nodes take the rest
 CHUNKS = 1, 5  # where `logits` splits the ids
