@@ -149,7 +149,7 @@ def test_a_truncated_file_and_a_way_out_of_the_folder_are_refused(folder: Path) 
     data = weights.read_bytes()
     for size in (0, 5, 100, len(data) - 1):
         weights.write_bytes(data[:size])
-        with pytest.raises(UserError, match="model.safetensors cannot be read"):
+        with pytest.raises(UserError, match=r"model\.safetensors cannot be read"):
             read(folder, None)
     weights.unlink()
     (folder.parent / "secret.safetensors").write_bytes(data)

@@ -18,11 +18,9 @@ from tinystories.errors import UserError
 from tinystories.positions import sinusoid_table
 
 if TYPE_CHECKING:
-    from pathlib import Path
 
     from torch import Tensor
 
-    from tinystories.interop.portable import Portable
 
 Array = npt.NDArray[Any]
 

@@ -29,7 +29,7 @@ def import_model(source: str, tokenizer: Path | None = None) -> Portable:
     if path.suffix == ".bin":
         return llama2c.read(path, tokenizer)
     raise UserError(
-        f"{path} is not known: expected a Hugging Face folder, a .gguf, a llama2.c .bin or a .pt of the original program"
+        f"{path} is not known: expected a Hugging Face folder, a .gguf, a llama2.c .bin, or a .pt of the original"
     )
 
 

@@ -205,7 +205,7 @@ class Decoder:
         )
 
     def mask(self, window: int) -> str:
-        """(B, 1, G x T, S) to be added to scores: a token sees the last `window` ones (0: all) up to itself, no padding."""
+        """(B, 1, G x T, S), to be added to scores: a token sees the last `window` ones (0: all) to itself, no padding."""
         graph, add = self.graph, self.graph.add
         past = add("Squeeze", add("Shape", "past_key_values.0.key", start=2, end=3))
         total = add("Add", past, add("Squeeze", add("Shape", "input_ids", start=1)))

@@ -25,7 +25,7 @@ class Portable:
     config: ModelConfig
     weights: Mapping[str, Array]
     tokenizer: Tokenizer
-    sampling: SamplingConfig = SamplingConfig()
+    sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
