@@ -18,7 +18,6 @@ from tinystories.errors import UserError
 from tinystories.positions import sinusoid_table
 
 if TYPE_CHECKING:
-
     from torch import Tensor
 
 
