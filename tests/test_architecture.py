@@ -72,6 +72,8 @@ def test_the_rule_sees_a_wrong_import() -> None:
         "tinystories.generate.output",
         "tinystories.generate.sampling",
         "tinystories.generate.stories",
+        "tinystories.interop.card",
+        "tinystories.interop.hub",
     ],
 )
 def test_imports_no_torch(module: str) -> None:
