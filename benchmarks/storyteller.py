@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tinystories import load
 from tinystories.config import SamplingConfig
 from tinystories.data.sources import stories
 from tinystories.evaluate.bits import bits_per_byte, encoded
@@ -58,7 +59,7 @@ def main() -> None:
     parser.add_argument("--judge", help="another model directory, for --sweep")
     options = parser.parse_args()
     precisions = options.precision.split(",")
-    teller = Storyteller.load(options.model, engine="cpu", precision=precisions[0])
+    teller = load(options.model, engine="cpu", precision=precisions[0])
     val = list(stories(options.val, split="val"))
     seen = Seen(stories(options.train))
     if options.sweep:
@@ -79,7 +80,7 @@ def main() -> None:
 
 
 def score(model: str | None, precision: str, val: str) -> float:
-    teller = Storyteller.load(model, engine="cpu", precision=precision)
+    teller = load(model, engine="cpu", precision=precision)
     found = evaluate_model(teller, val)
     low, high = found.interval
     print(
@@ -113,7 +114,7 @@ def counted(texts: list[str], seen: Seen) -> dict[str, float]:
 
 
 def sweep(teller: Storyteller, judge: str | None, val: list[str], seen: Seen) -> None:
-    judging = Storyteller.load(judge, engine="cpu", precision="fp32") if judge else teller
+    judging = load(judge, engine="cpu", precision="fp32") if judge else teller
     own = bits_per_byte(judging.engine, encoded(people_of(val), judging.tokenizer)).bits_per_byte
     people = counted(people_of(val), seen)
     names = ["words", "looping", "copied", "distinct_openings", "names", "commonest_name", "distinct_trigrams"]

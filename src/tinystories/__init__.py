@@ -27,7 +27,7 @@ HOMES = {
 
 
 def load(
-    model: str | Path,
+    model: str | Path | None = None,
     *,
     engine: str = "auto",
     device: "str | torch.device" = "auto",
@@ -36,6 +36,8 @@ def load(
     shortlist: bool = False,
 ) -> "Storyteller":
     """A storyteller from a model directory (what `tinystories train` writes), or hf:OWNER/NAME[@REVISION] on the Hub.
+
+    Without `model` it is the one that comes with the package.
 
     `engine`: auto, cpu, torch; auto is cpu but where CUDA is at hand. `device` of torch: auto, cpu, cuda, cuda:1, mps.
     `precision`: auto, fp32; int8, int4 (cpu); bf16 (torch, where the hardware has it). `threads` of the CPU engine: as

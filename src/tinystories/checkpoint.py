@@ -28,6 +28,7 @@ FORMAT = 1
 WEIGHTS = "model.safetensors"
 PACKED = "packed-int8.safetensors"  # in its place, in a model that is shipped small (engine/cpu/shipped.py)
 DRAFT = ".draft"
+BUNDLED = Path(__file__).parent / "bundled"  # the storyteller that comes with the package
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,6 +24,7 @@ from tinystories.errors import UserError
 from tinystories.interop import hub as hub_module
 from tinystories.interop.card import card
 from tinystories.interop.portable import Portable
+from tinystories.interop.published import table
 from tinystories.model import GPT
 
 pytest.importorskip("huggingface_hub")
@@ -313,6 +314,50 @@ def test_what_is_pushed_comes_back_bit_for_bit(hub: ModelHub, model: Path, tmp_p
     assert pushed["README.md"].decode() == card(Portable.read(model), name, "mit")
     found, _ = attempts(hub.endpoint, tmp_path / "elsewhere", f"hf:{name}", HF_TOKEN=TOKEN)
     assert held(found["model"]) == own
+
+
+FETCH = """
+import json, pathlib, sys
+from tinystories.errors import UserError
+from tinystories.interop.published import fetch
+
+known, out = json.loads(sys.argv[1]), pathlib.Path(sys.argv[2])
+for name in ("good", "altered", "gone", "unknown"):
+    try:
+        fetch(name, out / name, known)
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_published_weights_are_fetched_at_their_commit_and_by_their_hash(
+    hub: ModelHub, model: Path, tmp_path: Path
+) -> None:
+    own = {name: (model / name).read_bytes() for name in ("config.json", *checkpoint.read_model(model).sums)}
+    there = hub.models["us/stories"] = Repository(own)
+    entry = {
+        "text": "a test",
+        "repository": "us/stories",
+        "revision": there.tags["main"],
+        "sha256": checkpoint.sha256(model / "config.json"),
+    }
+    there.commit(own | {"model.safetensors": b"a later version"})
+    known = {"good": entry, "altered": entry | {"sha256": "0" * 64}, "gone": entry | {"revision": "0" * 40}}
+    done = child(FETCH, hub.endpoint, tmp_path / "home", json.dumps(known), str(tmp_path))
+    assert held(str(tmp_path / "good")) == own
+    altered, gone, unknown = done.stdout.splitlines()
+    assert altered == "us/stories: config.json is not the published one; nothing was written"
+    assert gone.startswith("hf:us/stories@0000")
+    assert unknown == "no published weights are named unknown; known: good, altered, gone"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["good", "home"]
+
+
+def test_the_table_of_published_weights_is_whole() -> None:
+    for entry in table().values():
+        assert entry.keys() == {"text", "repository", "revision", "sha256"}
+        assert repository(f"hf:{entry['repository']}@{entry['revision']}")
+        assert len(entry["revision"]) == 40
+        assert len(entry["sha256"]) == 64
 
 
 PUSH = """

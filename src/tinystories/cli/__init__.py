@@ -10,6 +10,7 @@ import click
 from tinystories.cli.bench import bench
 from tinystories.cli.command import SETTINGS, run
 from tinystories.cli.evaluate import evaluate
+from tinystories.cli.fetch import fetch
 from tinystories.cli.generate import generate
 from tinystories.cli.info import info
 from tinystories.cli.interop import export, import_, push
@@ -25,7 +26,8 @@ def cli() -> None:
     """Train a small storyteller from scratch and read its stories.
 
     \b
-    Start here (about a minute each, no network):
+    Start here (the last three take about a minute each; no network):
+      tinystories generate
       tinystories prepare sample --tokenizer bpe:1024 --out data/sample
       tinystories train --config nano --data data/sample --out runs/first --train.steps 60
       tinystories generate runs/first --prompt "Once upon a time"
@@ -34,7 +36,7 @@ def cli() -> None:
     """
 
 
-for command in (prepare, train, sweep, generate, evaluate, info, pack, warmup, export, import_, push, bench):
+for command in (prepare, train, sweep, generate, evaluate, info, pack, warmup, export, import_, push, fetch, bench):
     cli.add_command(command)
 
 

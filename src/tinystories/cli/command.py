@@ -25,18 +25,20 @@ errors_option = click.option(
 
 
 def model_argument(
-    name: str = "model", *, required: bool = True
+    name: str = "model", *, bundled: bool = False
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """MODEL, a directory or hf:OWNER/NAME[@REVISION]; the command is given the directory, once all options are read."""
+    """MODEL, a directory or hf:OWNER/NAME[@REVISION]; the command is given the directory, once all options are read.
+
+    With `bundled` it may be left out, and is the storyteller that comes with the package.
+    """
 
     def decorated(command: Callable[..., None]) -> Callable[..., None]:
-        @click.argument(name, required=required)
+        @click.argument(name, required=not bundled)
         @functools.wraps(command)
         def with_folder(**given: Any) -> None:
             from tinystories.interop.hub import model_folder
 
-            if given[name] is not None:
-                given[name] = model_folder(given[name])
+            given[name] = model_folder(given[name])
             command(**given)
 
         return with_folder

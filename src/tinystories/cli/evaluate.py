@@ -23,7 +23,7 @@ from tinystories.cli.command import (
 
 
 @click.command("eval", context_settings=SETTINGS)
-@model_argument()
+@model_argument(bundled=True)
 @click.option(
     "--data", required=True, help="Story file, folder, named source, or a folder made by `tinystories prepare`."
 )
@@ -54,7 +54,7 @@ def evaluate(
     threads: int | None,
     as_json: bool,
 ) -> None:
-    """Measure a model in bits per byte over whole stories (docs/evaluation.md).
+    """Measure MODEL, or the bundled storyteller, in bits per byte over whole stories (docs/evaluation.md).
 
     Each story stands on its own after <|endoftext|>; its closing <|endoftext|> counts. Lower is better. The engine is
     torch where it is installed, else cpu in fp32; --precision int8 or int4 measures what the CPU engine's weights cost.

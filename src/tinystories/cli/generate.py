@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @click.command(context_settings=SETTINGS)
-@model_argument()
+@model_argument(bundled=True)
 @click.option("--prompt", default="", help="How the story begins.  [default: the model begins]")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=400, show_default=True, help="Longest continuation.")
 @click.option("--temperature", type=float, help="0: always the likeliest token.")
@@ -59,9 +59,9 @@ def generate(
     out: Path | None,
     **sampling: float | int | None,
 ) -> None:
-    """Write stories with a trained model. Sampling defaults are the model's own (generation.json).
+    """Write stories with MODEL, or with the storyteller that comes with the package.
 
-    Text goes to standard output, everything else to standard error.
+    Sampling defaults are the model's own (generation.json). Text goes to standard output, all else to standard error.
     """
     from tinystories.generate.storyteller import N_SLOTS, Storyteller
 

@@ -7,30 +7,39 @@ from typing import Any
 
 import click
 
-from tinystories.cli.command import SETTINGS, json_option, model_argument
+from tinystories.cli.command import SETTINGS, json_option
 from tinystories.config import PRESETS, Config, load_config
 from tinystories.errors import UserError
 from tinystories.train.rates import settled
 
+CARD = "README.md"
+
 
 @click.command(context_settings=SETTINGS)
-@model_argument("path", required=False)
+@click.argument("path", required=False)
 @click.option("--config", "config_file", help=f"TOML file, or a preset: {', '.join(PRESETS)}.")
 @click.option("--card", "as_card", is_flag=True, help="Print a model card (README.md) for the model's page on the Hub.")
 @json_option
-def info(path: Path | None, config_file: str | None, as_card: bool, as_json: bool) -> None:
-    """Tell what a model directory, a prepared folder or a config is: sizes, parameters, where it came from."""
-    if (path is None) == (config_file is None):
-        raise UserError("name either a model or data directory, or --config FILE")
-    if as_card:
-        if path is None or as_json:
-            raise UserError("--card is of a model directory, and no JSON; leave --config and --json out")
-        from tinystories.interop.card import card
-        from tinystories.interop.portable import Portable
+def info(path: str | None, config_file: str | None, as_card: bool, as_json: bool) -> None:
+    """Tell what PATH or a config is: sizes, parameters, where it came from, and the model card where there is one.
 
-        click.echo(card(Portable.read(path)), nl=False)
-        return
-    facts = describe_config(load_config(config_file)) if config_file else describe_path(path or Path())
+    PATH is a model directory, hf:OWNER/NAME, or a folder of prepared data; without it and --config, the storyteller
+    that comes with the package.
+    """
+    if path is not None and config_file is not None:
+        raise UserError("name either a model or data directory, or --config FILE")
+    if as_card and (config_file is not None or as_json):
+        raise UserError("--card is of a model directory, and no JSON; leave --config and --json out")
+    if config_file is not None:
+        facts, folder = describe_config(load_config(config_file)), None
+    else:
+        from tinystories.interop.hub import model_folder
+
+        folder = model_folder(path)
+        if as_card:
+            click.echo(card_of(folder), nl=False)
+            return
+        facts = describe_path(folder)
     if as_json:
         click.echo(json.dumps(facts))
         return
@@ -38,6 +47,17 @@ def info(path: Path | None, config_file: str | None, as_card: bool, as_json: boo
         for line, (key, item) in enumerate(value.items() if isinstance(value, dict) else [("", value)]):
             text = f"{item:,}" if isinstance(item, int) and not isinstance(item, bool) else str(item)
             click.echo(f"{name if line == 0 else '':16}  {key + ' ' if key else ''}{text}")
+    if folder is not None and (folder / CARD).is_file():
+        click.echo("\n" + card_of(folder), nl=False)
+
+
+def card_of(folder: Path) -> str:
+    """The model card that lies in a model directory, or one made of what config.json says."""
+    from tinystories.interop.card import card
+    from tinystories.interop.portable import Portable
+
+    path = folder / CARD
+    return path.read_text(encoding="utf-8") if path.is_file() else card(Portable.read(folder))
 
 
 def describe_config(config: Config) -> dict[str, Any]:

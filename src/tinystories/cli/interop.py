@@ -11,7 +11,7 @@ force_option = click.option("--force", is_flag=True, help="Replace what is there
 
 
 @click.command(context_settings=SETTINGS)
-@model_argument()
+@model_argument(bundled=True)
 @click.option(
     "--format",
     "name",
@@ -28,7 +28,7 @@ force_option = click.option("--force", is_flag=True, help="Replace what is there
 )
 @force_option
 def export(model: Path, name: str, out: Path, precision: str, force: bool) -> None:
-    """Write MODEL in the format of another program.
+    """Write MODEL, or the bundled storyteller, in the format of another program.
 
     The file is read back and must say what the model says, or nothing is kept. Which models fit which format, and what
     to do with the files, is in docs/interop.md.

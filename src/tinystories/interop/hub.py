@@ -122,11 +122,15 @@ def verify(source: str, path: Path, listed: Any) -> None:
         raise UserError(f"{source}: {path.name} arrived damaged (its hash is not the listed one); run the same again")
 
 
-def model_folder(model: str | Path) -> Path:
+def model_folder(model: str | Path | None) -> Path:
     """The folder that a MODEL names: a directory itself, or that of hf:OWNER/NAME[@REVISION] once downloaded.
+
+    None is the storyteller that comes with the package.
 
     `UserError` as from `download`, and where that is another program's model.
     """
+    if model is None:
+        return checkpoint.BUNDLED
     if not str(model).startswith("hf:"):
         return Path(model)
     folder = download(str(model))

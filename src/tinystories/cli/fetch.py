@@ -1,0 +1,32 @@
+"""`tinystories fetch`."""
+
+from pathlib import Path
+
+import click
+
+from tinystories.cli.command import SETTINGS
+from tinystories.errors import UserError
+
+
+@click.command(context_settings=SETTINGS)
+@click.argument("name", required=False)
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Where it goes.  [default: models/NAME]")
+def fetch(name: str | None, out: Path | None) -> None:
+    """Download published weights by NAME, checked by hash; without NAME, list them.
+
+    Weights that others publish need no name here: tinystories generate hf:OWNER/NAME
+    """
+    from tinystories.interop import published
+
+    known = published.table()
+    if name is None:
+        for each, entry in known.items():
+            click.echo(f"{each:16}  {entry['text']} (hf:{entry['repository']})")
+        if not known:
+            click.echo("nothing has been published yet")
+        return
+    out = out or Path("models") / name
+    if out.exists():
+        raise UserError(f"{out} exists; choose another --out")
+    published.fetch(name, out, known)
+    click.echo(f'{out}; next: tinystories generate {out} --prompt "Once upon a time"')
