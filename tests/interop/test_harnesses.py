@@ -10,7 +10,8 @@ import torch
 
 from tinystories.checkpoint import saved_weights
 from tinystories.config import ModelConfig
-from tinystories.data.tokenizer import END, Tokenizer
+from tinystories.data.tokenizer import Tokenizer
+from tinystories.interop.exports import export
 from tinystories.interop.portable import Portable
 from tinystories.model import GPT
 
@@ -28,20 +29,13 @@ def exported(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Portable, Path]:
     """A model, and the folder that transformers reads."""
-    transformers = pytest.importorskip("transformers")
-    from tinystories.interop.hf import to_transformers
-
     tokenizer = Tokenizer.load(sample_data)
     gpt = awake(tiny(architecture=request.param, vocab_size=tokenizer.vocab_size, n_ctx=256))
-    weights = saved_weights(gpt)
+    arrays = {name: weight.numpy(force=True) for name, weight in saved_weights(gpt).items()}
+    model = Portable(config=gpt.config, weights=arrays, tokenizer=tokenizer)
     out = tmp_path_factory.mktemp("hf") / request.param
-    to_transformers(gpt.config, weights).save_pretrained(out)
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_file=str(sample_data / "tokenizer.json"), bos_token=END, eos_token=END
-    )
-    fast.save_pretrained(out)
-    arrays = {name: weight.numpy(force=True) for name, weight in weights.items()}
-    return Portable(config=gpt.config, weights=arrays, tokenizer=tokenizer), out
+    export(model, "hf", out)
+    return model, out
 
 
 def test_lm_eval_finds_the_likelihoods_that_we_find(
