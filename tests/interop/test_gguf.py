@@ -151,7 +151,7 @@ def test_sentencepiece_goes_there_and_back(make: Make, tmp_path: Path, prefix: b
     names = [*("<unk>", "<s>", "</s>"), *BYTES, *words, *letters]
     scores = [0.0] * 259 + [-float(i) for i in range(len(names) - 259)]
     tokenizer = sentencepiece([name.encode() for name in names], scores, 1, prefix=prefix)
-    again = gguf.read(written(make(tokenizer), tmp_path), None).tokenizer
+    again = gguf.read(written(make(tokenizer, vocab_size=400), tmp_path), None).tokenizer
     assert again.parts == tokenizer.parts
     require_same_ids(tokenizer, again)
 
@@ -321,6 +321,7 @@ NAN = np.full(24, np.nan, np.float32)
 TOKENS = [f"t{i}" for i in range(400)]
 WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "NaN": ({}, {"output_norm.weight": NAN}, "norm.weight holds numbers that are not finite"),
+    "whole numbers": ({}, {"output_norm.weight": np.ones(24, np.int8)}, "is of type I8, which is not supported"),
     "missing": ({}, {"blk.1.ffn_up.weight": None}, "'blk.1.ffn_up.weight' is missing"),
     "no embedding": ({}, {"token_embd.weight": None}, "cannot be"),
     "unknown": ({}, {"rope_freqs.weight": NAN}, "'rope_freqs.weight' has no place"),
