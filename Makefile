@@ -45,7 +45,7 @@ test-slow: install  ## the tests that take minutes
 	$(PY) -m pytest -m "slow and not gpu and not interop" --timeout=3600
 
 test-interop: install  ## install the peers that take long to build, and run the tests marked interop
-	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt llama-cpp-python
+	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt llama-cpp-python lm_eval transformer_lens
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m interop
 
 test-gpu: install  ## the tests that need a CUDA device
