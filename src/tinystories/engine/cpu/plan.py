@@ -31,6 +31,7 @@ from tinystories.positions import rotary_tables, sinusoid_table
 Array = npt.NDArray[Any]
 EMBEDDING, POSITIONS, HEAD = "embed_tokens.weight", "embed_positions.weight", "lm_head.weight"
 ACTIVATIONS = {"relu": RELU, "gelu_tanh": GELU_TANH, "gelu_erf": GELU_ERF}
+SHORT_HEAD = "shortlist.weight"  # made of some rows of the head
 ROWS = 64  # of one call: more rows use the weights better, and need more memory
 
 
