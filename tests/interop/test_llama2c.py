@@ -52,7 +52,7 @@ def random_model(config: ModelConfig, tokenizer: Tokenizer) -> Portable:
     return Portable(config=config, weights=weights, tokenizer=tokenizer)
 
 
-@pytest.fixture(params=[(4, True), (2, False)], ids=["tied", "untied, grouped heads"])
+@pytest.fixture(params=[(0, True), (2, False)], ids=["tied", "untied, grouped heads"])
 def model(request: pytest.FixtureRequest, tiny: Callable[..., ModelConfig], own: Tokenizer) -> Portable:
     n_kv_head, tied = request.param
     return random_model(tiny(vocab_size=431, n_kv_head=n_kv_head, tied=tied, **MORE), own)
