@@ -23,13 +23,15 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-demo: install  ## train a tiny model for half a minute and read a story (no network after the install)
-	@echo "== 1. The 172 stories that come with the package, as tokens"
+demo: install  ## read a story, then train a tiny model for half a minute (no network after the install)
+	@echo "== 1. A story by the storyteller that comes with the package"
+	$(TS) generate --seed 1
+	@echo; echo "== 2. Your own: the 172 stories that come with the package, as tokens"
 	$(TS) prepare sample --tokenizer bpe:1024 --out data/demo
-	@echo; echo "== 2. Half a minute of training"
+	@echo; echo "== 3. Half a minute of training"
 	$(TS) train --config nano --data data/demo --out runs/demo --resume --model.dropout 0.1 \
 	  --train.steps 90 --train.batch_size 8 --train.micro_batch 8 --train.eval_every 45 --train.sample_tokens 60
-	@echo; echo "== 3. A story (it has read 172 stories for half a minute: expect the sound of one, not the sense)"
+	@echo; echo "== 4. Its story (it has read 172 stories for half a minute: expect the sound of one, not the sense)"
 	$(TS) generate runs/demo --prompt "Once upon a time" --max-tokens 150 --seed 4
 	@echo; echo "The loss curve is in runs/demo/loss.png. Three commands to try next:"
 	@echo "  $(TS) generate runs/demo --prompt 'The little bear' --temperature 0.6"

@@ -113,7 +113,7 @@ def stored_weights(path: Path) -> dict[str, Array]:
 def state_dict_of(path: Path) -> Iterator[tuple[str, Array]]:
     for name, tensor in original.load(path)[0].items():
         if tensor.is_floating_point():
-            yield name, tensor.float().numpy()
+            yield name, tensor.float().numpy(force=True)
 
 
 def safetensors_of(path: Path) -> Iterator[tuple[str, Array]]:

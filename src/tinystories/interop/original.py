@@ -133,7 +133,7 @@ def renamed(state: Mapping[str, "Tensor"], path: Path) -> dict[str, Any]:
             raise UserError(f"{path}: weight {name} is there twice under different names")
         if not tensor.is_floating_point() or tensor.ndim not in ((2, 3) if ours == "pe" else (1, 2)):
             raise UserError(f"{path}: {name} is {tensor.dtype} of shape {tuple(tensor.shape)}, not a matrix of weights")
-        found[ours] = tensor.float().numpy()
+        found[ours] = tensor.float().numpy(force=True)
         if GELU.fullmatch(bare):
             found["gelu"] = True
     return found
