@@ -9,8 +9,9 @@ line; --out keeps the stories.
     python benchmarks/storyteller.py --train stories/train.txt --val stories/valid.txt
     python benchmarks/storyteller.py runs/mine --train stories/train.txt --val stories/valid.txt --sweep
 
-`--sweep` tells 200 stories at each of several temperatures and min-p instead, and lets --judge, a model trained apart,
-say how likely they are: settings are good where its bits per byte and the variety are those of people's stories.
+`--sweep` tells 200 stories at each of several temperatures, min-p and repetition penalties instead, and lets --judge, a
+model trained apart, say how likely they are: settings are good where its bits per byte and the variety are those of
+people's stories.
 """
 
 import argparse
@@ -45,7 +46,7 @@ OPENINGS = (
     "The old tree",
     "Ben and Mia",
 )
-TEMPERATURES, MIN_PS = (0.6, 0.7, 0.8, 0.9, 1.0), (0.0, 0.05, 0.1)
+TEMPERATURES, MIN_PS, PENALTIES = (0.6, 0.7, 0.8, 0.9, 1.0), (0.0, 0.05, 0.1), (1.0, 1.1, 1.2)
 
 
 def main() -> None:
@@ -121,19 +122,20 @@ def sweep(teller: Storyteller, judge: str | None, val: list[str], seen: Seen) ->
     print(f"{'settings':24} {'judged':>7} {'ended':>6} " + " ".join(f"{name[:9]:>9}" for name in names))
     print(f"{'people':24} {own:7.4f} {1:6.3f} " + " ".join(f"{people[name]:9.4g}" for name in names))
     results: list[dict[str, Any]] = []
-    for temperature, min_p in itertools.product(TEMPERATURES, MIN_PS):
-        told, _ = tell_all(teller, SamplingConfig(temperature=temperature, min_p=min_p))
+    for temperature, min_p, penalty in itertools.product(TEMPERATURES, MIN_PS, PENALTIES):
+        sampling = SamplingConfig(temperature=temperature, min_p=min_p, repetition_penalty=penalty)
+        told, _ = tell_all(teller, sampling)
         texts = [story.text for story in told]
         found = counted(texts, seen)
         found["ended"] = sum(story.stop_reason == "end" for story in told) / len(told)
         found["judged"] = bits_per_byte(judging.engine, encoded(texts, judging.tokenizer)).bits_per_byte
-        label = f"temperature {temperature:g}, min-p {min_p:g}"
+        label = f"{temperature:g}, min-p {min_p:g}, penalty {penalty:g}"
         print(
             f"{label:24} {found['judged']:7.4f} {found['ended']:6.3f} "
             + " ".join(f"{found[name]:9.4g}" for name in names),
             flush=True,
         )
-        results.append({"temperature": temperature, "min_p": min_p} | found)
+        results.append(dataclasses.asdict(sampling) | found)
     print(json.dumps({"benchmark": "storyteller sweep", "people": people | {"judged": own}, "results": results}))
 
 
