@@ -10,8 +10,8 @@ line; --out keeps the stories.
     python benchmarks/storyteller.py runs/mine --train stories/train.txt --val stories/valid.txt --sweep
 
 `--sweep` tells 200 stories at each of several temperatures, min-p and repetition penalties instead, and lets --judge, a
-model trained apart, say how likely they are: settings are good where its bits per byte and the variety are those of
-people's stories.
+model trained apart, say how likely they are: settings are good where its bits per byte and the variety are those of the
+validation stories.
 """
 
 import argparse
@@ -69,15 +69,15 @@ def main() -> None:
     facts: dict[str, Any] = {"benchmark": "storyteller", "machine": f"{platform.machine()} {platform.system()}"}
     facts["bits_per_byte"] = {precision: score(options.model, precision, options.val) for precision in precisions}
     told, seconds = tell_all(teller, teller.settings)
-    ours, people = counted([story.text for story in told], seen), counted(people_of(val), seen)
+    ours, theirs = counted([story.text for story in told], seen), counted(sample_of(val), seen)
     ours["ended"] = sum(story.stop_reason == "end" for story in told) / len(told)
     print(f"\n{len(told)} stories in {seconds:.0f} s, {teller.settings}")
-    print(f"{'':20} {'ours':>9} {'people':>9}")
+    print(f"{'':20} {'ours':>9} {'val':>9}")
     for name, value in ours.items():
-        print(f"{name:20} {value:9.4g} {people.get(name, 1.0):9.4g}")
+        print(f"{name:20} {value:9.4g} {theirs.get(name, 1.0):9.4g}")
     if options.out:
         options.out.write_text("".join(json.dumps(story.as_dict()) + "\n" for story in told), encoding="utf-8")
-    print(json.dumps(facts | {"sampling": dataclasses.asdict(teller.settings), "ours": ours, "people": people}))
+    print(json.dumps(facts | {"sampling": dataclasses.asdict(teller.settings), "ours": ours, "validation": theirs}))
 
 
 def score(model: str | None, precision: str, val: str) -> float:
@@ -105,7 +105,7 @@ def tell_all(teller: Storyteller, sampling: SamplingConfig) -> tuple[list[Story]
     return list(tell(teller.engine, teller.tokenizer, requests)), time.perf_counter() - began
 
 
-def people_of(val: list[str]) -> list[str]:
+def sample_of(val: list[str]) -> list[str]:
     """As many validation stories, evenly spaced."""
     return [val[i * len(val) // N_STORIES] for i in range(min(N_STORIES, len(val)))]
 
@@ -116,11 +116,11 @@ def counted(texts: list[str], seen: Seen) -> dict[str, float]:
 
 def sweep(teller: Storyteller, judge: str | None, val: list[str], seen: Seen) -> None:
     judging = load(judge, engine="cpu", precision="fp32") if judge else teller
-    own = bits_per_byte(judging.engine, encoded(people_of(val), judging.tokenizer)).bits_per_byte
-    people = counted(people_of(val), seen)
+    own = bits_per_byte(judging.engine, encoded(sample_of(val), judging.tokenizer)).bits_per_byte
+    theirs = counted(sample_of(val), seen)
     names = ["words", "looping", "copied", "distinct_openings", "names", "commonest_name", "distinct_trigrams"]
     print(f"{'settings':24} {'judged':>7} {'ended':>6} " + " ".join(f"{name[:9]:>9}" for name in names))
-    print(f"{'people':24} {own:7.4f} {1:6.3f} " + " ".join(f"{people[name]:9.4g}" for name in names))
+    print(f"{'validation stories':24} {own:7.4f} {1:6.3f} " + " ".join(f"{theirs[name]:9.4g}" for name in names))
     results: list[dict[str, Any]] = []
     for temperature, min_p, penalty in itertools.product(TEMPERATURES, MIN_PS, PENALTIES):
         sampling = SamplingConfig(temperature=temperature, min_p=min_p, repetition_penalty=penalty)
@@ -136,7 +136,7 @@ def sweep(teller: Storyteller, judge: str | None, val: list[str], seen: Seen) ->
             flush=True,
         )
         results.append(dataclasses.asdict(sampling) | found)
-    print(json.dumps({"benchmark": "storyteller sweep", "people": people | {"judged": own}, "results": results}))
+    print(json.dumps({"benchmark": "storyteller sweep", "validation": theirs | {"judged": own}, "results": results}))
 
 
 if __name__ == "__main__":

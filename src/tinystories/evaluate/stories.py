@@ -69,7 +69,7 @@ class Variety:
 
 
 def variety(texts: Sequence[str]) -> Variety:
-    """Counts over stories (at least one). Those of equally many stories of people are what to compare them with."""
+    """Counts over stories (at least one). Those of equally many stories of the data are what to compare them with."""
     spoken = [words(text) for text in texts]
     named = Counter(name for text in texts for name in names(text))
     trigrams = [run for found in spoken for run in ngrams(found, 3)]

@@ -1,0 +1,79 @@
+"""The storyteller that comes with the package: small, in no need of torch or a network, and as good as it says."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tinystories
+from tinystories.checkpoint import BUNDLED, read_model
+from tinystories.evaluate.report import evaluate_model
+from tinystories.evaluate.stories import loops
+
+SHARED = Path(__file__).parents[2] / "shared" / "data" / "valid.txt"
+
+ALONE = """
+import socket, sys
+
+def refused(*_):
+    raise OSError("no network here")
+
+socket.socket.connect = refused
+sys.modules["torch"] = None
+from tinystories.cli import main
+main(sys.argv[1:])
+"""
+
+
+def alone(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", ALONE, *words], capture_output=True, text=True, timeout=120)
+
+
+def test_the_first_command_tells_a_whole_story_without_torch_and_network() -> None:
+    told = alone("generate", "--seed", "1")
+    assert told.returncode == 0, told.stderr
+    assert "ended by itself" in told.stderr
+    assert 40 < len(told.stdout.split()) < 400
+    assert told.stdout.strip()[-1] in ".!?\"”'"
+    assert alone("generate", "--seed", "1").stdout == told.stdout
+    assert alone("generate", "--seed", "2").stdout != told.stdout
+
+
+def test_it_is_small() -> None:
+    assert sum(path.stat().st_size for path in BUNDLED.iterdir()) < 16e6
+
+
+def test_it_scores_what_config_and_card_say() -> None:
+    """On the bundled stories, which it has not read; the score on TinyStories' own is a slow test."""
+    facts, card = read_model(BUNDLED).provenance, (BUNDLED / "README.md").read_text(encoding="utf-8")
+    score = evaluate_model(tinystories.load(precision="int8", engine="cpu"), "sample").bits_per_byte
+    assert score == pytest.approx(facts["sample_bits_per_byte"], abs=1e-3)
+    for name in ("sample_bits_per_byte", "val_bits_per_byte"):
+        assert f"{facts[name]:.4f}" in card, name
+
+
+@pytest.mark.slow
+def test_it_scores_what_the_card_says_on_tinystories() -> None:
+    if not SHARED.is_file():
+        pytest.skip("needs TinyStories' validation stories")
+    score = evaluate_model(tinystories.load(precision="int8", engine="cpu"), str(SHARED)).bits_per_byte
+    assert score == pytest.approx(read_model(BUNDLED).provenance["val_bits_per_byte"], abs=1e-3)
+
+
+def test_its_stories_end_and_do_not_loop() -> None:
+    told = tinystories.load().generate(num=24, seed=5, max_tokens=400)
+    assert sum(story.stop_reason == "end" for story in told) >= 21
+    assert sum(loops(story.text) for story in told) <= 1
+    assert len({story.text[:60] for story in told}) >= 10
+
+
+def test_info_prints_the_card() -> None:
+    shown = alone("info")
+    assert shown.returncode == 0, shown.stderr
+    assert (BUNDLED / "README.md").read_text(encoding="utf-8") in shown.stdout
+    plain = json.loads(alone("info", "--json").stdout)
+    assert plain["parameters"] == read_model(BUNDLED).config.n_params
+    assert re.search(r"CDLA-Sharing-1\.0", shown.stdout)
