@@ -29,7 +29,7 @@ def needed(peer: str) -> None:
 
 
 @pytest.mark.parametrize("peer", PEERS)
-@pytest.mark.parametrize("command", ["decode", "batch"])
+@pytest.mark.parametrize("command", ["decode", pytest.param("batch", marks=pytest.mark.slow)])
 def test_a_peer_writes_the_ids_that_ours_writes(command: str, peer: str, capsys: pytest.CaptureFixture[str]) -> None:
     needed(peer)
     task = ["--tokens", "6", *(["--prompt-tokens", "9"] if command == "decode" else ["--streams", "3"])]

@@ -33,6 +33,7 @@ def test_gpt2_gives_the_ids_of_tiktoken(gpt2_tokenizer: Tokenizer, tiktoken_gpt2
     assert gpt2_tokenizer.encode(text) == tiktoken_gpt2.encode_ordinary(text)
 
 
+@pytest.mark.slow
 def test_gpt2_gives_the_ids_of_tiktoken_on_all_real_stories(
     gpt2_tokenizer: Tokenizer, tiktoken_gpt2: tiktoken.Encoding, real_train: Path
 ) -> None:

@@ -97,7 +97,11 @@ def test_two_ranks_train_the_model_of_one(alone: Path, sample_data: Path, tmp_pa
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [((2,), (1,)), ((1,), (2, "--train.shard_optimizer", "true")), ((2, "--train.shard_optimizer", "true"), (1,))],
+    [
+        ((2,), (1,)),
+        pytest.param((1,), (2, "--train.shard_optimizer", "true"), marks=pytest.mark.slow),
+        ((2, "--train.shard_optimizer", "true"), (1,)),
+    ],
     ids=["2 to 1", "1 to 2 sharded", "2 sharded to 1"],
 )
 def test_a_run_goes_on_with_another_number_of_ranks(
