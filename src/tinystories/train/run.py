@@ -87,7 +87,7 @@ def train_on(config: Config, run: Path, last: Path | None, world: World) -> Bits
         log.info("resuming at step %d of %d", trainer.clock.step, config.train.steps)
     with (
         contextlib.closing(metrics),
-        signals.taken_by(stopping(trainer)),
+        signals.taken_by(stopping(trainer), deaf_after_errors=world.size > 1),
         trainer.prefetching(),
         Display(config.train.steps, trainer.clock.step, quiet=not world.first) as display,
     ):

@@ -1,0 +1,33 @@
+"""Signals are taken while something is under way, and what comes after an error does not cut its message short."""
+
+import os
+import signal
+
+import pytest
+
+from tinystories.train.signals import taken_by
+
+
+@pytest.fixture(params=[signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def number(request: pytest.FixtureRequest) -> signal.Signals:
+    return request.param
+
+
+def test_signals_are_asked_about_and_then_what_they_were(number: signal.Signals) -> None:
+    asked: list[int] = []
+    before = signal.getsignal(number)
+    with taken_by(asked.append):
+        os.kill(os.getpid(), number)
+    assert asked == [number]
+    assert signal.getsignal(number) == before
+
+
+@pytest.mark.parametrize("deaf", [False, True])
+def test_after_an_error_they_are_ignored_where_asked(number: signal.Signals, deaf: bool) -> None:
+    before = signal.getsignal(number)
+    try:
+        with pytest.raises(ValueError, match="lost"), taken_by(lambda _: None, deaf_after_errors=deaf):
+            raise ValueError("lost")
+        assert signal.getsignal(number) == (signal.SIG_IGN if deaf else before)
+    finally:
+        signal.signal(number, before)
