@@ -8,9 +8,10 @@ import threading
 import urllib.parse
 from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, TypeVar
 
 Files = Mapping[str, bytes]
+Server = TypeVar("Server", bound=ThreadingHTTPServer)
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 WHEN = "2024-01-01T00:00:00.000Z"
@@ -130,12 +131,13 @@ def parents(name: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def serve(datasets: Mapping[str, Files]) -> Iterator[Hub]:
-    with Hub(datasets) as hub:
-        thread = threading.Thread(target=hub.serve_forever, daemon=True)
+def serving(server: Server) -> Iterator[Server]:
+    """The server, answering in a thread of its own while it lasts."""
+    with server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         try:
-            yield hub
+            yield server
         finally:
-            hub.shutdown()
+            server.shutdown()
             thread.join()

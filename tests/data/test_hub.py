@@ -16,7 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from hub_server import REVISION, Hub, serve
+from hub_server import REVISION, Hub, serving
 from pyarrow import parquet
 
 from tinystories.data.tokenizer import END
@@ -116,7 +116,7 @@ DATASETS = {
 
 @pytest.fixture(scope="module")
 def hub() -> Iterator[Hub]:
-    with serve(DATASETS) as server:
+    with serving(Hub(DATASETS)) as server:
         yield server
 
 

@@ -1,8 +1,10 @@
 """Tiny models with a tokenizer, in every shape that some other program knows."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tinystories.checkpoint import saved_weights
@@ -22,15 +24,20 @@ KINDS: dict[str, dict[str, object]] = {
 
 
 @pytest.fixture(scope="session")
-def portable(awake: Callable[[ModelConfig], GPT], sample_data: Path) -> Callable[[str], Portable]:
-    """A model of a kind; its logits depend on everything it read."""
+def portable(
+    awake: Callable[[ModelConfig], GPT], trained: Callable[[ModelConfig], tuple[GPT, np.ndarray]], sample_data: Path
+) -> Callable[..., Portable]:
+    """A model of a kind whose logits depend on everything it read, or one that has learned some words."""
 
-    def build(kind: str) -> Portable:
-        shape = {"vocab_size": 400, "n_ctx": 24, "n_layer": 2, "n_head": 4, "n_embd": 32, "n_ff": 64, "norm_eps": 1e-5}
-        model = awake(ModelConfig(**(shape | KINDS[kind])))  # type: ignore[arg-type]
+    @functools.cache
+    def build(kind: str, learned: bool = False) -> Portable:
+        shape = {"vocab_size": 400, "n_layer": 2, "n_head": 4, "norm_eps": 1e-5}
+        sizes = {"n_ctx": 128, "n_embd": 64, "n_ff": 128} if learned else {"n_ctx": 24, "n_embd": 32, "n_ff": 64}
+        config = ModelConfig(**(shape | sizes | KINDS[kind]))  # type: ignore[arg-type]
+        model = trained(config)[0] if learned else awake(config)
         return Portable(
             config=model.config,
-            weights={name: weight.numpy() for name, weight in saved_weights(model).items()},
+            weights={name: weight.numpy(force=True) for name, weight in saved_weights(model).items()},
             tokenizer=Tokenizer.load(sample_data),
             sampling=SamplingConfig(temperature=0.7, top_k=9),
             provenance={"tokens_seen": 5},

@@ -1,14 +1,13 @@
 """A local stand-in of the Hugging Face Hub for models: what the real client asks for to read them and to push one."""
 
 import base64
-import contextlib
 import dataclasses
 import hashlib
 import json
 import re
 import threading
 import urllib.parse
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from http.server import ThreadingHTTPServer
 from typing import Any
 
@@ -231,15 +230,3 @@ def about(name: str, data: bytes) -> dict[str, Any]:
     pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{content}\nsize {len(data)}\n".encode()
     lfs = {"oid": content, "size": len(data), "pointerSize": len(pointer)}
     return {"size": len(data), "oid": git_hash(pointer), "lfs": lfs}
-
-
-@contextlib.contextmanager
-def serve_models(models: Mapping[str, Repository]) -> Iterator[ModelHub]:
-    with ModelHub(models) as hub:
-        thread = threading.Thread(target=hub.serve_forever, daemon=True)
-        thread.start()
-        try:
-            yield hub
-        finally:
-            hub.shutdown()
-            thread.join()

@@ -14,7 +14,7 @@ from tinystories.interop.exports import FORMATS, differences, export
 from tinystories.interop.imports import import_model
 from tinystories.interop.portable import Portable
 
-Build = Callable[[str], Portable]
+Build = Callable[..., Portable]
 
 # kind -> formats that hold it; what is not here is refused
 HOLDS = {
@@ -28,9 +28,12 @@ HOLDS = {
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("kind", HOLDS)
-def test_every_model_in_every_format_and_back(portable: Build, tmp_path: Path, kind: str, name: str) -> None:
+@pytest.mark.parametrize("learned", [False, True], ids=["random", "trained"])
+def test_every_model_in_every_format_and_back(
+    portable: Build, tmp_path: Path, kind: str, name: str, learned: bool
+) -> None:
     """In fp32 to the last bit; what a format cannot hold is refused, and leaves nothing."""
-    model, out = portable(kind), tmp_path / "out" / "story.bin"
+    model, out = portable(kind, learned), tmp_path / "out" / "story.bin"
     if name not in HOLDS[kind]:
         with pytest.raises(UserError):
             export(model, name, out)
@@ -40,7 +43,7 @@ def test_every_model_in_every_format_and_back(portable: Build, tmp_path: Path, k
     assert out in done.paths
     assert sorted(done.paths) == sorted(out.parent.iterdir())
     assert done.largest <= 1e-4
-    assert done.n_ids == 24
+    assert done.n_ids == (64 if learned else 24)
     if name == "onnx":
         return  # for running alone
     back = import_model(str(out))

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from model_hub import TOKEN, ModelHub, Repository, serve_models
+from hub_server import serving
+from model_hub import TOKEN, ModelHub, Repository
 
 from tinystories import checkpoint, load
 from tinystories.cli import cli
@@ -109,7 +110,7 @@ def hub() -> Iterator[ModelHub]:
         "someone/shorter": Repository(FILES, served={"model.safetensors": WEIGHTS[:-1]}),
         "someone/longer": Repository(FILES, served={"model.safetensors": WEIGHTS + b"x"}),
     }
-    with serve_models(models) as server:
+    with serving(ModelHub(models)) as server:
         yield server
 
 
@@ -171,7 +172,7 @@ def messages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "someone/code": Repository({"config.json": CONFIG, "modeling_own.py": CODE}),
         "someone/two-gguf": Repository({"a.gguf": b"GGUF", "b.gguf": b"GGUF"}),
     }
-    with serve_models(models) as server:
+    with serving(ModelHub(models)) as server:
         return attempts(server.endpoint, tmp_path_factory.mktemp("home"), *(name for name, _ in marked.args[1]))[0]
 
 

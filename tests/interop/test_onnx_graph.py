@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from shapes import SHAPES
 
 from tinystories.checkpoint import saved_weights
 from tinystories.config import ModelConfig
@@ -22,31 +23,11 @@ from tinystories.interop.exports import export
 from tinystories.interop.portable import Portable
 from tinystories.model import GPT
 
-DOCS = Path(__file__).parents[2] / "docs" / "interop.md"
-SHAPES: dict[str, dict[str, object]] = {
-    "classic": {"architecture": "classic", "tied": False},
-    "classic-tied": {"architecture": "classic", "tied": True},
-    "classic-as-gpt2": {
-        "architecture": "classic",
-        "learned_positions": True,
-        "activation": "gelu_tanh",
-        "qkv_bias": True,
-    },
-    "classic-as-gpt-neo": {
-        "architecture": "classic",
-        "learned_positions": True,
-        "activation": "gelu_erf",
-        "scaled_scores": False,
-        "window": 7,
-        "tied": False,
-    },
-    "modern": {"tied": False},
+MORE: dict[str, dict[str, object]] = SHAPES | {
     "modern-tied": {"tied": True},
-    "modern-grouped-tied": {"n_kv_head": 2, "tied": True},
     "modern-one-kv-head": {"n_kv_head": 1, "tied": False},
-    "modern-without-qk-norm": {"qk_norm": False, "tied": False},
-    "modern-head-size": {"head_size": 10, "n_kv_head": 2, "tied": True},
 }
+DOCS = Path(__file__).parents[2] / "docs" / "interop.md"
 Build = Callable[..., Portable]
 
 
@@ -67,9 +48,9 @@ def build(
     return make
 
 
-@pytest.fixture(params=SHAPES)
+@pytest.fixture(params=MORE)
 def model(request: pytest.FixtureRequest, build: Build) -> Portable:
-    return build(**SHAPES[request.param])
+    return build(**MORE[request.param])
 
 
 def written(model: Portable, folder: Path) -> Path:
