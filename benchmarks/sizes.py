@@ -1,0 +1,65 @@
+"""Size against quality: bits per byte of models in several precisions, and the megabytes that each would ship with.
+
+A point is a model directory in one precision of the CPU engine, scored on all validation stories; its size is that of
+the packed weights (fp32: model.safetensors) and the tokenizer. Prints a table and one JSON line; draws --out.
+
+    python benchmarks/sizes.py runs/small runs/storyteller --val stories/valid.txt --out sizes.png
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from tinystories import load
+from tinystories.checkpoint import ModelFiles, read_model
+from tinystories.engine.cpu.weights import packed_path
+from tinystories.evaluate.report import evaluate_model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", help="model directories, perhaps as LABEL=DIRECTORY")
+    parser.add_argument("--val", required=True, help="stories they have not seen")
+    parser.add_argument("--precisions", default="int8,int4", help="of int8, int4, fp32")
+    parser.add_argument("--out", type=Path, default=Path("sizes.png"), help="picture")
+    options = parser.parse_args()
+    points = []
+    for named in options.models:
+        label, _, folder = named.rpartition("=")
+        for precision in options.precisions.split(","):
+            score = evaluate_model(load(folder, engine="cpu", precision=precision), options.val).bits_per_byte
+            size = megabytes(read_model(folder), precision)
+            points.append((label or Path(folder).name, precision, size, score))
+            print(f"{points[-1][0]:28} {precision:5} {size:7.2f} MB  {score:.4f} bits per byte", flush=True)
+    draw(options.out, points)
+    names = ("model", "precision", "megabytes", "bits_per_byte")
+    print(json.dumps({"benchmark": "sizes", "results": [dict(zip(names, point, strict=True)) for point in points]}))
+
+
+def megabytes(files: ModelFiles, precision: str) -> float:
+    weights = files.weights_path if precision == "fp32" else packed_path(files, precision)  # type: ignore[arg-type]
+    return (weights.stat().st_size + (files.folder / "tokenizer.json").stat().st_size) / 1e6
+
+
+def draw(path: Path, points: list[tuple[str, str, float, float]]) -> None:
+    """One colour for each precision."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for precision in dict.fromkeys(point[1] for point in points):
+        line = [point for point in points if point[1] == precision]
+        axes.plot([point[2] for point in line], [point[3] for point in line], "o", label=precision)
+        for label, _, size, score in line:
+            axes.annotate(label, (size, score), textcoords="offset points", xytext=(6, 4), fontsize=8)
+    axes.set(xlabel="megabytes, tokenizer included", ylabel="bits per byte on validation stories")
+    axes.set_xlim(0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
