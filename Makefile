@@ -8,7 +8,7 @@ WORKERS := --numprocesses=auto --maxprocesses=8
 # numba cannot cache hooked functions: engine/cpu is left out.
 HOOK := --jaxtyping-packages=tinystories.model,tinystories.engine.decoder,tinystories.engine.graph,tinystories.engine.torch_engine,beartype.beartype
 
-.PHONY: help install demo test test-slow test-interop test-gpu check format dist clean
+.PHONY: help install demo storyteller test test-slow test-interop test-gpu check format dist clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -37,6 +37,16 @@ demo: install  ## read a story, then train a tiny model for half a minute (no ne
 	@echo "  $(TS) generate runs/demo --prompt 'The little bear' --temperature 0.6"
 	@echo "  $(TS) train --config small --out runs/small     # downloads TinyStories; an hour on 2 cores"
 	@echo "  $(TS) prepare YOUR_STORIES.txt --tokenizer bpe:2048 --out data/mine   # then train --data data/mine"
+
+storyteller: install  ## train the bundled storyteller again: TRAIN=train.txt VAL=valid.txt (hours; goes on where it stopped)
+	@test -f "$(TRAIN)" -a -f "$(VAL)" || { echo "make storyteller TRAIN=train.txt VAL=valid.txt (texts, stories divided by <|endoftext|>)"; exit 1; }
+	$(TS) prepare "$(TRAIN)" --val "$(VAL)" --tokenizer bpe:4096 --out data/storyteller
+	$(TS) train --config storyteller --data data/storyteller --out runs/storyteller --resume --train.compile on
+	$(TS) train --config storyteller --data data/storyteller --out runs/storyteller-512 --resume --train.compile on \
+	  --train.init runs/storyteller --model.n_ctx 512 --train.batch_size 4 --train.micro_batch 4 --train.steps 1500 \
+	  --optim.muon_rate 0.006 --optim.learning_rate 0.0027
+	rm -rf runs/storyteller-packed && $(TS) pack runs/storyteller-512 --out runs/storyteller-packed --repetition-penalty 1.2
+	$(PY) benchmarks/storyteller.py runs/storyteller-packed --train "$(TRAIN)" --val "$(VAL)"
 
 test: install  ## fast tests: no network, no GPU
 	@$(TS) warmup

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tinystories import checkpoint
 from tinystories.data.prepare import prepare
 
 ROOT = Path(__file__).parents[2]
@@ -184,6 +185,19 @@ def test_a_model_to_ship_tells_the_same_story(run: Path, tmp_path: Path) -> None
     assert "exists; choose another --out" in one_line_error(tinystories("pack", str(run), "--out", str(small)))
     wrong = tinystories("pack", str(run), "--out", str(tmp_path / "x"), "--precision", "int4")
     assert "--out is for int8" in one_line_error(wrong)
+
+
+def test_a_model_to_ship_takes_other_defaults_along(run: Path, tmp_path: Path) -> None:
+    greedy, words = tmp_path / "greedy", ["--seed", "1", "--max-tokens", "20"]
+    assert tinystories("pack", str(run), "--out", str(greedy), "--temperature", "0").returncode == 0
+    expected = tinystories("generate", str(run), *words, "--temperature", "0").stdout
+    assert tinystories("generate", str(greedy), *words).stdout == expected
+    assert tinystories("generate", str(run), *words).stdout != expected
+    assert checkpoint.read_model(greedy).sampling.min_p == checkpoint.read_model(run).sampling.min_p
+    assert "default of the model that --out writes" in one_line_error(tinystories("pack", str(run), "--min-p", "0.1"))
+    bad = tinystories("pack", str(run), "--out", str(tmp_path / "bad"), "--min-p", "7")
+    assert "min_p=7.0 must be in [0, 1]" in one_line_error(bad)
+    assert not (tmp_path / "bad").exists()
 
 
 def test_a_shortlist_is_made_told_of_and_used(run: Path, sample_data: Path, tmp_path: Path) -> None:

@@ -66,6 +66,21 @@ threads_option = click.option(
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print a JSON object last.")
 
+SAMPLING = (
+    click.option("--temperature", type=float, help="0: always the likeliest token."),
+    click.option("--top-k", type=int, help="Only the K likeliest tokens (0: off)."),
+    click.option("--top-p", type=float, help="Only the likeliest tokens that make up P (1: off)."),
+    click.option("--min-p", type=float, help="Only tokens at least P times as likely as the likeliest (0: off)."),
+    click.option("--repetition-penalty", type=float, help="Above 1: tokens already used become less likely (1: off)."),
+)
+
+
+def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The settings of `SamplingConfig`, each None unless given."""
+    for option in reversed(SAMPLING):
+        command = option(command)
+    return command
+
 
 def run(command: click.Command, argv: list[str] | None = None, name: str = "tinystories") -> int:
     """Run a command and turn what people can mend into one line on stderr; returns the exit code."""

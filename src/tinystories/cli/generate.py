@@ -14,6 +14,7 @@ from tinystories.cli.command import (
     engine_option,
     model_argument,
     precision_option,
+    sampling_options,
     threads_option,
 )
 
@@ -26,11 +27,7 @@ if TYPE_CHECKING:
 @model_argument(bundled=True)
 @click.option("--prompt", default="", help="How the story begins.  [default: the model begins]")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=400, show_default=True, help="Longest continuation.")
-@click.option("--temperature", type=float, help="0: always the likeliest token.")
-@click.option("--top-k", type=int, help="Only the K likeliest tokens (0: off).")
-@click.option("--top-p", type=float, help="Only the likeliest tokens that make up P (1: off).")
-@click.option("--min-p", type=float, help="Only tokens at least P times as likely as the likeliest (0: off).")
-@click.option("--repetition-penalty", type=float, help="Above 1: tokens already used become less likely (1: off).")
+@sampling_options
 @click.option("--seed", type=click.IntRange(min=0), help="Same seed, same story.  [default: a new one each time]")
 @click.option("--num", type=click.IntRange(min=1), default=1, show_default=True, help="How many stories.")
 @click.option("--stop", multiple=True, help="End the story before this text; may be repeated.")

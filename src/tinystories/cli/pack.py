@@ -1,11 +1,12 @@
 """`tinystories pack` and `tinystories warmup`: what `generate` does by itself when it is needed, ahead of time."""
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from tinystories.cli.command import SETTINGS, model_argument
+from tinystories.cli.command import SETTINGS, model_argument, sampling_options
 
 if TYPE_CHECKING:
     from tinystories.checkpoint import ModelFiles
@@ -31,13 +32,21 @@ if TYPE_CHECKING:
 @click.option(
     "--out", type=click.Path(path_type=Path), metavar="DIR", help="Write a small model directory: int8 weights alone."
 )
-def pack(model: Path, precision: tuple[str, ...], shortlist: int | None, data: Path | None, out: Path | None) -> None:
+@sampling_options
+def pack(
+    model: Path,
+    precision: tuple[str, ...],
+    shortlist: int | None,
+    data: Path | None,
+    out: Path | None,
+    **sampling: float | int | None,
+) -> None:
     """Pack the weights of MODEL for the CPU engine.
 
     Writes packed-int8.safetensors or packed-int4.safetensors into its folder; `generate` does so when it needs one.
 
     With --out nothing is written there: DIR becomes a model directory of a quarter of the size, with int8 weights and
-    no others. Every command and engine reads it.
+    no others. Every command and engine reads it. Settings of `generate` (--temperature and so on) become its defaults.
 
     With --shortlist also shortlist.json, and says what it costs: `generate --shortlist` (in any precision of the CPU
     engine) computes the logits of these ids alone, and never writes another. `eval` always uses all ids.
@@ -49,13 +58,16 @@ def pack(model: Path, precision: tuple[str, ...], shortlist: int | None, data: P
 
     if (shortlist is None) != (data is None):
         raise UserError("--shortlist N and --data DIR belong together")
+    settings = {name: value for name, value in sampling.items() if value is not None}
+    if settings and out is None:
+        raise UserError(f"--{next(iter(settings)).replace('_', '-')} is a default of the model that --out writes")
     files = read_model(model, check_weights=False)
     if out is not None:
         if (precision, shortlist) != (("int8",), None):
             raise UserError("--out is for int8 and all ids: leave --precision and --shortlist out")
         if out.exists():
             raise UserError(f"{out} exists; choose another --out")
-        ship(files, out)
+        ship(files, out, dataclasses.replace(files.sampling, **settings))  # type: ignore[arg-type]
         click.echo(f"{out}: {sum(file.stat().st_size for file in out.iterdir()) / 1e6:,.1f} MB")
         return
     if shortlist is not None and data is not None:
