@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from folders import execute_all, final, seconds, train_command
+from program import as_program
 
 from tinystories.cli import main as tinystories_main
 from tinystories.config import load_config
@@ -206,4 +207,4 @@ def draw(path: Path, changes: dict[str, float]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_program(main)

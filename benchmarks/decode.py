@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from program import as_program
 from safetensors.torch import save_file
 
 from tinystories.checkpoint import ModelFiles, saved_weights
@@ -150,4 +151,4 @@ def software() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    main()
+    as_program(main)

@@ -10,6 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from tinystories.errors import UserError
+
 
 def execute_all(folder: Path, plan: Mapping[str, list[str]], workers: int) -> None:
     """Run the commands of a plan (name of the run to command), `workers` side by side with one thread each."""
@@ -22,9 +24,13 @@ def execute(run: Path, command: list[str]) -> None:
     if is_done(run):
         return
     began = time.perf_counter()
-    with (run.parent / f"{run.name}.log").open("w") as log:
+    path = run.parent / f"{run.name}.log"
+    with path.open("w") as log:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        subprocess.run(command, check=True, stdout=log, stderr=log, env=environment)
+        ended = subprocess.run(command, check=False, stdout=log, stderr=log, env=environment)
+    if ended.returncode:
+        last = path.read_text().strip().rpartition("\n")[2]
+        raise UserError(f"{path} ends with exit code {ended.returncode}: {last}")
     print(f"{run.name}: {final(run)['val_bits_per_byte']:.4f} in {time.perf_counter() - began:,.0f} s", flush=True)
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from folders import execute_all, final, records, seconds, train_command
+from program import as_program
 
 from tinystories.checkpoint import checkpoints, load_weights, read_model
 from tinystories.config import load_config
@@ -165,4 +166,4 @@ def draw(folder: Path, points: list[Point]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_program(main)

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from peers import nanogpt, nanogpt_optimizer
+from program import as_program
 
 from tinystories.config import OptimConfig, load_config
 from tinystories.model import GPT
@@ -100,4 +101,4 @@ def measure(options: argparse.Namespace, who: str, rows: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_program(main)

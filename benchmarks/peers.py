@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 
+from tinystories.errors import UserError
+
 
 def nanogpt(path: Path, **settings: Any) -> Any:
     """The model of nanoGPT's model.py at `path` with these settings of its GPTConfig; what it prints is dropped."""
     spec = importlib.util.spec_from_file_location("nanogpt_model", path)
-    assert spec is not None, "not a Python file"
-    assert spec.loader is not None, "not a Python file"
+    if spec is None or spec.loader is None:
+        raise UserError(f"{path} is not a Python file; name nanoGPT's model.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     with contextlib.redirect_stdout(io.StringIO()):

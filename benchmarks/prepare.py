@@ -24,6 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import psutil
+from program import as_program
 
 from tinystories.data.sources import stories
 from tinystories.data.tokenizer import END
@@ -164,4 +165,4 @@ def report(
 
 
 if __name__ == "__main__":
-    main()
+    as_program(main)

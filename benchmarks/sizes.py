@@ -10,6 +10,8 @@ import argparse
 import json
 from pathlib import Path
 
+from program import as_program
+
 from tinystories import load
 from tinystories.checkpoint import ModelFiles, read_model
 from tinystories.engine.cpu.weights import packed_path
@@ -62,4 +64,4 @@ def draw(path: Path, points: list[tuple[str, str, float, float]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_program(main)

@@ -23,6 +23,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from program import as_program
+
 from tinystories import load
 from tinystories.config import SamplingConfig
 from tinystories.data.sources import stories
@@ -140,4 +142,4 @@ def sweep(teller: Storyteller, judge: str | None, val: list[str], seen: Seen) ->
 
 
 if __name__ == "__main__":
-    main()
+    as_program(main)

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from folders import execute_all, final, is_done, records, seconds, train_command
 from peers import nanogpt, nanogpt_optimizer
+from program import as_program
 from torch.nn import functional as F
 
 from tinystories.config import load_config
@@ -231,4 +232,4 @@ def timed(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    main()
+    as_program(main)

@@ -36,6 +36,7 @@ from typing import Any, Literal
 
 import torch
 from peers import nanogpt, nanogpt_optimizer
+from program import as_program
 
 from tinystories.config import ModelConfig, OptimConfig
 from tinystories.engine.device import pick_precision
@@ -221,4 +222,4 @@ def report(
 
 
 if __name__ == "__main__":
-    main()
+    as_program(main)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from folders import execute_all, final, train_command
+from program import as_program
 
 from tinystories.config import load_config
 from tinystories.train.rates import settled
@@ -90,4 +91,4 @@ def draw(path: Path, found: dict[str, dict[float, float]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_program(main)

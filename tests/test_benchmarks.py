@@ -1,0 +1,29 @@
+"""The scripts in benchmarks/ as a reader runs them: bad input is one line on stderr and exit code 2."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("storyteller.py nowhere --train t.txt --val v.txt", "nowhere: no such model directory"),
+        ("frontier.py --data nowhere --out runs", "nowhere holds no prepared data"),
+        ("train.py --nanogpt nowhere", "nowhere is not a Python file; name nanoGPT's model.py"),
+        ("ablation.py --data nowhere --out runs", "nowhere holds no prepared data"),  # said by a run that it started
+    ],
+)
+def test_bad_input_is_one_line(words: str, message: str, tmp_path: Path) -> None:
+    script, *options = words.split()
+    done = subprocess.run(
+        [sys.executable, FOLDER / script, *options], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
