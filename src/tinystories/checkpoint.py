@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
-from tinystories.config import ModelConfig, SamplingConfig, build
+from tinystories.config import PRESETS, ModelConfig, SamplingConfig, build
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.errors import UserError
 
@@ -81,10 +82,12 @@ def read_model(folder: Path | str, *, check_weights: bool = True) -> ModelFiles:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such model directory; train one with: tinystories train --out {folder}")
+        raise UserError(f"{folder}: {why_no_model(folder)}")
     if not is_model(folder):
         raise UserError(f"{folder} holds no model (no config.json); expected what `tinystories train` writes")
     described = read_json(folder / "config.json")
+    if "format" not in described and "model_type" in described:
+        raise UserError(f"{folder} is a Hugging Face folder; make a model directory of it by: {importing(folder)}")
     if described.get("format") != FORMAT:
         raise UserError(
             f"{folder}/config.json: format {described.get('format')!r} is not {FORMAT}; not written by this program"
@@ -100,6 +103,22 @@ def read_model(folder: Path | str, *, check_weights: bool = True) -> ModelFiles:
         sampling=build(SamplingConfig, read_json(folder / "generation.json"), f"{folder}/generation.json"),
         sums=described["files"],
     )
+
+
+def why_no_model(path: Path) -> str:
+    """Of a path that is no directory: what it may have been meant for."""
+    if path.suffix in (".gguf", ".bin", ".pt", ".pth", ".safetensors") and path.is_file():
+        return f"a file of another program; make a model directory of it by: {importing(path)}"
+    if path.is_file():
+        return "a file; a model is a directory, as `tinystories train` writes it"
+    if " " in str(path):
+        return "no such model directory; to begin a story with these words: --prompt"
+    preset = f"--config {path.name} " if path.name in PRESETS else ""
+    return f"no such model directory; train one with: tinystories train {preset}--out {shlex.quote(str(path))}"
+
+
+def importing(path: Path) -> str:
+    return f"tinystories import {shlex.quote(str(path))} --out DIR"
 
 
 def verify(folder: Path, sums: object, unchecked: Collection[str] = ()) -> None:

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from tinystories import checkpoint
+from tinystories import checkpoint, cli
 from tinystories.data.prepare import prepare
+from tinystories.engine.cpu import native
 
 ROOT = Path(__file__).parents[2]
 TINY = "--model.n_layer 1 --model.n_embd 16 --model.n_ff 32 --model.n_head 2 --model.n_ctx 64 --train.device cpu"
@@ -134,9 +135,24 @@ def test_info_of_a_model_of_data_and_of_a_config(run: Path, sample_data: Path) -
         ("train --config nan0", "did you mean the preset nano?"),
         ("train --train.steps many", "expected a value of type int"),
         ("train --train.steps", "needs a value"),
-        ("train steps", "settings look like --train.steps 40"),
+        ("train --xyzzy", "settings look like --train.steps 40"),
+        ("train steps", "did you mean --train.steps?"),
+        ("train --reusme", "did you mean --resume?"),
+        ("train small", "did you mean --config small?"),
         ("train --data nowhere --out never", "nowhere"),
-        ("generate nowhere", "no such model directory"),
+        (
+            "train --data CONTRIBUTING.md --out never",
+            "tinystories prepare CONTRIBUTING.md --tokenizer bpe:4096 --out DIR",
+        ),
+        ("generate nowhere", "no such model directory; train one with: tinystories train --out nowhere"),
+        ("generate runs/seed-89m", "tinystories train --config seed-89m --out runs/seed-89m"),
+        ("generate CONTRIBUTING.md", "a file; a model is a directory"),
+        ("generate --promt Once", "(see tinystories generate --help)"),
+        ("generate --shortlist", "the bundled storyteller has no shortlist"),
+        ("generate --out stories.md", "stories.md: the name of a file for stories must end in .txt or .jsonl"),
+        ("generate --out nowhere/stories.txt", "there is no folder nowhere"),
+        ("prepare sample empty.txt --out never", "sample is a collection, which goes with no other source"),
+        ("prepare empty.txt --out never", "empty.txt is empty"),
         ("pack", "MODEL"),
         ("eval nowhere --data nothing.txt", "no such model directory"),
         ("prepare nothing.txt --out never", "nothing.txt"),
@@ -146,8 +162,70 @@ def test_info_of_a_model_of_data_and_of_a_config(run: Path, sample_data: Path) -
     ],
 )
 def test_mistakes_get_one_line_and_exit_code_2(words: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    shutil.copy(ROOT / "CONTRIBUTING.md", tmp_path)
     assert message in one_line_error(tinystories(*words.split(), cwd=tmp_path))
-    assert list(tmp_path.iterdir()) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["CONTRIBUTING.md", "empty.txt"]
+
+
+def test_words_for_a_model_are_taken_for_the_prompt_they_are() -> None:
+    assert "to begin a story with these words: --prompt" in one_line_error(tinystories("generate", "The little fox"))
+
+
+def test_files_of_other_programs_are_sent_to_import(tmp_path: Path) -> None:
+    (tmp_path / "a b.gguf").write_bytes(b"GGUF")
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text('{"model_type": "gpt2"}')
+    for name, quoted in (("a b.gguf", "'a b.gguf'"), ("hf", "hf")):
+        error = one_line_error(tinystories("generate", name, cwd=tmp_path))
+        assert f"tinystories import {quoted} --out DIR" in error
+
+
+@pytest.mark.parametrize("words", ["", "bench"])
+def test_without_a_command_the_help_is_shown_as_it_is(words: str) -> None:
+    shown = tinystories(*words.split())
+    assert shown.returncode == 2
+    assert shown.stderr.startswith("Usage: ")
+    assert "error" not in shown.stderr.splitlines()[-1]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk without room")
+@pytest.mark.parametrize("where", ["> /dev/full", "--no-stream > /dev/full", "--out full.txt"])
+def test_a_full_disk_is_one_line(run: Path, tmp_path: Path, where: str) -> None:
+    (tmp_path / "full.txt").symlink_to("/dev/full")
+    program = f'"{sys.executable}" -m tinystories generate "{run}" --max-tokens 5 {where}'
+    done = subprocess.run(["bash", "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "cannot be written: No space left on device" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_run_that_cannot_be_written_is_one_line(sample_data: Path) -> None:
+    words = ["train", "--data", str(sample_data), "--out", "/proc/a", *TINY.split(), *SHORT.split()]
+    assert "--out /proc/a cannot be written" in one_line_error(tinystories(*words))
+
+
+def test_a_cache_that_cannot_be_written_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(native, "load", lambda: None)  # which compiles, and says that it cannot keep the result
+    monkeypatch.setattr(native, "cached_path", lambda: tmp_path / "missing" / "code.o")
+    assert cli.run(cli.cli, ["warmup"]) == 2
+    assert f"{tmp_path / 'missing'} cannot be written: set TINYSTORIES_CACHE" in capsys.readouterr().err
+
+
+def test_the_bundled_storyteller_is_never_written_to(tmp_path: Path) -> None:
+    before = {path.name: path.stat().st_mtime_ns for path in checkpoint.BUNDLED.iterdir()}
+    for precision in ("int4", "fp32"):
+        done = tinystories("generate", "--precision", precision, "--max-tokens", "3", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert {path.name: path.stat().st_mtime_ns for path in checkpoint.BUNDLED.iterdir()} == before
+
+
+def test_a_space_after_the_prompt_is_told_of(run: Path) -> None:
+    words = ["generate", str(run), "--max-tokens", "3", "--prompt"]
+    assert "the prompt ends in a space" in tinystories(*words, "Once ").stderr
+    assert "the prompt ends in a space" not in tinystories(*words, "Once").stderr
 
 
 def test_packing_and_the_precisions_of_eval(run: Path, tmp_path: Path) -> None:
@@ -251,8 +329,12 @@ def test_sampling_out_of_range_is_named(run: Path, flags: str, message: str) -> 
 
 def test_a_reader_that_leaves_is_no_error(run: Path) -> None:
     command = f"{sys.executable} -c 'from tinystories.cli import main; main()' generate {run} --max-tokens 300 --seed 1"
-    result = subprocess.run(["bash", "-c", f"{command} | head -c 5"], capture_output=True, check=True)
-    assert b"Traceback" not in result.stderr
+    for reader in ("head -c 5", "head -n 1"):
+        result = subprocess.run(
+            ["bash", "-o", "pipefail", "-c", f"{command} | {reader}"], capture_output=True, check=False
+        )
+        assert result.returncode == 0, result.stderr
+        assert b"Traceback" not in result.stderr
 
 
 def test_the_resolved_config_can_be_printed_and_read_back(tmp_path: Path) -> None:

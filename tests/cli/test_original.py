@@ -45,6 +45,15 @@ def test_gpt_trains_then_writes_and_then_only_writes(workplace: Path, sample_dat
     assert (workplace / "runs" / "seed-89m" / "model.safetensors").stat().st_mtime_ns == before
 
 
+def test_a_place_for_the_text_is_looked_at_before_training(sample_data: Path, tmp_path: Path) -> None:
+    for name, why in (("story.md", "must end in .txt or .jsonl"), ("nowhere/story.txt", "there is no folder nowhere")):
+        result = script("gpt.py", "--config", "nano", "--data", str(sample_data), "--text", name, cwd=tmp_path)
+        assert result.returncode == 2
+        assert result.stderr.count("\n") == 1
+        assert why in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_generate_writes_500_tokens(workplace: Path) -> None:
     result = script("generate.py", "--seed", "3", cwd=workplace)
     assert result.returncode == 0, result.stderr

@@ -383,7 +383,7 @@ def test_a_push_needs_a_token_and_keeps_private_what_should_be(hub: ModelHub, tm
         ("others/stories", TOKEN): "others/stories: the Hub refuses (403)",
         ("me/public", TOKEN): "me/public is there already and public; push with --public",
         ("me/stories@v1", TOKEN): "leave @v1 out",
-        ("stories", TOKEN): "is not of the form hf:OWNER/NAME",
+        ("stories", TOKEN): "is not of the form OWNER/NAME",
     }
     done = child(PUSH, hub.endpoint, tmp_path, json.dumps(list(wrong)))
     assert done.stderr == ""

@@ -89,6 +89,7 @@ def test_the_device_always_has_the_next_step_but_where_the_run_pauses(
 ) -> None:
     device = Device()
     monkeypatch.setattr(loop, "Pending", device.pending)
+    monkeypatch.setattr(loop, "works_beside_the_host", lambda _: True)
     train(config, tmp_path / "run")
     paused = [step for step in range(1, 13) if step % 4 == 0 or step % 5 == 0]  # checkpoints and evaluations
     expected = []
@@ -104,6 +105,7 @@ def test_time_is_that_of_the_device_and_not_of_evaluations_or_checkpoints(
 ) -> None:
     device = Device()
     monkeypatch.setattr(loop, "Pending", device.pending)
+    monkeypatch.setattr(loop, "works_beside_the_host", lambda _: True)
     monkeypatch.setattr(loop, "time", device)
     monkeypatch.setattr(Metrics, "write", device.while_it_works(Metrics.write, 0.3))
     monkeypatch.setattr(Trainer, "evaluate", device.while_it_works(Trainer.evaluate, 100.0))
@@ -115,6 +117,20 @@ def test_time_is_that_of_the_device_and_not_of_evaluations_or_checkpoints(
     assert {r["step"]: r["seconds"] for r in lines} == pytest.approx({k: k + 0.01 * n for k, n in waits.items()})
     (second,) = [b["tokens"] - a["tokens"] for a, b in itertools.pairwise(lines) if b["step"] == 4]
     assert lines[1]["tokens_per_s"] == pytest.approx(second / 2.0, rel=1e-3)
+
+
+def test_a_line_tells_the_time_of_its_own_steps(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU, where a step is done when it is launched; here each takes a second."""
+    clock = Device()
+    monkeypatch.setattr(loop, "time", clock)
+    monkeypatch.setattr(Trainer, "train_step", clock.while_it_works(Trainer.train_step, 1.0))
+    train(config, tmp_path / "run")
+    lines = [r for r in records(tmp_path / "run") if "loss" in r]
+    assert [r["seconds"] for r in lines] == [r["step"] for r in lines]
+    for before, line in itertools.pairwise(lines):
+        assert line["tokens_per_s"] == pytest.approx((line["tokens"] - before["tokens"]) / 2.0, rel=1e-3)
 
 
 def test_batches_made_ahead_give_the_same_bits_over_an_interrupt(

@@ -26,7 +26,7 @@ def cli() -> None:
     """Train a small storyteller from scratch and read its stories.
 
     \b
-    Start here (the last three take about a minute each; no network):
+    Start here (no network; training takes about a minute, and needs the extra [train]):
       tinystories generate
       tinystories prepare sample --tokenizer bpe:1024 --out data/sample
       tinystories train --config nano --data data/sample --out runs/first --train.steps 60

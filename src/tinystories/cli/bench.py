@@ -109,7 +109,7 @@ def batch(streams: int, tokens: int, **options: Any) -> None:
 def startup(model: Path | None, peers: bool, only: list[Who], runs: int, threads: int | None, as_json: bool) -> None:
     """Whole processes from their start to their end, with one token written: `tinystories generate` against others.
 
-    Ours reads a text and writes one; the others are only given the ids.
+    MODEL must be given here. Ours reads a text and writes one; the others are only given the ids.
     """
     if model is None:
         raise UserError("bench startup needs a MODEL: a directory that `tinystories train` made")

@@ -1,5 +1,6 @@
 """How every command runs: what people can mend becomes one line on stderr and an exit code. Options that many have."""
 
+import errno
 import functools
 import logging
 import os
@@ -13,6 +14,7 @@ from tinystories.errors import UserError
 from tinystories.train.distributed import is_first_to_say
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+PRECISIONS = ["auto", "fp32", "bf16", "int8", "int4"]
 TRAIN_EXTRA = 'this command needs more packages; install them with: pip install "tinystories-gpt[train]"'
 
 errors_option = click.option(
@@ -56,15 +58,19 @@ device_option = click.option(
 )
 precision_option = click.option(
     "--precision",
-    type=click.Choice(["auto", "fp32", "bf16", "int8", "int4"]),
+    type=click.Choice(PRECISIONS),
     default="auto",
     show_default=True,
     help="Of the weights. cpu: int8 (auto), int4 or fp32; torch: fp32, or bf16 where the hardware has it (auto).",
 )
 threads_option = click.option(
-    "--threads", type=click.IntRange(min=1), help="Of the CPU engine.  [default: as many as there are cores]"
+    "--threads",
+    type=click.IntRange(min=1),
+    help="Of the CPU engine.  [default: as many as there are cores, at most 16]",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print a JSON object last.")
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk or a quota
 
 SAMPLING = (
     click.option("--temperature", type=float, help="0: always the likeliest token."),
@@ -87,6 +93,7 @@ def run(command: click.Command, argv: list[str] | None = None, name: str = "tiny
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for client in ("httpx", "httpx2"):
         logging.getLogger(client).setLevel(logging.WARNING)
+    output = sys.stdout
     try:
         result = command.main(argv, prog_name=name, standalone_mode=False)
         return result if isinstance(result, int) else 0
@@ -95,15 +102,33 @@ def run(command: click.Command, argv: list[str] | None = None, name: str = "tiny
             rank = os.environ.get("RANK", "0")
             click.echo(f"error: {error}" if rank == "0" else f"error: rank {rank}: {error}", err=True)
         return 2
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return 2
     except click.ClickException as error:
-        click.echo(f"error: {error.format_message()} (see {name} --help)", err=True)
+        context = error.ctx if isinstance(error, click.UsageError) else None
+        asked = context.command_path if context else name
+        click.echo(f"error: {error.format_message()} (see {asked} --help)", err=True)
         return 2
     except (KeyboardInterrupt, click.Abort):
         click.echo("stopped", err=True)
         return 130
-    except BrokenPipeError:  # the reader of our output has left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except SystemExit:
+        if sys.stdout is output:
+            raise
+        drop_output()  # its reader has left, as `head` does; click puts another in its place then, and exits
         return 0
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        drop_output()
+        click.echo(f"error: {error.filename or 'the output'} cannot be written: {error.strerror}", err=True)
+        return 1
     except ModuleNotFoundError as error:
         click.echo(f"error: {error.name} is not installed; {TRAIN_EXTRA}", err=True)
         return 2
+
+
+def drop_output() -> None:
+    """What is left in the buffer of standard output cannot be written, and would be an error again at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

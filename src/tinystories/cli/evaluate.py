@@ -11,13 +11,13 @@ from typing import Any
 import click
 
 from tinystories.cli.command import (
+    PRECISIONS,
     SETTINGS,
     device_option,
     engine_option,
     errors_option,
     json_option,
     model_argument,
-    precision_option,
     threads_option,
 )
 
@@ -39,7 +39,13 @@ from tinystories.cli.command import (
 )
 @engine_option("What computes: auto is torch where it is installed, else cpu.")
 @device_option
-@precision_option
+@click.option(
+    "--precision",
+    type=click.Choice(PRECISIONS),
+    default="auto",
+    show_default=True,
+    help="Of the weights. auto: fp32, as they were trained (torch on CUDA: bf16). Only cpu has int8 and int4.",
+)
 @threads_option
 @json_option
 def evaluate(

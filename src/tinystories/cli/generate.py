@@ -38,7 +38,11 @@ if TYPE_CHECKING:
 @threads_option
 @click.option("--shortlist", is_flag=True, help="Write only ids that `tinystories pack --shortlist` chose: faster.")
 @click.option("--stream/--no-stream", default=True, show_default=True, help="Show text as it is made.")
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Also write to FILE.txt or FILE.jsonl.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="FILE.txt or FILE.jsonl to (over)write too.",
+)
 def generate(
     model: Path,
     prompt: str,
@@ -62,6 +66,8 @@ def generate(
     """
     from tinystories.generate.storyteller import N_SLOTS, Storyteller
 
+    if prompt.endswith(" "):
+        click.echo("note: the prompt ends in a space, which belongs to the next word: better without", err=True)
     teller = Storyteller.load(
         model,
         engine=engine,

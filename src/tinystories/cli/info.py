@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tinystories.errors import UserError
 from tinystories.train.rates import settled
 
 CARD = "README.md"
+FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)  # what the Hub reads of a card
 
 
 @click.command(context_settings=SETTINGS)
@@ -45,10 +47,22 @@ def info(path: str | None, config_file: str | None, as_card: bool, as_json: bool
         return
     for name, value in facts.items():
         for line, (key, item) in enumerate(value.items() if isinstance(value, dict) else [("", value)]):
-            text = f"{item:,}" if isinstance(item, int) and not isinstance(item, bool) else str(item)
-            click.echo(f"{name if line == 0 else '':16}  {key + ' ' if key else ''}{text}")
+            click.echo(f"{name if line == 0 else '':16}  {key + ' ' if key else ''}{shown(item)}")
     if folder is not None and (folder / CARD).is_file():
-        click.echo("\n" + card_of(folder), nl=False)
+        click.echo("\n" + FRONT_MATTER.sub("", card_of(folder)), nl=False)
+
+
+def shown(value: object) -> str:
+    """A fact as people read it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {shown(item)}" for name, item in value.items())
+    if isinstance(value, list | tuple):
+        return "; ".join(map(shown, value))
+    return str(value) if value != "" else "-"
 
 
 def card_of(folder: Path) -> str:

@@ -107,6 +107,7 @@ def push(model: Path, repository: str, private: bool, message: str, license: str
     """
     from tinystories.interop import hub
 
+    hub.require_pushable(repository)
     files = hub.contents(model, repository, license)
     for name, file in files.items():
         size = len(file) if isinstance(file, bytes) else file.stat().st_size

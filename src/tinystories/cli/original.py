@@ -56,8 +56,11 @@ def gpt(
     changed as for `tinystories train`: --train.steps 500, --optim.learning_rate 1e-3, ... Run again after an
     interrupt, it goes on where it stopped; after the end of training, it only writes.
     """
+    from tinystories.generate.output import require_place
+
+    require_place(text)
     out = out or Path("runs") / Path(config_file).stem
-    config = load_config(config_file, dotted_overrides(context.args) | ({"data.dir": str(data)} if data else {}))
+    config = load_config(config_file, dotted_overrides(context) | ({"data.dir": str(data)} if data else {}))
     if not warn_of_long_run(config, out, ask=not yes):
         return 1
     if data is None:

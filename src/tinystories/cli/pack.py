@@ -76,7 +76,7 @@ def pack(
         path = packed_path(files, name)  # type: ignore[arg-type]
         if not isinstance(packed(files, name), Mapped):  # type: ignore[arg-type]
             raise UserError(f"{path} could not be written; the folder or the disk refuses it")
-        sizes = path.stat().st_size / 1e6, files.weights_path.stat().st_size / 1e6
+        sizes = path.stat().st_size / 1e6, 4 * files.config.n_params / 1e6
         click.echo(f"{path}: {sizes[0]:,.1f} MB ({sizes[1]:,.1f} MB in fp32)")
 
 
@@ -101,7 +101,10 @@ def warmup() -> None:
     names another.
     """
     from tinystories.engine.cpu import native
+    from tinystories.errors import UserError
 
     native.load()
     path = native.cached_path()
-    click.echo(f"ready: {path}" if path.exists() else "compiled, but it could not be kept")
+    if not path.exists():
+        raise UserError(f"{path.parent} cannot be written: set TINYSTORIES_CACHE to a folder that can")
+    click.echo(f"ready: {path}")

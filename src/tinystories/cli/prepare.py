@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     "--val", multiple=True, help="Validation source. Without it: the source's own, else 0.5 % held out by hash."
 )
 @click.option(
-    "--tokenizer", default="gpt2", show_default=True, help="gpt2, bpe:N (trained on SOURCE) or a tokenizer.json."
+    "--tokenizer",
+    default="gpt2",
+    show_default=True,
+    help="gpt2, bpe:N (of SOURCE), a tokenizer.json or a model.",
 )
 @click.option(
     "--text-field", default="text", show_default=True, help="Field or column of JSONL, CSV, parquet and Hub sources."

@@ -88,7 +88,7 @@ def sweep(
         raise UserError(f"--out {out} holds no sweep to show")
     if stored is not None and not resume:
         raise UserError(f"--out {out} already holds a sweep; add --resume to go on, or name another directory")
-    overrides = dotted_overrides(context.args) | ({"data.dir": str(data)} if data else {})
+    overrides = dotted_overrides(context) | ({"data.dir": str(data)} if data else {})
     given = context.get_parameter_source("config_file") is not click.core.ParameterSource.DEFAULT
     space = read_space_of(config_file, overrides) if stored is None or overrides or given else None
     if space is not None and (stored is None or space.texts):

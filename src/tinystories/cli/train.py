@@ -1,6 +1,7 @@
 """`tinystories train`."""
 
 import dataclasses
+import difflib
 import json
 from pathlib import Path
 from typing import get_type_hints
@@ -24,6 +25,7 @@ class SettingsCommand(click.Command):
             for field in dataclasses.fields(getattr(defaults, section)):
                 value = getattr(getattr(defaults, section), field.name)
                 shown = " | ".join(value) if isinstance(value, tuple) else str(value)
+                shown = str(value).lower() if isinstance(value, bool) else shown or "empty"
                 rows.append((f"--{section}.{field.name}", f"{field.metadata['help']}  [{shown}]"))
             with formatter.section(f"Settings of [{section}], with the values of preset nano"):
                 formatter.write_dl(rows)
@@ -59,7 +61,7 @@ def train(
     It also holds loss.png, samples.md, metrics.jsonl and config.toml.
     """
     out = out or Path("runs") / Path(config_file).stem
-    overrides = dotted_overrides(context.args)
+    overrides = dotted_overrides(context)
     saved = out / "config.toml"
     given = context.get_parameter_source("config_file") is not click.core.ParameterSource.DEFAULT
     source = saved if resume and not given and saved.exists() else config_file
@@ -69,6 +71,8 @@ def train(
 
         click.echo(to_toml(config), nl=False)
         return 0
+    if resume and not saved.exists() and World.from_environment().first:
+        click.echo(f"there is no run in {out} yet: a new one begins", err=True)
     if data is None:
         ensure_prepared(config)
     return train_run(config, out, resume=resume, as_json=as_json)
@@ -122,14 +126,14 @@ def ensure_prepared(config: Config) -> None:
     print_prepared(report)
 
 
-def dotted_overrides(arguments: list[str]) -> dict[str, str]:
-    """`--train.steps 40` and `--train.steps=40` as {"train.steps": "40"}."""
+def dotted_overrides(context: click.Context) -> dict[str, str]:
+    """`--train.steps 40` and `--train.steps=40` as {"train.steps": "40"}, of the arguments that are no options."""
     overrides: dict[str, str] = {}
-    rest = list(arguments)
+    rest = list(context.args)
     while rest:
         flag = rest.pop(0)
         if not flag.startswith("--") or "." not in flag:
-            raise UserError(f"unexpected argument {flag}; settings look like --train.steps 40")
+            raise UserError(f"unexpected argument {flag}; {meant(flag, context.command)}")
         name, equals, value = flag[2:].partition("=")
         if not equals:
             if not rest:
@@ -137,3 +141,17 @@ def dotted_overrides(arguments: list[str]) -> dict[str, str]:
             value = rest.pop(0)
         overrides[name] = value
     return overrides
+
+
+def meant(argument: str, command: click.Command) -> str:
+    """What an argument that is neither an option nor a setting may have been meant for."""
+    word = argument.removeprefix("--").partition("=")[0]
+    if word in PRESETS:
+        return f"did you mean --config {word}?"
+    defaults = load_config("nano")
+    flags = [name for option in command.params for name in option.opts if name.startswith("--")]
+    for section in get_type_hints(Config):
+        flags += [f"--{section}.{field.name}" for field in dataclasses.fields(getattr(defaults, section))]
+    settings = {flag.removeprefix("--").rpartition(".")[2]: flag for flag in reversed(flags)}
+    near = difflib.get_close_matches(word, settings, n=1, cutoff=0.7)
+    return f"did you mean {settings[near[0]]}?" if near else "settings look like --train.steps 40"

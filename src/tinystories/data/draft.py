@@ -71,6 +71,8 @@ class Draft:
     def __exit__(self, *_: object) -> None:
         for file in (*self._files.values(), self._lock):
             file.close()
+        if not any(self.data.glob("*")):  # nothing to go on from
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def append(self, name: str, data: bytes) -> None:
         """Write at the end of one of the growing files."""

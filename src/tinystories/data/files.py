@@ -71,6 +71,9 @@ def story_files(path: Path, known: Iterable[str]) -> list[Path]:
             if file.stat().st_size == 0:
                 raise UserError(f"{file} is empty; give a file with stories")
     except FileNotFoundError:
+        known = list(known)
+        if str(path) in known:
+            raise UserError(f"{path} is a collection, which goes with no other source: name it alone") from None
         names = ", ".join(known)
         raise UserError(f"source {path} is no file, and no known name: {names}, hf:OWNER/NAME") from None
     except OSError as error:

@@ -61,6 +61,9 @@ def read_meta(folder: Path | str) -> Meta:
     try:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         version = values["format"]
+    except NotADirectoryError:
+        how = f"tinystories prepare {folder} --tokenizer bpe:4096 --out DIR"
+        raise UserError(f"{folder} is a file; make a folder of tokens of it by: {how}") from None
     except FileNotFoundError:
         raise UserError(f"{folder} holds no prepared data (no meta.json); {cure}") from None
     except (OSError, ValueError, TypeError, KeyError) as error:

@@ -33,6 +33,14 @@ def in_order(events: Iterable[tuple[int, str | Story]], told: Callable[[Story], 
                 yield waiting.pop(current)
 
 
+def require_place(path: Path) -> None:
+    """`UserError` where stories cannot be kept, before there are any."""
+    if path.suffix not in (".txt", ".jsonl"):
+        raise UserError(f"{path}: the name of a file for stories must end in .txt or .jsonl")
+    if not path.parent.is_dir():
+        raise UserError(f"{path} cannot be written: there is no folder {path.parent}")
+
+
 class StoryFile:
     """`with StoryFile(path) as file: file.write(story)`; .jsonl (one object a line) or .txt (END after each story).
 
@@ -40,13 +48,12 @@ class StoryFile:
     """
 
     def __init__(self, path: Path) -> None:
-        if path.suffix not in (".txt", ".jsonl"):
-            raise UserError(f"--out {path}: the name must end in .txt or .jsonl")
+        require_place(path)
         self.path = path
         try:
             self.file = path.open("w", encoding="utf-8", newline="\n")
         except OSError as error:
-            raise UserError(f"--out {path} cannot be written: {error.strerror}") from None
+            raise UserError(f"{path} cannot be written: {error.strerror}") from None
 
     def __enter__(self) -> "StoryFile":
         return self

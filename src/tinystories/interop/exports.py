@@ -40,7 +40,7 @@ class Format:
 LARGEST = 1e-4  # difference of logits in fp32, for logits up to 10
 
 FORMATS = {
-    "hf": Format({"f32": 0}, hf_folder.write, hf_folder.logits),
+    "hf": Format({"f32": 0}, hf_folder.write, hf_folder.logits, hf_folder.HINT),
     "gguf": Format({"f32": 0, "f16": 1e-4, "q8_0": 0.01, "q4_0": 0.5}, gguf.write, gguf.logits, gguf.HINT),
     "llama2c": Format({"f32": 0, "q8_0": 0.01}, llama2c.write, llama2c.logits, llama2c.HINT),
     "onnx": Format({"f32": 0}, onnx_graph.write, onnx_graph.logits, onnx_graph.HINT),

@@ -22,6 +22,7 @@ Array = npt.NDArray[Any]
 CLASSES = {"gpt2": "GPT2", "gpt_neo": "GPTNeo", "llama": "Llama", "qwen3": "Qwen3"}
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 GPT2_IDS = 50257
+HINT = "next, in Python: transformers.pipeline('text-generation', '{out}')('Once upon a time')"
 NEEDS = 'reading a Hugging Face folder back needs transformers: pip install "tinystories-gpt[export]"'
 
 

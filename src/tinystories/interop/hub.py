@@ -142,6 +142,20 @@ def model_folder(model: str | Path | None) -> Path:
     return folder
 
 
+def require_pushable(repo: str) -> None:
+    """`UserError` where a repository is not named OWNER/NAME, and without a token that may write."""
+    name, at, revision = repo.partition("@")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or ".." in name:
+        raise UserError(f"{repo} is not of the form OWNER/NAME, such as me/small-stories")
+    if at:
+        raise UserError(f"{repo}: a push goes to the main branch; leave @{revision} out")
+    if not client().get_token():
+        raise UserError(
+            "a push needs a token that may write: set HF_TOKEN to one made at https://huggingface.co/settings/tokens,"
+            " or run: hf auth login"
+        )
+
+
 def contents(folder: Path, repo: str, license: str = "") -> dict[str, Path | bytes]:
     """What is pushed of a model directory, by name: its own files and the model card, nothing else that lies there."""
     from tinystories.interop.card import card
@@ -157,15 +171,8 @@ def push(files: Mapping[str, Path | bytes], repo: str, *, private: bool = True, 
 
     `UserError` without a token that may write there, without network, and where it should be private but is public.
     """
-    repo, revision = repository(f"hf:{repo}")
-    if revision:
-        raise UserError(f"{repo}@{revision}: a push goes to the main branch; leave @{revision} out")
+    require_pushable(repo)
     hub = client()
-    if not hub.get_token():
-        raise UserError(
-            "a push needs a token that may write: set HF_TOKEN to one made at https://huggingface.co/settings/tokens,"
-            " or run: hf auth login"
-        )
     api = hub.HfApi()
     with errors(repo, api.endpoint):
         within(CONTACT_SECONDS, lambda: api.create_repo(repo, private=private, exist_ok=True))

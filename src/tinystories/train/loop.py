@@ -239,7 +239,10 @@ class Trainer:
         return self.finish(metrics, display)
 
     def advance(self, metrics: Metrics, display: Display) -> None:
-        """Launch the next step, then count the one before: a device has work while the host waits for its results."""
+        """Launch the next step, then count the one before: a device has work while the host waits for its results.
+
+        A CPU has done a step when it is launched, and counts it at once.
+        """
         clock, before = self.clock, self.pending
         if self.counted_at is None:
             self.counted_at = time.perf_counter()
@@ -249,6 +252,9 @@ class Trainer:
         self.pending = Pending(clock.step, clock.tokens, n_targets, rate, loss, norm)
         if before is not None:
             self.count(before, metrics, display)
+        if not works_beside_the_host(self.device):
+            self.count(self.pending, metrics, display)
+            self.pending = None
 
     def catch_up(self, metrics: Metrics, display: Display) -> None:
         """Wait until all is done that was launched, and count it; time does not run until the next step."""

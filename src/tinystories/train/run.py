@@ -66,8 +66,11 @@ def train_on(config: Config, run: Path, last: Path | None, world: World) -> Bits
     if world.first:
         if last is not None:
             checkpoint.publish(last, run)  # a kill may have come between a checkpoint and its publication
-        run.mkdir(parents=True, exist_ok=True)
-        (run / "config.toml").write_text(to_toml(trainer.config), encoding="utf-8")
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            (run / "config.toml").write_text(to_toml(trainer.config), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--out {run} cannot be written: {error.strerror}; name another directory") from None
         truncate(run / "samples.md", trainer.clock.samples_bytes)
     metrics = Metrics(
         run if world.first else None, resume_bytes=trainer.clock.metrics_bytes, tensorboard=config.train.tensorboard

@@ -98,7 +98,10 @@ def object_file() -> bytes:
             raise OSError("there is no home folder; set TINYSTORIES_CACHE")
         keep(path, content + hashlib.sha256(content).digest())
     except OSError as error:
-        log.warning("the machine code cannot be kept (%s): the next start compiles again", error)
+        log.warning(
+            "the machine code cannot be kept (%s): every start compiles again; set TINYSTORIES_CACHE to another folder",
+            error,
+        )
     return content
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tinystories.checkpoint import DRAFT, ModelFiles, read_json, write_json
+from tinystories.checkpoint import BUNDLED, DRAFT, ModelFiles, read_json, write_json
 from tinystories.data.prepared import open_split, read_meta
 from tinystories.errors import UserError
 
@@ -79,7 +79,10 @@ def write(files: ModelFiles, ids: Array) -> Path:
 
 def read(files: ModelFiles) -> Array:
     """The model's list, ascending. `UserError` where there is none, or it is damaged or of another vocabulary."""
-    path, cure = files.folder / NAME, f"tinystories pack {files.folder} --shortlist 8000 --data DIR"
+    path, n = files.folder / NAME, min(8000, files.config.vocab_size // 4)
+    cure = f"tinystories pack {files.folder} --shortlist {n} --data DIR"
+    if files.folder.resolve() == BUNDLED.resolve():
+        raise UserError(f"the bundled storyteller has no shortlist; its {files.config.vocab_size:,} ids are few")
     if not path.exists():
         raise UserError(f"{files.folder} has no shortlist; make one with: {cure}")
     facts, end_id, vocab_size = read_json(path), files.tokenizer().end_id, files.config.vocab_size

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from tinystories.checkpoint import ModelFiles
+from tinystories.checkpoint import BUNDLED, ModelFiles
 from tinystories.config import ModelConfig
 from tinystories.engine.cpu.fields import BLOCK, GROUP
 from tinystories.engine.cpu.packing import pack_int4, pack_int8, padded, rounded_to_int8, unpack_int8
@@ -187,6 +187,9 @@ def packed(files: ModelFiles, precision: Precision) -> Mapping[str, Array]:
     """
     if files.is_packed and precision == "int8":
         return shipped(files)
+    if files.folder.resolve() == BUNDLED.resolve():  # small, and not a place to write to
+        files.check_weights()
+        return dict(pack(files, precision))
     path, status = packed_path(files, precision), files.weights_path.stat()
     facts = {"layout": str(LAYOUT), "precision": precision, "source_sha256": files.weights_sha256}
     seen = {"source_bytes": str(status.st_size), "source_mtime_ns": str(status.st_mtime_ns)}
