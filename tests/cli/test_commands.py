@@ -153,6 +153,7 @@ def test_info_of_a_model_of_data_and_of_a_config(run: Path, sample_data: Path) -
         ("generate --out nowhere/stories.txt", "there is no folder nowhere"),
         ("prepare sample empty.txt --out never", "sample is a collection, which goes with no other source"),
         ("prepare empty.txt --out never", "empty.txt is empty"),
+        ("prepare plain.txt --tokenizer bpe:300 --out never", "no <|endoftext|> in the whole file"),
         ("pack", "MODEL"),
         ("eval nowhere --data nothing.txt", "no such model directory"),
         ("prepare nothing.txt --out never", "nothing.txt"),
@@ -163,9 +164,10 @@ def test_info_of_a_model_of_data_and_of_a_config(run: Path, sample_data: Path) -
 )
 def test_mistakes_get_one_line_and_exit_code_2(words: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").touch()
+    (tmp_path / "plain.txt").write_text("Once upon a time.")
     shutil.copy(ROOT / "CONTRIBUTING.md", tmp_path)
     assert message in one_line_error(tinystories(*words.split(), cwd=tmp_path))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["CONTRIBUTING.md", "empty.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["CONTRIBUTING.md", "empty.txt", "plain.txt"]
 
 
 def test_words_for_a_model_are_taken_for_the_prompt_they_are() -> None:
