@@ -145,8 +145,8 @@ def test_files_as_they_are_on_the_hub_are_read(theirs: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (lambda w: w.pop("transformer.wpe.weight"), "weight transformer.wpe.weight is missing"),
-        (lambda w: w.update(other=w["lm_head.weight"]), "weight other is unknown"),
+        (lambda w: w.pop("transformer.wpe.weight"), "weight 'transformer.wpe.weight' is missing"),
+        (lambda w: w.update(other=w["lm_head.weight"]), "weight 'other' is unknown"),
         (lambda w: w.update({"lm_head.weight": w["lm_head.weight"] + 1}), "lm_head.weight is not transformer.wte"),
         (
             lambda w: w.update({"transformer.h.0.attn.c_attn.weight": w["transformer.h.0.attn.c_attn.weight"].T}),
