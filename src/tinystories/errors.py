@@ -28,7 +28,9 @@ def naming(where: object) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise error if str(where) in str(error) else UserError(f"{where}: {error}") from None
+        text = str(error)
+        named = text.startswith(f"{where} ") or f"{where}/" in text or f"{where}:" in text
+        raise error if named else UserError(f"{where}: {text}") from None
 
 
 @contextlib.contextmanager

@@ -152,6 +152,10 @@ NESTED = {"type": "Sequence", "normalizers": [{"type": "Sequence", "normalizers"
         ("normalizer", NESTED),
         ("normalizer", {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "x" * 2000}]}),
         ("normalizer", {"type": "Sequence", "normalizers": [{"type": "ByteLevel"}] * 40}),
+        (
+            "pre_tokenizer",
+            {"type": "Sequence", "pretokenizers": [{"type": "ByteLevel", "add_prefix_space": True}] * 40},
+        ),
         ("decoder", {"type": "Sequence", "decoders": [REPLACE] * 40}),
     ],
 )

@@ -182,6 +182,8 @@ def test_other_weights_are_refused(theirs: Any, change: Callable[[dict[str, Any]
         ("gpt_neo", {"attention_types": [[["local"], 4]]}, "only global and local in turn"),
         ("gpt_neo", {"attention_types": [[["global"], 10**18]]}, "do not describe 4 layers"),
         ("gpt_neo", {"attention_types": "global"}, "do not describe 4 layers"),
+        ("gpt_neo", {"attention_types": [["x" * 2**24, 4]]}, "do not describe 4 layers"),
+        ("gpt_neo", {"attention_types": [[[], 2**40]] * 9}, "do not describe 4 layers"),
         ("gpt_neo", {"attention_layers": ["global"] * 4}, "do not describe 4 layers"),
         ("gpt_neo", {"window_size": 0}, "window_size=0 must be positive"),
         ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}}, "rope_parameters="),

@@ -31,7 +31,7 @@ class Tokenizer:
 
         try:
             parts = json.loads(text)
-            grown = {name: growth(parts.get(name)) for name in ("normalizer", "decoder")}
+            grown = {name: growth(parts.get(name)) for name in ("normalizer", "pre_tokenizer", "decoder")}
             if odd := [name for name, times in grown.items() if not times <= MOST_GROWTH]:  # before a text is read
                 raise UserError(f"{where}: its {odd[0]} makes texts over {MOST_GROWTH:,} times longer")
             self._backend = tokenizers.Tokenizer.from_str(text)
@@ -151,21 +151,22 @@ class Tokenizer:
 
 
 def growth(part: Any) -> float:
-    """How many times longer a normalizer or decoder makes a text, at most: each of a Sequence's works on the last's."""
+    """How many times longer a part of a tokenizer makes a text, at most: each of a Sequence works on the last's."""
     if not isinstance(part, dict):
-        return 1
-    kind, inner = part.get("type"), part.get("normalizers") or part.get("decoders")
+        return 1.0
+    kind = part.get("type")
+    inner = part.get("normalizers") or part.get("pretokenizers") or part.get("decoders")
     if isinstance(inner, list):
         return math.prod(growth(one) for one in inner)
     if kind == "Replace":
         content, pattern = str(part.get("content", "")), part.get("pattern")
         literal = pattern.get("String") if isinstance(pattern, dict) else None
         if isinstance(literal, str) and literal:
-            return max(1, len(content) / len(literal))
+            return max(1.0, len(content) / len(literal))
         return 1.0 + len(content)  # may be put between any two characters
     if kind == "Prepend":
         return 1.0 + len(str(part.get("prepend", "")))
-    return {"ByteLevel": 2, "Precompiled": 32}.get(kind, 1) if isinstance(kind, str) else 1  # a table may hold anything
+    return {"ByteLevel": 2.0, "Precompiled": 32.0}.get(str(kind), 1.0)  # Precompiled: a table, which may hold anything
 
 
 @functools.cache

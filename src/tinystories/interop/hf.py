@@ -4,6 +4,7 @@ GPT-2 and GPT-Neo are `classic`, Llama and Qwen3 `modern`. What the other side c
 """
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, get_type_hints
@@ -197,7 +198,8 @@ def classic_from(kind: str, given: Mapping[str, Any], n_layer: int) -> dict[str,
         return values | {"scaled_scores": given.get("scale_attn_weights", True)}
     types = given.get("attention_types") or [[["global", "local"], 12]]
     try:
-        layers = [which for group, times in types for _ in range(min(times, n_layer + 1)) for which in group]
+        each = (which for group, times in types for _ in range(min(times, n_layer + 1)) for which in group)
+        layers = list(itertools.islice(each, n_layer + 1))
     except (TypeError, ValueError):
         layers = []
     if given.get("attention_layers", layers) != layers or len(layers) != n_layer:

@@ -13,15 +13,20 @@ from tinystories.interop.portable import Portable
 
 def convert(source: str, out: Path, tokenizer: Path | None = None, *, force: bool = False) -> Portable:
     """Write the model of `import_model` as the model directory `out`, whole or not at all. See `require_place`."""
-    local = None if source.startswith("hf:") else Path(source)
+    is_local = not source.startswith("hf:")
     with writing(out):
-        require_place(out, folder=True, force=force, source=local)
+        require_place(out, folder=True, force=force, source=Path(source) if is_local else None)
     model = import_model(source, tokenizer)
-    with naming(source):
+    with naming(with_name(source) if is_local else source):
         model.check()
     with writing(out):
         model.write(out)
     return model
+
+
+def with_name(source: str) -> Path:
+    """The path, from the root where it has no name of its own, such as "."."""
+    return Path(os.path.realpath(source)) if Path(source).name in ("", "..") else Path(source)
 
 
 def import_model(source: str, tokenizer: Path | None = None) -> Portable:
@@ -30,9 +35,7 @@ def import_model(source: str, tokenizer: Path | None = None) -> Portable:
     `tokenizer`: a tokenizer.json, a folder that has one, or llama2.c's tokenizer.bin, in place of the source's own.
     `UserError` where it is none of these, is damaged, or holds what our architectures cannot.
     """
-    path = hub.download(source) if source.startswith("hf:") else Path(source)
-    if path.name in ("", ".."):  # such as "."
-        path = Path(os.path.realpath(path))
+    path = hub.download(source) if source.startswith("hf:") else with_name(source)
     with reading("--tokenizer"):
         if tokenizer is not None and tokenizer.is_dir():
             tokenizer = tokenizer / "tokenizer.json"
