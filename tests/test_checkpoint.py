@@ -11,7 +11,7 @@ import torch
 from tinystories import checkpoint
 from tinystories.config import ModelConfig, SamplingConfig
 from tinystories.data.tokenizer import Tokenizer
-from tinystories.errors import UserError
+from tinystories.errors import UserError, shown
 from tinystories.model import GPT
 
 
@@ -123,6 +123,91 @@ def test_a_draft_that_fails_leaves_the_old_and_no_trace(folder: Path) -> None:
         fail_half_way()
     assert (folder / "model.safetensors").read_bytes() == before
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+@pytest.mark.parametrize("name", ["model.draft", "model.former.draft", ".model.draft"])
+@pytest.mark.parametrize("kind", ["directory", "file", "link"])
+def test_drafts_leave_what_others_have_named_so(
+    tmp_path: Path, folder: Path, sample_data: Path, name: str, kind: str
+) -> None:
+    (tmp_path / "precious").mkdir()
+    other = tmp_path / name
+    if kind == "directory":
+        other.mkdir()
+        (other / "novel.txt").write_text("long")
+    elif kind == "file":
+        other.write_text("long")
+    else:
+        other.symlink_to(tmp_path / "precious")
+    before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
+    write(folder, tiny(n_layer=1), sample_data)
+    assert checkpoint.read_model(folder).config.n_layer == 1
+    assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
+
+
+def test_a_rename_that_fails_leaves_the_old_and_no_trace(
+    folder: Path, sample_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace = os.replace
+
+    def fail(old: Path, new: Path) -> None:
+        if new == folder and "former" not in str(old) and checkpoint.read_json(old / "config.json") != before:
+            raise OSError("no")
+        replace(old, new)
+
+    before = checkpoint.read_json(folder / "config.json")
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="no"):
+        write(folder, tiny(n_layer=1), sample_data)
+    assert checkpoint.read_model(folder).config.n_layer == 2
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_a_new_directory_may_be_read_as_any_other(folder: Path) -> None:
+    (folder.parent / "plain").mkdir()
+    assert folder.stat().st_mode == (folder.parent / "plain").stat().st_mode
+
+
+def test_a_draft_in_a_place_of_its_own(tmp_path: Path, sample_data: Path) -> None:
+    """As training has it, where a kill leaves one."""
+    (tmp_path / "step.draft").mkdir()
+    (tmp_path / "step.draft" / "half").write_text("")
+    with checkpoint.whole(tmp_path / "step", tmp_path / "step.draft") as draft:
+        assert draft == tmp_path / "step.draft"
+        checkpoint.write_model(draft, tiny(), Tokenizer.load(sample_data), SamplingConfig(), {})
+    assert [path.name for path in tmp_path.iterdir()] == ["step"]
+    assert not (tmp_path / "step" / "half").exists()
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["plain", "\x1b[31m\n\u202e", "x" * 10**6, 10**5000, [10**5000], {"a": ["b"] * 1000}],
+    ids=["plain", "escapes", "long", "digits", "digits in a list", "parts"],
+)
+def test_what_a_file_says_is_shown_short_and_escaped(value: object) -> None:
+    assert shown(value).isprintable()
+    assert len(shown(value)) <= 60
+    assert shown("plain") == "'plain'"
+
+
+def test_a_name_of_300_characters_is_one_line(tmp_path: Path, folder: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot be read: File name too long|no such model directory"):
+        checkpoint.read_model(tmp_path / ("x" * 300))
+    described = json.loads((folder / "config.json").read_text())
+    described["files"]["x" * 300] = "0"
+    (folder / "config.json").write_text(json.dumps(described))
+    with pytest.raises(UserError, match=r"file 'x+\.\.\. (cannot be read: File name too long|is missing)"):
+        checkpoint.read_model(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation.json"])
+def test_devices_and_endless_files_are_not_read(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    (folder / name).symlink_to("/dev/zero")
+    with pytest.raises(UserError, match=r"no model|is missing"):
+        checkpoint.read_model(folder)
+    with pytest.raises(UserError, match="is no file"):
+        checkpoint.read_json(folder / name)
 
 
 def test_only_whole_checkpoints_count(tmp_path: Path, folder: Path) -> None:

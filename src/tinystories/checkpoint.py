@@ -3,6 +3,7 @@
 `config.json` holds the architecture, the provenance and the SHA-256 of every other file; it is checked on reading.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -10,7 +11,8 @@ import json
 import os
 import shlex
 import shutil
-from collections.abc import Collection, Mapping
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +20,7 @@ import numpy.typing as npt
 
 from tinystories.config import PRESETS, ModelConfig, SamplingConfig, build
 from tinystories.data.tokenizer import Tokenizer
-from tinystories.errors import UserError
+from tinystories.errors import UserError, reading, shown
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +31,7 @@ FORMAT = 1
 WEIGHTS = "model.safetensors"
 PACKED = "packed-int8.safetensors"  # in its place, in a model that is shipped small (engine/cpu/shipped.py)
 DRAFT = ".draft"
+MOST_JSON = 64_000_000  # bytes of a description; real ones have thousands
 BUNDLED = Path(__file__).parent / "bundled"  # the storyteller that comes with the package
 
 
@@ -67,7 +70,8 @@ class ModelFiles:
 
 
 def is_model(folder: Path) -> bool:
-    return (folder / "config.json").is_file()
+    with reading(folder):
+        return (folder / "config.json").is_file()
 
 
 def is_ours(folder: Path) -> bool:
@@ -81,8 +85,9 @@ def read_model(folder: Path | str, *, check_weights: bool = True) -> ModelFiles:
     Without `check_weights` the weights' checksum is left to the caller (`ModelFiles.check_weights`): it takes longest.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: {why_no_model(folder)}")
+    with reading(shown(str(folder))):
+        if not folder.is_dir():
+            raise UserError(f"{folder}: {why_no_model(folder)}")
     if not is_model(folder):
         raise UserError(f"{folder} holds no model (no config.json); expected what `tinystories train` writes")
     described = read_json(folder / "config.json")
@@ -90,7 +95,8 @@ def read_model(folder: Path | str, *, check_weights: bool = True) -> ModelFiles:
         raise UserError(f"{folder} is a Hugging Face folder; make a model directory of it by: {importing(folder)}")
     if described.get("format") != FORMAT:
         raise UserError(
-            f"{folder}/config.json: format {described.get('format')!r} is not {FORMAT}; not written by this program"
+            f"{folder}/config.json: format {shown(described.get('format'))} is not {FORMAT};"
+            " not written by this program"
         )
     verify(folder, described.get("files"), set() if check_weights else {WEIGHTS, PACKED})
     settings = described.get("model")
@@ -128,19 +134,29 @@ def verify(folder: Path, sums: object, unchecked: Collection[str] = ()) -> None:
     for name, expected in sums.items():
         path = folder / str(name)
         if Path(str(name)).name != name:
-            raise UserError(f"{folder}/config.json: file name {name!r} leads out of the model directory")
-        if not path.is_file():
-            raise UserError(f"{path} is missing; the model is incomplete")
+            raise UserError(f"{folder}/config.json: file name {shown(name)} leads out of the model directory")
+        with reading(f"{folder}: file {shown(name)}"):
+            there = path.is_file()
+        if not there:
+            raise UserError(f"{folder}: file {shown(name)} is missing; the model is incomplete")
         if name not in unchecked and sha256(path) != expected:
             raise UserError(f"{path} does not match its checksum in config.json: it was altered or is damaged")
 
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        if path.exists() and not path.is_file():  # a device or a pipe, which may have no end
+            raise UserError(f"{path} is no file")
+        with path.open("rb") as file:
+            data = file.read(MOST_JSON + 1)
+        if len(data) > MOST_JSON:
+            raise UserError(f"{path} has more than {MOST_JSON / 1e6:,.0f} MB; it describes no model")
+        value = json.loads(data.decode())
     except FileNotFoundError:
         raise UserError(f"{path} is missing; the model is incomplete") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} must hold a JSON object")
@@ -148,7 +164,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with reading(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -169,7 +185,7 @@ def put_weights(weights: "Mapping[str, torch.Tensor]", model: "GPT", where: Path
     wanted = saved_weights(model)
     for name in sorted(wanted.keys() | weights.keys()):
         if name not in weights or name not in wanted:
-            raise UserError(f"{where}: weight {name} is {'unknown' if name in weights else 'missing'}")
+            raise UserError(f"{where}: weight {shown(name)} is {'unknown' if name in weights else 'missing'}")
         if weights[name].shape != wanted[name].shape:
             raise UserError(f"{where}: {name} is {tuple(weights[name].shape)}, not {tuple(wanted[name].shape)}")
     model.load_state_dict(weights, strict=False)
@@ -238,34 +254,56 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-class whole:
+@contextlib.contextmanager
+def whole(final: Path, draft: Path | None = None) -> Iterator[Path]:
     """`with whole(final) as draft:` fills `draft`; it becomes `final` by one rename, or leaves nothing.
 
-    Everything is on the disk before the rename. A `final` that exists is replaced.
+    Everything is on the disk before the rename. A `final` that exists is replaced. The draft lies in a hidden folder
+    beside `final`, or is the folder `draft`, a name that is kept free for it: what a kill left there is removed.
     """
-
-    def __init__(self, final: Path) -> None:
-        self.final = final
-        self.draft = final.with_name(final.name + DRAFT)
-
-    def __enter__(self) -> Path:
-        shutil.rmtree(self.draft, ignore_errors=True)
-        self.draft.mkdir(parents=True)
-        return self.draft
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            shutil.rmtree(self.draft, ignore_errors=True)
-            return
-        for path in (*self.draft.rglob("*"), self.draft):
+    require_name(final)
+    with contextlib.ExitStack() as stack:
+        if draft is None:
+            draft = stack.enter_context(beside(final)) / final.name
+        else:
+            shutil.rmtree(draft, ignore_errors=True)
+            stack.callback(shutil.rmtree, draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        yield draft
+        for path in (*draft.rglob("*"), draft):
             sync(path)
-        former = self.final.with_name(self.final.name + ".former" + DRAFT)
-        shutil.rmtree(former, ignore_errors=True)
-        if self.final.exists():
-            os.replace(self.final, former)
-        os.replace(self.draft, self.final)
-        sync(self.final.parent)
-        shutil.rmtree(former, ignore_errors=True)
+        put(draft, final)
+        sync(final.parent)
+
+
+def require_name(path: Path) -> None:
+    if path.name in ("", ".."):
+        raise UserError(f"{path} is no name for something new; name a path such as {path / 'stories'}")
+
+
+@contextlib.contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """A new hidden folder in the same directory, for drafts; gone afterwards."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=".", suffix=DRAFT, dir=path.parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def put(draft: Path, final: Path) -> None:
+    """Rename. A directory that was there is removed once the new one stands, and is back if it does not."""
+    if not final.is_dir():
+        os.replace(draft, final)
+        return
+    with beside(final) as aside:
+        os.replace(final, aside / final.name)
+        try:
+            os.replace(draft, final)
+        except OSError:
+            os.replace(aside / final.name, final)
+            raise
 
 
 def sync(path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from tinystories.errors import UserError
+from tinystories.errors import LONGEST, UserError, shown
 
 T = TypeVar("T")
 
@@ -346,7 +346,7 @@ def checked(value: Any, hint: Any, where: str, name: str) -> Any:
         return build(hint, value, where, f"{name}.")  # type: ignore[arg-type]
     if get_origin(hint) is Literal:
         if value not in get_args(hint):
-            raise UserError(f"{where}: {name}={value!r} must be one of {', '.join(map(str, get_args(hint)))}")
+            raise UserError(f"{where}: {name}={shown(value)} must be one of {', '.join(map(str, get_args(hint)))}")
         return value
     if get_origin(hint) in UNIONS:  # a number or a word
         number, word = get_args(hint)
@@ -360,7 +360,7 @@ def checked(value: Any, hint: Any, where: str, name: str) -> Any:
     if hint is float and type(value) is int:
         return float(value)
     if type(value) is not hint:
-        raise UserError(f"{where}: {name}={value!r} must be of type {hint.__name__}")
+        raise UserError(f"{where}: {name}={shown(value)} must be of type {hint.__name__}")
     if hint is float and not math.isfinite(value):
         raise UserError(f"{where}: {name}={value} must be finite")
     return value
@@ -397,9 +397,9 @@ def setting_names() -> list[str]:
 
 
 def unknown_setting(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    shown = name if name.isprintable() else repr(name)
-    return f"unknown setting {shown}" + (f"; did you mean {near[0]}?" if near else "; see tinystories train --help")
+    near = difflib.get_close_matches(name[:LONGEST], list(known), n=1, cutoff=0.5)
+    named = name if name.isprintable() and len(name) <= LONGEST else shown(name)
+    return f"unknown setting {named}" + (f"; did you mean {near[0]}?" if near else "; see tinystories train --help")
 
 
 def replace_vocab(config: Config, vocab_size: int, where: str) -> Config:

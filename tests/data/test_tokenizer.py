@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -135,6 +136,69 @@ def test_broken_files_are_named(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(UserError, match=r"tokenizer\.json") as caught:
         Tokenizer.load(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+REPLACE = {"type": "Replace", "pattern": {"Regex": "."}, "content": "xx"}
+LONG = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 2000}
+NESTED = {"type": "Sequence", "normalizers": [{"type": "Sequence", "normalizers": [REPLACE] * 4}] * 4}
+
+
+@pytest.mark.parametrize("added", [False, True], ids=["a text", "an added token"])
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("normalizer", LONG),
+        ("normalizer", {"type": "Sequence", "normalizers": [REPLACE] * 40}),
+        ("normalizer", NESTED),
+        ("normalizer", {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "x" * 2000}]}),
+        ("normalizer", {"type": "Sequence", "normalizers": [{"type": "ByteLevel"}] * 40}),
+        (
+            "pre_tokenizer",
+            {"type": "Sequence", "pretokenizers": [{"type": "ByteLevel", "add_prefix_space": True}] * 40},
+        ),
+        ("decoder", {"type": "Sequence", "decoders": [REPLACE] * 40}),
+    ],
+)
+def test_texts_that_would_grow_without_end_are_refused_before_one_is_read(
+    monkeypatch: pytest.MonkeyPatch, part: str, value: dict[str, Any], added: bool
+) -> None:
+    parts = json.loads(tokenizers.Tokenizer(models.BPE({"a": 0}, [])).to_str()) | {part: value}
+    if added:
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "special"), False)
+        parts["added_tokens"] = [{"id": 1, "content": "a word", "normalized": True, **flags}]
+    monkeypatch.setattr(tokenizers, "Tokenizer", None)
+    with pytest.raises(UserError, match=f"its {part} makes texts over 1,000 times longer"):
+        Tokenizer(json.dumps(parts))
+
+
+@pytest.mark.parametrize(
+    "normalizer",
+    [
+        normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]),
+        normalizers.Sequence(
+            [
+                normalizers.Replace("``", '"'),
+                normalizers.Replace("''", '"'),
+                normalizers.NFKD(),
+                normalizers.StripAccents(),
+                normalizers.Lowercase(),
+                normalizers.Replace(tokenizers.Regex(" {2,}"), " "),
+            ]
+        ),
+        normalizers.BertNormalizer(),
+        normalizers.ByteLevel(),
+    ],
+)
+def test_what_real_tokenizers_do_to_texts_is_not_refused(normalizer: Any) -> None:
+    backend = tokenizers.Tokenizer(models.BPE({"a": 0}, []))
+    backend.normalizer = normalizer
+    assert Tokenizer(backend.to_str()).encode("a a")
+
+
+def test_a_device_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").symlink_to("/dev/zero")
+    with pytest.raises(UserError, match=r"tokenizer\.json is no file"):
+        Tokenizer.load(tmp_path)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -378,8 +378,8 @@ def test_altered_weights_are_refused(folder: Path, precision: weights.Precision)
         (lambda w: w | {"lm_head.weight": w["lm_head.weight"] * np.float32(np.inf)}, "lm_head.weight holds numbers"),
         (lambda w: w | {"norm.weight": w["norm.weight"][:-1]}, "norm.weight is"),
         (lambda w: w | {"norm.weight": w["norm.weight"].astype(np.float64)}, "cannot be read|not fp32"),
-        (lambda w: w | {"more": w["norm.weight"]}, "more is unknown"),
-        (lambda w: {k: v for k, v in w.items() if k != "norm.weight"}, "norm.weight is missing"),
+        (lambda w: w | {"more": w["norm.weight"]}, "more' is unknown"),
+        (lambda w: {k: v for k, v in w.items() if k != "norm.weight"}, "norm.weight' is missing"),
     ],
     ids=["nan", "inf", "shape", "type", "unknown", "missing"],
 )

@@ -326,7 +326,8 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "no embedding": ({}, {"token_embd.weight": None}, "cannot be"),
     "unknown": ({}, {"rope_freqs.weight": NAN}, "'rope_freqs.weight' has no place"),
     "shape": ({}, {"blk.0.ffn_up.weight": np.zeros((40, 25), np.float32)}, r"is \(40, 25\), not \(40, 24\)"),
-    "setting": ({"qwen3.rope.scaling.type": "yarn"}, {}, "qwen3.rope.scaling.type is set"),
+    "a long name": ({"qwen3.\x1b" + "x" * 500: 1}, {}, r"'qwen3.\\x1bx+\.\.\. is set"),
+    "setting": ({"qwen3.rope.scaling.type": "yarn"}, {}, "'qwen3.rope.scaling.type' is set"),
     "blocks": ({"qwen3.block_count": 2**32 - 1}, {}, "4,294,967,295 blocks"),
     "context": ({"qwen3.context_length": 2**31}, {}, "a context of 2,147,483,648"),
     "heads": ({"qwen3.attention.head_count": 5}, {}, "n_head=5 must be a multiple"),
@@ -334,8 +335,8 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "no eps": ({"qwen3.attention.layer_norm_rms_epsilon": None}, {}, "does not say qwen3.attention.layer_norm"),
     "base": ({"qwen3.rope.freq_base": float("inf")}, {}, "rope_base=inf must be finite"),
     "sampling": ({"general.sampling.temp": -1.0}, {}, "temperature"),
-    "vocabulary": ({"tokenizer.ggml.model": "bert"}, {}, r"its vocabulary \(bert\) is none of ours"),
-    "split": ({"tokenizer.ggml.pre": "qwen2"}, {}, "gpt2, split as qwen2"),
+    "vocabulary": ({"tokenizer.ggml.model": "bert"}, {}, r"its vocabulary \('bert'\) is none of ours"),
+    "split": ({"tokenizer.ggml.pre": "qwen2"}, {}, "'gpt2', split as 'qwen2'"),
     "tokens": ({"tokenizer.ggml.tokens": TOKENS[:-1]}, {}, "399 tokens but 400 types"),
     "twice": ({"tokenizer.ggml.tokens": [*TOKENS[:-1], "t7"]}, {}, "tokens 7 and 399 are both 't7'"),
     "not UTF-8": ({"tokenizer.ggml.tokens": [b"\xff", *TOKENS[1:]]}, {}, "a token of its vocabulary is not UTF-8"),
@@ -354,6 +355,17 @@ def test_what_is_wrong_is_named(make: Make, tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match=message) as told:
         gguf.read(path, None)
     assert str(path) in str(told.value)
+
+
+@pytest.mark.parametrize("value", [["a", "b"], [1, 2], 7, "a story"])
+def test_a_name_that_is_no_text_is_left_out(make: Make, tmp_path: Path, value: Any) -> None:
+    path = written(make(), tmp_path)
+    remade(path, {"general.name": None}, {})
+    remade(path, {"general.name": value, "general.license": value}, {})
+    gguf.read(path, None).write(tmp_path / "model")
+    provenance = Portable.read(tmp_path / "model").provenance
+    kept = {key: provenance[key] for key in ("name", "license") if key in provenance}
+    assert kept == (dict.fromkeys(("name", "license"), value) if isinstance(value, str) else {})
 
 
 def test_a_tokenizer_can_be_given(make: Make, tmp_path: Path, sample_data: Path) -> None:

@@ -145,8 +145,8 @@ def test_files_as_they_are_on_the_hub_are_read(theirs: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (lambda w: w.pop("transformer.wpe.weight"), "weight transformer.wpe.weight is missing"),
-        (lambda w: w.update(other=w["lm_head.weight"]), "weight other is unknown"),
+        (lambda w: w.pop("transformer.wpe.weight"), "weight 'transformer.wpe.weight' is missing"),
+        (lambda w: w.update(other=w["lm_head.weight"]), "weight 'other' is unknown"),
         (lambda w: w.update({"lm_head.weight": w["lm_head.weight"] + 1}), "lm_head.weight is not transformer.wte"),
         (
             lambda w: w.update({"transformer.h.0.attn.c_attn.weight": w["transformer.h.0.attn.c_attn.weight"].T}),
@@ -182,6 +182,8 @@ def test_other_weights_are_refused(theirs: Any, change: Callable[[dict[str, Any]
         ("gpt_neo", {"attention_types": [[["local"], 4]]}, "only global and local in turn"),
         ("gpt_neo", {"attention_types": [[["global"], 10**18]]}, "do not describe 4 layers"),
         ("gpt_neo", {"attention_types": "global"}, "do not describe 4 layers"),
+        ("gpt_neo", {"attention_types": [["x" * 2**24, 4]]}, "do not describe 4 layers"),
+        ("gpt_neo", {"attention_types": [[[], 2**40]] * 9}, "do not describe 4 layers"),
         ("gpt_neo", {"attention_layers": ["global"] * 4}, "do not describe 4 layers"),
         ("gpt_neo", {"window_size": 0}, "window_size=0 must be positive"),
         ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}}, "rope_parameters="),

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -122,13 +123,50 @@ def test_a_folder_of_ours_is_read_as_such(model: Portable, tmp_path: Path) -> No
     assert import_model(str(tmp_path / "ours")).provenance == {"tokens_seen": 5}
 
 
+def device(path: Path) -> None:
+    """A link to what has no end."""
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
+def sharded(folder: Path, file: object) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "shard.safetensors").symlink_to("/dev/zero")
+    index = {"weight_map": {"model.norm.weight": file}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def older_tokenizer(folder: Path, merges: bytes) -> None:
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").write_text("{}")
+    (folder / "merges.txt").write_bytes(merges)
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
         (lambda folder: (folder / "config.json").write_text("[1]"), "must hold a JSON object"),
         (lambda folder: edit(folder / "config.json", model_type="mamba"), "model_type='mamba' is not one of"),
+        (lambda folder: edit(folder / "config.json", model_type=[]), r"model_type=\[\] is not one of"),
+        (lambda folder: edit(folder / "config.json", model_type={}), r"model_type=\{\} is not one of"),
+        (lambda folder: edit(folder / "config.json", model_type="\x1b" * 99), r"'(\\x1b)+\.\.\. is not one of"),
         (lambda folder: edit(folder / "config.json", hidden_size=64), "weight .* is .*, not"),
+        (lambda folder: edit(folder / "config.json", num_hidden_layers=2**31), "2,147,483,648 layers .* cannot be"),
+        (lambda folder: edit(folder / "config.json", num_hidden_layers=3), "weight .* is missing"),
+        (lambda folder: edit(folder / "config.json", max_position_embeddings=2**40), "1,099,511,627,776 cannot be"),
+        (lambda folder: device(folder / "config.json"), "config.json is no file"),
+        (lambda folder: device(folder / "tokenizer.json"), "(brings no tokenizer|is no file)"),
+        (lambda folder: device(folder / "model.safetensors"), "holds no weights"),
+        (lambda folder: sharded(folder, "/dev/zero"), "names files outside its folder"),
+        (lambda folder: sharded(folder, "shard.safetensors"), "shard.safetensors is missing, or no file"),
+        (lambda folder: sharded(folder, "\0"), "names files outside its folder"),
+        (lambda folder: sharded(folder, ".."), "names files outside its folder"),
+        (lambda folder: sharded(folder, ""), "names files outside its folder"),
+        (lambda folder: sharded(folder, "x" * 300), "names files outside its folder"),
+        (lambda folder: sharded(folder, ["a"]), "names files outside its folder"),
+        (lambda folder: (folder / "config.json").write_text(" " * 64_000_001), "has more than 64 MB"),
+        (lambda folder: older_tokenizer(folder, b"\xff\xfe a"), "merges.txt is not UTF-8"),
         (lambda folder: edit(folder / "config.json", rope_scaling={"rope_type": "yarn"}), "only rope_theta"),
         (lambda folder: edit(folder / "config.json", bos_token_id=4000), "there is no token 4000"),
         (lambda folder: edit(folder / "config.json", bos_token_id="x"), "says what ends a story"),
@@ -140,8 +178,18 @@ def test_a_folder_of_ours_is_read_as_such(model: Portable, tmp_path: Path) -> No
 )
 def test_folders_that_cannot_be_read_are_refused(folder: Path, spoil: Callable[[Path], object], message: str) -> None:
     spoil(folder)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as caught:
         read(folder, None)
+    assert str(folder) in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
+def test_numbers_too_large_for_fp32_are_refused_without_a_warning(folder: Path) -> None:
+    weights = {name: weight.astype(np.float64) for name, weight in load_file(folder / "model.safetensors").items()}
+    weights["model.norm.weight"][0] = 1e300
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(UserError, match="not finite"):
+        read(folder, None).check()
 
 
 def test_a_truncated_file_and_a_way_out_of_the_folder_are_refused(folder: Path) -> None:

@@ -159,7 +159,7 @@ def test_names_and_facts(build: Build, tmp_path: Path) -> None:
 def test_export_brings_the_tokenizer(build: Build, tmp_path: Path) -> None:
     model = build()
     done = export(model, "onnx", tmp_path / "tales.v1.onnx")
-    assert [path.name for path in done.paths] == ["tales.v1.onnx", "tales.v1.tokenizer.json"]
+    assert [path.name for path in done.paths] == ["tales.v1.onnx", "tales.v1.onnx.tokenizer.json"]
     assert done.largest <= 1e-4
     assert Tokenizer.load(done.paths[1]).sha256 == model.tokenizer.sha256
 

@@ -4,6 +4,8 @@ import dataclasses
 import os
 import pickle
 import re
+import zipfile
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from tinystories.data.vocabulary import train_bpe
 from tinystories.errors import UserError
 from tinystories.interop.imports import import_model
 from tinystories.interop.portable import Portable
+from tinystories.interop.torch_file import require_plain
 from tinystories.model import GPT
 from tinystories.positions import sinusoid_table
 
@@ -158,22 +161,22 @@ def test_what_is_assumed_is_told(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"layers.0.gate.weight": torch.ones(3, 3)}, "weight layers.0.gate.weight is not known"),
+        ({"layers.0.gate.weight": torch.ones(3, 3)}, "weight 'layers.0.gate.weight' is not known"),
         ({"lm_head.bias": torch.ones(300)}, "its head has a bias"),
-        ({"ln_f.weight": torch.ones(128)}, "weight ln_f.weight is there twice"),
+        ({"ln_f.weight": torch.ones(128)}, "weight 'ln_f.weight' is there twice"),
         ({"embed_tokens.weight": None}, "is no GPT"),
         ({"layers.3.ln1.weight": torch.ones(128)}, "blocks are missing; there are 3, the last is number 3"),
         ({"layers.0.mlp.up_proj.weight": torch.ones(96, 7)}, "they do not fit"),
         ({"layers.0.mlp.up_proj.weight": torch.ones(2**40, 0)}, "they do not fit"),
         ({"layers.1.mlp.up_proj.weight": torch.ones(96, 7)}, "up_proj.weight is"),
         ({"layers.0.attn.tril": torch.ones(0, 2**40), "pe": torch.ones(0, 2**40)}, "table of positions"),
-        ({"layers.0.mlp.down_proj.weight": None}, "down_proj.weight is missing"),
+        ({"layers.0.mlp.down_proj.weight": None}, "down_proj.weight' is missing"),
         ({"layers.1.mlp.up_proj.weight": torch.full((96, 128), torch.nan)}, "not finite"),
-        ({"norm.weight": torch.ones(128, dtype=torch.int32)}, "norm.weight is torch.int32"),
+        ({"norm.weight": torch.ones(128, dtype=torch.int32)}, "'norm.weight' is torch.int32"),
         ({"pe": torch.ones(512, 128)}, "table of positions is not that of"),
         ({"norm.weight": "text"}, "'norm.weight' is no tensor"),
         ({"norm.weight": torch.ones(1).expand(2**40)}, "is larger than the file"),
-        ({"norm.weight": torch.ones(128).to_sparse()}, "not a plain tensor"),
+        ({"norm.weight": torch.ones(128).to_sparse()}, "it holds 'torch._utils._rebuild_sparse_tensor'"),
     ],
 )
 def test_unknown_parts_are_refused_by_name(
@@ -203,6 +206,76 @@ def test_code_in_a_pickle_does_not_run(tokenizer: Path, tmp_path: Path) -> None:
             import_model(str(tmp_path / name), tokenizer)
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "ran").exists()
+
+
+def rewritten(path: Path, change: Callable[[str, bytes], bytes], **options: Any) -> None:
+    """The same archive with other bytes in its entries."""
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", **options) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, change(name, content))
+
+
+def pickled(*program: bytes) -> Callable[[str, bytes], bytes]:
+    return lambda name, content: b"\x80\x02" + b"".join(program) + b"." if name.endswith("data.pkl") else content
+
+
+def doubled(times: int) -> bytes:
+    """A tuple of two that are the same tuple of two that are ..., as a key."""
+    steps = b"".join(b"h" + bytes([i]) + b"h" + bytes([i]) + b"\x86q" + bytes([i + 1]) + b"0" for i in range(times))
+    return b"}N\x85q\x000" + steps + b"h" + bytes([times]) + b"K\x01s"
+
+
+BOMBS: dict[str, Callable[[Path], object]] = {
+    "compressed": lambda path: rewritten(path, lambda _, content: content, compression=zipfile.ZIP_DEFLATED),
+    "a pickle of zeros": lambda path: rewritten(
+        path, lambda _, content: bytes(2**24) + content, compression=zipfile.ZIP_DEFLATED
+    ),
+    "memory asked for": lambda path: rewritten(path, pickled(b"cbuiltins\nbytearray\n", b"\x8a\x05\0\0\0\0\1\x85R")),
+    "another class": lambda path: rewritten(path, pickled(b"ctorch.nn.modules.linear\nLinear\n)R")),
+    "a name from the stack": lambda path: rewritten(path, pickled(b"\x8c\x02os\x8c\x05mkdir\x93")),
+    "shared parts": lambda path: rewritten(path, pickled(doubled(60))),
+    "two pickles": lambda path: zipfile.ZipFile(path, "a").writestr("data.pkl", b"\x80\x02}."),
+    "no pickle": lambda path: zipfile.ZipFile(path, "w").writestr("data", b""),
+    "text": lambda path: path.write_text("a story"),
+    "of torch before 1.6": lambda path: torch.save({}, path, _use_new_zipfile_serialization=False),
+}
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_files_that_grow_or_hold_more_than_tensors_never_reach_torch(
+    classic: GPT, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(torch, "load", None)
+    torch.save(dict(classic.state_dict()), tmp_path / "gpt.pt")
+    BOMBS[kind](tmp_path / "gpt.pt")
+    with pytest.raises(UserError, match=r"gpt\.pt is not a whole file of tensors") as caught:
+        import_model(str(tmp_path / "gpt.pt"), tokenizer)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"weight": torch.nn.Parameter(torch.ones(2)), "kind": torch.bfloat16, "plain": [1, 2.5, None, True, "x"]},
+        OrderedDict(a=torch.ones(3).half(), b=torch.ones(2).bfloat16(), c=torch.ones(1, dtype=torch.float8_e4m3fn)),
+        {"optimizer": {"betas": (0.9, 0.95), "groups": [{"lr": 1e-3}] * 3}, "device": torch.device("cpu")},
+    ],
+)
+def test_what_torch_writes_of_weights_is_plain(tmp_path: Path, content: Any) -> None:
+    torch.save(content, tmp_path / "x.pt")
+    require_plain(tmp_path / "x.pt")
+    torch.load(tmp_path / "x.pt", weights_only=True)
+
+
+def test_names_from_a_file_are_shown_safely(classic: GPT, tokenizer: Path, tmp_path: Path) -> None:
+    state = dict(classic.state_dict()) | {"\x1b[31m\n" + "x" * 500: torch.ones(1)}
+    torch.save(state, tmp_path / "gpt.pt")
+    with pytest.raises(UserError, match=r"weight '\\x1b\[31m\\nx+\.\.\. is not known") as caught:
+        import_model(str(tmp_path / "gpt.pt"), tokenizer)
+    assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize("content", [{}, [1, 2], torch.ones(3), {"model": {}}])

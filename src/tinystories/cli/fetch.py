@@ -1,5 +1,6 @@
 """`tinystories fetch`."""
 
+import shlex
 from pathlib import Path
 
 import click
@@ -29,4 +30,4 @@ def fetch(name: str | None, out: Path | None) -> None:
     if out.exists():
         raise UserError(f"{out} exists; choose another --out")
     published.fetch(name, out, known)
-    click.echo(f'{out}; next: tinystories generate {out} --prompt "Once upon a time"')
+    click.echo(f'{out}; next: tinystories generate {shlex.quote(str(out))} --prompt "Once upon a time"')

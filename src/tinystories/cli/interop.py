@@ -1,13 +1,15 @@
 """`tinystories export`, `import` and `push`: to the files of other programs, from them, and to the Hub."""
 
+import shlex
 from pathlib import Path
 
 import click
 
 from tinystories.cli.command import SETTINGS, model_argument
-from tinystories.errors import UserError
 
-force_option = click.option("--force", is_flag=True, help="Replace what is there.")
+force_option = click.option(
+    "--force", is_flag=True, help="Replace what is there: a file, or a directory of an earlier export or import."
+)
 
 
 @click.command(context_settings=SETTINGS)
@@ -48,8 +50,7 @@ def export(model: Path, name: str, out: Path, precision: str, force: bool) -> No
         f"read back: over {done.n_ids} ids of a story, logits differ by at most {done.largest:.2g}"
         f" (divergence {done.divergence:.2g} nats)"
     )
-    if FORMATS[name].hint:
-        click.echo(FORMATS[name].hint.format(out=out))
+    click.echo(FORMATS[name].hint(out))
 
 
 @click.command("import", context_settings=SETTINGS)
@@ -58,7 +59,7 @@ def export(model: Path, name: str, out: Path, precision: str, force: bool) -> No
 @click.option(
     "--tokenizer",
     type=click.Path(path_type=Path),
-    help="tokenizer.json, or llama2.c's tokenizer.bin, where the source brings none.",
+    help="tokenizer.json, or llama2.c's tokenizer.bin, where SOURCE brings none; in place of its own where it does.",
 )
 @force_option
 def import_(source: str, out: Path, tokenizer: Path | None, force: bool) -> None:
@@ -71,18 +72,14 @@ def import_(source: str, out: Path, tokenizer: Path | None, force: bool) -> None
       tinystories import stories15M.bin --tokenizer tokenizer.bin --out models/15m
       tinystories import hf:roneneldan/TinyStories-33M --out models/paper
     """
-    from tinystories.interop.imports import import_model
+    from tinystories.interop.imports import convert
 
-    if out.exists() and not force:
-        raise UserError(f"{out} exists; choose another --out, or replace it with --force")
-    model = import_model(source, tokenizer)
-    model.write(out)
-    config = model.config
+    config = convert(source, out, tokenizer, force=force).config
     click.echo(
         f"{out}: {config.architecture}, {config.n_params:,} parameters, {config.n_layer} layers x {config.n_embd},"
         f" context {config.n_ctx}, {config.vocab_size:,} ids"
     )
-    click.echo(f'next: tinystories generate {out} --prompt "Once upon a time"')
+    click.echo(f'next: tinystories generate {shlex.quote(str(out))} --prompt "Once upon a time"')
 
 
 @click.command(context_settings=SETTINGS)

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ from typing import Any
 from tinystories.errors import UserError
 
 END = "<|endoftext|>"  # stands before every story and after the last
+MOST_GROWTH = 1000  # times that a text may become longer before it is split, or after its pieces are joined; real: 2
+LARGEST = 256_000_000  # bytes of a file
+LONGEST_LINE = 300  # characters
 
 
 class Tokenizer:
@@ -19,18 +23,29 @@ class Tokenizer:
     """
 
     def __init__(self, text: str, where: str = "tokenizer.json") -> None:
-        """`text` is the JSON; `where` names it in errors. It is kept word for word, so `save` copies it unchanged."""
+        """`text` is the JSON; `where` names it in errors. It is kept word for word, so `save` copies it unchanged.
+
+        `parts` is the same, parsed.
+        """
         import tokenizers
 
         try:
+            parts = json.loads(text)
+            grown = {name: growth(parts.get(name)) for name in ("normalizer", "pre_tokenizer", "decoder")}
+            if odd := [name for name, times in grown.items() if not times <= MOST_GROWTH]:  # before a text is read
+                raise UserError(f"{where}: its {odd[0]} makes texts over {MOST_GROWTH:,} times longer")
             self._backend = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the Rust library raises bare Exception
+        except UserError:
+            raise
+        except Exception as error:  # the Rust library raises bare Exception; odd JSON may lead to any
             raise UserError(f"{where} is not a Hugging Face tokenizer: {one_line(error)}") from None
         special = (str(token) for token in self._backend.get_added_tokens_decoder().values() if token.special)
         if END not in special:
             self._backend.add_special_tokens([tokenizers.AddedToken(END, special=True, normalized=False)])
             text = self._backend.to_str()
+            parts = json.loads(text)
         self.text = text
+        self.parts: dict[str, Any] = parts
         self._backend.no_padding()
         self._backend.no_truncation()
         self._backend.encode_special_tokens = True
@@ -46,7 +61,13 @@ class Tokenizer:
         path = Path(path)
         file = path / "tokenizer.json" if path.is_dir() else path
         try:
-            text = file.read_text(encoding="utf-8")
+            if file.exists() and not file.is_file():  # a device or a pipe, which may have no end
+                raise UserError(f"tokenizer {file} is no file")
+            with file.open("rb") as opened:
+                data = opened.read(LARGEST + 1)
+            if len(data) > LARGEST:
+                raise UserError(f"tokenizer {file} has more than {LARGEST / 1e6:,.0f} MB; it is none")
+            text = data.decode()
         except FileNotFoundError:
             raise UserError(f"tokenizer {file} does not exist; give a tokenizer.json, gpt2 or bpe:4096") from None
         except (OSError, UnicodeDecodeError) as error:
@@ -57,12 +78,6 @@ class Tokenizer:
         """To a file, or into an existing directory as `tokenizer.json`."""
         path = Path(path)
         (path / "tokenizer.json" if path.is_dir() else path).write_text(self.text, encoding="utf-8", newline="\n")
-
-    @functools.cached_property
-    def parts(self) -> dict[str, Any]:
-        """The parsed `tokenizer.json`."""
-        parts: dict[str, Any] = json.loads(self.text)
-        return parts
 
     @functools.cached_property
     def sha256(self) -> str:
@@ -135,6 +150,25 @@ class Tokenizer:
         return twice[len(alone) :].encode() if twice.startswith(alone) else alone.encode()
 
 
+def growth(part: Any) -> float:
+    """How many times longer a part of a tokenizer makes a text, at most: each of a Sequence works on the last's."""
+    if not isinstance(part, dict):
+        return 1.0
+    kind = part.get("type")
+    inner = part.get("normalizers") or part.get("pretokenizers") or part.get("decoders")
+    if isinstance(inner, list):
+        return math.prod(growth(one) for one in inner)
+    if kind == "Replace":
+        content, pattern = str(part.get("content", "")), part.get("pattern")
+        literal = pattern.get("String") if isinstance(pattern, dict) else None
+        if isinstance(literal, str) and literal:
+            return max(1.0, len(content) / len(literal))
+        return 1.0 + len(content)  # may be put between any two characters
+    if kind == "Prepend":
+        return 1.0 + len(str(part.get("prepend", "")))
+    return {"ByteLevel": 2.0, "Precompiled": 32.0}.get(str(kind), 1.0)  # Precompiled: a table, which may hold anything
+
+
 @functools.cache
 def byte_of_char() -> dict[str, int]:
     """Inverse of GPT-2's printable alphabet for the 256 bytes (`bytes_to_unicode` in openai/gpt-2, src/encoder.py)."""
@@ -146,4 +180,7 @@ def byte_of_char() -> dict[str, int]:
 
 
 def one_line(error: object) -> str:
-    return " ".join(str(error).split())
+    """Another program's message, which may hold anything of a file: short, in one line, escaped."""
+    text = " ".join(str(error).split())
+    text = text if len(text) <= LONGEST_LINE else text[: LONGEST_LINE - 3] + "..."
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -3,6 +3,7 @@
 `modern` with QK-norm is their architecture `qwen3`, without it `llama`; `classic` with GPT-2's settings is `gpt2`.
 """
 
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,11 @@ import numpy as np
 from tinystories.config import ModelConfig, SamplingConfig, build
 from tinystories.data.tokenizer import END
 from tinystories.engine.cpu.plan import EMBEDDING, HEAD
-from tinystories.errors import UserError
+from tinystories.errors import UserError, naming, shown
 from tinystories.interop import gguf_vocabulary
 from tinystories.interop.gguf_file import GgufFile, package
 from tinystories.interop.gguf_tensors import QKV_BIAS, TOP, Array, kind_of, tensors_of, weights_of
-from tinystories.interop.portable import Portable
+from tinystories.interop.portable import MOST_CONTEXT, Portable
 
 ARCHITECTURES = ("qwen3", "llama", "gpt2")
 PRECISIONS = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0"}
@@ -28,11 +29,6 @@ SETTINGS = (
     *("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon", "rope.freq_base", "rope.dimension_count"),
 )
 NEUTRAL = {"expert_count": 0, "expert_used_count": 0, "attention.causal": True, "rope.scaling.type": "none"}
-HINT = (
-    'next: llama-completion -m {out} -no-cnv -p "Once upon a time"\n'
-    'or, in its folder: ollama create stories -f {out.stem}.Modelfile; ollama run stories "Once upon a time"'
-)
-MOST_CONTEXT = 1 << 20  # tokens; a cache is made for all of them
 SAMPLING = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
 
 
@@ -54,7 +50,19 @@ def write(model: Portable, path: Path, precision: str) -> None:
         gguf_vocabulary.add_to(writer, model.tokenizer, model.config.vocab_size)
 
     write_gguf(model.config, model.weights, path, precision, describe)
-    path.with_suffix(".Modelfile").write_text(modelfile(model, path.with_suffix("").name, path.name), encoding="utf-8")
+    companions(path)[0].write_text(modelfile(model, path.with_suffix("").name, path.name), encoding="utf-8")
+
+
+def companions(path: Path) -> list[Path]:
+    return [path.with_suffix(".Modelfile")]
+
+
+def hint(path: Path) -> str:
+    file, recipe = shlex.quote(str(path)), shlex.quote(companions(path)[0].name)
+    return (
+        f'next: llama-completion -m {file} -no-cnv -p "Once upon a time"\n'
+        f'or, in its folder: ollama create stories -f {recipe}; ollama run stories "Once upon a time"'
+    )
 
 
 def logits(path: Path, ids: list[int]) -> Array:
@@ -67,8 +75,8 @@ def read(path: Path, tokenizer: Path | None) -> Portable:
     file = GgufFile(path)
     architecture = file.get("general.architecture", str)
     if architecture not in ARCHITECTURES:
-        raise UserError(f"{path} is of architecture {architecture!r:.40}; only qwen3, llama and gpt2 can be read")
-    try:
+        raise UserError(f"{path} is of architecture {shown(architecture)}; only qwen3, llama and gpt2 can be read")
+    with naming(path):
         config = config_of(file, architecture)
         model = Portable(
             config=config,
@@ -76,11 +84,9 @@ def read(path: Path, tokenizer: Path | None) -> Portable:
             tokenizer=gguf_vocabulary.read(file, tokenizer),
             sampling=sampling_of(file),
             provenance={"imported_from": path.name, "format": f"GGUF {architecture}"}
-            | {key: file.values[f"general.{key}"] for key in ("name", "license") if f"general.{key}" in file.values},
+            | {key: text for key in ("name", "license") if isinstance(text := file.values.get(f"general.{key}"), str)},
         )
         model.check()
-    except UserError as error:
-        raise error if str(path) in str(error) else UserError(f"{path}: {error}") from None
     return model
 
 
@@ -146,7 +152,7 @@ def config_of(file: GgufFile, architecture: str) -> ModelConfig:
         key = name.removeprefix(f"{architecture}.")
         neutral = key in NEUTRAL and file.get(name, type(NEUTRAL[key])) == NEUTRAL[key]
         if key != name and key not in SETTINGS and not neutral:
-            raise UserError(f"{name} is set, which our architectures do not have")
+            raise UserError(f"{shown(name)} is set, which our architectures do not have")
     n_head, n_embd, n_layer, n_ctx = (
         whole(key) for key in ("attention.head_count", "embedding_length", "block_count", "context_length")
     )

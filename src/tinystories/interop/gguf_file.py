@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from tinystories.errors import UserError
+from tinystories.errors import UserError, shown
 
 T = TypeVar("T")
 Array = npt.NDArray[Any]
@@ -113,12 +113,12 @@ class GgufFile:
         for _ in range(n_values):
             key = self._name()
             if key in self.values:
-                raise ValueError(f"it says {key!r} twice")
+                raise ValueError(f"it says {shown(key)} twice")
             self.values[key] = self._value(self._number(U32))
         infos = [self._info() for _ in range(n_tensors)]
         alignment = self.values.get("general.alignment", 32)
         if type(alignment) is not int or alignment <= 0 or alignment % 8:
-            raise ValueError(f"general.alignment={alignment!r:.40} is not a multiple of 8")
+            raise ValueError(f"general.alignment={shown(alignment)} is not a multiple of 8")
         self._place(infos, self.at + -self.at % alignment, alignment)
 
     def _place(self, infos: list[tuple[str, Any, tuple[int, ...], int]], begin: int, alignment: int) -> None:
@@ -126,14 +126,16 @@ class GgufFile:
         for name, kind, shape, offset in sorted(infos, key=lambda info: info[3]):
             block, size = self.gguf.GGML_QUANT_SIZES[kind]
             if shape[-1] % block:
-                raise ValueError(f"rows of {shape[-1]:,} weights cannot be {kind.name} ({name!r})")
+                raise ValueError(f"rows of {shape[-1]:,} weights cannot be {kind.name} ({shown(name)})")
             if name in self.tensors:
-                raise ValueError(f"tensor {name!r} is there twice")
+                raise ValueError(f"tensor {shown(name)} is there twice")
             if begin + offset < end or offset % alignment:
-                raise ValueError(f"tensor {name!r} begins within {last!r}, or not at a multiple of {alignment}")
+                raise ValueError(
+                    f"tensor {shown(name)} begins within {shown(last)}, or not at a multiple of {alignment}"
+                )
             end = begin + offset + math.prod(shape) // block * size
             if end > len(self.memory):
-                raise ValueError(f"tensor {name!r} ends {end - len(self.memory):,} bytes after the file")
+                raise ValueError(f"tensor {shown(name)} ends {end - len(self.memory):,} bytes after the file")
             self.tensors[name] = Stored(kind, shape, self.memory[begin + offset : end])
             last = name
 
@@ -141,10 +143,10 @@ class GgufFile:
         """Name, kind, shape and offset of a tensor."""
         name, n = self._name(), self._number(U32)
         if not 1 <= n <= MOST_DIMENSIONS:
-            raise ValueError(f"tensor {name!r} has {n:,} dimensions")
+            raise ValueError(f"tensor {shown(name)} has {n:,} dimensions")
         shape = tuple(self._number(U64) for _ in range(n))[::-1]
         if 0 in shape:
-            raise ValueError(f"tensor {name!r} is empty")
+            raise ValueError(f"tensor {shown(name)} is empty")
         return name, self.gguf.GGMLQuantizationType(self._number(U32)), shape, self._number(U64)
 
     def _value(self, kind: int) -> Any:

@@ -9,7 +9,7 @@ import numpy.typing as npt
 from tinystories.config import ModelConfig
 from tinystories.engine.cpu.plan import EMBEDDING, HEAD, POSITIONS
 from tinystories.engine.cpu.weights import expected_shapes
-from tinystories.errors import UserError
+from tinystories.errors import UserError, shown
 from tinystories.interop.gguf_file import GgufFile
 from tinystories.interop.llama2c import halved, interleaved
 
@@ -68,7 +68,7 @@ def weights_of(file: GgufFile, config: ModelConfig) -> dict[str, Array]:
     """Our names and weights, fp32. `UserError` where a tensor is missing, unknown, or of another shape."""
     shapes, tensors = expected_shapes(config), sources(config)
     if unknown := file.tensors.keys() - tensors.keys():
-        raise UserError(f"tensor {min(unknown)!r} has no place in our architectures")
+        raise UserError(f"tensor {shown(min(unknown))} has no place in our architectures")
     weights: dict[str, Array] = {}
     for theirs, ours in tensors.items():
         if not ours:

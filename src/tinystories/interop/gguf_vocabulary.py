@@ -9,7 +9,7 @@ from typing import Any
 
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.data.vocabulary import byte_level
-from tinystories.errors import UserError
+from tinystories.errors import UserError, shown
 from tinystories.interop.gguf_file import GgufFile
 from tinystories.interop.vocabulary import BYTES, merges_in, pieces_of, sentencepiece, with_end
 
@@ -82,7 +82,7 @@ def read(file: GgufFile, given: Path | None) -> Tokenizer:
     kind = file.get("tokenizer.ggml.model", str, "none")
     split = file.get("tokenizer.ggml.pre", str, "none")
     if kind not in ("gpt2", "llama") or (kind == "gpt2" and split != SPLIT):
-        which = f"{kind}, split as {split}" if kind == "gpt2" else kind
+        which = f"{shown(kind)}, split as {shown(split)}" if kind == "gpt2" else shown(kind)
         raise UserError(
             f"{file.path}: its vocabulary ({which}) is none of ours (gpt2 split as {SPLIT}, llama); give the model's"
             " tokenizer.json by --tokenizer"
@@ -105,7 +105,7 @@ def words(file: GgufFile, tokens: list[bytes], types: list[int], end_id: int) ->
     vocab: dict[str, int] = {}
     for i, name in enumerate(decoded(file, tokens, "token")):
         if types[i] != UNUSED and vocab.setdefault(name, i) != i:
-            raise UserError(f"{file.path}: tokens {vocab[name]} and {i} are both {name!r}; convert it again")
+            raise UserError(f"{file.path}: tokens {vocab[name]} and {i} are both {shown(name)}; convert it again")
     merges = [line.split(" ") for line in decoded(file, file.get("tokenizer.ggml.merges", list, []), "merge")]
     if not all(len(pair) == 2 for pair in merges):
         raise UserError(f"{file.path}: a merge is not of two parts; convert it again")

@@ -4,6 +4,7 @@ GPT-2 and GPT-Neo are `classic`, Llama and Qwen3 `modern`. What the other side c
 """
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, get_type_hints
@@ -14,7 +15,8 @@ import numpy.typing as npt
 from tinystories.config import ModelConfig, build, checked
 from tinystories.engine.cpu.plan import EMBEDDING, HEAD, POSITIONS
 from tinystories.engine.cpu.weights import expected_shapes
-from tinystories.errors import UserError
+from tinystories.errors import UserError, shown
+from tinystories.interop.portable import DEEPEST, MOST_CONTEXT
 from tinystories.positions import sinusoid_table
 
 if TYPE_CHECKING:
@@ -111,14 +113,15 @@ def from_transformers(
     ours: dict[str, npt.NDArray[np.float32]] = {}
     for name in sorted(places.keys() | found):
         if name not in found or name not in places:
-            raise UserError(f"weight {name} is {'unknown' if name in found else 'missing'}")
+            raise UserError(f"weight {shown(name)} is {'unknown' if name in found else 'missing'}")
         array, parts, flipped = weights[name], places[name], is_transposed(kind, name)
         shape = (sum(shapes[part][0] for part in parts), *shapes[parts[0]][1:])
         expected = shape[::-1] if flipped else shape
         if array.shape != expected or not np.issubdtype(array.dtype, np.floating):
             raise UserError(f"weight {name} is {array.dtype} {array.shape}, not floating-point numbers {expected}")
         for part, piece in zip(parts, np.split(array.T if flipped else array, len(parts)), strict=True):
-            ours[part] = np.ascontiguousarray(piece, dtype=np.float32)
+            with np.errstate(over="ignore"):  # `Portable.check` refuses what comes of it
+                ours[part] = np.ascontiguousarray(piece, dtype=np.float32)
     return without_padding(config, ours)
 
 
@@ -157,11 +160,11 @@ def to_transformers(config: ModelConfig, weights: "Mapping[str, Tensor]") -> Any
 def config_from(settings: Mapping[str, Any]) -> ModelConfig:
     """The config of all the weights that theirs has: `without_padding` makes it smaller."""
     kind = settings.get("model_type")
-    if kind not in SETTINGS:
-        raise UserError(f"config.json: model_type={kind!r} is not one of {', '.join(SETTINGS)}")
+    if not isinstance(kind, str) or kind not in SETTINGS:
+        raise UserError(f"config.json: model_type={shown(kind)} is not one of {', '.join(SETTINGS)}")
     for name, allowed in ONLY.items():
         if (value := settings.get(name, allowed[0])) not in allowed:
-            raise UserError(f"config.json: {name}={value!r} is not supported, only {allowed[0]!r}")
+            raise UserError(f"config.json: {name}={shown(value)} is not supported, only {allowed[0]!r}")
     given, hints = DEFAULTS[kind] | dict(settings), get_type_hints(ModelConfig)
     values: dict[str, Any] = {"architecture": "classic" if kind in LAYER else "modern"}
     for name, ours in SETTINGS[kind].items():
@@ -173,6 +176,8 @@ def config_from(settings: Mapping[str, Any]) -> ModelConfig:
         elif value is None:
             raise UserError(f"config.json: {name} is missing")
         values[field] = checked(value, hints[field], "config.json", name)
+    if values["n_layer"] > DEEPEST or values["n_ctx"] > MOST_CONTEXT:  # before anything is made for each of them
+        raise UserError(f"config.json: {values['n_layer']:,} layers and a context of {values['n_ctx']:,} cannot be")
     if kind in LAYER:
         values |= classic_from(kind, given, values["n_layer"])
     else:
@@ -187,24 +192,25 @@ def classic_from(kind: str, given: Mapping[str, Any], n_layer: int) -> dict[str,
     values: dict[str, Any] = {"learned_positions": True, "qkv_bias": kind == "gpt2"}
     name = given["activation_function"]
     if not isinstance(name, str) or name not in ACTIVATIONS:
-        raise UserError(f"config.json: activation_function={name!r} is not one of {', '.join(ACTIVATIONS)}")
+        raise UserError(f"config.json: activation_function={shown(name)} is not one of {', '.join(ACTIVATIONS)}")
     values["activation"] = ACTIVATIONS[name]
     if kind == "gpt2":
         return values | {"scaled_scores": given.get("scale_attn_weights", True)}
     types = given.get("attention_types") or [[["global", "local"], 12]]
     try:
-        layers = [which for group, times in types for _ in range(min(times, n_layer + 1)) for which in group]
+        each = (which for group, times in types for _ in range(min(times, n_layer + 1)) for which in group)
+        layers = list(itertools.islice(each, n_layer + 1))
     except (TypeError, ValueError):
         layers = []
     if given.get("attention_layers", layers) != layers or len(layers) != n_layer:
-        raise UserError(f"config.json: attention_types={types!r} do not describe {n_layer} layers")
+        raise UserError(f"config.json: attention_types={shown(types)} do not describe {n_layer} layers")
     window = 0
     if layers == ["local" if i % 2 else "global" for i in range(n_layer)] and n_layer > 1:
         window = checked(given.get("window_size", 256), int, "config.json", "window_size")
         if window < 1:
             raise UserError(f"config.json: window_size={window} must be positive")
     elif layers != ["global"] * n_layer:
-        raise UserError(f"config.json: attention_types={types!r} are not supported, only global and local in turn")
+        raise UserError(f"config.json: attention_types={shown(types)} are not supported, only global and local in turn")
     return values | {"scaled_scores": False, "window": window}
 
 
@@ -212,12 +218,12 @@ def modern_from(kind: str, given: Mapping[str, Any], sizes: Mapping[str, Any]) -
     rope = given.get("rope_scaling") or given.get("rope_parameters") or {}
     plain = isinstance(rope, Mapping) and rope.keys() <= {"rope_type", "type", "rope_theta"}
     if not plain or rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise UserError(f"config.json: rope_parameters={rope!r} are not supported, only rope_theta")
+        raise UserError(f"config.json: rope_parameters={shown(rope)} are not supported, only rope_theta")
     if given.get("partial_rotary_factor") not in (None, 1):
         raise UserError("config.json: partial_rotary_factor is not supported")
     layers = given.get("layer_types")
     if layers is not None and layers != ["full_attention"] * sizes["n_layer"]:
-        raise UserError(f"config.json: layer_types={layers!r} are not supported, only full_attention")
+        raise UserError(f"config.json: layer_types={shown(layers)} are not supported, only full_attention")
     base = rope.get("rope_theta", given.get("rope_theta", 10000.0))
     own_size = sizes["head_size"] * sizes["n_head"] != sizes["n_embd"]
     return {

@@ -1,6 +1,7 @@
 """A folder of Hugging Face transformers: written so that `from_pretrained` needs no code of ours, and read."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy.typing as npt
 from tinystories import checkpoint
 from tinystories.config import SamplingConfig, build
 from tinystories.data.tokenizer import END, Tokenizer, one_line
-from tinystories.errors import UserError
+from tinystories.errors import UserError, naming
 from tinystories.interop import original
 from tinystories.interop.hf import for_transformers, from_transformers
 from tinystories.interop.portable import Portable
@@ -22,7 +23,7 @@ Array = npt.NDArray[Any]
 CLASSES = {"gpt2": "GPT2", "gpt_neo": "GPTNeo", "llama": "Llama", "qwen3": "Qwen3"}
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 GPT2_IDS = 50257
-HINT = "next, in Python: transformers.pipeline('text-generation', '{out}')('Once upon a time')"
+FILE_NAME = re.compile(r"\w[\w.-]{0,199}", re.ASCII)
 NEEDS = 'reading a Hugging Face folder back needs transformers: pip install "tinystories-gpt[export]"'
 
 
@@ -61,6 +62,10 @@ def write(model: Portable, path: Path, precision: str) -> None:
     checkpoint.write_json(path / "tokenizer_config.json", kind)
 
 
+def hint(path: Path) -> str:
+    return f"next, in Python: transformers.pipeline('text-generation', {str(path)!r})('Once upon a time')"
+
+
 def logits(path: Path, ids: list[int]) -> Array:
     """(T, V) logits of transformers' own model of the folder; its tokenizer must read a text as ours does."""
     try:
@@ -83,17 +88,18 @@ def logits(path: Path, ids: list[int]) -> Array:
 
 def read(path: Path, tokenizer: Path | None) -> Portable:
     """A folder of gpt2, gpt_neo, llama or qwen3. `UserError` where it is none, or damaged."""
-    settings = checkpoint.read_json(path / "config.json")
-    config, weights = from_transformers(settings, stored_weights(path))
-    generation = path / "generation_config.json"
-    chosen = checkpoint.read_json(generation) if generation.is_file() else {}
-    return Portable(
-        config=config,
-        weights=weights,
-        tokenizer=tokenizer_of(path, tokenizer, settings, config.vocab_size),
-        sampling=sampling_of(chosen, generation),
-        provenance={"imported_from": path.name, "format": f"Hugging Face {settings['model_type']}"},
-    )
+    with naming(path):
+        settings = checkpoint.read_json(path / "config.json")
+        config, weights = from_transformers(settings, stored_weights(path))
+        generation = path / "generation_config.json"
+        chosen = checkpoint.read_json(generation) if generation.is_file() else {}
+        return Portable(
+            config=config,
+            weights=weights,
+            tokenizer=tokenizer_of(path, tokenizer, settings, config.vocab_size),
+            sampling=sampling_of(chosen, generation),
+            provenance={"imported_from": path.name, "format": f"Hugging Face {settings['model_type']}"},
+        )
 
 
 def stored_weights(path: Path) -> dict[str, Array]:
@@ -104,9 +110,13 @@ def stored_weights(path: Path) -> dict[str, Array]:
             if not index.is_file():
                 continue
             places = checkpoint.read_json(index).get("weight_map")
-            if not isinstance(places, dict) or not all(Path(str(file)).name == file for file in places.values()):
+            named = list(places.values()) if isinstance(places, dict) else []
+            if not named or not all(isinstance(file, str) and FILE_NAME.fullmatch(file) for file in named):
                 raise UserError(f"{index} names files outside its folder, or none; download the model again")
-            files = sorted(set(places.values()))
+            files = sorted(set(named))
+        for file in files:
+            if not (path / file).is_file():
+                raise UserError(f"{path / file} is missing, or no file; download the model again")
         return {name: weight for file in files for name, weight in contents(path / file)}
     raise UserError(f"{path} holds no weights (model.safetensors or pytorch_model.bin)")
 
@@ -131,7 +141,9 @@ def safetensors_of(path: Path) -> Iterator[tuple[str, Array]]:
         array = np.frombuffer(facts["data"], kinds[facts["dtype"]])
         if facts["dtype"] == "BF16":
             array = (array.astype(np.uint32) << 16).view(np.float32)
-        yield name, array.reshape(facts["shape"]).astype(np.float32, copy=False)
+        with np.errstate(over="ignore"):  # `Portable.check` refuses what comes of it
+            array = array.reshape(facts["shape"]).astype(np.float32, copy=False)
+        yield name, array
 
 
 def tokenizer_of(path: Path, given: Path | None, settings: Mapping[str, Any], vocab_size: int) -> Tokenizer:
@@ -153,7 +165,10 @@ def from_merges(path: Path, vocab_size: int) -> str:
     from tinystories.data.vocabulary import byte_level, gpt2
 
     if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
-        lines = (path / "merges.txt").read_text(encoding="utf-8").splitlines()
+        try:
+            lines = (path / "merges.txt").read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError:
+            raise UserError(f"{path}/merges.txt is not UTF-8 text; download the model again") from None
         pairs = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
         try:
             text: str = byte_level(checkpoint.read_json(path / "vocab.json"), pairs).to_str()  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ rotary positions turn neighbouring pairs (2i, 2i + 1) of a head, ours (i, i + D 
 """
 
 import math
+import shlex
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from tinystories.data.tokenizer import Tokenizer
 from tinystories.engine.cpu.weights import expected_shapes
 from tinystories.errors import UserError
 from tinystories.interop.llama2c_run import logits as logits  # how the file is read to be compared
-from tinystories.interop.portable import Portable
+from tinystories.interop.portable import DEEPEST, Portable
 from tinystories.interop.vocabulary import BYTES, LONGEST, pieces_of, relabelled, sentencepiece, with_end
 
 Array = npt.NDArray[Any]
@@ -28,7 +29,6 @@ SIZES = struct.Struct("<7i")  # dim, hidden_dim, n_layers, n_heads, n_kv_heads, 
 HEADER = 256  # bytes, of versions 1 and 2
 GROUP = 64  # weights that share a scale, unless the widths of the model are no multiples of it
 MOST = 2**24  # of anything that the header counts
-DEEPEST = 1024  # layers
 BOS = 1  # what run.c starts with and stops at
 FIRST_BYTE = 3  # the piece of byte 0; run.c counts on it
 NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -39,10 +39,6 @@ BY_VERSION = {  # the order in the file; of what stands in every layer, that of 
     1: (*NORMS, "norm", "embed_tokens", *ATTENTION, *FEED_FORWARD, "lm_head"),
     2: (*NORMS, "norm", "embed_tokens", *ATTENTION, *FEED_FORWARD, "lm_head"),
 }
-HINT = (
-    'next, in llama2.c: ./run {out} -z {out.parent}/{out.stem}.tokenizer.bin -i "Once upon a time"'
-    " (q8_0: ./runq)\nhow run.c reads prompts with a tokenizer of gpt2 or bpe:N is in docs/interop.md"
-)
 
 
 def tensors(config: ModelConfig, version: int) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -85,10 +81,11 @@ def write(model: Portable, path: Path, precision: str) -> Array:
     scores += [0.0] * (config.vocab_size - len(scores))
     order = arrangement(pieces, model.tokenizer.end_id)
     back = np.argsort(order)
-    with path.with_suffix(".tokenizer.bin").open("wb") as file:
+    pieces_file, tokenizer_file = companions(path)
+    with pieces_file.open("wb") as file:
         write_table([b"\n<s>\n" if i == BOS else standard(pieces[k]) for i, k in enumerate(back)], scores, back, file)
     if model.tokenizer.lossless or (order != np.arange(len(order))).any():
-        relabelled(model.tokenizer, order.tolist()).save(path.with_suffix(".tokenizer.json"))
+        relabelled(model.tokenizer, order.tolist()).save(tokenizer_file)
     version = 0 if precision == "f32" else 2
     with path.open("wb") as file:
         group = write_header(config, version, file)
@@ -106,16 +103,29 @@ def write(model: Portable, path: Path, precision: str) -> Array:
     return order
 
 
+def companions(path: Path) -> list[Path]:
+    return [path.with_suffix(suffix) for suffix in (".tokenizer.bin", ".tokenizer.json")]
+
+
+def hint(path: Path) -> str:
+    file, pieces = shlex.quote(str(path)), shlex.quote(str(companions(path)[0]))
+    return (
+        f'next, in llama2.c: ./run {file} -z {pieces} -i "Once upon a time" (q8_0: ./runq)\n'
+        "how run.c reads prompts with a tokenizer of gpt2 or bpe:N is in docs/interop.md"
+    )
+
+
 def require_llama2c(config: ModelConfig) -> None:
     """`UserError` that names every setting which llama2.c does not have."""
-    needed: dict[str, object] = {"architecture": "modern", "qk_norm": False, "norm_eps": 1e-5, "rope_base": 10000.0}
+    needed = {"architecture": "modern", "qk_norm": False, "norm_eps": 1e-5, "rope_base": 10000.0}
+    wrong = {name: value for name, value in needed.items() if getattr(config, name) != value}
     if config.architecture == "classic":
-        needed = {"architecture": "modern", "qk_norm": False}
-    wrong = [f"{name} = {value}" for name, value in needed.items() if getattr(config, name) != value]
+        wrong = {"architecture": "modern", "qk_norm": False}
     if config.head_dim * config.n_head != config.n_embd:
-        wrong.append("head_size = 0")
+        wrong["head_size"] = 0
     if wrong:
-        raise UserError(f"llama2.c cannot hold this model; train one with {', '.join(f'model.{one}' for one in wrong)}")
+        flags = " ".join(f"--model.{name} {str(value).lower()}" for name, value in wrong.items())
+        raise UserError(f"llama2.c cannot hold this model; train one with: tinystories train {flags}")
 
 
 def write_header(config: ModelConfig, version: int, file: BinaryIO) -> int:
@@ -267,9 +277,9 @@ def header_of(start: bytes, path: Path) -> tuple[ModelConfig, int, int, int]:
 
 
 def companion(path: Path) -> Path:
-    for suffix in (".tokenizer.json", ".tokenizer.bin"):
-        if path.with_suffix(suffix).is_file():
-            return path.with_suffix(suffix)
+    for file in reversed(companions(path)):
+        if file.is_file():
+            return file
     raise UserError(f"{path} brings no tokenizer; name llama2.c's tokenizer.bin by --tokenizer")
 
 

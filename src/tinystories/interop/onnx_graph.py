@@ -18,7 +18,6 @@ from tinystories.interop.portable import Portable
 
 Floats = npt.NDArray[np.float32]
 
-HINT = "next: docs/interop.md has a program of twenty lines that writes a story with it"
 LARGEST_FILE = 2**31 - 2**20  # bytes: Protocol Buffers end at 2 GB; the nodes take the rest
 CHUNKS = 1, 5  # where `logits` splits the ids
 AGREEMENT = 1e-4  # of logits with and without a past, for logits up to 10
@@ -32,7 +31,7 @@ def package(name: str) -> Any:
 
 
 def write(model: Portable, path: Path, precision: str) -> None:
-    """The graph to `path`, and the tokenizer beside it, for `stories.onnx` as `stories.tokenizer.json`.
+    """The graph to `path`, and the tokenizer beside it, for `stories.onnx` as `stories.onnx.tokenizer.json`.
 
     In: `input_ids` and `position_ids` (B, T), `attention_mask` (B, S; 0: padding), int64, and of each block I
     `past_key_values.I.key` and `.value` (B, K, P, D), fp32; P may be 0. Out: `logits` (B, T, V), and
@@ -52,7 +51,15 @@ def write(model: Portable, path: Path, precision: str) -> None:
     onnx.helper.set_model_props(proto, {name: str(value) for name, value in facts.items()})
     onnx.checker.check_model(proto, full_check=True)
     path.write_bytes(proto.SerializeToString(deterministic=True))
-    model.tokenizer.save(path.with_name(f"{path.stem}.tokenizer.json"))
+    model.tokenizer.save(companions(path)[0])
+
+
+def companions(path: Path) -> list[Path]:
+    return [path.with_name(f"{path.name}.tokenizer.json")]
+
+
+def hint(_: Path) -> str:
+    return "next: docs/interop.md has a program of twenty lines that writes a story with it"
 
 
 def logits(path: Path, ids: list[int]) -> Floats:

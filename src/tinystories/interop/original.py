@@ -3,7 +3,8 @@
 The names of the weights say what they are: `TOP` and `BLOCK` list the known ones, of Karpathy's "Let's build GPT"
 lecture (github.com/karpathy/ng-video-lecture), minGPT and nanoGPT, and ours. What a state dict does not say is taken
 as in the original and told: heads are 64 wide, norms add 1e-5, scores are divided by the root of the head's width.
-The only place that opens a pickle, by torch's reader that builds tensors and plain values and runs nothing.
+The only place that opens a pickle, once torch_file.py has seen that it holds nothing but tensors and plain values, by
+torch's reader that builds these and runs nothing.
 """
 
 import dataclasses
@@ -17,10 +18,11 @@ import numpy as np
 import numpy.typing as npt
 
 from tinystories.config import ModelConfig
-from tinystories.data.tokenizer import Tokenizer, one_line
+from tinystories.data.tokenizer import Tokenizer
 from tinystories.data.vocabulary import gpt2
-from tinystories.errors import UserError
-from tinystories.interop.portable import Portable
+from tinystories.errors import UserError, shown
+from tinystories.interop.portable import DEEPEST, Portable
+from tinystories.interop.torch_file import require_plain
 from tinystories.positions import sinusoid_table
 
 if TYPE_CHECKING:
@@ -35,7 +37,6 @@ PREFIX = re.compile(r"(_orig_mod\.|module\.|model\.|transformer\.|gpt\.)*")
 GPT2_SIZES = (50257, 50304)  # ids, and filled up to a multiple of 64 as in nanoGPT
 HEAD_SIZE = 64
 CONTEXT = 512
-DEEPEST = 1024  # layers
 MOST = 2**24  # tokens of a context
 
 ATTENTION = r"(?:self_attn|sa|attn|attention|self_attention|mha)"
@@ -91,11 +92,13 @@ def load(path: Path) -> tuple[dict[str, "Tensor"], Mapping[str, Any]]:
         import torch
     except ImportError:
         raise UserError(f"{path} needs PyTorch to be read: pip install 'tinystories-gpt[train]'") from None
+    require_plain(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # of pickle, zip, storage sizes...: a hostile file may lead to any
+    except Exception:  # of pickle, zip, storage sizes...: a hostile file may lead to any
         raise UserError(
-            f"{path} is not a whole file of tensors (a state dict of torch 1.6 or later): {one_line(error)[:120]}"
+            f"{path} is not a whole file of tensors: torch cannot read it; copy it again, or save it anew:"
+            " torch.save(model.state_dict(), ...)"
         ) from None
     facts: Mapping[str, Any] = {}
     if isinstance(content, dict):
@@ -107,13 +110,13 @@ def load(path: Path) -> tuple[dict[str, "Tensor"], Mapping[str, Any]]:
     for name, tensor in content.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             raise UserError(
-                f"{path}: {name!r} is no tensor; save the weights alone: torch.save(model.state_dict(), ...)"
+                f"{path}: {shown(name)} is no tensor; save the weights alone: torch.save(model.state_dict(), ...)"
             )
         if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
-            raise UserError(f"{path}: {name} is not a plain tensor of numbers")
+            raise UserError(f"{path}: {shown(name)} is not a plain tensor of numbers")
         room -= tensor.numel() * tensor.element_size()
         if room < 0:  # the same few numbers shown many times
-            raise UserError(f"{path}: {name} of shape {tuple(tensor.shape)} is larger than the file")
+            raise UserError(f"{path}: {shown(name)} of shape {shown(tuple(tensor.shape))} is larger than the file")
     return content, facts
 
 
@@ -128,11 +131,14 @@ def renamed(state: Mapping[str, "Tensor"], path: Path) -> dict[str, Any]:
             continue
         ours = our_name(bare)
         if ours is None:
-            raise UserError(f"{path}: weight {name} is not known; docs/interop.md lists the names that are")
+            raise UserError(f"{path}: weight {shown(name)} is not known; docs/interop.md lists the names that are")
         if ours in found:
-            raise UserError(f"{path}: weight {name} is there twice under different names")
+            raise UserError(f"{path}: weight {shown(name)} is there twice under different names")
         if not tensor.is_floating_point() or tensor.ndim not in ((2, 3) if ours == "pe" else (1, 2)):
-            raise UserError(f"{path}: {name} is {tensor.dtype} of shape {tuple(tensor.shape)}, not a matrix of weights")
+            raise UserError(
+                f"{path}: {shown(name)} is {tensor.dtype} of shape {shown(tuple(tensor.shape))}, not a matrix of"
+                " weights"
+            )
         found[ours] = tensor.float().numpy(force=True)
         if GELU.fullmatch(bare):
             found["gelu"] = True

@@ -13,20 +13,28 @@ from tinystories.config import ModelConfig, SamplingConfig
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.engine.cpu.engine import Cache, CpuEngine
 from tinystories.engine.cpu.weights import expected_shapes, source_of
-from tinystories.errors import UserError
+from tinystories.errors import UserError, shown
 
 Array = npt.NDArray[Any]
+
+# What a file may claim, before anything is made for each of them.
+MOST_CONTEXT = 1 << 20  # tokens
+DEEPEST = 1024  # layers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Portable:
-    """Weights: fp32, by their names in `model.safetensors`; a tied head is not among them."""
+    """Weights: fp32, by their names in `model.safetensors`; a tied head is not among them.
+
+    `folder`: the model directory it was read from, and may still be mapped from.
+    """
 
     config: ModelConfig
     weights: Mapping[str, Array]
     tokenizer: Tokenizer
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    folder: Path | None = None
 
     @classmethod
     def read(cls, folder: Path | str) -> "Portable":
@@ -38,6 +46,7 @@ class Portable:
             tokenizer=files.tokenizer(),
             sampling=files.sampling,
             provenance=files.provenance,
+            folder=files.folder,
         )
 
     def write(self, folder: Path) -> None:
@@ -52,7 +61,7 @@ class Portable:
         wanted = expected_shapes(self.config)
         for name in sorted(wanted.keys() | self.weights.keys()):
             if name not in self.weights or name not in wanted:
-                raise UserError(f"weight {name} is {'unknown' if name in self.weights else 'missing'}")
+                raise UserError(f"weight {shown(name)} is {'unknown' if name in self.weights else 'missing'}")
             if self.weights[name].shape != wanted[name]:
                 raise UserError(f"weight {name} is {self.weights[name].shape}, not {wanted[name]}")
             if not np.isfinite(self.weights[name]).all():

@@ -8,6 +8,7 @@ from typing import Any
 from tinystories import checkpoint
 from tinystories.errors import UserError
 from tinystories.interop import hub
+from tinystories.interop.place import writing
 
 TABLE = Path(__file__).with_suffix(".json")
 
@@ -32,6 +33,6 @@ def fetch(name: str, out: Path, known: dict[str, dict[str, Any]]) -> None:
     if checkpoint.sha256(folder / "config.json") != entry["sha256"]:
         raise UserError(f"{entry['repository']}: config.json is not the published one; nothing was written")
     files = checkpoint.read_model(folder)
-    with checkpoint.whole(out) as draft:
+    with writing(out), checkpoint.whole(out) as draft:
         for file in ("config.json", *files.sums):
             shutil.copyfile(folder / file, draft / file)

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from tinystories.data.tokenizer import END, Tokenizer, one_line
-from tinystories.errors import UserError
+from tinystories.errors import UserError, shown
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how sentencepiece writes a space
 LONGEST = 1024  # characters of a piece; real ones have up to 50
@@ -43,7 +43,7 @@ def sentencepiece(
     for i, (piece, score) in enumerate(zip(pieces, scores, strict=True)):
         name = END if i == end_id else name_of(piece, i, where)
         if name in ids:
-            raise UserError(f"{where}: pieces {ids[name]} and {i} are both {name!r}")
+            raise UserError(f"{where}: pieces {ids[name]} and {i} are both {shown(name)}")
         if not math.isfinite(score):
             raise UserError(f"{where}: the score of piece {i} is not a number")
         ids[name] = i
@@ -143,7 +143,7 @@ def rename(parts: dict[str, Any], end_id: int) -> str | None:
     if former in (None, END):
         return former
     if any(former in (left, right, left + right) for left, right in merges_in(model)):
-        raise ValueError(f"its token {end_id} is {former!r}, part of a text; it cannot end a story")
+        raise ValueError(f"its token {end_id} is {shown(former)}, part of a text; it cannot end a story")
     new = {former: END, END: former}
     for token in added:
         token["content"] = new.get(token["content"], token["content"])

@@ -49,7 +49,7 @@ def save(
     """Write the checkpoint of this step, make the run directory that model, and drop what is no longer kept."""
     folder = checkpoint.folder_of(run, clock.step)
     try:
-        with checkpoint.whole(folder) as draft:
+        with checkpoint.whole(folder, folder.with_name(folder.name + checkpoint.DRAFT)) as draft:
             checkpoint.write_model(draft, model, tokenizer, SamplingConfig(), provenance)
             state = draft / "state"
             state.mkdir()

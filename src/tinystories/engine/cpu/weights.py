@@ -21,7 +21,7 @@ from tinystories.config import ModelConfig
 from tinystories.engine.cpu.fields import BLOCK, GROUP
 from tinystories.engine.cpu.packing import pack_int4, pack_int8, padded, rounded_to_int8, unpack_int8
 from tinystories.engine.cpu.plan import EMBEDDING, HEAD, POSITIONS
-from tinystories.errors import UserError
+from tinystories.errors import UserError, shown
 
 log = logging.getLogger(__name__)
 
@@ -164,7 +164,7 @@ def source_of(files: ModelFiles) -> Mapping[str, Array]:
     found, wanted = opened(files.weights_path), expected_shapes(files.config)
     for name in sorted(wanted.keys() | found.keys()):
         if name not in found or name not in wanted:
-            raise UserError(f"{found.path}: weight {name} is {'unknown' if name in found else 'missing'}")
+            raise UserError(f"{found.path}: weight {shown(name)} is {'unknown' if name in found else 'missing'}")
         if found[name].shape != wanted[name]:
             raise UserError(f"{found.path}: {name} is {found[name].shape}, not {wanted[name]}")
         if found[name].dtype != np.float32:
