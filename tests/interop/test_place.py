@@ -37,16 +37,26 @@ def contents(folder: Path) -> dict[str, bytes | None]:
     }
 
 
-@pytest.mark.parametrize("out", ["home/model", "home", "home/model/new", "link", "home/../home/model"])
+@pytest.mark.parametrize("out", ["home/model", "home", "home/model/config.json", "link", "home/../home/model"])
 def test_the_model_that_is_read_is_never_replaced(tmp_path: Path, model: Path, out: str) -> None:
     (tmp_path / "link").symlink_to(model)
     before = contents(tmp_path)
     for name in FORMATS:
-        with pytest.raises(UserError, match=r"is, holds, or lies in .*, which is read; choose another --out"):
+        with pytest.raises(UserError, match=r"is, holds, or is part of .*, which is read; choose another --out"):
             export(Portable.read(model), name, tmp_path / out, force=True)
-    with pytest.raises(UserError, match=r"is, holds, or lies in .*, which is read"):
+    with pytest.raises(UserError, match=r"is, holds, or is part of .*, which is read"):
         convert(str(model), tmp_path / out, force=True)
     assert contents(tmp_path) == before
+
+
+def test_an_export_may_lie_beside_the_weights(model: Path) -> None:
+    before = contents(model)
+    made = export(Portable.read(model), "onnx", model / "story.onnx").paths
+    export(Portable.read(model), "onnx", model.parent / "other" / "story.onnx")
+    assert made == [model / "story.onnx", model / "story.onnx.tokenizer.json"]
+    for path in made:
+        path.unlink()
+    assert contents(model) == before
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -54,7 +64,7 @@ def test_the_file_that_is_read_is_never_replaced(portable: Build, tmp_path: Path
     (tmp_path / "one").mkdir()
     export(portable("llama"), name, tmp_path / "one" / "m.bin")
     for out in (tmp_path / "one" / "m.bin", tmp_path / "one"):
-        with pytest.raises(UserError, match="is, holds, or lies in"):
+        with pytest.raises(UserError, match="is, holds, or is part of"):
             convert(str(tmp_path / "one" / "m.bin"), out, force=True)
 
 

@@ -18,14 +18,14 @@ THEIRS = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_
 def require_place(out: Path, *, folder: bool, force: bool, source: Path | None = None) -> None:
     """`UserError` unless a file, or with `folder` a directory, may be written as `out`.
 
-    It must not be, hold, or lie in `source`, which is read meanwhile. Only with `force` is something replaced: a file
-    by a file, a directory by a directory where this program wrote all that is in it.
+    It must not be, hold, or be part of `source`, which is read meanwhile. Only with `force` is something replaced: a
+    file by a file, a directory by a directory where this program wrote all that is in it.
     """
     require_name(out)
     if source is not None:
         new, old = Path(os.path.realpath(out)), Path(os.path.realpath(source))
-        if new == old or new in old.parents or old in new.parents:
-            raise UserError(f"{out} is, holds, or lies in {source}, which is read; choose another --out")
+        if new == old or new in old.parents or (old in new.parents and os.path.lexists(out)):
+            raise UserError(f"{out} is, holds, or is part of {source}, which is read; choose another --out")
     if not os.path.lexists(out):
         return
     if reason := why_kept(out, folder):

@@ -99,7 +99,7 @@ def object_file() -> bytes:
         keep(path, content + hashlib.sha256(content).digest())
     except OSError as error:
         log.warning(
-            "the machine code cannot be kept (%s): every start compiles again; set TINYSTORIES_CACHE to another folder",
+            "the machine code cannot be kept (%s): the next start compiles again; TINYSTORIES_CACHE names a folder",
             error,
         )
     return content
