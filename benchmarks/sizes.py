@@ -1,7 +1,8 @@
 """Size against quality: bits per byte of models in several precisions, and the megabytes that each would ship with.
 
 A point is a model directory in one precision of the CPU engine, scored on all validation stories; its size is that of
-the packed weights (fp32: model.safetensors) and the tokenizer. Prints a table and one JSON line; draws --out.
+the packed weights (fp32: model.safetensors) and the tokenizer. Scores that are on record already may be drawn too.
+Prints a table and one JSON line; draws --out.
 
     python benchmarks/sizes.py runs/small runs/storyteller --val stories/valid.txt --out sizes.png
 """
@@ -23,6 +24,9 @@ def main() -> None:
     parser.add_argument("models", nargs="+", help="model directories, perhaps as LABEL=DIRECTORY")
     parser.add_argument("--val", required=True, help="stories they have not seen")
     parser.add_argument("--precisions", default="int8,int4", help="of int8, int4, fp32")
+    parser.add_argument(
+        "--recorded", nargs=2, action="append", default=[], metavar=("LABEL", "MB,BITS"), help="a point from a record"
+    )
     parser.add_argument("--out", type=Path, default=Path("sizes.png"), help="picture")
     options = parser.parse_args()
     points = []
@@ -33,6 +37,9 @@ def main() -> None:
             size = megabytes(read_model(folder), precision)
             points.append((label or Path(folder).name, precision, size, score))
             print(f"{points[-1][0]:28} {precision:5} {size:7.2f} MB  {score:.4f} bits per byte", flush=True)
+    for label, numbers in options.recorded:
+        size, score = map(float, numbers.split(","))
+        points.append((label, "recorded", size, score))
     draw(options.out, points)
     names = ("model", "precision", "megabytes", "bits_per_byte")
     print(json.dumps({"benchmark": "sizes", "results": [dict(zip(names, point, strict=True)) for point in points]}))
