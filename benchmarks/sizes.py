@@ -62,9 +62,10 @@ def draw(path: Path, points: list[tuple[str, str, float, float]]) -> None:
         line = [point for point in points if point[1] == precision]
         axes.plot([point[2] for point in line], [point[3] for point in line], "o", label=precision)
         for label, _, size, score in line:
-            axes.annotate(label, (size, score), textcoords="offset points", xytext=(6, 4), fontsize=8)
+            place = (6, 4) if precision == "recorded" else (6, -10)
+            axes.annotate(label, (size, score), textcoords="offset points", xytext=place, fontsize=8)
     axes.set(xlabel="megabytes, tokenizer included", ylabel="bits per byte on validation stories")
-    axes.set_xlim(0)
+    axes.set_xlim(0, 1.35 * max(point[2] for point in points))  # labels stand to the right
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
