@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from tinystories.config import PRESETS, ModelConfig, SamplingConfig, build
 from tinystories.data.tokenizer import Tokenizer
-from tinystories.errors import UserError, reading, shown
+from tinystories.errors import UserError, bounded, reading, shown
 
 if TYPE_CHECKING:
     import torch
@@ -145,13 +145,7 @@ def verify(folder: Path, sums: object, unchecked: Collection[str] = ()) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        if path.exists() and not path.is_file():  # a device or a pipe, which may have no end
-            raise UserError(f"{path} is no file")
-        with path.open("rb") as file:
-            data = file.read(MOST_JSON + 1)
-        if len(data) > MOST_JSON:
-            raise UserError(f"{path} has more than {MOST_JSON / 1e6:,.0f} MB; it describes no model")
-        value = json.loads(data.decode())
+        value = json.loads(bounded(path, MOST_JSON).decode())
     except FileNotFoundError:
         raise UserError(f"{path} is missing; the model is incomplete") from None
     except OSError as error:

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 
 LONGEST = 60  # characters of a foreign text in a message
 
@@ -40,3 +41,14 @@ def reading(where: object) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{where} cannot be read: {error.strerror or error}") from None
+
+
+def bounded(path: Path, most: int) -> bytes:
+    """A whole file that may be hostile. `UserError` where it has more than `most` bytes, or is a device or a pipe."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no file")
+    with path.open("rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise UserError(f"{path} has more than {most / 1e6:,.0f} MB; it is not what its name says")
+    return data

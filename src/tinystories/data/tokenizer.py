@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tinystories.errors import UserError
+from tinystories.errors import UserError, bounded
 
 END = "<|endoftext|>"  # stands before every story and after the last
 MOST_GROWTH = 1000  # times that a text may become longer before it is split, or after its pieces are joined; real: 2
@@ -61,13 +61,7 @@ class Tokenizer:
         path = Path(path)
         file = path / "tokenizer.json" if path.is_dir() else path
         try:
-            if file.exists() and not file.is_file():  # a device or a pipe, which may have no end
-                raise UserError(f"tokenizer {file} is no file")
-            with file.open("rb") as opened:
-                data = opened.read(LARGEST + 1)
-            if len(data) > LARGEST:
-                raise UserError(f"tokenizer {file} has more than {LARGEST / 1e6:,.0f} MB; it is none")
-            text = data.decode()
+            text = bounded(file, LARGEST).decode()
         except FileNotFoundError:
             raise UserError(f"tokenizer {file} does not exist; give a tokenizer.json, gpt2 or bpe:4096") from None
         except (OSError, UnicodeDecodeError) as error:
