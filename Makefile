@@ -8,10 +8,13 @@ WORKERS := --numprocesses=auto --maxprocesses=8
 # numba cannot cache hooked functions: engine/cpu is left out.
 HOOK := --jaxtyping-packages=tinystories.model,tinystories.engine.decoder,tinystories.engine.graph,tinystories.engine.torch_engine,beartype.beartype
 
-.PHONY: help install demo storyteller test test-slow test-interop test-gpu check format dist clean
+# Of gpu-kit and gpu-rehearsal; stand-ins are made of what is not given.
+KIT := $(if $(NANOGPT),--nanogpt "$(NANOGPT)") $(if $(DATA),--data "$(DATA)")
+
+.PHONY: help install demo storyteller test test-slow test-interop test-gpu gpu-kit gpu-rehearsal check format dist clean
 
 help:
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
 
 install: $(VENV)/installed  ## make .venv and install the package with all extras
 
@@ -55,6 +58,7 @@ test: install  ## fast tests: no network, no GPU
 
 test-slow: install  ## the tests that take minutes
 	$(PY) -m pytest -m "slow and not gpu and not interop" --timeout=3600
+	$(MAKE) gpu-rehearsal
 
 test-interop: install  ## install the peers that take long to build, and run the tests marked interop
 	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt llama-cpp-python lm_eval transformer_lens
@@ -62,6 +66,12 @@ test-interop: install  ## install the peers that take long to build, and run the
 
 test-gpu: install  ## the tests that need a CUDA device
 	$(PY) -m pytest -m gpu
+
+gpu-kit: install  ## what a borrowed GPU needs, in gpu-kit/: NANOGPT=nanoGPT/model.py DATA=stories (docs/gpu.md)
+	$(PY) benchmarks/gpu_kit.py $(KIT)
+
+gpu-rehearsal: install  ## both plans of benchmarks/gpu.py on the CPU at toy size, as the borrowed machine would run them
+	$(PY) benchmarks/gpu_rehearsal.py $(KIT)
 
 check: install  ## lint, types, import order
 	$(VENV)/bin/ruff check .

@@ -1,7 +1,7 @@
 """How every benchmark runs: what people can mend is one line on stderr and exit code 2, as in the commands."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from tinystories.errors import UserError
 
@@ -17,3 +17,11 @@ def as_program(main: Callable[[], None]) -> None:
     else:
         return
     sys.exit(2)
+
+
+def parse_settings(words: Sequence[str]) -> dict[str, str]:
+    """`--train.steps 40 ...`, what argparse did not know, as settings for `load_config`."""
+    names, values = words[::2], words[1::2]
+    if len(names) != len(values) or not all(name.startswith("--") and "." in name for name in names):
+        raise UserError(f"settings look like --train.steps 40, not {' '.join(words)}")
+    return {name.removeprefix("--"): value for name, value in zip(names, values, strict=True)}

@@ -5,7 +5,7 @@ clipping at 1.0 and AdamW (0.9, 0.95, decay 0.1; fused for both), on random toke
 settings are run and, with --compile, it is compiled as well; its fastest variant counts. Ours is `classic` (the same
 products as nanoGPT's: 4x feed-forward) and `modern` (SwiGLU of the same size). A ratio is the median over the rounds of
 the time of nanoGPT's fastest variant (by its median) over ours, so that a machine that speeds up or slows down changes
-both. Prints a table and one JSON line.
+both. Prints a table and a JSON line for each micro-batch.
 
 nanoGPT's head is its embedding, and so is ours unless --untied, as the presets of 89M parameters have it: the products
 are the same, but AdamW then updates one more matrix of the vocabulary's size, which counts against us. On CUDA nanoGPT
@@ -14,6 +14,10 @@ is also given its own vocabulary, a multiple of 64 (--peer-vocab 50304), with th
 On CUDA the peak of memory is told as well: a variant's weights and optimizer, and what its step needs beside them. MFU
 is that of the model's own arithmetic (train/estimate.py), against the dense bf16 rate of the maker's data sheet. The
 steps have their rows on the device already; what a whole run reaches stands in its metrics.jsonl.
+
+Compiling is what takes longest. --compile-jobs N first compiles every variant in processes of their own, N at a time;
+each prints the seconds from its start to the end of its first step, and leaves its code in the compiler's cache, where
+the process that measures finds it. With --first-steps that is all.
 
 nanoGPT's model.py is not part of this project: name the one of a checkout.
 
@@ -24,22 +28,27 @@ nanoGPT's model.py is not part of this project: name the one of a checkout.
 """
 
 import argparse
-import itertools
 import json
 import platform
+import re
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 import torch
 from peers import nanogpt, nanogpt_optimizer
 from program import as_program
 
 from tinystories.config import ModelConfig, OptimConfig
 from tinystories.engine.device import pick_precision
+from tinystories.errors import UserError
 from tinystories.model import GPT
 from tinystories.model.loss import Objective
 from tinystories.train.estimate import flops_per_token
@@ -48,6 +57,17 @@ from tinystories.train.optim import Optimizers, build_optimizers
 PEAK_BF16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense, FLOP/s, from the makers' data sheets
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One model, compiled or not, with its optimizers: what is measured."""
+
+    name: str
+    loss_of: Loss
+    model: torch.nn.Module
+    optimizers: Optimizers
+    flops_per_token: float
 
 
 def main() -> None:
@@ -67,26 +87,80 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
     parser.add_argument("--compile", action="store_true", help="also compiled variants of both")
     parser.add_argument("--muon", action="store_true", help="ours with Muon for the matrices of the blocks")
+    parser.add_argument("--only", default="", help="regular expression: only variants whose name it matches")
+    parser.add_argument("--peer-bias", default="false,true", help="nanoGPT's `bias`: one setting or both")
+    parser.add_argument("--compile-jobs", type=int, default=0, help="compile that many variants at a time beforehand")
+    parser.add_argument("--first-steps", action="store_true", help="only take and time the first step of each variant")
     options = parser.parse_args()
     device = torch.device(options.device)
     torch.set_num_threads(options.threads)
     torch.backends.cuda.matmul.allow_tf32 = True  # as nanoGPT's train.py does
     torch.manual_seed(0)
-    results = [compare(options, device, int(rows)) for rows in options.micro_batch.split(",")]
+    micro_batches = [int(rows) for rows in options.micro_batch.split(",")]
+    if options.compile_jobs:
+        compile_ahead(options, micro_batches)
+    elif options.first_steps:
+        for rows in micro_batches:
+            print_first_steps(options, device, rows)
+    if options.first_steps:
+        return
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    facts = {"machine": machine, "threads": options.threads, "torch": torch.__version__}
-    print(json.dumps({"benchmark": "train", **facts, "results": results}))
+    facts = {"benchmark": "train", "machine": machine, "threads": options.threads, "torch": torch.__version__}
+    for rows in micro_batches:
+        print(json.dumps(facts | {"results": [compare(options, device, rows)]}), flush=True)
 
 
-def compare(options: argparse.Namespace, device: torch.device, rows: int) -> dict[str, Any]:
-    """All variants at one micro-batch: medians, and ratios to nanoGPT's fastest."""
-    torch._dynamo.reset()  # else a second micro-batch would be compiled for changing shapes
-    n_layer, n_embd = map(int, options.shape.split("x"))
+def print_first_steps(options: argparse.Namespace, device: torch.device, rows: int) -> None:
+    """One JSON line for each variant when its first step is done."""
+    inputs, targets = random_batch(options, device, rows)
+    for variant in variants(options, device):
+        began = time.perf_counter()
+        stepper(variant, inputs, targets)()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds, since_start = time.perf_counter() - began, time.time() - psutil.Process().create_time()
+        facts = {"benchmark": "first step", "variant": variant.name, "micro_batch": rows}
+        print(json.dumps(facts | {"seconds": seconds, "seconds_since_start": since_start}), flush=True)
+
+
+def compile_ahead(options: argparse.Namespace, micro_batches: list[int]) -> None:
+    """The first steps of the compiled variants, each in a process of its own."""
+    names = [f"ours {architecture} compiled" for architecture in ("classic", "modern")]
+    names += [f"{peer_name(options, *peer)} compiled" for peer in peers_of(options)]
+
+    def start(rows: int, name: str) -> None:
+        again = ["--micro-batch", str(rows), "--only", f"^{re.escape(name)}$", "--first-steps", "--compile-jobs", "0"]
+        done = subprocess.run([sys.executable, *sys.argv, *again], capture_output=True, text=True, check=False)
+        last = (done.stdout.strip() or done.stderr.strip() or "no output").splitlines()[-1]
+        print(last if done.returncode == 0 else f"{name}, {rows} rows: {last}", flush=True)
+
+    with ThreadPoolExecutor(options.compile_jobs) as pool:
+        jobs = [(rows, name) for rows in micro_batches for name in names if re.search(options.only, name)]
+        list(pool.map(lambda job: start(*job), jobs))
+
+
+def random_batch(options: argparse.Namespace, device: torch.device, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
     tokens = torch.randint(options.vocab, (rows, options.context + 1), device=device)
-    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    variants: dict[str, Callable[[], None]] = {}
-    flops: dict[str, float] = {}
-    state: dict[str, Callable[[], int]] = {}
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def peers_of(options: argparse.Namespace) -> list[tuple[bool, int]]:
+    """nanoGPT's `bias` and vocabulary, of each of its variants."""
+    vocabs = [int(size) for size in (options.peer_vocab or str(options.vocab)).split(",")]
+    return [(bias == "true", vocab) for bias in options.peer_bias.split(",") for vocab in vocabs]
+
+
+def peer_name(options: argparse.Namespace, bias: bool, vocab: int) -> str:
+    several = "," in (options.peer_vocab or "")
+    return f"nanoGPT bias={bias}{f' V={vocab}' * several}"
+
+
+def variants(options: argparse.Namespace, device: torch.device) -> Iterator[Variant]:
+    """All that are asked for, each built when it is its turn."""
+    wanted = re.compile(options.only)
+    n_layer, n_embd = map(int, options.shape.split("x"))
+    compiled_too = (False, True) if options.compile else (False,)
+    flops = {}
     for architecture in ("classic", "modern"):
         # SwiGLU has three matrices: at two thirds of the width it has as many weights as the 4x feed-forward.
         n_ff = 4 * n_embd if architecture == "classic" else round(8 * n_embd / 3 / 8) * 8
@@ -94,30 +168,42 @@ def compare(options: argparse.Namespace, device: torch.device, rows: int) -> dic
             architecture=architecture, n_layer=n_layer, n_embd=n_embd, n_head=options.heads, n_ff=n_ff,
             n_ctx=options.context, vocab_size=options.vocab, tied=not options.untied, dropout=options.dropout,
         )  # fmt: skip
-        for compiled in (False, True) if options.compile else (False,):
-            name = f"ours {architecture}{' compiled' if compiled else ''}"
+        flops[architecture] = flops_per_token(config)
+        for compiled in compiled_too:
+            name = f"ours {architecture}{' compiled' * compiled}"
+            if not wanted.search(name):
+                continue
             model = GPT(config).to(device)
             objective = torch.compile(Objective(model)) if compiled else Objective(model)
             kind: Literal["muon", "adamw"] = "muon" if options.muon else "adamw"
             optimizers = build_optimizers(model, OptimConfig(kind=kind, learning_rate=1e-3, muon_rate=0.02))
-            variants[name] = stepper(mean_of(objective), model, optimizers, inputs, targets)
-            flops[name] = flops_per_token(config)
-            state[name] = partial(state_bytes, model, optimizers)
-    vocabs = [int(size) for size in (options.peer_vocab or str(options.vocab)).split(",")]
-    for bias, vocab in itertools.product((False, True), vocabs):
-        for compiled in (False, True) if options.compile else (False,):
-            name = f"nanoGPT bias={bias}{f' V={vocab}' * (len(vocabs) > 1)}{' compiled' if compiled else ''}"
+            yield Variant(name, mean_of(objective), model, optimizers, flops[architecture])
+    for bias, vocab in peers_of(options):
+        for compiled in compiled_too:
+            name = f"{peer_name(options, bias, vocab)}{' compiled' * compiled}"
+            if not wanted.search(name):
+                continue
             peer = nanogpt(
                 options.nanogpt, n_layer=n_layer, n_embd=n_embd, n_head=options.heads, block_size=options.context,
                 vocab_size=vocab, dropout=options.dropout, bias=bias,
             ).to(device)  # fmt: skip
             call = torch.compile(peer) if compiled else peer
             optimizers = [nanogpt_optimizer(peer, 1e-3, (0.9, 0.95), device.type)]
-            variants[name] = stepper(second_of(call), peer, optimizers, inputs, targets)
-            flops[name] = flops["ours classic"]  # the same products, at most 0.1 % wider
-            state[name] = partial(state_bytes, peer, optimizers)
-    seconds, extra = interleaved(variants, options.runs, options.steps, device)
-    peaks = {name: extra[name] + state[name]() for name in extra}
+            # The same products as those of `classic`, at most 0.1 % wider.
+            yield Variant(name, second_of(call), peer, optimizers, flops["classic"])
+
+
+def compare(options: argparse.Namespace, device: torch.device, rows: int) -> dict[str, Any]:
+    """All variants at one micro-batch: medians, and ratios to nanoGPT's fastest."""
+    torch._dynamo.reset()  # else a second micro-batch would be compiled for changing shapes
+    inputs, targets = random_batch(options, device, rows)
+    built = {variant.name: variant for variant in variants(options, device)}
+    if not any(name.startswith("nanoGPT") for name in built):
+        raise UserError(f"--only {options.only!r} leaves no variant of nanoGPT to compare with")
+    steps = {name: stepper(variant, inputs, targets) for name, variant in built.items()}
+    seconds, extra = interleaved(steps, options.runs, options.steps, device)
+    peaks = {name: extra[name] + state_bytes(built[name].model, built[name].optimizers) for name in extra}
+    flops = {name: variant.flops_per_token for name, variant in built.items()}
     return report(options, rows, seconds, flops, peaks, device)
 
 
@@ -129,18 +215,16 @@ def second_of(logits_and_loss: Callable[..., tuple[torch.Tensor, torch.Tensor]])
     return lambda inputs, targets: logits_and_loss(inputs, targets)[1]
 
 
-def stepper(
-    loss_of: Loss, model: torch.nn.Module, optimizers: Optimizers, inputs: torch.Tensor, targets: torch.Tensor
-) -> Callable[[], None]:
+def stepper(variant: Variant, inputs: torch.Tensor, targets: torch.Tensor) -> Callable[[], None]:
     """One optimizer step."""
     bf16 = pick_precision(inputs.device) == "bf16"
 
     def step() -> None:
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=bf16):
-            loss = loss_of(inputs, targets)
+            loss = variant.loss_of(inputs, targets)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
+        torch.nn.utils.clip_grad_norm_(variant.model.parameters(), 1.0)
+        for optimizer in variant.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
@@ -148,14 +232,14 @@ def stepper(
 
 
 def interleaved(
-    variants: dict[str, Callable[[], None]], runs: int, steps: int, device: torch.device
+    steppers: dict[str, Callable[[], None]], runs: int, steps: int, device: torch.device
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
     """Seconds per step of every variant in every round, after two steps of warm-up each; on CUDA also the bytes that a
     step needs at most beside what stays.
     """
     wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
     extra: dict[str, int] = {}
-    for name, step in variants.items():
+    for name, step in steppers.items():
         step()
         step()
         if device.type == "cuda":
@@ -163,9 +247,9 @@ def interleaved(
             before = torch.cuda.memory_allocated(device)
             step()
             extra[name] = torch.cuda.max_memory_allocated(device) - before
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    seconds: dict[str, list[float]] = {name: [] for name in steppers}
     for _ in range(runs):
-        for name, step in variants.items():
+        for name, step in steppers.items():
             wait()
             began = time.perf_counter()
             for _ in range(steps):

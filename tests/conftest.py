@@ -1,5 +1,6 @@
 """What all tests share: tiny shapes, and the bundled stories as prepared data."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import torch
 from tinystories.config import ModelConfig
 from tinystories.data.prepare import prepare
 from tinystories.model import GPT
+
+os.environ.setdefault("PYTEST_TIMEOUT", "300")  # not an option: pytest must run where pytest-timeout is missing
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,291 @@
+"""A GPU for a quarter of an hour: a plan of steps under one time budget, the most valuable first.
+
+    python benchmarks/gpu.py measure --budget 210 --out OUT    proves and times the CUDA half
+    python benchmarks/gpu.py train --budget 420 --out OUT      trains candidates for the bundled storyteller
+    python benchmarks/gpu.py unpack OUT --to models            at home: model directories of what came back
+
+Runs from a copy of the tree, with PyTorch and what the folder gpu-kit/ holds (`make gpu-kit`); docs/gpu.md has the
+whole procedure. Each step is a process of its own with a limit of its own. A step is skipped where less of the budget
+is left than its floor. JSON lines that a step prints are kept at once, with card, driver, clocks, commit and command,
+so that a kill loses what is running and nothing else. What is done is not done again by a second call with the same
+--work, nor where gpu-kit/records.jsonl says so. --out holds at most 8 files of 16 MiB: the records, the logs, and the
+weights, best first. --toy is the same on a CPU with toy sizes (`make gpu-rehearsal`).
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from gpu_plans import GPU, GRACE, KIT, ROOT, TOY, Sizes, Step, measure_plan, train_plan
+
+MIB = 2**20
+MOST_PARAMETERS = 15e6  # of what can be bundled; larger models are teachers
+MOST_FILES, MOST_BYTES, MOST_TOTAL = 8, 16 * MIB, 64 * MIB  # of what comes back
+
+
+class Session:
+    """The budget, the records, and the folders of a call."""
+
+    def __init__(self, plan: str, sizes: Sizes, budget: float, work: Path, out: Path) -> None:
+        self.plan, self.sizes, self.work, self.out = plan, sizes, work, out
+        self.deadline = time.monotonic() + budget
+        self.lock = threading.Lock()
+        self.outcomes: dict[str, str] = {}  # of this call: step -> done, done before, failed, cut, skipped
+        self.running: list[subprocess.Popen[str]] = []
+        (work / "logs").mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
+        self.commit = commit()
+        self.environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(map(str, (ROOT / "src", install_kit(work)))),
+            "PYTHONUNBUFFERED": "1",
+            "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor"),
+            "TINYSTORIES_CACHE": str(work / "cache"),
+        }
+        # Steps run side by side: with all cores for each of them their threads would wait for one another.
+        self.environment["OMP_NUM_THREADS"] = "1" if sizes.device == "cpu" else "2"
+        self.records = [*read_records(KIT / "records.jsonl"), *read_records(work / "records.jsonl")]
+
+    def left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def record(self, step: Step, **values: Any) -> None:
+        """Keep it on the disk before anything else happens."""
+        facts = {"plan": self.plan, "step": step.name, **device_facts(), "commit": self.commit}
+        entry = facts | {"command": step.command, "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())} | values
+        with self.lock, (self.work / "records.jsonl").open("a", encoding="utf-8") as file:
+            self.records.append(entry)
+            file.write(json.dumps(entry) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def is_done(self, step: Step) -> bool:
+        return any(e["step"] == step.name and e.get("outcome") == "done" for e in self.records)
+
+    def results(self, benchmark: str) -> list[dict[str, Any]]:
+        """What steps have printed as JSON, of one kind."""
+        printed = [entry["result"] for entry in self.records if "result" in entry]
+        return [result for result in printed if result.get("benchmark") == benchmark]
+
+    def run(self, steps: list[Step]) -> None:
+        """Steps side by side, each to its end or its limit; then pack what there is."""
+        threads = [threading.Thread(target=self.run_step, args=(step,)) for step in steps]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        pack(self)
+
+    def run_step(self, step: Step) -> None:
+        if self.is_done(step):
+            self.outcomes[step.name] = "done before"
+        elif self.left() < step.floor:
+            self.outcomes[step.name] = "skipped"
+            self.record(step, outcome="skipped", seconds_left=self.left(), floor=step.floor)
+        else:
+            self.outcomes[step.name] = self.execute(step)
+        print(f"[{self.left():4.0f} s left] {step.name}: {self.outcomes[step.name]}", flush=True)
+
+    def execute(self, step: Step) -> str:
+        """Run a step, keep each JSON line that it prints, and end it at its limit; returns the outcome."""
+        began, limit = time.monotonic(), max(0.0, min(step.limit, self.left()))
+        process = subprocess.Popen(
+            [sys.executable, *shlex.split(step.command)], cwd=ROOT, env=self.environment, text=True, errors="replace",
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        self.running.append(process)
+        timers = [threading.Timer(limit + wait, kill, (process, how)) for wait, how in ((0, SOFT), (GRACE, HARD))]
+        for timer in timers:
+            timer.daemon = True
+            timer.start()
+        last = ""
+        with process, (self.work / "logs" / f"{step.name}.log").open("a", encoding="utf-8") as log:
+            assert process.stdout is not None
+            for line in process.stdout:
+                log.write(line)
+                log.flush()
+                last = line.strip() or last
+                if (result := json_object(line)) is not None:
+                    self.record(step, result=result)
+        for timer in timers:
+            timer.cancel()
+        self.running.remove(process)
+        code, seconds = process.returncode, time.monotonic() - began
+        outcome = "done" if code == 0 else "cut" if seconds >= limit else "failed"
+        self.record(step, outcome=outcome, exit_code=code, seconds=seconds, last_line=last[-500:])
+        return outcome
+
+    def stop(self) -> None:
+        for process in list(self.running):
+            kill(process, HARD)
+
+
+SOFT, HARD = signal.SIGINT, signal.SIGKILL
+
+
+def kill(process: subprocess.Popen[str], how: signal.Signals) -> None:
+    """A step with all that it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, how)
+
+
+def json_object(line: str) -> dict[str, Any] | None:
+    if line.startswith("{"):
+        with contextlib.suppress(ValueError):
+            return dict(json.loads(line))
+    return None
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file of records; a last line that a kill has cut is left out."""
+    if not path.exists():
+        return []
+    return [entry for line in path.read_text(encoding="utf-8").splitlines() if (entry := json_object(line)) is not None]
+
+
+def commit() -> str:
+    """Of this tree: from git, or as the kit says (a copy of a tree has no history)."""
+    asked = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    with contextlib.suppress(OSError):
+        done = subprocess.run(asked, capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            return done.stdout.strip()
+    path = KIT / "commit"
+    return path.read_text(encoding="utf-8").strip() if path.exists() else "unknown"
+
+
+def device_facts() -> dict[str, str]:
+    """Card, driver and clocks at this moment."""
+    names = ("name", "driver_version", "clocks.sm", "clocks.mem", "power.draw")
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        asked = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader"]
+        told = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=10).stdout
+        return dict(zip(names, (value.strip() for value in told.splitlines()[0].split(",")), strict=True))
+    return {"name": "CPU"}
+
+
+def install_kit(work: Path) -> Path:
+    """The kit's wheels, unpacked for this interpreter; returns the folder for PYTHONPATH."""
+    site = work / "site"
+    wheels = sorted((KIT / "wheels").glob("*.whl"))
+    if wheels and not site.exists():
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
+        draft = work / "site.draft"
+        subprocess.run([*command, "--upgrade", "--target", str(draft), *map(str, wheels)], check=True)
+        draft.rename(site)
+    return site
+
+
+def pack(session: Session) -> None:
+    """Fill --out: records, logs, then weights from the best to the worst, while they fit."""
+    out, work = session.out, session.work
+    for file in out.glob("[0-9]-*"):
+        file.unlink()
+    shutil.copyfile(work / "records.jsonl", out / "records.jsonl")
+    with tarfile.open(out / "logs.tar.gz", "w:gz") as tar:
+        for path in [*(work / "logs").glob("*.log"), *work.glob("*/metrics.jsonl"), *work.glob("*/samples.md")]:
+            tar.add(path, path.relative_to(work))
+    ranked = sorted(
+        session.results("timed training"),
+        key=lambda result: (result["parameters"] > MOST_PARAMETERS, result["val_bits_per_byte"]),
+    )
+    order = [(rank, result["run"], kind) for kind in ("int8", "fp16") for rank, result in enumerate(ranked, 1)]
+    for rank, run, kind in sorted(order, key=lambda item: (item[0] > 1, item[2] == "fp16", item[0])):
+        tar_file = work / "weights" / f"{run}-{kind}.tar"
+        if tar_file.exists():
+            add_in_parts(tar_file, out, f"{rank}-{tar_file.name}")
+
+
+def add_in_parts(file: Path, out: Path, name: str) -> None:
+    """Copy a file in parts that may come back, or leave it out where they do not all fit."""
+    size = file.stat().st_size
+    parts = -(-size // MOST_BYTES)
+    there = list(out.iterdir())
+    if len(there) + parts > MOST_FILES or sum(path.stat().st_size for path in there) + size > MOST_TOTAL:
+        return
+    with file.open("rb") as source:
+        for part in range(parts):
+            (out / (f"{name}.{part}" if parts > 1 else name)).write_bytes(source.read(MOST_BYTES))
+
+
+def unpack(folder: Path, to: Path) -> None:
+    """Model directories of the weights that came back: TO/RANK-NAME-int8 and, from fp16, TO/RANK-NAME."""
+    sys.path.insert(0, str(ROOT / "src"))
+    import numpy as np
+    from safetensors.numpy import load_file
+
+    from tinystories import checkpoint
+    from tinystories.config import ModelConfig, SamplingConfig, build
+    from tinystories.data.tokenizer import Tokenizer
+
+    names = sorted({path.name.partition(".tar")[0] for path in folder.glob("[0-9]-*.tar*")})
+    to.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        draft = to / f"{name}.tar"
+        with draft.open("wb") as whole:
+            for part in sorted(folder.glob(f"{name}.tar*")):
+                whole.write(part.read_bytes())
+        with tarfile.open(draft) as tar:
+            tar.extractall(to / f"{name}.draft", filter="data")
+        (inside,) = (to / f"{name}.draft").iterdir()
+        if name.endswith("-int8"):
+            inside.rename(to / name)
+        else:
+            described = json.loads((inside / "config.json").read_text(encoding="utf-8"))
+            config = build(ModelConfig, described["model"], str(inside), "model.")
+            weights = {key: np.float32(value) for key, value in load_file(inside / "model-fp16.safetensors").items()}
+            with checkpoint.whole(to / name.removesuffix("-fp16")) as made:
+                tokenizer, provenance = Tokenizer.load(inside), described["provenance"]
+                checkpoint.write_arrays(made, config, weights, tokenizer, SamplingConfig(), provenance)
+        shutil.rmtree(to / f"{name}.draft")
+        draft.unlink()
+        made_of = checkpoint.read_model(to / name.removesuffix("-fp16"))
+        print(f"{made_of.folder}: {made_of.config.n_params:,} parameters")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="plan", required=True, metavar="measure|train|unpack")
+    plans: dict[str, Callable[[Session], Iterator[list[Step]]]] = {"measure": measure_plan, "train": train_plan}
+    for name in plans:
+        command = commands.add_parser(name, help=f"the plan `{name}`")
+        command.add_argument("--budget", type=float, required=True, help="seconds for all of it: what is left less 90")
+        command.add_argument("--out", type=Path, required=True, help="folder whose files come back")
+        command.add_argument("--work", type=Path, default=ROOT / "runs" / "gpu", help="folder of runs, logs and caches")
+        command.add_argument("--toy", action="store_true", help="toy sizes on a CPU")
+    command = commands.add_parser("unpack", help="make model directories of what came back")
+    command.add_argument("folder", type=Path, help="what --out was filled with")
+    command.add_argument("--to", type=Path, required=True, help="folder of the model directories")
+    options = parser.parse_args()
+    if options.plan == "unpack":
+        unpack(options.folder, options.to)
+        return 0
+    for needed in ("data/meta.json", "nanogpt/model.py"):
+        if not (KIT / needed).exists():
+            print(f"error: {KIT / needed} is missing; make the kit: make gpu-kit", file=sys.stderr)
+            return 2
+    session = Session(options.plan, TOY if options.toy else GPU, options.budget, options.work, options.out)
+    try:
+        for steps in plans[options.plan](session):
+            session.run(steps)
+    finally:
+        session.stop()
+    counts = {name: list(session.outcomes.values()).count(name) for name in set(session.outcomes.values())}
+    print(json.dumps({"plan": options.plan, "steps": len(session.outcomes), "outcomes": session.outcomes}))
+    print(f"{options.plan}: " + ", ".join(f"{number} {name}" for name, number in sorted(counts.items())))
+    return int("failed" in counts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

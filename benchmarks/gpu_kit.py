@@ -1,0 +1,142 @@
+"""Fills gpu-kit/ with what `benchmarks/gpu.py` needs on a borrowed machine without a network, and prints its size.
+
+    python benchmarks/gpu_kit.py --nanogpt nanoGPT/model.py --data stories
+
+It holds nanoGPT's model.py, the stories as token files (bpe:4096, learned from them), wheels for Python 3.12 of what
+the machine lacks (benchmarks/gpu_machine.txt lists what it has), and the commit. DATA is a folder with train.txt,
+valid.txt and, where there is more to train on, train-more.txt; the first half of valid.txt goes along, to choose by,
+and the second half stays here, to report. Without --nanogpt and --data stand-ins are made: a small model with that
+interface, and the stories that come with the package. What travels, the tree with the kit, must stay under 64 MiB.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from program import as_program
+
+from tinystories.data.prepare import prepare
+from tinystories.data.tokenizer import END
+from tinystories.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+MIB = 2**20
+MOST_BYTES = 64 * MIB
+WHEELS = ("array-api-compat", "tomli-w")  # `make gpu-rehearsal` fails where one is missing
+PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
+# nanoGPT's interface with a model of one product: for rehearsals.
+STAND_IN = '''\
+"""In place of nanoGPT's model.py: its interface, and as little of a model as there can be."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024
+    vocab_size: int = 50304
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=config.bias)
+
+    def forward(self, ids, targets):
+        logits = self.head(self.embedding(ids))
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        return torch.optim.AdamW(self.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay)
+'''
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nanogpt", type=Path, help="model.py of a nanoGPT checkout  [default: a stand-in]")
+    parser.add_argument("--data", type=Path, help="folder of stories  [default: those that come with the package]")
+    parser.add_argument("--vocab", type=int, default=4096, help="ids of the tokenizer")
+    parser.add_argument("--out", type=Path, default=ROOT / "gpu-kit", help="replaced")
+    options = parser.parse_args()
+    for path, needed in ((options.nanogpt, "model.py of nanoGPT"), (options.data, "a folder with train.txt")):
+        if path is not None and not path.exists():
+            raise UserError(f"{path} does not exist; name {needed}, or leave it out for a stand-in")
+    kit = options.out
+    records = (kit / "records.jsonl").read_bytes() if (kit / "records.jsonl").exists() else None
+    shutil.rmtree(kit, ignore_errors=True)
+    (kit / "nanogpt").mkdir(parents=True)
+    if records is not None:  # of an earlier call on such a machine: what is done is not done again
+        (kit / "records.jsonl").write_bytes(records)
+    model = options.nanogpt.read_text(encoding="utf-8") if options.nanogpt else STAND_IN
+    (kit / "nanogpt" / "model.py").write_text(model, encoding="utf-8")
+    prepare_stories(options.data, kit / "data", options.vocab)
+    download_wheels(kit / "wheels")
+    (kit / "commit").write_text(described_commit() + "\n", encoding="utf-8")
+    tree, own = sum(map(size_of, travelling())), sum(map(size_of, kit.rglob("*")))
+    print(f"{kit}: {own / MIB:.1f} MiB; with the tree {(tree + own) / MIB:.1f} MiB of at most {MOST_BYTES // MIB}")
+    if tree + own > MOST_BYTES:
+        raise UserError(f"{kit} and the tree are too large to travel; leave something out of --data")
+
+
+def prepare_stories(data: Path | None, out: Path, vocab: int) -> None:
+    tokenizer = f"bpe:{vocab}"
+    if data is None:
+        prepare("sample", out, tokenizer=tokenizer, progress=False)
+        return
+    train = [str(path) for name in ("train.txt", "train-more.txt") if (path := data / name).exists()]
+    if not train or not (data / "valid.txt").exists():
+        raise UserError(f"{data} must hold train.txt and valid.txt (stories divided by {END})")
+    stories = [text.strip() for text in (data / "valid.txt").read_text(encoding="utf-8").split(END) if text.strip()]
+    with tempfile.TemporaryDirectory() as folder:
+        first_half = Path(folder) / "valid-first-half.txt"
+        first_half.write_text("".join(f"{text}\n{END}\n" for text in stories[: len(stories) // 2]), encoding="utf-8")
+        prepare(train, out, val=str(first_half), tokenizer=tokenizer, progress=False)
+
+
+def download_wheels(folder: Path) -> None:
+    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pinned = {line.partition("==")[0].lower().replace("_", "-"): line for line in pins if "==" in line}
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command += ["--only-binary=:all:", "--python-version", "3.12", "--implementation", "cp", "--dest", str(folder)]
+    command += [word for platform in PLATFORMS for word in ("--platform", platform)]
+    done = subprocess.run([*command, *(pinned[name] for name in WHEELS)], check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"pip download failed: {done.stderr.strip().splitlines()[-1]}")
+
+
+def described_commit() -> str:
+    done = subprocess.run(
+        ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return done.stdout.strip() or "unknown"
+
+
+def travelling() -> list[Path]:
+    """Files of the tree that git does not ignore."""
+    listed = subprocess.run(
+        ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return [ROOT / name for name in listed.stdout.split("\0") if name]
+
+
+def size_of(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+if __name__ == "__main__":
+    as_program(main)

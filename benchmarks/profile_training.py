@@ -1,0 +1,86 @@
+"""Where the time of a training step goes, and whether the host ever waits for the device inside the loop.
+
+Trains a preset on prepared data as `tinystories train` does and profiles some steps after a warm-up (compilation, the
+optimizers' state, the allocator's memory). Prints a table of the operations that take longest and a JSON line: the
+device's busy share of the time, and how often a step called what waits for a device. A step waits once, for the
+results of the step before it (`cudaEventSynchronize`); any other wait is a stall.
+
+    python benchmarks/profile_training.py --config storyteller --data data/tinystories-bpe4096 --device cuda
+"""
+
+import argparse
+import contextlib
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from program import as_program, parse_settings
+from torch.profiler import ProfilerActivity, profile
+
+from tinystories.config import load_config
+from tinystories.train.display import Display
+from tinystories.train.loop import Trainer
+from tinystories.train.metrics import Metrics
+
+# Calls of the CUDA runtime during which the host waits. A copy is one only where its memory is not pinned: PyTorch then
+# waits for the stream as well, so it is not counted twice.
+WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
+WARM_UP_STEPS = 8
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="storyteller", help="preset or file")
+    parser.add_argument("--data", type=Path, required=True, help="folder made by `tinystories prepare`")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--steps", type=int, default=20, help="that are profiled")
+    parser.add_argument("--rows", type=int, default=20, help="of the table of operations")
+    options, overrides = parser.parse_known_args()
+    settings = parse_settings(overrides)
+    steps = WARM_UP_STEPS + options.steps
+    unmeasured = ("log_every", "eval_every", "checkpoint_every")  # fall due at the end, after what is profiled
+    settings |= {"data.dir": str(options.data), "train.device": options.device}
+    settings |= {f"train.{name}": str(steps + 1) for name in ("steps", *unmeasured)}
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(load_config(options.config, settings), Path(folder))
+        print(json.dumps(profile_steps(trainer, options.steps, options.rows)), flush=True)
+
+
+def profile_steps(trainer: Trainer, n_steps: int, n_rows: int) -> dict[str, Any]:
+    on_cuda = trainer.device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_cuda]
+    metrics = Metrics(None)
+    with contextlib.closing(metrics), trainer.prefetching(), Display(1, 0, quiet=True) as display:
+        for _ in range(WARM_UP_STEPS):
+            trainer.advance(metrics, display)
+        with profile(activities=activities) as profiled:
+            began = time.perf_counter()
+            for _ in range(n_steps):
+                trainer.advance(metrics, display)
+            launched = time.perf_counter() - began
+            if on_cuda:
+                torch.cuda.synchronize(trainer.device)
+            seconds = time.perf_counter() - began
+    averages = profiled.key_averages()
+    order = "self_device_time_total" if on_cuda else "self_cpu_time_total"
+    print(averages.table(sort_by=order, row_limit=n_rows, max_name_column_width=60))
+    calls = {event.key: event.count for event in averages}
+    busy = sum(event.self_device_time_total for event in averages if event.device_type != torch.autograd.DeviceType.CPU)
+    tokens = n_steps * trainer.config.train.batch_size * trainer.config.model.n_ctx
+    return {
+        "benchmark": "profile",
+        "parameters": trainer.config.model.n_params,
+        "steps": n_steps,
+        "tokens_per_s": tokens / seconds,
+        "seconds_per_step": seconds / n_steps,
+        "launch_seconds_per_step": launched / n_steps,
+        "device_busy": busy / 1e6 / seconds if on_cuda else None,
+        "waits_per_step": {name: calls.get(name, 0) / n_steps for name in WAITS},
+    }
+
+
+if __name__ == "__main__":
+    as_program(main)

@@ -1,0 +1,186 @@
+"""Tokens per second of one and of many streams at once, on a GPU: the torch engine beside Hugging Face `generate`.
+
+Both have the same weights (random ones: speed does not depend on them) and the same precision, and take turns (A B A B
+...) at the same prompts. `greedy` takes the likeliest id; `sampled` is what `tinystories generate` does by default
+(temperature 0.8, min-p 0.05), by the program's own loop, texts included. The peer is as fast as transformers makes it:
+a static cache, and on CUDA its compiled decoding step with CUDA graphs. Times include the reading of the prompts, and
+come after two turns of warm-up. Prints a table and a JSON line for each number of streams; the ratio is the median over
+the rounds. Ids of both are compared: in bf16 they part sooner or later where two are nearly as likely.
+
+    python benchmarks/streams.py --preset modern-89m --vocab 50257 --streams 1,256,32 --device cuda
+"""
+
+import argparse
+import dataclasses
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from program import as_program, parse_settings
+
+from tinystories.config import ModelConfig, SamplingConfig, load_config
+from tinystories.data.tokenizer import Tokenizer
+from tinystories.data.vocabulary import build
+from tinystories.engine.device import pick_device, pick_precision
+from tinystories.engine.torch_engine import TorchEngine
+from tinystories.errors import UserError
+from tinystories.generate.sampling import next_ids
+from tinystories.generate.stories import Request, tell
+from tinystories.interop.hf import to_transformers
+from tinystories.model import GPT
+
+Ids = list[list[int]]
+Write = Callable[[Ids, int], Ids]  # so many new ids after each prompt
+GREEDY = SamplingConfig(temperature=0.0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="modern-89m", help="preset or TOML file: the sizes of the model")
+    parser.add_argument("--vocab", type=int, default=50257)
+    parser.add_argument("--streams", default="1,256,32", help="numbers of streams, in this order")
+    parser.add_argument("--prompt-tokens", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=200, help="new ones of a stream")
+    parser.add_argument("--runs", type=int, default=5, help="rounds; each side writes once in each")
+    parser.add_argument("--device", default="auto")
+    options, overrides = parser.parse_known_args()
+    settings = parse_settings(overrides)
+    shape = load_config(options.preset, settings).model
+    config = dataclasses.replace(shape, vocab_size=options.vocab, dropout=0.0)
+    if options.prompt_tokens + options.tokens > config.n_ctx:
+        raise UserError(f"--prompt-tokens and --tokens do not fit the context of {config.n_ctx} together")
+    device = pick_device(options.device)
+    torch.manual_seed(0)
+    model = GPT(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():  # matrices that keep the size of what goes through them
+            if weight.ndim == 2:
+                weight.normal_(std=weight.shape[1] ** -0.5)
+    peer = transformers_writer(model, device)
+    for n_streams in map(int, options.streams.split(",")):
+        print(json.dumps(compare(options, config, model, peer, device, n_streams)), flush=True)
+
+
+def compare(
+    options: argparse.Namespace, config: ModelConfig, model: GPT, peer: Write, device: torch.device, n_streams: int
+) -> dict[str, Any]:
+    """All ways to write so many streams, by turns."""
+    own = GPT(config).eval()
+    own.load_state_dict(model.state_dict())
+    engine = TorchEngine(own, n_slots=n_streams, device=device, own=True)
+    random = np.random.default_rng(n_streams)
+    prompts = random.integers(config.vocab_size, size=(n_streams, options.prompt_tokens)).tolist()
+    writers: dict[str, Write] = {
+        "ours, greedy": greedy_writer(engine),
+        "ours, sampled": story_writer(engine, plain_tokenizer(config.vocab_size)),
+        "transformers, greedy": peer,
+    }
+    ids = {name: [write(prompts, options.tokens) for _ in range(2)][-1] for name, write in writers.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in writers}
+    for _ in range(options.runs):
+        for name, write in writers.items():
+            began = time.perf_counter()
+            write(prompts, options.tokens)
+            seconds[name].append(time.perf_counter() - began)
+    return report(options, engine, n_streams, seconds, ids)
+
+
+def greedy_writer(engine: TorchEngine) -> Write:
+    def write(prompts: Ids, n: int) -> Ids:
+        slots, u = list(range(len(prompts))), np.zeros(len(prompts), dtype=np.float32)
+        written = [next_ids(engine.prefill(slot, prompts[slot])[None], GREEDY, u[:1]) for slot in slots]
+        while len(written[0]) < n:
+            new = next_ids(engine.step(slots, [ids[-1] for ids in written]), GREEDY, u)
+            for ids, one in zip(written, new, strict=True):
+                ids.append(one)
+        return written
+
+    return write
+
+
+def story_writer(engine: TorchEngine, tokenizer: Tokenizer) -> Write:
+    def write(prompts: Ids, n: int) -> Ids:
+        texts = ["x" * len(prompt) for prompt in prompts]
+        requests = (Request(prompt=text, max_tokens=n, number=i, ignore_end=True) for i, text in enumerate(texts))
+        return [list(story.ids) for story in tell(engine, tokenizer, requests)]
+
+    return write
+
+
+def plain_tokenizer(vocab_size: int) -> Tokenizer:
+    """A byte-level tokenizer with as many ids as the model; those that no text has are written as nothing."""
+    parts = build("bpe:257", lambda: ["a"]).parts
+    vocab = parts["model"]["vocab"]
+    extra = {f"<unused {i}>": i for i in range(len(vocab), vocab_size - 1)}  # the last is END
+    return Tokenizer(json.dumps({**parts, "model": {**parts["model"], "vocab": vocab | extra}}))
+
+
+def transformers_writer(model: GPT, device: torch.device) -> Write:
+    from transformers import CompileConfig
+
+    theirs = to_transformers(model.config, dict(model.state_dict())).eval()
+    dtype = torch.bfloat16 if pick_precision(device) == "bf16" else torch.float32
+    theirs = theirs.to(device=device, dtype=dtype)
+    theirs.generation_config.eos_token_id = None
+    compiled = {"compile_config": CompileConfig(mode="reduce-overhead")} if device.type == "cuda" else {}
+
+    def write(prompts: Ids, n: int) -> Ids:
+        tokens = torch.tensor(prompts, device=device)
+        with torch.inference_mode():
+            told = theirs.generate(
+                tokens,
+                attention_mask=torch.ones_like(tokens),
+                max_new_tokens=n,
+                do_sample=False,
+                pad_token_id=0,
+                cache_implementation="static",
+                **compiled,
+            )
+        ids: Ids = told[:, tokens.shape[1] :].tolist()
+        return ids
+
+    return write
+
+
+def report(
+    options: argparse.Namespace,
+    engine: TorchEngine,
+    n_streams: int,
+    seconds: dict[str, list[float]],
+    ids: dict[str, Ids],
+) -> dict[str, Any]:
+    """Print the table of one number of streams; returns its JSON line."""
+    peer = seconds["transformers, greedy"]
+    rates = {name: n_streams * options.tokens / statistics.median(taken) for name, taken in seconds.items()}
+    ratios = {
+        name: statistics.median(b / a for a, b in zip(taken, peer, strict=True)) for name, taken in seconds.items()
+    }
+    pairs = list(zip(ids["ours, greedy"], ids["transformers, greedy"], strict=True))
+    same = sum(a == b for ours, theirs in pairs for a, b in zip(ours, theirs, strict=True)) / (
+        n_streams * options.tokens
+    )
+    print(f"\n{n_streams} streams of {options.tokens} tokens, {engine.device}, {engine.precision}")
+    for name, rate in rates.items():
+        print(f"{name:24} {rate:12,.0f} tokens/s {ratios[name]:8.2f}")
+    name_of_device = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else platform.machine()
+    return {
+        "benchmark": "streams",
+        "preset": options.preset,
+        "device": name_of_device,
+        "precision": engine.precision,
+        "streams": n_streams,
+        "tokens": options.tokens,
+        "tokens_per_s": rates,
+        "ratio": ratios,
+        "same_ids": same,
+        "peak_gb": torch.cuda.max_memory_allocated(engine.device) / 1e9 if engine.device.type == "cuda" else None,
+    }
+
+
+if __name__ == "__main__":
+    as_program(main)
