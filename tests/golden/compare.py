@@ -1,0 +1,126 @@
+"""Golden results: does this tree still compute what another commit computed, bit for bit?
+
+    python tests/golden/compare.py --base e574ec6
+
+Records the results of both trees on this machine, each by its own code in a temporary copy, and compares them. They
+depend on the processor and on library versions, so they are recorded anew each time rather than kept in a file. Only the
+command line is used, which is the same in both trees:
+
+* losses of 30 training steps of four presets with fewer layers;
+* ids of 50 seeds of the base's bundled model in fp32, int8 and int4;
+* SHA-256 of the files of a prepared folder and of every export of a small trained model.
+
+Exit code 0 where all are equal, 1 where some differ, which are listed. `--record FILE` only records this tree.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PRESETS = ("nano", "small", "storyteller", "seed-89m")
+PRECISIONS = ("fp32", "int8", "int4")
+N_SEEDS = 50
+SMALL = (
+    "--model.n_layer 2 --model.n_ctx 64 --train.batch_size 2 --train.micro_batch 1 --train.steps 30 --train.log_every 1"
+    " --train.device cpu --train.compile off --train.eval_stories 3 --train.sample_tokens 5"
+)
+# A format, and settings under which the small model can be exported to it.
+EXPORTS = {
+    "hf": ("small", ""),
+    "gguf-f32": ("small", "--format gguf --precision f32"),
+    "gguf-f16": ("small", "--format gguf --precision f16"),
+    "gguf-q8_0": ("small", "--format gguf --precision q8_0"),
+    "gguf-q4_0": ("small", "--format gguf --precision q4_0"),
+    "llama2c": ("plain", "--format llama2c"),
+    "onnx": ("small", "--format onnx"),
+}
+
+
+class Tree:
+    """A checkout whose commands run with its own source, in a scratch folder."""
+
+    def __init__(self, root: Path, scratch: Path) -> None:
+        self.root, self.scratch = root, scratch
+        scratch.mkdir(parents=True)
+
+    def run(self, command: str) -> None:
+        environment = os.environ | {"PYTHONPATH": str(self.root / "src"), "OMP_NUM_THREADS": "1"}
+        words = [sys.executable, "-m", "tinystories", *command.split()]
+        done = subprocess.run(words, cwd=self.scratch, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            sys.exit(f"{self.root}: tinystories {command}\n{done.stderr[-2000:]}")
+
+
+def record(tree: Tree, bundled: Path) -> dict[str, object]:
+    """All results of a tree by name; `bundled` is the model whose ids are recorded."""
+    results: dict[str, object] = {}
+    tree.run("prepare sample --tokenizer bpe:600 --out data")
+    results |= {f"prepared/{name}": digest for name, digest in digests(tree.scratch / "data")}
+    for preset in PRESETS:
+        run = f"run-{preset}"
+        heads = "--model.n_head 4 --model.n_embd 32 --model.n_ff 48 --model.vocab_size 0"
+        tree.run(f"train --config {preset} --data data --out {run} {SMALL} {heads}")
+        lines = (tree.scratch / run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        records = [json.loads(line) for line in lines]
+        results[f"losses/{preset}"] = [entry["loss"] for entry in records if "loss" in entry]
+        results[f"score/{preset}"] = records[-1]["val_bits_per_byte"]
+    for name, settings in (("small", ""), ("plain", "--model.qk_norm false")):
+        shape = "--model.n_head 4 --model.n_embd 32 --model.n_ff 64 --optim.kind adamw --optim.learning_rate 0.001"
+        tree.run(f"train --config nano --data data --out model-{name} {SMALL} {shape} {settings}")
+    for name, (model, options) in EXPORTS.items():
+        suffix = {"gguf": ".gguf", "llama2c": ".bin", "onnx": ".onnx", "hf": ""}[name.partition("-")[0]]
+        out = tree.scratch / "exports" / name / f"model{suffix}"
+        out.parent.mkdir(parents=True)
+        tree.run(f"export model-{model} {options or '--format hf'} --out {out}")
+        results |= {f"export/{name}/{file}": digest for file, digest in digests(out.parent)}
+    for precision in PRECISIONS:
+        out = tree.scratch / f"stories-{precision}.jsonl"
+        tree.run(
+            f"generate {bundled} --num {N_SEEDS} --seed 1 --max-tokens 120 --engine cpu --precision {precision} --out {out}"
+        )
+        stories = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+        results[f"ids/{precision}"] = [story["ids"] for story in stories]
+    return results
+
+
+def digests(folder: Path) -> Iterator[tuple[str, str]]:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            yield path.relative_to(folder).as_posix(), hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", default="e574ec6", help="commit to compare with")
+    parser.add_argument("--record", type=Path, help="write the results of this tree to a file, and stop")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder) / "base"
+        subprocess.run(
+            ["git", "-C", str(ROOT), "worktree", "add", "--quiet", "--detach", str(base), options.base], check=True
+        )
+        try:
+            bundled = base / "src" / "tinystories" / "bundled"
+            ours = record(Tree(ROOT, Path(folder) / "ours"), bundled)
+            if options.record:
+                options.record.write_text(json.dumps(ours, indent=1) + "\n", encoding="utf-8")
+                return 0
+            theirs = record(Tree(base, Path(folder) / "theirs"), bundled)
+        finally:
+            subprocess.run(["git", "-C", str(ROOT), "worktree", "remove", "--force", str(base)], check=True)
+    different = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+    for name in different:
+        print(f"differs: {name}")
+    print(f"{len(ours.keys() | theirs.keys()) - len(different)} results equal, {len(different)} different")
+    return int(bool(different))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
