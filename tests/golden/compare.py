@@ -2,9 +2,9 @@
 
     python tests/golden/compare.py --base e574ec6
 
-Records the results of both trees on this machine, each by its own code in a temporary copy, and compares them. They
-depend on the processor and on library versions, so they are recorded anew each time rather than kept in a file. Only the
-command line is used, which is the same in both trees:
+Runs both trees on this machine, each with its own source in a temporary folder, and compares the results. These
+depend on the processor and on library versions, so nothing is stored. Only the command line is used, which is the
+same in both:
 
 * losses of 30 training steps of four presets with fewer layers;
 * ids of 50 seeds of the base's bundled model in fp32, int8 and int4;
@@ -82,9 +82,8 @@ def record(tree: Tree, bundled: Path) -> dict[str, object]:
         results |= {f"export/{name}/{file}": digest for file, digest in digests(out.parent)}
     for precision in PRECISIONS:
         out = tree.scratch / f"stories-{precision}.jsonl"
-        tree.run(
-            f"generate {bundled} --num {N_SEEDS} --seed 1 --max-tokens 120 --engine cpu --precision {precision} --out {out}"
-        )
+        options = f"--num {N_SEEDS} --seed 1 --max-tokens 120 --engine cpu --precision {precision} --out {out}"
+        tree.run(f"generate {bundled} {options}")
         stories = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
         results[f"ids/{precision}"] = [story["ids"] for story in stories]
     return results
