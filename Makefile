@@ -6,7 +6,7 @@ TS := $(VENV)/bin/tinystories
 # Tests run side by side, one thread each.
 WORKERS := --numprocesses=auto --maxprocesses=8
 # numba cannot cache hooked functions: engine/cpu is left out.
-HOOK := --jaxtyping-packages=tinystories.model,tinystories.engine.decoder,tinystories.engine.graph,tinystories.engine.torch_engine,beartype.beartype
+HOOK := --jaxtyping-packages=tinystories.model,tinystories.engine.native_step,tinystories.engine.cuda_graph,tinystories.engine.torch_engine,beartype.beartype
 
 # Of gpu-kit and gpu-rehearsal; stand-ins are made of what is not given.
 KIT := $(if $(NANOGPT),--nanogpt "$(NANOGPT)") $(if $(DATA),--data "$(DATA)")

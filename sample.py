@@ -2,7 +2,7 @@
 
 import sys
 
-from tinystories.cli.command import run
+from tinystories.cli.common import run
 from tinystories.cli.original import sample
 
 if __name__ == "__main__":

@@ -19,22 +19,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from folders import execute_all, final, seconds, train_command
-from program import as_program
+from script import run_main
+from training_runs import build_train_command, execute_all, final_record, training_seconds
 
 from tinystories.cli import main as tinystories_main
 from tinystories.config import load_config
 from tinystories.data import loader
 from tinystories.model import GPT
 from tinystories.train import loop, optim
-from tinystories.train.rates import settled
+from tinystories.train.learning_rate import resolve_auto_rates
 
 
 @dataclass(frozen=True)
 class Variant:
     """The recipe with other settings, or with a part of the program replaced."""
 
-    text: str
+    description: str
     settings: dict[str, Any] = field(default_factory=dict)
     patch: str = ""
 
@@ -78,47 +78,56 @@ def main() -> None:
     parser.add_argument("--compile", default="auto", choices=["auto", "on", "off"], help="of all runs")
     parser.add_argument("--workers", type=int, default=2, help="runs side by side, one thread each")
     options = parser.parse_args()
-    names = {name: [f"{name}_seed{seed}" for seed in options.seeds.split(",")] for name in options.variants.split(",")}
-    plan = {run: command(options, run) for runs in names.values() for run in runs}
+    runs_by_variant = {
+        name: [f"{name}_seed{seed}" for seed in options.seeds.split(",")] for name in options.variants.split(",")
+    }
+    plan = {run: build_command(options, run) for runs in runs_by_variant.values() for run in runs}
     execute_all(options.out, plan, options.workers)
-    report(options, names)
+    report(options, runs_by_variant)
 
 
-def command(options: argparse.Namespace, run: str) -> list[str]:
+def build_command(options: argparse.Namespace, run: str) -> list[str]:
     name, _, seed = run.rpartition("_seed")
     variant = VARIANTS[name]
-    settings = {key: resolved(options.config, key, value) for key, value in variant.settings.items()}
-    quiet = {"train.seed": seed, "train.eval_every": 10**6, "train.sample_tokens": 1, "train.compile": options.compile}
-    words = train_command(options.out / run, options.config, options.data, options.tokens, settings | quiet)
+    settings = {key: resolve_setting(options.config, key, value) for key, value in variant.settings.items()}
+    run_settings = {
+        "train.seed": seed,
+        "train.eval_every": 10**6,
+        "train.sample_tokens": 1,
+        "train.compile": options.compile,
+    }
+    arguments = build_train_command(
+        options.out / run, options.config, options.data, options.tokens, settings | run_settings
+    )
     if variant.patch:
-        words[1:3] = [__file__, "--patched", variant.patch]
-    return words
+        arguments[1:3] = [__file__, "--patched", variant.patch]
+    return arguments
 
 
-def resolved(config_name: str, key: str, value: Any) -> Any:
+def resolve_setting(config_name: str, key: str, value: Any) -> Any:
     """A setting that depends on the recipe's own."""
-    config = settled(load_config(config_name))
+    config = resolve_auto_rates(load_config(config_name))
     section, _, name = key.partition(".")
-    now = getattr(getattr(config, section), name)
+    recipe_value = getattr(getattr(config, section), name)
     match value:
         case "other":
-            return 0.99 if now < 0.97 else 0.95
+            return 0.99 if recipe_value < 0.97 else 0.95
         case "4x":
             return 4 * config.model.n_embd
         case "*2":
-            return now * 2
+            return recipe_value * 2
         case "/3":
-            return now / 3
+            return recipe_value / 3
     return value
 
 
 def zero_init() -> None:
     """What a block writes to the residual stream is zero until it has learnt something."""
-    plain = GPT.reset_parameters
+    original_reset = GPT.reset_parameters
 
     @torch.no_grad()
     def reset_parameters(self: GPT) -> None:
-        plain(self)
+        original_reset(self)
         for name, weight in self.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 weight.zero_()
@@ -144,7 +153,7 @@ def two_quintics() -> None:
 
 
 def fixed_momentum() -> None:
-    loop.momentum = lambda step, steps, final: final  # noqa: ARG005
+    loop.get_momentum = lambda step, steps, final: final  # noqa: ARG005
 
 
 def plain_muon() -> None:
@@ -161,33 +170,36 @@ def windows() -> None:
         for index in indices:
             start = int(np.random.default_rng([self.seed, index]).integers(len(self.tokens) - self.n_ctx))
             spans.append(self.tokens[start : start + self.n_ctx + 1].astype(np.int64))
-        together = np.stack(spans)
-        return together[:, :-1], together[:, 1:]
+        stacked = np.stack(spans)
+        return stacked[:, :-1], stacked[:, 1:]
 
-    loader.PackedRows.rows = rows
-    loader.PackedRows.n_targets = lambda self, _, batch_size: batch_size * self.n_ctx
+    loader.PackedRows.get_rows = rows
+    loader.PackedRows.count_targets = lambda self, _, batch_size: batch_size * self.n_ctx
 
 
-def report(options: argparse.Namespace, names: dict[str, list[str]]) -> None:
+def report(options: argparse.Namespace, runs_by_variant: dict[str, list[str]]) -> None:
     """The table, the picture and the JSON line."""
-    found = {}
-    for name, runs in names.items():
-        scores = [final(options.out / run)["val_bits_per_byte"] for run in runs]
-        found[name] = {
+    results = {}
+    for name, runs in runs_by_variant.items():
+        scores = [final_record(options.out / run)["val_bits_per_byte"] for run in runs]
+        results[name] = {
             "bits_per_byte": statistics.mean(scores),
             "seeds": scores,
-            "seconds": round(statistics.mean(seconds(options.out / run) for run in runs), 1),
+            "seconds": round(statistics.mean(training_seconds(options.out / run) for run in runs), 1),
         }
-    recipe = found.get("recipe", next(iter(found.values())))["bits_per_byte"]
-    ordered = sorted(found, key=lambda name: found[name]["bits_per_byte"])
+    recipe = results.get("recipe", next(iter(results.values())))["bits_per_byte"]
+    ranked_names = sorted(results, key=lambda name: results[name]["bits_per_byte"])
     print(f"\n{options.config}, {options.tokens:,} tokens\n{'':52} {'bits/byte':>10} {'change':>8} {'seconds':>8}")
-    for name in ordered:
-        row = found[name]
+    for name in ranked_names:
+        row = results[name]
         change = row["bits_per_byte"] - recipe
-        print(f"{VARIANTS[name].text:52} {row['bits_per_byte']:10.4f} {change:+8.4f} {row['seconds']:8,.0f}")
-    draw(options.out / "ablation.png", {VARIANTS[n].text: found[n]["bits_per_byte"] - recipe for n in ordered})
+        print(f"{VARIANTS[name].description:52} {row['bits_per_byte']:10.4f} {change:+8.4f} {row['seconds']:8,.0f}")
+    draw(
+        options.out / "ablation.png",
+        {VARIANTS[n].description: results[n]["bits_per_byte"] - recipe for n in ranked_names},
+    )
     facts = {"benchmark": "ablation", "config": options.config, "tokens": options.tokens, "torch": torch.__version__}
-    print(json.dumps(facts | {"results": found}))
+    print(json.dumps(facts | {"results": results}))
 
 
 def draw(path: Path, changes: dict[str, float]) -> None:
@@ -197,8 +209,8 @@ def draw(path: Path, changes: dict[str, float]) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 0.35 * len(changes) + 1), layout="constrained")
-    colours = ["#3182bd" if change <= 0 else "#c44e52" for change in changes.values()]
-    bars = axes.barh(list(changes), list(changes.values()), color=colours)
+    colors = ["#3182bd" if change <= 0 else "#c44e52" for change in changes.values()]
+    bars = axes.barh(list(changes), list(changes.values()), color=colors)
     axes.bar_label(bars, fmt="%+.4f", padding=3, fontsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.15)
@@ -207,4 +219,4 @@ def draw(path: Path, changes: dict[str, float]) -> None:
 
 
 if __name__ == "__main__":
-    as_program(main)
+    run_main(main)

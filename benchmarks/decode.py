@@ -22,16 +22,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from program import as_program
 from safetensors.torch import save_file
+from script import run_main
 
-from tinystories.checkpoint import ModelFiles, saved_weights
+from tinystories.checkpoint import ModelFiles, state_dict_to_save
 from tinystories.config import SamplingConfig, load_config
 from tinystories.engine.cpu.engine import CpuEngine
-from tinystories.engine.cpu.weights import pack, source_of
+from tinystories.engine.cpu.weights import load_fp32, quantize
 from tinystories.engine.protocol import Engine
 from tinystories.engine.torch_engine import TorchEngine
-from tinystories.generate.sampling import next_ids
+from tinystories.generate.sampling import sample
 from tinystories.interop.hf import to_transformers
 from tinystories.model import GPT
 
@@ -51,72 +51,78 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
 
-    shape = load_config(options.preset).model
+    base_config = load_config(options.preset).model
     config = dataclasses.replace(
-        shape, architecture="classic", n_kv_head=0, tied=False, vocab_size=options.vocab, dropout=0.0
+        base_config, architecture="classic", n_kv_head=0, tied=False, vocab_size=options.vocab, dropout=0.0
     )
     if options.prompt_tokens + options.tokens > config.n_ctx:
         parser.error(f"prompt and tokens do not fit the context of {config.n_ctx}")
     model = GPT(config).eval()
     prompt = torch.randint(config.vocab_size, (options.prompt_tokens,)).tolist()
-    makers = {
-        "hugging_face": hugging_face(model, options.device, prompt, options.tokens),
-        "torch": decoder(TorchEngine(model, device=options.device, precision="fp32", own=True), prompt, options.tokens),
+    decoders = {
+        "hugging_face": make_hf_decoder(model, options.device, prompt, options.tokens),
+        "torch": make_engine_decoder(
+            TorchEngine(model, device=options.device, precision="fp32", owns_model=True), prompt, options.tokens
+        ),
     }
     if options.device == "cpu":
-        for precision, weights in of_the_cpu_engine(model).items():
+        for precision, weights in build_cpu_weights(model).items():
             engine = CpuEngine(config, weights, threads=options.threads)
-            makers[f"cpu {precision}"] = decoder(engine, prompt, options.tokens)
-    seconds, ids = interleaved(makers, options.runs)
+            decoders[f"cpu {precision}"] = make_engine_decoder(engine, prompt, options.tokens)
+    seconds, ids = time_interleaved(decoders, options.runs)
     for name in ids.keys() - {"cpu int8", "cpu int4"}:
         assert ids[name] == ids["hugging_face"], f"{name} and Hugging Face disagree about the ids"
 
     rates = {name: [options.tokens / s for s in taken] for name, taken in seconds.items()}
     medians = {name: statistics.median(values) for name, values in rates.items()}
-    rounds = {name: [b / a for a, b in zip(s, seconds["hugging_face"], strict=True)] for name, s in seconds.items()}
-    ratios = {name: statistics.median(values) for name, values in rounds.items()}
+    round_ratios = {
+        name: [b / a for a, b in zip(s, seconds["hugging_face"], strict=True)] for name, s in seconds.items()
+    }
+    ratios = {name: statistics.median(values) for name, values in round_ratios.items()}
     print(f"{'':14}{'tokens/s':>10}{'min':>8}{'max':>8}{'ratio':>8}{'min':>8}{'max':>8}")
     for name, values in rates.items():
         row = [medians[name], min(values), max(values)]
         print(f"{name:14}{row[0]:10.1f}{row[1]:8.1f}{row[2]:8.1f}", end="")
-        print(f"{ratios[name]:8.2f}{min(rounds[name]):8.2f}{max(rounds[name]):8.2f}")
+        print(f"{ratios[name]:8.2f}{min(round_ratios[name]):8.2f}{max(round_ratios[name]):8.2f}")
     facts = {"tokens_per_s": medians, "ratio": ratios, "runs": rates, "parameters": config.n_params}
-    print(json.dumps({"benchmark": "decode", **vars(options), **facts, **software()}))
+    print(json.dumps({"benchmark": "decode", **vars(options), **facts, **software_versions()}))
 
 
-def of_the_cpu_engine(model: GPT) -> dict[str, dict[str, Any]]:
+def build_cpu_weights(model: GPT) -> dict[str, dict[str, Any]]:
     """The weights in the three forms of the CPU engine, as from a model directory of them."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        save_file(saved_weights(model), folder / "model.safetensors")
+        save_file(state_dict_to_save(model), folder / "model.safetensors")
         files = ModelFiles(folder, model.config, {}, SamplingConfig(), {})
         return {
-            "fp32": {name: np.array(weight) for name, weight in source_of(files).items()},
-            "int8": dict(pack(files, "int8")),
-            "int4": dict(pack(files, "int4")),
+            "fp32": {name: np.array(weight) for name, weight in load_fp32(files).items()},
+            "int8": dict(quantize(files, "int8")),
+            "int4": dict(quantize(files, "int4")),
         }
 
 
-def decoder(engine: Engine, prompt: list[int], n_tokens: int) -> Callable[[], list[int]]:
+def make_engine_decoder(engine: Engine, prompt: list[int], n_tokens: int) -> Callable[[], list[int]]:
     def run() -> list[int]:
         u = np.zeros(1, dtype=np.float32)
         logits = engine.prefill(0, prompt)[None]
-        ids = next_ids(logits, GREEDY, u)
+        ids = sample(logits, GREEDY, u)
         while len(ids) < n_tokens:
-            ids += next_ids(engine.step([0], ids[-1:]), GREEDY, u)
+            ids += sample(engine.step([0], ids[-1:]), GREEDY, u)
         return ids
 
     return run
 
 
-def hugging_face(model: GPT, device: str, prompt: list[int], n_tokens: int) -> Callable[[], list[int]]:
-    peer = to_transformers(model.config, saved_weights(model)).to(device)  # a copy: ours repacks the model afterwards
-    peer.generation_config.eos_token_id = None
+def make_hf_decoder(model: GPT, device: str, prompt: list[int], n_tokens: int) -> Callable[[], list[int]]:
+    hf_model = to_transformers(model.config, state_dict_to_save(model)).to(
+        device
+    )  # a copy: ours repacks the model afterwards
+    hf_model.generation_config.eos_token_id = None
     tokens = torch.tensor([prompt], device=device)
 
     def run() -> list[int]:
         with torch.inference_mode():
-            out = peer.generate(
+            out = hf_model.generate(
                 tokens,
                 attention_mask=torch.ones_like(tokens),
                 max_new_tokens=n_tokens,
@@ -129,26 +135,26 @@ def hugging_face(model: GPT, device: str, prompt: list[int], n_tokens: int) -> C
     return run
 
 
-def interleaved(
-    makers: dict[str, Callable[[], list[int]]], runs: int
+def time_interleaved(
+    decoders: dict[str, Callable[[], list[int]]], runs: int
 ) -> tuple[dict[str, list[float]], dict[str, list[int]]]:
     """Seconds of each run, A/B/A/B after one warm-up of each, and the ids of the last."""
-    seconds: dict[str, list[float]] = {name: [] for name in makers}
+    seconds: dict[str, list[float]] = {name: [] for name in decoders}
     ids: dict[str, list[int]] = {}
     for i in range(runs + 1):
-        for name, run in makers.items():
-            began = time.perf_counter()
+        for name, run in decoders.items():
+            start_time = time.perf_counter()
             ids[name] = run()
             if i > 0:
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append(time.perf_counter() - start_time)
     return seconds, ids
 
 
-def software() -> dict[str, str]:
+def software_versions() -> dict[str, str]:
     import transformers
 
     return {"torch": torch.__version__, "transformers": transformers.__version__, "machine": platform.machine()}
 
 
 if __name__ == "__main__":
-    as_program(main)
+    run_main(main)

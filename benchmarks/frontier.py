@@ -20,32 +20,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from folders import execute_all, final, records, seconds, train_command
-from program import as_program
+from script import run_main
+from training_runs import build_train_command, execute_all, final_record, read_records, training_seconds
 
-from tinystories.checkpoint import checkpoints, load_weights, read_model
+from tinystories.checkpoint import list_checkpoints, load_weights, read_model
 from tinystories.config import load_config
+from tinystories.data.dataset import open_split
 from tinystories.data.loader import PackedRows
-from tinystories.data.prepared import open_split
 from tinystories.engine.torch_engine import TorchEngine
-from tinystories.evaluate.bits import bits_per_byte, prepared
+from tinystories.evaluate.bits import evaluate_bits_per_byte, read_prepared_stories
 from tinystories.model import GPT
 
 CHECKPOINTS = 64  # in a run; those of its last quarter are kept
-AVERAGED = (4, 8, 16)  # the last so many checkpoints
+AVERAGE_COUNTS = (4, 8, 16)  # the last so many checkpoints
 SCHEDULES: dict[str, dict[str, Any]] = {"line": {}, "flat": {"schedule.decay": 0.0, "schedule.kind": "wsd"}}
 
 
 @dataclass(frozen=True)
-class Point:
+class GridPoint:
     epochs: float
     dropout: float
-    decay: float
+    weight_decay: float
     schedule: str
 
     @property
     def name(self) -> str:
-        return f"{self.epochs:g}epochs_dropout{self.dropout:g}_decay{self.decay:g}_{self.schedule}"
+        return f"{self.epochs:g}epochs_dropout{self.dropout:g}_decay{self.weight_decay:g}_{self.schedule}"
 
 
 def main() -> None:
@@ -63,12 +63,12 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="runs side by side, one thread each")
     options = parser.parse_args()
     grid = [[float(value) for value in text.split(",")] for text in (options.epochs, options.dropout, options.decay)]
-    points = [Point(*values) for values in itertools.product(*grid, options.schedule.split(","))]  # type: ignore[arg-type]
-    execute_all(options.out, {point.name: command(options, point) for point in points}, options.workers)
+    points = [GridPoint(*values) for values in itertools.product(*grid, options.schedule.split(","))]  # type: ignore[arg-type]
+    execute_all(options.out, {point.name: build_command(options, point) for point in points}, options.workers)
     report(options, points)
 
 
-def command(options: argparse.Namespace, point: Point) -> list[str]:
+def build_command(options: argparse.Namespace, point: GridPoint) -> list[str]:
     n_layer, n_embd = map(int, options.shape.split("x"))
     settings: dict[str, Any] = {
         "model.n_layer": n_layer,
@@ -76,7 +76,7 @@ def command(options: argparse.Namespace, point: Point) -> list[str]:
         "model.n_head": options.heads,
         "model.n_ff": round(8 * n_embd / 3 / 8) * 8,
         "model.dropout": point.dropout,
-        "optim.weight_decay": point.decay,
+        "optim.weight_decay": point.weight_decay,
         **SCHEDULES[point.schedule],
     }
     config = load_config(options.config, {name: str(value) for name, value in settings.items()})
@@ -86,61 +86,65 @@ def command(options: argparse.Namespace, point: Point) -> list[str]:
         "train.steps": steps,
         "train.eval_every": max(1, steps // 16),
         "train.checkpoint_every": max(1, steps // CHECKPOINTS),
-        "train.keep_checkpoints": max(AVERAGED),
+        "train.keep_checkpoints": max(AVERAGE_COUNTS),
         "train.compile": options.compile,
     }
-    return train_command(options.out / point.name, options.config, options.data, 0, settings)
+    return build_train_command(options.out / point.name, options.config, options.data, 0, settings)
 
 
-def averages(run: Path, data: Path) -> dict[str, float]:
+def score_averages(run: Path, data: Path) -> dict[str, float]:
     """Bits per byte of the means of the last checkpoints' weights, by their number; kept beside the run."""
     path = run / "averages.json"
     if not path.exists():
-        folders = [folder for _, folder in sorted(checkpoints(run))]
+        folders = [folder for _, folder in sorted(list_checkpoints(run))]
         val = open_split(data, "val")
-        found = {}
-        for count in (n for n in AVERAGED if n <= len(folders)):
-            engine = TorchEngine(averaged(folders[-count:]))
-            found[str(count)] = bits_per_byte(engine, prepared(*val)).bits_per_byte
-        path.write_text(json.dumps(found))
+        scores = {}
+        for count in (n for n in AVERAGE_COUNTS if n <= len(folders)):
+            engine = TorchEngine(average_weights(folders[-count:]))
+            scores[str(count)] = evaluate_bits_per_byte(engine, read_prepared_stories(*val)).bits_per_byte
+        path.write_text(json.dumps(scores))
     return dict(json.loads(path.read_text()))
 
 
 @torch.no_grad()
-def averaged(folders: list[Path]) -> GPT:
+def average_weights(folders: list[Path]) -> GPT:
     """The model whose weights are the means of those of several checkpoints."""
-    model, other = (GPT(read_model(folders[0]).config) for _ in range(2))
+    model, source = (GPT(read_model(folders[0]).config) for _ in range(2))
     for weight in model.parameters():
         weight.zero_()
     for folder in folders:
-        load_weights(read_model(folder), other)
-        for total, weight in zip(model.parameters(), other.parameters(), strict=True):
-            total.add_(weight, alpha=1 / len(folders))
+        load_weights(read_model(folder), source)
+        for mean, weight in zip(model.parameters(), source.parameters(), strict=True):
+            mean.add_(weight, alpha=1 / len(folders))
     return model.eval()
 
 
-def report(options: argparse.Namespace, points: list[Point]) -> None:
+def report(options: argparse.Namespace, points: list[GridPoint]) -> None:
     """The table, the picture and the JSON line."""
     results: list[dict[str, Any]] = []
-    print(f"\n{options.shape}, {options.config}; averages of the last {AVERAGED} of {CHECKPOINTS} checkpoints")
+    print(f"\n{options.shape}, {options.config}; averages of the last {AVERAGE_COUNTS} of {CHECKPOINTS} checkpoints")
     print(f"{'run':44} {'tokens':>12} {'seconds':>8} {'train':>7} {'val':>7}  averages")
     for point in points:
         run = options.out / point.name
-        last, means, taken = final(run), averages(run, options.data), seconds(run)
-        train = [record["bits_per_byte"] for record in records(run) if "loss" in record][-20:]
-        fitted = sum(train) / len(train)
-        row = f"{point.name:44} {last['tokens']:12,} {taken:8,.0f} {fitted:7.4f} {last['val_bits_per_byte']:7.4f}"
-        print(row, " ", "  ".join(f"{score:.4f}" for score in means.values()))
+        last_record, average_scores, elapsed = (
+            final_record(run),
+            score_averages(run, options.data),
+            training_seconds(run),
+        )
+        train = [record["bits_per_byte"] for record in read_records(run) if "loss" in record][-20:]
+        train_score = sum(train) / len(train)
+        row = f"{point.name:44} {last_record['tokens']:12,} {elapsed:8,.0f} {train_score:7.4f} {last_record['val_bits_per_byte']:7.4f}"
+        print(row, " ", "  ".join(f"{score:.4f}" for score in average_scores.values()))
         results.append(
-            {"run": point.name, "tokens": last["tokens"], "seconds": round(taken, 1), "train_bits_per_byte": fitted,
-             "bits_per_byte": last["val_bits_per_byte"], "averages": means}
+            {"run": point.name, "tokens": last_record["tokens"], "seconds": round(elapsed, 1), "train_bits_per_byte": train_score,
+             "bits_per_byte": last_record["val_bits_per_byte"], "averages": average_scores}
         )  # fmt: skip
     draw(options.out, points)
     facts = {"benchmark": "frontier", "config": options.config, "shape": options.shape, "torch": torch.__version__}
     print(json.dumps(facts | {"results": results}))
 
 
-def draw(folder: Path, points: list[Point]) -> None:
+def draw(folder: Path, points: list[GridPoint]) -> None:
     """Bits per byte against the epochs: the end of each run, one line for each way of training."""
     import matplotlib as mpl
 
@@ -148,15 +152,19 @@ def draw(folder: Path, points: list[Point]) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    ways = sorted({(point.dropout, point.decay, point.schedule) for point in points})
-    for dropout, decay, schedule in ways:
-        line = sorted(
-            (point for point in points if (point.dropout, point.decay, point.schedule) == (dropout, decay, schedule)),
+    groups = sorted({(point.dropout, point.weight_decay, point.schedule) for point in points})
+    for dropout, decay, schedule in groups:
+        curve = sorted(
+            (
+                point
+                for point in points
+                if (point.dropout, point.weight_decay, point.schedule) == (dropout, decay, schedule)
+            ),
             key=lambda point: point.epochs,
         )
-        scores = [final(folder / point.name)["val_bits_per_byte"] for point in line]
+        scores = [final_record(folder / point.name)["val_bits_per_byte"] for point in curve]
         label = f"dropout {dropout:g}, decay {decay:g}, {schedule}"
-        axes.plot([point.epochs for point in line], scores, "o-", label=label)
+        axes.plot([point.epochs for point in curve], scores, "o-", label=label)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set(xlabel="epochs", ylabel="bits per byte on validation stories")
@@ -166,4 +174,4 @@ def draw(folder: Path, points: list[Point]) -> None:
 
 
 if __name__ == "__main__":
-    as_program(main)
+    run_main(main)

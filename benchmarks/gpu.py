@@ -28,25 +28,25 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from gpu_plans import GPU, GRACE, KIT, ROOT, TOY, Sizes, Step, measure_plan, train_plan
+from gpu_plans import GPU, GRACE_SECONDS, KIT, ROOT, TOY, PlanConfig, Step, measure_plan, train_plan
 
 MIB = 2**20
-MOST_PARAMETERS = 15e6  # of what can be bundled; larger models are teachers
-MOST_FILES, MOST_BYTES, MOST_TOTAL = 8, 16 * MIB, 64 * MIB  # of what comes back
+MAX_BUNDLED_PARAMETERS = 15e6  # of what can be bundled; larger models are teachers
+MAX_FILES, MAX_FILE_BYTES, MAX_TOTAL_BYTES = 8, 16 * MIB, 64 * MIB  # of what comes back
 
 
 class Session:
     """The budget, the records, and the folders of a call."""
 
-    def __init__(self, plan: str, sizes: Sizes, budget: float, work: Path, out: Path) -> None:
-        self.plan, self.sizes, self.work, self.out = plan, sizes, work, out
+    def __init__(self, plan: str, config: PlanConfig, budget: float, work: Path, out: Path) -> None:
+        self.plan, self.config, self.work, self.out = plan, config, work, out
         self.deadline = time.monotonic() + budget
         self.lock = threading.Lock()
         self.outcomes: dict[str, str] = {}  # of this call: step -> done, done before, failed, cut, skipped
-        self.running: list[subprocess.Popen[str]] = []
+        self.processes: list[subprocess.Popen[str]] = []
         (work / "logs").mkdir(parents=True, exist_ok=True)
         out.mkdir(parents=True, exist_ok=True)
-        self.commit = commit()
+        self.commit = read_commit()
         self.environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(map(str, (ROOT / "src", install_kit(work)))),
             "PYTHONUNBUFFERED": "1",
@@ -54,15 +54,15 @@ class Session:
             "TINYSTORIES_CACHE": str(work / "cache"),
         }
         # Steps run side by side: with all cores for each of them their threads would wait for one another.
-        self.environment["OMP_NUM_THREADS"] = "1" if sizes.device == "cpu" else "2"
+        self.environment["OMP_NUM_THREADS"] = "1" if config.device == "cpu" else "2"
         self.records = [*read_records(KIT / "records.jsonl"), *read_records(work / "records.jsonl")]
 
-    def left(self) -> float:
+    def seconds_left(self) -> float:
         return self.deadline - time.monotonic()
 
     def record(self, step: Step, **values: Any) -> None:
         """Keep it on the disk before anything else happens."""
-        facts = {"plan": self.plan, "step": step.name, **device_facts(), "commit": self.commit}
+        facts = {"plan": self.plan, "step": step.name, **query_device(), "commit": self.commit}
         entry = facts | {"command": step.command, "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())} | values
         with self.lock, (self.work / "records.jsonl").open("a", encoding="utf-8") as file:
             self.records.append(entry)
@@ -85,62 +85,65 @@ class Session:
             thread.start()
         for thread in threads:
             thread.join()
-        pack(self)
+        pack_outputs(self)
 
     def run_step(self, step: Step) -> None:
         if self.is_done(step):
             self.outcomes[step.name] = "done before"
-        elif self.left() < step.floor:
+        elif self.seconds_left() < step.min_seconds:
             self.outcomes[step.name] = "skipped"
-            self.record(step, outcome="skipped", seconds_left=self.left(), floor=step.floor)
+            self.record(step, outcome="skipped", seconds_left=self.seconds_left(), floor=step.min_seconds)
         else:
             self.outcomes[step.name] = self.execute(step)
-        print(f"[{self.left():4.0f} s left] {step.name}: {self.outcomes[step.name]}", flush=True)
+        print(f"[{self.seconds_left():4.0f} s left] {step.name}: {self.outcomes[step.name]}", flush=True)
 
     def execute(self, step: Step) -> str:
         """Run a step, keep each JSON line that it prints, and end it at its limit; returns the outcome."""
-        began, limit = time.monotonic(), max(0.0, min(step.limit, self.left()))
+        start_time, limit = time.monotonic(), max(0.0, min(step.limit, self.seconds_left()))
         process = subprocess.Popen(
             [sys.executable, *shlex.split(step.command)], cwd=ROOT, env=self.environment, text=True, errors="replace",
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
-        self.running.append(process)
-        timers = [threading.Timer(limit + wait, kill, (process, how)) for wait, how in ((0, SOFT), (GRACE, HARD))]
+        self.processes.append(process)
+        timers = [
+            threading.Timer(limit + wait, kill_process_group, (process, how))
+            for wait, how in ((0, SOFT_SIGNAL), (GRACE_SECONDS, HARD_SIGNAL))
+        ]
         for timer in timers:
             timer.daemon = True
             timer.start()
-        last = ""
+        last_line = ""
         with process, (self.work / "logs" / f"{step.name}.log").open("a", encoding="utf-8") as log:
             assert process.stdout is not None
             for line in process.stdout:
                 log.write(line)
                 log.flush()
-                last = line.strip() or last
-                if (result := json_object(line)) is not None:
+                last_line = line.strip() or last_line
+                if (result := parse_json_object(line)) is not None:
                     self.record(step, result=result)
         for timer in timers:
             timer.cancel()
-        self.running.remove(process)
-        code, seconds = process.returncode, time.monotonic() - began
+        self.processes.remove(process)
+        code, seconds = process.returncode, time.monotonic() - start_time
         outcome = "done" if code == 0 else "cut" if seconds >= limit else "failed"
-        self.record(step, outcome=outcome, exit_code=code, seconds=seconds, last_line=last[-500:])
+        self.record(step, outcome=outcome, exit_code=code, seconds=seconds, last_line=last_line[-500:])
         return outcome
 
     def stop(self) -> None:
-        for process in list(self.running):
-            kill(process, HARD)
+        for process in list(self.processes):
+            kill_process_group(process, HARD_SIGNAL)
 
 
-SOFT, HARD = signal.SIGINT, signal.SIGKILL
+SOFT_SIGNAL, HARD_SIGNAL = signal.SIGINT, signal.SIGKILL
 
 
-def kill(process: subprocess.Popen[str], how: signal.Signals) -> None:
+def kill_process_group(process: subprocess.Popen[str], signal_number: signal.Signals) -> None:
     """A step with all that it has started."""
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, how)
+        os.killpg(process.pid, signal_number)
 
 
-def json_object(line: str) -> dict[str, Any] | None:
+def parse_json_object(line: str) -> dict[str, Any] | None:
     if line.startswith("{"):
         with contextlib.suppress(ValueError):
             return dict(json.loads(line))
@@ -151,27 +154,31 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     """The lines of a file of records; a last line that a kill has cut is left out."""
     if not path.exists():
         return []
-    return [entry for line in path.read_text(encoding="utf-8").splitlines() if (entry := json_object(line)) is not None]
+    return [
+        entry
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if (entry := parse_json_object(line)) is not None
+    ]
 
 
-def commit() -> str:
+def read_commit() -> str:
     """Of this tree: from git, or as the kit says (a copy of a tree has no history)."""
-    asked = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
     with contextlib.suppress(OSError):
-        done = subprocess.run(asked, capture_output=True, text=True, check=False)
-        if done.returncode == 0:
-            return done.stdout.strip()
+        completed = subprocess.run(command, capture_output=True, text=True, check=False)
+        if completed.returncode == 0:
+            return completed.stdout.strip()
     path = KIT / "commit"
     return path.read_text(encoding="utf-8").strip() if path.exists() else "unknown"
 
 
-def device_facts() -> dict[str, str]:
+def query_device() -> dict[str, str]:
     """Card, driver and clocks at this moment."""
     names = ("name", "driver_version", "clocks.sm", "clocks.mem", "power.draw")
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        asked = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader"]
-        told = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=10).stdout
-        return dict(zip(names, (value.strip() for value in told.splitlines()[0].split(",")), strict=True))
+        command = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader"]
+        output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
+        return dict(zip(names, (value.strip() for value in output.splitlines()[0].split(",")), strict=True))
     return {"name": "CPU"}
 
 
@@ -187,7 +194,7 @@ def install_kit(work: Path) -> Path:
     return site
 
 
-def pack(session: Session) -> None:
+def pack_outputs(session: Session) -> None:
     """Fill --out: records, logs, then weights from the best to the worst, while they fit."""
     out, work = session.out, session.work
     for file in out.glob("[0-9]-*"):
@@ -198,25 +205,25 @@ def pack(session: Session) -> None:
             tar.add(path, path.relative_to(work))
     ranked = sorted(
         session.results("timed training"),
-        key=lambda result: (result["parameters"] > MOST_PARAMETERS, result["val_bits_per_byte"]),
+        key=lambda result: (result["parameters"] > MAX_BUNDLED_PARAMETERS, result["val_bits_per_byte"]),
     )
-    order = [(rank, result["run"], kind) for kind in ("int8", "fp16") for rank, result in enumerate(ranked, 1)]
-    for rank, run, kind in sorted(order, key=lambda item: (item[0] > 1, item[2] == "fp16", item[0])):
+    archives = [(rank, result["run"], kind) for kind in ("int8", "fp16") for rank, result in enumerate(ranked, 1)]
+    for rank, run, kind in sorted(archives, key=lambda item: (item[0] > 1, item[2] == "fp16", item[0])):
         tar_file = work / "weights" / f"{run}-{kind}.tar"
         if tar_file.exists():
-            add_in_parts(tar_file, out, f"{rank}-{tar_file.name}")
+            copy_in_chunks(tar_file, out, f"{rank}-{tar_file.name}")
 
 
-def add_in_parts(file: Path, out: Path, name: str) -> None:
+def copy_in_chunks(file: Path, out: Path, name: str) -> None:
     """Copy a file in parts that may come back, or leave it out where they do not all fit."""
     size = file.stat().st_size
-    parts = -(-size // MOST_BYTES)
-    there = list(out.iterdir())
-    if len(there) + parts > MOST_FILES or sum(path.stat().st_size for path in there) + size > MOST_TOTAL:
+    n_chunks = -(-size // MAX_FILE_BYTES)
+    existing = list(out.iterdir())
+    if len(existing) + n_chunks > MAX_FILES or sum(path.stat().st_size for path in existing) + size > MAX_TOTAL_BYTES:
         return
     with file.open("rb") as source:
-        for part in range(parts):
-            (out / (f"{name}.{part}" if parts > 1 else name)).write_bytes(source.read(MOST_BYTES))
+        for index in range(n_chunks):
+            (out / (f"{name}.{index}" if n_chunks > 1 else name)).write_bytes(source.read(MAX_FILE_BYTES))
 
 
 def unpack(folder: Path, to: Path) -> None:
@@ -226,32 +233,32 @@ def unpack(folder: Path, to: Path) -> None:
     from safetensors.numpy import load_file
 
     from tinystories import checkpoint
-    from tinystories.config import ModelConfig, SamplingConfig, build
+    from tinystories.config import ModelConfig, SamplingConfig, build_dataclass
     from tinystories.data.tokenizer import Tokenizer
 
     names = sorted({path.name.partition(".tar")[0] for path in folder.glob("[0-9]-*.tar*")})
     to.mkdir(parents=True, exist_ok=True)
     for name in names:
-        draft = to / f"{name}.tar"
-        with draft.open("wb") as whole:
+        archive_path = to / f"{name}.tar"
+        with archive_path.open("wb") as archive:
             for part in sorted(folder.glob(f"{name}.tar*")):
-                whole.write(part.read_bytes())
-        with tarfile.open(draft) as tar:
+                archive.write(part.read_bytes())
+        with tarfile.open(archive_path) as tar:
             tar.extractall(to / f"{name}.draft", filter="data")
-        (inside,) = (to / f"{name}.draft").iterdir()
+        (extracted,) = (to / f"{name}.draft").iterdir()
         if name.endswith("-int8"):
-            inside.rename(to / name)
+            extracted.rename(to / name)
         else:
-            described = json.loads((inside / "config.json").read_text(encoding="utf-8"))
-            config = build(ModelConfig, described["model"], str(inside), "model.")
-            weights = {key: np.float32(value) for key, value in load_file(inside / "model-fp16.safetensors").items()}
-            with checkpoint.whole(to / name.removesuffix("-fp16")) as made:
-                tokenizer, provenance = Tokenizer.load(inside), described["provenance"]
-                checkpoint.write_arrays(made, config, weights, tokenizer, SamplingConfig(), provenance)
+            config_json = json.loads((extracted / "config.json").read_text(encoding="utf-8"))
+            config = build_dataclass(ModelConfig, config_json["model"], str(extracted), "model.")
+            weights = {key: np.float32(value) for key, value in load_file(extracted / "model-fp16.safetensors").items()}
+            with checkpoint.atomic_directory(to / name.removesuffix("-fp16")) as model_dir:
+                tokenizer, provenance = Tokenizer.load(extracted), config_json["provenance"]
+                checkpoint.write_arrays(model_dir, config, weights, tokenizer, SamplingConfig(), provenance)
         shutil.rmtree(to / f"{name}.draft")
-        draft.unlink()
-        made_of = checkpoint.read_model(to / name.removesuffix("-fp16"))
-        print(f"{made_of.folder}: {made_of.config.n_params:,} parameters")
+        archive_path.unlink()
+        model_files = checkpoint.read_model(to / name.removesuffix("-fp16"))
+        print(f"{model_files.folder}: {model_files.config.n_params:,} parameters")
 
 
 def main() -> int:
@@ -259,21 +266,25 @@ def main() -> int:
     commands = parser.add_subparsers(dest="plan", required=True, metavar="measure|train|unpack")
     plans: dict[str, Callable[[Session], Iterator[list[Step]]]] = {"measure": measure_plan, "train": train_plan}
     for name in plans:
-        command = commands.add_parser(name, help=f"the plan `{name}`")
-        command.add_argument("--budget", type=float, required=True, help="seconds for all of it: what is left less 90")
-        command.add_argument("--out", type=Path, required=True, help="folder whose files come back")
-        command.add_argument("--work", type=Path, default=ROOT / "runs" / "gpu", help="folder of runs, logs and caches")
-        command.add_argument("--toy", action="store_true", help="toy sizes on a CPU")
-    command = commands.add_parser("unpack", help="make model directories of what came back")
-    command.add_argument("folder", type=Path, help="what --out was filled with")
-    command.add_argument("--to", type=Path, required=True, help="folder of the model directories")
+        subparser = commands.add_parser(name, help=f"the plan `{name}`")
+        subparser.add_argument(
+            "--budget", type=float, required=True, help="seconds for all of it: what is left less 90"
+        )
+        subparser.add_argument("--out", type=Path, required=True, help="folder whose files come back")
+        subparser.add_argument(
+            "--work", type=Path, default=ROOT / "runs" / "gpu", help="folder of runs, logs and caches"
+        )
+        subparser.add_argument("--toy", action="store_true", help="toy sizes on a CPU")
+    subparser = commands.add_parser("unpack", help="make model directories of what came back")
+    subparser.add_argument("folder", type=Path, help="what --out was filled with")
+    subparser.add_argument("--to", type=Path, required=True, help="folder of the model directories")
     options = parser.parse_args()
     if options.plan == "unpack":
         unpack(options.folder, options.to)
         return 0
-    for needed in ("data/meta.json", "nanogpt/model.py"):
-        if not (KIT / needed).exists():
-            print(f"error: {KIT / needed} is missing; make the kit: make gpu-kit", file=sys.stderr)
+    for required in ("data/meta.json", "nanogpt/model.py"):
+        if not (KIT / required).exists():
+            print(f"error: {KIT / required} is missing; make the kit: make gpu-kit", file=sys.stderr)
             return 2
     session = Session(options.plan, TOY if options.toy else GPU, options.budget, options.work, options.out)
     try:

@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from program import as_program
+from script import run_main
 
 from tinystories.data.prepare import prepare
 from tinystories.data.tokenizer import END
@@ -24,11 +24,11 @@ from tinystories.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 MIB = 2**20
-MOST_BYTES = 64 * MIB
+MAX_KIT_BYTES = 64 * MIB
 WHEELS = ("array-api-compat", "tomli-w")  # `make gpu-rehearsal` fails where one is missing
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 # nanoGPT's interface with a model of one product: for rehearsals.
-STAND_IN = '''\
+STUB_MODEL = '''\
 """In place of nanoGPT's model.py: its interface, and as little of a model as there can be."""
 
 from dataclasses import dataclass
@@ -71,23 +71,25 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=4096, help="ids of the tokenizer")
     parser.add_argument("--out", type=Path, default=ROOT / "gpu-kit", help="replaced")
     options = parser.parse_args()
-    for path, needed in ((options.nanogpt, "model.py of nanoGPT"), (options.data, "a folder with train.txt")):
+    for path, requirement in ((options.nanogpt, "model.py of nanoGPT"), (options.data, "a folder with train.txt")):
         if path is not None and not path.exists():
-            raise UserError(f"{path} does not exist; name {needed}, or leave it out for a stand-in")
+            raise UserError(f"{path} does not exist; name {requirement}, or leave it out for a stand-in")
     kit = options.out
     records = (kit / "records.jsonl").read_bytes() if (kit / "records.jsonl").exists() else None
     shutil.rmtree(kit, ignore_errors=True)
     (kit / "nanogpt").mkdir(parents=True)
     if records is not None:  # of an earlier call on such a machine: what is done is not done again
         (kit / "records.jsonl").write_bytes(records)
-    model = options.nanogpt.read_text(encoding="utf-8") if options.nanogpt else STAND_IN
+    model = options.nanogpt.read_text(encoding="utf-8") if options.nanogpt else STUB_MODEL
     (kit / "nanogpt" / "model.py").write_text(model, encoding="utf-8")
     prepare_stories(options.data, kit / "data", options.vocab)
     download_wheels(kit / "wheels")
-    (kit / "commit").write_text(described_commit() + "\n", encoding="utf-8")
-    tree, own = sum(map(size_of, travelling())), sum(map(size_of, kit.rglob("*")))
-    print(f"{kit}: {own / MIB:.1f} MiB; with the tree {(tree + own) / MIB:.1f} MiB of at most {MOST_BYTES // MIB}")
-    if tree + own > MOST_BYTES:
+    (kit / "commit").write_text(describe_commit() + "\n", encoding="utf-8")
+    tree_bytes, kit_bytes = sum(map(file_size, list_tree_files())), sum(map(file_size, kit.rglob("*")))
+    print(
+        f"{kit}: {kit_bytes / MIB:.1f} MiB; with the tree {(tree_bytes + kit_bytes) / MIB:.1f} MiB of at most {MAX_KIT_BYTES // MIB}"
+    )
+    if tree_bytes + kit_bytes > MAX_KIT_BYTES:
         raise UserError(f"{kit} and the tree are too large to travel; leave something out of --data")
 
 
@@ -107,36 +109,38 @@ def prepare_stories(data: Path | None, out: Path, vocab: int) -> None:
 
 
 def download_wheels(folder: Path) -> None:
-    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    pinned = {line.partition("==")[0].lower().replace("_", "-"): line for line in pins if "==" in line}
+    constraint_lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pinned = {line.partition("==")[0].lower().replace("_", "-"): line for line in constraint_lines if "==" in line}
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--only-binary=:all:", "--python-version", "3.12", "--implementation", "cp", "--dest", str(folder)]
     command += [word for platform in PLATFORMS for word in ("--platform", platform)]
-    done = subprocess.run([*command, *(pinned[name] for name in WHEELS)], check=False, capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"pip download failed: {done.stderr.strip().splitlines()[-1]}")
+    completed = subprocess.run(
+        [*command, *(pinned[name] for name in WHEELS)], check=False, capture_output=True, text=True
+    )
+    if completed.returncode:
+        raise UserError(f"pip download failed: {completed.stderr.strip().splitlines()[-1]}")
 
 
-def described_commit() -> str:
-    done = subprocess.run(
+def describe_commit() -> str:
+    completed = subprocess.run(
         ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
-    return done.stdout.strip() or "unknown"
+    return completed.stdout.strip() or "unknown"
 
 
-def travelling() -> list[Path]:
+def list_tree_files() -> list[Path]:
     """Files of the tree that git does not ignore."""
-    listed = subprocess.run(
+    completed = subprocess.run(
         ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
-    return [ROOT / name for name in listed.stdout.split("\0") if name]
+    return [ROOT / name for name in completed.stdout.split("\0") if name]
 
 
-def size_of(path: Path) -> int:
+def file_size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
 if __name__ == "__main__":
-    as_program(main)
+    run_main(main)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 KIT = ROOT / "gpu-kit"
-GRACE = 5.0  # seconds that a step has to save itself, once it was told to stop
+GRACE_SECONDS = 5.0  # seconds that a step has to save itself, once it was told to stop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,11 +20,11 @@ class Step:
     name: str
     command: str  # as in a shell, after `python`
     limit: float  # seconds
-    floor: float = 0.0  # seconds of the budget under which it is not begun
+    min_seconds: float = 0.0  # seconds of the budget under which it is not begun
 
 
 @dataclasses.dataclass(frozen=True)
-class Sizes:
+class PlanConfig:
     """What differs between a GPU and the rehearsal on a CPU: options as on a command line."""
 
     device: str
@@ -37,13 +37,13 @@ class Sizes:
     seeds: tuple[int, ...]
     short_run: str  # of the runs that compare precisions
     candidate: str  # for the bundled storyteller: at most 15M parameters
-    link: str  # of the chain of teachers
-    decays: tuple[str, ...]
+    teacher: str  # of the chain of teachers
+    weight_decays: tuple[str, ...]
     epochs: tuple[int, int]  # of candidates; of what the best of them leads to
-    shares: tuple[float, float]  # of the budget: for the candidates and each link; for the last student
+    budget_shares: tuple[float, float]  # of the budget: for the candidates and each link; for the last student
 
 
-GPU = Sizes(
+GPU = PlanConfig(
     device="cuda",
     pytest="-m gpu -n 6",
     training="--shape 12x512 --heads 8 --context 512 --vocab 50257 --peer-vocab 50257,50304 --untied --compile"
@@ -56,13 +56,13 @@ GPU = Sizes(
     short_run="--train.batch_size 32 --train.micro_batch 32 --train.steps 250 --train.compile off",  # 2M tokens
     candidate="--model.n_layer 11 --model.n_embd 320 --model.n_head 5 --model.n_ff 864 --model.n_ctx 512"
     " --model.dropout 0.1 --train.batch_size 16 --train.micro_batch 16",
-    link="--model.n_layer 12 --model.n_embd 448 --model.n_head 7 --model.n_ff 1120 --model.n_ctx 512"
+    teacher="--model.n_layer 12 --model.n_embd 448 --model.n_head 7 --model.n_ff 1120 --model.n_ctx 512"
     " --model.dropout 0.1 --train.batch_size 16 --train.micro_batch 16",
-    decays=("0.8", "0.1", "1.6"),
+    weight_decays=("0.8", "0.1", "1.6"),
     epochs=(12, 40),
-    shares=(0.36, 0.22),
+    budget_shares=(0.36, 0.22),
 )
-TOY = Sizes(
+TOY = PlanConfig(
     device="cpu",
     pytest="tests/train/test_prefetch.py tests/model/test_loss.py -m 'not compile and not gpu'",
     training="--shape 1x16 --heads 2 --context 16 --vocab 100 --peer-vocab 100,104 --untied --compile"
@@ -75,33 +75,40 @@ TOY = Sizes(
     short_run="--model.n_layer 1 --model.n_ctx 64 --train.batch_size 2 --train.micro_batch 2 --train.steps 3",
     candidate="--model.n_layer 1 --model.n_embd 32 --model.n_head 2 --model.n_ff 64 --model.n_ctx 64"
     " --train.batch_size 2 --train.micro_batch 2",
-    link="--model.n_layer 2 --model.n_embd 32 --model.n_head 2 --model.n_ff 64 --model.n_ctx 64"
+    teacher="--model.n_layer 2 --model.n_embd 32 --model.n_head 2 --model.n_ff 64 --model.n_ctx 64"
     " --train.batch_size 2 --train.micro_batch 2",
-    decays=("0.8", "0.1"),
+    weight_decays=("0.8", "0.1"),
     epochs=(1, 2),
-    shares=(0.3, 0.2),
+    budget_shares=(0.3, 0.2),
 )
 
 
 def measure_plan(session: "Session") -> Iterator[list[Step]]:
     """Steps side by side in a list; those whose times count are alone in theirs."""
-    sizes, kit = session.sizes, KIT
-    device, data = f"--device {sizes.device}", f"--data {kit}/data"
-    train = f"benchmarks/train.py --nanogpt {kit}/nanogpt/model.py {device} {sizes.training}"
-    compile_all = f"{train} --first-steps --compile-jobs {sizes.compile_jobs}"
+    config, kit = session.config, KIT
+    device, data = f"--device {config.device}", f"--data {kit}/data"
+    train = f"benchmarks/train.py --nanogpt {kit}/nanogpt/model.py {device} {config.training}"
+    compile_all = f"{train} --first-steps --compile-jobs {config.compile_jobs}"
     # Without our options and errors of warnings, which are those of other versions; tests/interop needs other programs.
     pytest = "-m pytest -o addopts= -W default -p no:cacheprovider -q --ignore=tests/interop"
-    together = [Step("tests", f"{pytest} {sizes.pytest}", limit=120, floor=20), Step("compile", compile_all, 120, 40)]
-    for precision, seed in itertools.product(sizes.precisions, sizes.seeds):
+    concurrent_steps = [
+        Step("tests", f"{pytest} {config.pytest}", limit=120, min_seconds=20),
+        Step("compile", compile_all, 120, 40),
+    ]
+    for precision, seed in itertools.product(config.precisions, config.seeds):
         name = f"{precision}-seed{seed}"
         run = f"-m tinystories train --config small {data} --out {session.work}/{name} --resume --json"
-        settings = f"--train.device {sizes.device} --train.precision {precision} --train.seed {seed} {sizes.short_run}"
-        together.append(Step(name, f"{run} {settings}", limit=120, floor=30))
-    yield together
-    yield [Step("training", train, limit=150, floor=30)]
-    yield [Step("generation", f"benchmarks/streams.py {device} {sizes.generation}", limit=120, floor=25)]
-    yield [Step("profile", f"benchmarks/profile_training.py {device} {data} {sizes.profile}", limit=60, floor=20)]
-    if sizes is TOY:
+        settings = (
+            f"--train.device {config.device} --train.precision {precision} --train.seed {seed} {config.short_run}"
+        )
+        concurrent_steps.append(Step(name, f"{run} {settings}", limit=120, min_seconds=30))
+    yield concurrent_steps
+    yield [Step("training", train, limit=150, min_seconds=30)]
+    yield [Step("generation", f"benchmarks/streams.py {device} {config.generation}", limit=120, min_seconds=25)]
+    yield [
+        Step("profile", f"benchmarks/profile_training.py {device} {data} {config.profile}", limit=60, min_seconds=20)
+    ]
+    if config is TOY:
         yield [Step("collect", f"{pytest} -m gpu --collect-only", limit=120)]
         wait = "import json, time; print(json.dumps({'benchmark': 'wait'}), flush=True); time.sleep(600)"
         yield [Step("cut on purpose", f"-c {shlex.quote(wait)}", limit=2)]
@@ -112,31 +119,46 @@ def train_plan(session: "Session") -> Iterator[list[Step]]:
     training knows teachers (`train.teacher`), the time goes into a chain of them first, and the last part into a
     student of their mean.
     """
-    sizes, budget = session.sizes, session.left()
-    seconds, last = (share * budget for share in sizes.shares)
-    few, many = sizes.epochs
-    decays = {f"candidate-decay{decay}": f"--optim.weight_decay {decay}" for decay in sizes.decays}
-    yield [timed(session, name, seconds, few, f"{sizes.candidate} {decay}") for name, decay in decays.items()]
+    config, budget = session.config, session.seconds_left()
+    stage_seconds, student_seconds = (share * budget for share in config.budget_shares)
+    candidate_epochs, final_epochs = config.epochs
+    decay_flags = {f"candidate-decay{decay}": f"--optim.weight_decay {decay}" for decay in config.weight_decays}
+    yield [
+        make_timed_step(session, name, stage_seconds, candidate_epochs, f"{config.candidate} {decay}")
+        for name, decay in decay_flags.items()
+    ]
     scores = {result["run"]: result["val_bits_per_byte"] for result in session.results("timed training")}
-    finished = [name for name in decays if name in scores]
-    decay = decays[min(finished, key=scores.__getitem__)] if finished else next(iter(decays.values()))
+    finished = [name for name in decay_flags if name in scores]
+    decay = decay_flags[min(finished, key=scores.__getitem__)] if finished else next(iter(decay_flags.values()))
     if not has_teachers():
-        yield [timed(session, "long", session.left(), many, f"{sizes.candidate} {decay}")]
+        yield [make_timed_step(session, "long", session.seconds_left(), final_epochs, f"{config.candidate} {decay}")]
         return
-    links: list[str] = []
-    while not links or session.left() - last > seconds:
-        teacher = f"--train.teacher {session.work}/{links[-1]}" if links else ""
-        links.append(f"link{len(links) + 1}")
-        time_of_link = min(seconds, session.left() - last)
-        yield [timed(session, links[-1], time_of_link, many, f"{sizes.link} {decay} {teacher}")]
-    teachers = "|".join(f"{session.work}/{link}" for link in links)
-    yield [timed(session, "student", session.left(), many, f"{sizes.candidate} {decay} --train.teacher '{teachers}'")]
+    teacher_names: list[str] = []
+    while not teacher_names or session.seconds_left() - student_seconds > stage_seconds:
+        teacher_flag = f"--train.teacher {session.work}/{teacher_names[-1]}" if teacher_names else ""
+        teacher_names.append(f"link{len(teacher_names) + 1}")
+        teacher_seconds = min(stage_seconds, session.seconds_left() - student_seconds)
+        yield [
+            make_timed_step(
+                session, teacher_names[-1], teacher_seconds, final_epochs, f"{config.teacher} {decay} {teacher_flag}"
+            )
+        ]
+    teacher_paths = "|".join(f"{session.work}/{link}" for link in teacher_names)
+    yield [
+        make_timed_step(
+            session,
+            "student",
+            session.seconds_left(),
+            final_epochs,
+            f"{config.candidate} {decay} --train.teacher '{teacher_paths}'",
+        )
+    ]
 
 
-def timed(session: "Session", name: str, seconds: float, epochs: int, settings: str) -> Step:
-    run = f"benchmarks/timed_training.py {name} --seconds {seconds - GRACE:.0f} --epochs {epochs}"
-    places = f"--data {KIT}/data --work {session.work} --train.device {session.sizes.device}"
-    return Step(name, f"{run} {places} {settings}", limit=seconds + GRACE, floor=40)
+def make_timed_step(session: "Session", name: str, seconds: float, epochs: int, settings: str) -> Step:
+    run = f"benchmarks/timed_training.py {name} --seconds {seconds - GRACE_SECONDS:.0f} --epochs {epochs}"
+    paths = f"--data {KIT}/data --work {session.work} --train.device {session.config.device}"
+    return Step(name, f"{run} {paths} {settings}", limit=seconds + GRACE_SECONDS, min_seconds=40)
 
 
 def has_teachers() -> bool:

@@ -21,15 +21,15 @@ import venv
 from pathlib import Path
 from typing import Any
 
-from gpu import MOST_BYTES, MOST_FILES, MOST_TOTAL
-from gpu_kit import ROOT, travelling
-from program import as_program
+from gpu import MAX_FILE_BYTES, MAX_FILES, MAX_TOTAL_BYTES
+from gpu_kit import ROOT, list_tree_files
+from script import run_main
 
 from tinystories.errors import UserError
 
-ON_PURPOSE = "cut on purpose"
+CUT_STEP = "cut on purpose"
 BUDGETS = {"measure": 1500, "train": 240}  # seconds; no step needs all of it on the slowest machine
-NAME = re.compile(r"[A-Za-z0-9._-]+")
+FILE_NAME_PATTERN = re.compile(r"[A-Za-z0-9._-]+")
 
 
 def main() -> None:
@@ -39,18 +39,18 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         tree, out = Path(folder) / "tree", Path(folder) / "out"
-        for path in travelling():
+        for path in list_tree_files():
             if path.is_file():
                 (tree / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(path, tree / path.relative_to(ROOT))
         python = build_environment(Path(folder) / "environment")
         make_kit(options, tree)
-        outcomes = {plan: call(python, tree, plan, out) for plan in ("measure", "train")}
-        again = call(python, tree, "measure", out)
-        check_again(outcomes["measure"], again)
+        outcomes = {plan: run_plan(python, tree, plan, out) for plan in ("measure", "train")}
+        second_outcomes = run_plan(python, tree, "measure", out)
+        check_second_call(outcomes["measure"], second_outcomes)
         check_limits(out)
-        tell_story(tree, out, Path(folder) / "models")
-    print(summary(outcomes))
+        generate_stories(tree, out, Path(folder) / "models")
+    print(summarize(outcomes))
 
 
 def build_environment(folder: Path) -> Path:
@@ -77,51 +77,58 @@ def make_kit(options: argparse.Namespace, tree: Path) -> None:
         raise UserError("the kit could not be made")
 
 
-def call(python: Path, tree: Path, plan: str, out: Path) -> dict[str, str]:
+def run_plan(python: Path, tree: Path, plan: str, out: Path) -> dict[str, str]:
     """The outcome of each step of a plan."""
     shutil.rmtree(out, ignore_errors=True)  # as it is emptied there before each command
     command = [str(python), "benchmarks/gpu.py", plan, "--toy", "--budget", str(BUDGETS[plan]), "--out", str(out)]
     inherited = ("PATH", "HOME", "LANG", "TMPDIR")
     environment = {name: os.environ[name] for name in inherited if name in os.environ}
-    done = subprocess.run(command, cwd=tree, env=environment, text=True, stdout=subprocess.PIPE, check=False)
-    print(done.stdout, end="", flush=True)
+    completed = subprocess.run(command, cwd=tree, env=environment, text=True, stdout=subprocess.PIPE, check=False)
+    print(completed.stdout, end="", flush=True)
     outcomes: dict[str, str] = {}
-    for line in done.stdout.splitlines():
+    for line in completed.stdout.splitlines():
         if line.startswith("{"):
             outcomes = json.loads(line)["outcomes"]
-    bad = [step for step, outcome in outcomes.items() if outcome != expected(step) and "before" not in outcome]
-    if done.returncode or not outcomes or bad:
+    unexpected = [
+        step for step, outcome in outcomes.items() if outcome != expected_outcome(step) and "before" not in outcome
+    ]
+    if completed.returncode or not outcomes or unexpected:
         for log in (tree / "runs" / "gpu" / "logs").glob("*.log"):
-            if log.stem in bad:
+            if log.stem in unexpected:
                 print(f"--- {log.stem}\n{log.read_text(errors='replace')[-4000:]}", file=sys.stderr)
-        what = ", ".join(bad) or "the end"
-        raise UserError(f"{plan} ended with exit code {done.returncode}; not as expected: {what}")
+        what = ", ".join(unexpected) or "the end"
+        raise UserError(f"{plan} ended with exit code {completed.returncode}; not as expected: {what}")
     return outcomes
 
 
-def expected(step: str) -> str:
-    return "cut" if step == ON_PURPOSE else "done"
+def expected_outcome(step: str) -> str:
+    return "cut" if step == CUT_STEP else "done"
 
 
-def check_again(first: dict[str, str], second: dict[str, str]) -> None:
+def check_second_call(first: dict[str, str], second: dict[str, str]) -> None:
     """What was done is not done again; what was cut is tried again."""
-    wanted = {step: "done before" if outcome == "done" else outcome for step, outcome in first.items()}
-    if second != wanted:
-        raise UserError(f"a second call did {second}, not {wanted}")
+    expected_outcomes = {step: "done before" if outcome == "done" else outcome for step, outcome in first.items()}
+    if second != expected_outcomes:
+        raise UserError(f"a second call did {second}, not {expected_outcomes}")
 
 
 def check_limits(out: Path) -> None:
     files = list(out.rglob("*"))
     sizes = [path.stat().st_size for path in files]
-    named = all(NAME.fullmatch(path.name) and path.is_file() for path in files)
-    if not (named and 0 < len(files) <= MOST_FILES and max(sizes) <= MOST_BYTES and sum(sizes) <= MOST_TOTAL):
+    names_are_valid = all(FILE_NAME_PATTERN.fullmatch(path.name) and path.is_file() for path in files)
+    if not (
+        names_are_valid
+        and 0 < len(files) <= MAX_FILES
+        and max(sizes) <= MAX_FILE_BYTES
+        and sum(sizes) <= MAX_TOTAL_BYTES
+    ):
         raise UserError(f"these would not come back: {[path.name for path in files]}")
     records: list[dict[str, Any]] = [json.loads(line) for line in (out / "records.jsonl").read_text().splitlines()]
-    if not any(record["step"] == ON_PURPOSE and "result" in record for record in records):
+    if not any(record["step"] == CUT_STEP and "result" in record for record in records):
         raise UserError("what the step that was cut had printed is not in the records")
 
 
-def tell_story(tree: Path, out: Path, models: Path) -> None:
+def generate_stories(tree: Path, out: Path, models: Path) -> None:
     """Unpack the weights, and have each model write a few words."""
     unpack = [sys.executable, str(tree / "benchmarks" / "gpu.py"), "unpack", str(out), "--to", str(models)]
     subprocess.run(unpack, check=True)
@@ -133,16 +140,16 @@ def tell_story(tree: Path, out: Path, models: Path) -> None:
         subprocess.run([sys.executable, "-m", "tinystories", *words], check=True, stdout=subprocess.DEVNULL)
 
 
-def summary(outcomes: dict[str, dict[str, str]]) -> str:
-    every = [(step, outcome) for steps in outcomes.values() for step, outcome in steps.items()]
+def summarize(outcomes: dict[str, dict[str, str]]) -> str:
+    all_outcomes = [(step, outcome) for steps in outcomes.values() for step, outcome in steps.items()]
     parts = [
-        f"{plan} {sum(outcome == expected(step) for step, outcome in steps.items())} of {len(steps)}"
+        f"{plan} {sum(outcome == expected_outcome(step) for step, outcome in steps.items())} of {len(steps)}"
         + " steps" * (plan == "measure")
         for plan, steps in outcomes.items()
     ]
-    parts.append(f"{ON_PURPOSE} {sum(step == ON_PURPOSE and outcome == 'cut' for step, outcome in every)}")
-    return ", ".join([*parts, f"skipped {sum(outcome == 'skipped' for _, outcome in every)}"])
+    parts.append(f"{CUT_STEP} {sum(step == CUT_STEP and outcome == 'cut' for step, outcome in all_outcomes)}")
+    return ", ".join([*parts, f"skipped {sum(outcome == 'skipped' for _, outcome in all_outcomes)}"])
 
 
 if __name__ == "__main__":
-    as_program(main)
+    run_main(main)

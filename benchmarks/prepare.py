@@ -24,17 +24,17 @@ from importlib.metadata import version
 from pathlib import Path
 
 import psutil
-from program import as_program
+from script import run_main
 
-from tinystories.data.sources import stories
+from tinystories.data.sources import iter_stories
 from tinystories.data.tokenizer import END
 
-OURS = """
+OUR_SCRIPT = """
 from tinystories.data.prepare import prepare
 prepare({source!r}, {out!r}, tokenizer="gpt2", keep_duplicates=True, progress=False)
 """
 
-PEER = """
+COMPETITOR_SCRIPT = """
 import os
 import numpy as np
 {load}
@@ -48,7 +48,7 @@ with open({source!r}, encoding="utf-8") as file, open({out!r}, "wb") as out:
     os.fsync(out.fileno())
 """
 
-LOADS = {
+LOADER_SNIPPETS = {
     "tiktoken": """
 import tiktoken
 encoding = tiktoken.get_encoding("gpt2")
@@ -77,22 +77,28 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="prepare-") as name:
         folder = Path(name)
-        texts = list(stories(options.data))
+        texts = list(iter_stories(options.data))
         sizes = {"ours": options.megabytes, "tiktoken": options.slice, "tokenizers": options.slice}
-        files = {size: repeated(folder / f"{size}.txt", texts, size) for size in {*sizes.values()}}
-        memory = options.memory_megabytes
-        peak = run("ours", repeated(folder / "memory.txt", texts, memory), folder)[1] if memory else None
-        if not memory:
-            run("ours", files[options.slice], folder)  # warms the page cache and makes the tokenizer of the peer
+        files = {size: write_repeated(folder / f"{size}.txt", texts, size) for size in {*sizes.values()}}
+        memory_megabytes = options.memory_megabytes
+        peak = (
+            measure_process("ours", write_repeated(folder / "memory.txt", texts, memory_megabytes), folder)[1]
+            if memory_megabytes
+            else None
+        )
+        if not memory_megabytes:
+            measure_process(
+                "ours", files[options.slice], folder
+            )  # warms the page cache and makes the tokenizer of the peer
         rates: dict[str, list[float]] = {name: [] for name in sizes}
         for _ in range(options.runs):
             for name, size in sizes.items():
-                seconds, _ = run(name, files[size], folder)
+                seconds, _ = measure_process(name, files[size], folder)
                 rates[name].append(files[size].stat().st_size / 1e6 / seconds)
     report(options, rates, sizes, peak)
 
 
-def repeated(path: Path, texts: list[str], megabytes: int) -> Path:
+def write_repeated(path: Path, texts: list[str], megabytes: int) -> Path:
     """A file of that size: all stories in a random order, again and again."""
     order, size = random.Random(1), 0
     texts = list(texts)
@@ -106,21 +112,21 @@ def repeated(path: Path, texts: list[str], megabytes: int) -> Path:
     return path
 
 
-def run(name: str, source: Path, folder: Path) -> tuple[float, float]:
+def measure_process(name: str, source: Path, folder: Path) -> tuple[float, float]:
     """Seconds of one process from start to end, and the peak of resident megabytes of it and its children."""
     out, tokenizer = folder / f"{name}-out", folder / "tokenizer.json"
     if name == "ours":
-        code = OURS.format(source=str(source), out=str(out))
+        code = OUR_SCRIPT.format(source=str(source), out=str(out))
     else:
-        load = LOADS[name].format(tokenizer=str(tokenizer))
-        code = PEER.format(load=load, source=str(source), out=str(out), end=END)
-    began = time.perf_counter()
+        load = LOADER_SNIPPETS[name].format(tokenizer=str(tokenizer))
+        code = COMPETITOR_SCRIPT.format(load=load, source=str(source), out=str(out), end=END)
+    start_time = time.perf_counter()
     process = psutil.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
     peak = 0
     while process.poll() is None:
-        peak = max(peak, resident(process))
+        peak = max(peak, resident_bytes(process))
         time.sleep(0.02)
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start_time
     if process.returncode != 0:
         raise SystemExit(f"{name} failed")
     if name == "ours":
@@ -131,11 +137,11 @@ def run(name: str, source: Path, folder: Path) -> tuple[float, float]:
     return seconds, peak / 1e6
 
 
-def resident(process: psutil.Popen) -> int:
+def resident_bytes(process: psutil.Popen) -> int:
     total = 0
     try:
-        for one in (process, *process.children(recursive=True)):
-            total += one.memory_info().rss
+        for member in (process, *process.children(recursive=True)):
+            total += member.memory_info().rss
     except psutil.Error:  # it has just ended
         pass
     return total
@@ -165,4 +171,4 @@ def report(
 
 
 if __name__ == "__main__":
-    as_program(main)
+    run_main(main)

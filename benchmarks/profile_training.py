@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from program import as_program, parse_settings
+from script import parse_settings, run_main
 from torch.profiler import ProfilerActivity, profile
 
 from tinystories.config import load_config
@@ -27,7 +27,7 @@ from tinystories.train.metrics import Metrics
 
 # Calls of the CUDA runtime during which the host waits. A copy is one only where its memory is not pinned: PyTorch then
 # waits for the stream as well, so it is not counted twice.
-WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
+BLOCKING_CALLS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 WARM_UP_STEPS = 8
 
 
@@ -41,9 +41,9 @@ def main() -> None:
     options, overrides = parser.parse_known_args()
     settings = parse_settings(overrides)
     steps = WARM_UP_STEPS + options.steps
-    unmeasured = ("log_every", "eval_every", "checkpoint_every")  # fall due at the end, after what is profiled
+    postponed = ("log_every", "eval_every", "checkpoint_every")  # fall due at the end, after what is profiled
     settings |= {"data.dir": str(options.data), "train.device": options.device}
-    settings |= {f"train.{name}": str(steps + 1) for name in ("steps", *unmeasured)}
+    settings |= {f"train.{name}": str(steps + 1) for name in ("steps", *postponed)}
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(load_config(options.config, settings), Path(folder))
         print(json.dumps(profile_steps(trainer, options.steps, options.rows)), flush=True)
@@ -53,22 +53,24 @@ def profile_steps(trainer: Trainer, n_steps: int, n_rows: int) -> dict[str, Any]
     on_cuda = trainer.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_cuda]
     metrics = Metrics(None)
-    with contextlib.closing(metrics), trainer.prefetching(), Display(1, 0, quiet=True) as display:
+    with contextlib.closing(metrics), trainer.prefetch_batches(), Display(1, 0, quiet=True) as display:
         for _ in range(WARM_UP_STEPS):
-            trainer.advance(metrics, display)
-        with profile(activities=activities) as profiled:
-            began = time.perf_counter()
+            trainer.launch_step(metrics, display)
+        with profile(activities=activities) as profiler:
+            start_time = time.perf_counter()
             for _ in range(n_steps):
-                trainer.advance(metrics, display)
-            launched = time.perf_counter() - began
+                trainer.launch_step(metrics, display)
+            launch_seconds = time.perf_counter() - start_time
             if on_cuda:
                 torch.cuda.synchronize(trainer.device)
-            seconds = time.perf_counter() - began
-    averages = profiled.key_averages()
+            seconds = time.perf_counter() - start_time
+    averages = profiler.key_averages()
     order = "self_device_time_total" if on_cuda else "self_cpu_time_total"
     print(averages.table(sort_by=order, row_limit=n_rows, max_name_column_width=60))
-    calls = {event.key: event.count for event in averages}
-    busy = sum(event.self_device_time_total for event in averages if event.device_type != torch.autograd.DeviceType.CPU)
+    call_counts = {event.key: event.count for event in averages}
+    busy_microseconds = sum(
+        event.self_device_time_total for event in averages if event.device_type != torch.autograd.DeviceType.CPU
+    )
     tokens = n_steps * trainer.config.train.batch_size * trainer.config.model.n_ctx
     return {
         "benchmark": "profile",
@@ -76,11 +78,11 @@ def profile_steps(trainer: Trainer, n_steps: int, n_rows: int) -> dict[str, Any]
         "steps": n_steps,
         "tokens_per_s": tokens / seconds,
         "seconds_per_step": seconds / n_steps,
-        "launch_seconds_per_step": launched / n_steps,
-        "device_busy": busy / 1e6 / seconds if on_cuda else None,
-        "waits_per_step": {name: calls.get(name, 0) / n_steps for name in WAITS},
+        "launch_seconds_per_step": launch_seconds / n_steps,
+        "device_busy": busy_microseconds / 1e6 / seconds if on_cuda else None,
+        "waits_per_step": {name: call_counts.get(name, 0) / n_steps for name in BLOCKING_CALLS},
     }
 
 
 if __name__ == "__main__":
-    as_program(main)
+    run_main(main)

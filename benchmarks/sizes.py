@@ -11,11 +11,11 @@ import argparse
 import json
 from pathlib import Path
 
-from program import as_program
+from script import run_main
 
 from tinystories import load
 from tinystories.checkpoint import ModelFiles, read_model
-from tinystories.engine.cpu.weights import packed_path
+from tinystories.engine.cpu.weights import quantized_path
 from tinystories.evaluate.report import evaluate_model
 
 
@@ -30,11 +30,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("sizes.png"), help="picture")
     options = parser.parse_args()
     points = []
-    for named in options.models:
-        label, _, folder = named.rpartition("=")
+    for model_spec in options.models:
+        label, _, folder = model_spec.rpartition("=")
         for precision in options.precisions.split(","):
             score = evaluate_model(load(folder, engine="cpu", precision=precision), options.val).bits_per_byte
-            size = megabytes(read_model(folder), precision)
+            size = model_megabytes(read_model(folder), precision)
             points.append((label or Path(folder).name, precision, size, score))
             print(f"{points[-1][0]:28} {precision:5} {size:7.2f} MB  {score:.4f} bits per byte", flush=True)
     for label, numbers in options.recorded:
@@ -45,8 +45,8 @@ def main() -> None:
     print(json.dumps({"benchmark": "sizes", "results": [dict(zip(names, point, strict=True)) for point in points]}))
 
 
-def megabytes(files: ModelFiles, precision: str) -> float:
-    weights = files.weights_path if precision == "fp32" else packed_path(files, precision)  # type: ignore[arg-type]
+def model_megabytes(files: ModelFiles, precision: str) -> float:
+    weights = files.weights_path if precision == "fp32" else quantized_path(files, precision)  # type: ignore[arg-type]
     return (weights.stat().st_size + (files.folder / "tokenizer.json").stat().st_size) / 1e6
 
 
@@ -59,11 +59,11 @@ def draw(path: Path, points: list[tuple[str, str, float, float]]) -> None:
 
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for precision in dict.fromkeys(point[1] for point in points):
-        line = [point for point in points if point[1] == precision]
-        axes.plot([point[2] for point in line], [point[3] for point in line], "o", label=precision)
-        for label, _, size, score in line:
-            place = (6, 4) if precision == "recorded" else (6, -10)
-            axes.annotate(label, (size, score), textcoords="offset points", xytext=place, fontsize=8)
+        series = [point for point in points if point[1] == precision]
+        axes.plot([point[2] for point in series], [point[3] for point in series], "o", label=precision)
+        for label, _, size, score in series:
+            offset = (6, 4) if precision == "recorded" else (6, -10)
+            axes.annotate(label, (size, score), textcoords="offset points", xytext=offset, fontsize=8)
     axes.set(xlabel="megabytes, tokenizer included", ylabel="bits per byte on validation stories")
     axes.set_xlim(0, 1.35 * max(point[2] for point in points))  # labels stand to the right
     axes.grid(alpha=0.3)
@@ -72,4 +72,4 @@ def draw(path: Path, points: list[tuple[str, str, float, float]]) -> None:
 
 
 if __name__ == "__main__":
-    as_program(main)
+    run_main(main)

@@ -23,15 +23,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from program import as_program
+from script import run_main
 
 from tinystories import load
 from tinystories.config import SamplingConfig
-from tinystories.data.sources import stories
-from tinystories.evaluate.bits import bits_per_byte, encoded
+from tinystories.data.sources import iter_stories
+from tinystories.evaluate.bits import encode_stories, evaluate_bits_per_byte
 from tinystories.evaluate.report import evaluate_model
-from tinystories.evaluate.stories import Seen, variety
-from tinystories.generate.stories import Request, Story, tell
+from tinystories.evaluate.text_statistics import NgramIndex, measure_diversity
+from tinystories.generate.batching import Request, Story, generate_all
 from tinystories.generate.storyteller import Storyteller
 
 N_STORIES = 200
@@ -62,37 +62,45 @@ def main() -> None:
     parser.add_argument("--judge", help="another model directory, for --sweep")
     options = parser.parse_args()
     precisions = options.precision.split(",")
-    teller = load(options.model, engine="cpu", precision=precisions[0])
-    val = list(stories(options.val, split="val"))
-    seen = Seen(stories(options.train))
+    storyteller = load(options.model, engine="cpu", precision=precisions[0])
+    val = list(iter_stories(options.val, split="val"))
+    seen = NgramIndex(iter_stories(options.train))
     if options.sweep:
-        sweep(teller, options.judge, val, seen)
+        sweep(storyteller, options.judge, val, seen)
         return
     facts: dict[str, Any] = {"benchmark": "storyteller", "machine": f"{platform.machine()} {platform.system()}"}
-    facts["bits_per_byte"] = {precision: score(options.model, precision, options.val) for precision in precisions}
-    told, seconds = tell_all(teller, teller.settings)
-    ours, theirs = counted([story.text for story in told], seen), counted(sample_of(val), seen)
-    ours["ended"] = sum(story.stop_reason == "end" for story in told) / len(told)
-    print(f"\n{len(told)} stories in {seconds:.0f} s, {teller.settings}")
-    print(f"{'':20} {'ours':>9} {'val':>9}")
-    for name, value in ours.items():
-        print(f"{name:20} {value:9.4g} {theirs.get(name, 1.0):9.4g}")
-    if options.out:
-        options.out.write_text("".join(json.dumps(story.as_dict()) + "\n" for story in told), encoding="utf-8")
-    print(json.dumps(facts | {"sampling": dataclasses.asdict(teller.settings), "ours": ours, "validation": theirs}))
-
-
-def score(model: str | None, precision: str, val: str) -> float:
-    teller = load(model, engine="cpu", precision=precision)
-    found = evaluate_model(teller, val)
-    low, high = found.interval
-    print(
-        f"{precision}: {found.bits_per_byte:.4f} bits per byte on {found.stories:,} stories ({low:.4f} to {high:.4f})"
+    facts["bits_per_byte"] = {precision: score_model(options.model, precision, options.val) for precision in precisions}
+    generated, seconds = generate_stories(storyteller, storyteller.settings)
+    our_stats, reference_stats = (
+        measure_stories([story.text for story in generated], seen),
+        measure_stories(sample_evenly(val), seen),
     )
-    return found.bits_per_byte
+    our_stats["ended"] = sum(story.stop_reason == "end" for story in generated) / len(generated)
+    print(f"\n{len(generated)} stories in {seconds:.0f} s, {storyteller.settings}")
+    print(f"{'':20} {'ours':>9} {'val':>9}")
+    for name, value in our_stats.items():
+        print(f"{name:20} {value:9.4g} {reference_stats.get(name, 1.0):9.4g}")
+    if options.out:
+        options.out.write_text("".join(json.dumps(story.as_dict()) + "\n" for story in generated), encoding="utf-8")
+    print(
+        json.dumps(
+            facts
+            | {"sampling": dataclasses.asdict(storyteller.settings), "ours": our_stats, "validation": reference_stats}
+        )
+    )
 
 
-def tell_all(teller: Storyteller, sampling: SamplingConfig) -> tuple[list[Story], float]:
+def score_model(model: str | None, precision: str, val: str) -> float:
+    storyteller = load(model, engine="cpu", precision=precision)
+    report = evaluate_model(storyteller, val)
+    low, high = report.interval
+    print(
+        f"{precision}: {report.bits_per_byte:.4f} bits per byte on {report.stories:,} stories ({low:.4f} to {high:.4f})"
+    )
+    return report.bits_per_byte
+
+
+def generate_stories(storyteller: Storyteller, sampling: SamplingConfig) -> tuple[list[Story], float]:
     """Seeds 0 to 199: every second one without an opening, the others by turns with one of OPENINGS."""
     requests = (
         Request(
@@ -103,43 +111,58 @@ def tell_all(teller: Storyteller, sampling: SamplingConfig) -> tuple[list[Story]
         )
         for seed in range(N_STORIES)
     )
-    began = time.perf_counter()
-    return list(tell(teller.engine, teller.tokenizer, requests)), time.perf_counter() - began
+    start_time = time.perf_counter()
+    return list(generate_all(storyteller.engine, storyteller.tokenizer, requests)), time.perf_counter() - start_time
 
 
-def sample_of(val: list[str]) -> list[str]:
+def sample_evenly(val: list[str]) -> list[str]:
     """As many validation stories, evenly spaced."""
     return [val[i * len(val) // N_STORIES] for i in range(min(N_STORIES, len(val)))]
 
 
-def counted(texts: list[str], seen: Seen) -> dict[str, float]:
-    return {"copied": seen.copied(texts)} | dataclasses.asdict(variety(texts))
+def measure_stories(texts: list[str], seen: NgramIndex) -> dict[str, float]:
+    return {"copied": seen.copied_fraction(texts)} | dataclasses.asdict(measure_diversity(texts))
 
 
-def sweep(teller: Storyteller, judge: str | None, val: list[str], seen: Seen) -> None:
-    judging = load(judge, engine="cpu", precision="fp32") if judge else teller
-    own = bits_per_byte(judging.engine, encoded(sample_of(val), judging.tokenizer)).bits_per_byte
-    theirs = counted(sample_of(val), seen)
+def sweep(storyteller: Storyteller, judge: str | None, val: list[str], seen: NgramIndex) -> None:
+    judge_model = load(judge, engine="cpu", precision="fp32") if judge else storyteller
+    reference_bits = evaluate_bits_per_byte(
+        judge_model.engine, encode_stories(sample_evenly(val), judge_model.tokenizer)
+    ).bits_per_byte
+    reference_stats = measure_stories(sample_evenly(val), seen)
     names = ["words", "looping", "copied", "distinct_openings", "names", "commonest_name", "distinct_trigrams"]
     print(f"{'settings':24} {'judged':>7} {'ended':>6} " + " ".join(f"{name[:9]:>9}" for name in names))
-    print(f"{'validation stories':24} {own:7.4f} {1:6.3f} " + " ".join(f"{theirs[name]:9.4g}" for name in names))
+    print(
+        f"{'validation stories':24} {reference_bits:7.4f} {1:6.3f} "
+        + " ".join(f"{reference_stats[name]:9.4g}" for name in names)
+    )
     results: list[dict[str, Any]] = []
     for temperature, min_p, penalty in itertools.product(TEMPERATURES, MIN_PS, PENALTIES):
         sampling = SamplingConfig(temperature=temperature, min_p=min_p, repetition_penalty=penalty)
-        told, _ = tell_all(teller, sampling)
-        texts = [story.text for story in told]
-        found = counted(texts, seen)
-        found["ended"] = sum(story.stop_reason == "end" for story in told) / len(told)
-        found["judged"] = bits_per_byte(judging.engine, encoded(texts, judging.tokenizer)).bits_per_byte
+        generated, _ = generate_stories(storyteller, sampling)
+        texts = [story.text for story in generated]
+        stats = measure_stories(texts, seen)
+        stats["ended"] = sum(story.stop_reason == "end" for story in generated) / len(generated)
+        stats["judged"] = evaluate_bits_per_byte(
+            judge_model.engine, encode_stories(texts, judge_model.tokenizer)
+        ).bits_per_byte
         label = f"{temperature:g}, min-p {min_p:g}, penalty {penalty:g}"
         print(
-            f"{label:24} {found['judged']:7.4f} {found['ended']:6.3f} "
-            + " ".join(f"{found[name]:9.4g}" for name in names),
+            f"{label:24} {stats['judged']:7.4f} {stats['ended']:6.3f} "
+            + " ".join(f"{stats[name]:9.4g}" for name in names),
             flush=True,
         )
-        results.append(dataclasses.asdict(sampling) | found)
-    print(json.dumps({"benchmark": "storyteller sweep", "validation": theirs | {"judged": own}, "results": results}))
+        results.append(dataclasses.asdict(sampling) | stats)
+    print(
+        json.dumps(
+            {
+                "benchmark": "storyteller sweep",
+                "validation": reference_stats | {"judged": reference_bits},
+                "results": results,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":
-    as_program(main)
+    run_main(main)

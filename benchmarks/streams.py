@@ -21,21 +21,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from program import as_program, parse_settings
+from script import parse_settings, run_main
 
 from tinystories.config import ModelConfig, SamplingConfig, load_config
+from tinystories.data.build_tokenizer import build_from_spec
 from tinystories.data.tokenizer import Tokenizer
-from tinystories.data.vocabulary import build
-from tinystories.engine.device import pick_device, pick_precision
+from tinystories.engine.device import select_device, select_precision
 from tinystories.engine.torch_engine import TorchEngine
 from tinystories.errors import UserError
-from tinystories.generate.sampling import next_ids
-from tinystories.generate.stories import Request, tell
+from tinystories.generate.batching import Request, generate_all
+from tinystories.generate.sampling import sample
 from tinystories.interop.hf import to_transformers
 from tinystories.model import GPT
 
-Ids = list[list[int]]
-Write = Callable[[Ids, int], Ids]  # so many new ids after each prompt
+TokenIds = list[list[int]]
+Generate = Callable[[TokenIds, int], TokenIds]  # so many new ids after each prompt
 GREEDY = SamplingConfig(temperature=0.0)
 
 
@@ -54,97 +54,104 @@ def main() -> None:
     config = dataclasses.replace(shape, vocab_size=options.vocab, dropout=0.0)
     if options.prompt_tokens + options.tokens > config.n_ctx:
         raise UserError(f"--prompt-tokens and --tokens do not fit the context of {config.n_ctx} together")
-    device = pick_device(options.device)
+    device = select_device(options.device)
     torch.manual_seed(0)
     model = GPT(config).eval()
     with torch.no_grad():
         for weight in model.parameters():  # matrices that keep the size of what goes through them
             if weight.ndim == 2:
                 weight.normal_(std=weight.shape[1] ** -0.5)
-    peer = transformers_writer(model, device)
+    hf_generator = make_hf_generator(model, device)
     for n_streams in map(int, options.streams.split(",")):
-        print(json.dumps(compare(options, config, model, peer, device, n_streams)), flush=True)
+        print(json.dumps(compare(options, config, model, hf_generator, device, n_streams)), flush=True)
 
 
 def compare(
-    options: argparse.Namespace, config: ModelConfig, model: GPT, peer: Write, device: torch.device, n_streams: int
+    options: argparse.Namespace,
+    config: ModelConfig,
+    model: GPT,
+    hf_generator: Generate,
+    device: torch.device,
+    n_streams: int,
 ) -> dict[str, Any]:
     """All ways to write so many streams, by turns."""
-    own = GPT(config).eval()
-    own.load_state_dict(model.state_dict())
-    engine = TorchEngine(own, n_slots=n_streams, device=device, own=True)
-    random = np.random.default_rng(n_streams)
-    prompts = random.integers(config.vocab_size, size=(n_streams, options.prompt_tokens)).tolist()
-    writers: dict[str, Write] = {
-        "ours, greedy": greedy_writer(engine),
-        "ours, sampled": story_writer(engine, plain_tokenizer(config.vocab_size)),
-        "transformers, greedy": peer,
+    our_model = GPT(config).eval()
+    our_model.load_state_dict(model.state_dict())
+    engine = TorchEngine(our_model, n_slots=n_streams, device=device, owns_model=True)
+    rng = np.random.default_rng(n_streams)
+    prompts = rng.integers(config.vocab_size, size=(n_streams, options.prompt_tokens)).tolist()
+    generators: dict[str, Generate] = {
+        "ours, greedy": make_greedy_generator(engine),
+        "ours, sampled": make_story_generator(engine, build_plain_tokenizer(config.vocab_size)),
+        "transformers, greedy": hf_generator,
     }
-    ids = {name: [write(prompts, options.tokens) for _ in range(2)][-1] for name, write in writers.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in writers}
+    ids = {name: [write(prompts, options.tokens) for _ in range(2)][-1] for name, write in generators.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in generators}
     for _ in range(options.runs):
-        for name, write in writers.items():
-            began = time.perf_counter()
+        for name, write in generators.items():
+            start_time = time.perf_counter()
             write(prompts, options.tokens)
-            seconds[name].append(time.perf_counter() - began)
+            seconds[name].append(time.perf_counter() - start_time)
     return report(options, engine, n_streams, seconds, ids)
 
 
-def greedy_writer(engine: TorchEngine) -> Write:
-    def write(prompts: Ids, n: int) -> Ids:
+def make_greedy_generator(engine: TorchEngine) -> Generate:
+    def generate(prompts: TokenIds, n_tokens: int) -> TokenIds:
         slots, u = list(range(len(prompts))), np.zeros(len(prompts), dtype=np.float32)
-        written = [next_ids(engine.prefill(slot, prompts[slot])[None], GREEDY, u[:1]) for slot in slots]
-        while len(written[0]) < n:
-            new = next_ids(engine.step(slots, [ids[-1] for ids in written]), GREEDY, u)
-            for ids, one in zip(written, new, strict=True):
-                ids.append(one)
-        return written
+        sequences = [sample(engine.prefill(slot, prompts[slot])[None], GREEDY, u[:1]) for slot in slots]
+        while len(sequences[0]) < n_tokens:
+            new = sample(engine.step(slots, [ids[-1] for ids in sequences]), GREEDY, u)
+            for ids, token in zip(sequences, new, strict=True):
+                ids.append(token)
+        return sequences
 
-    return write
+    return generate
 
 
-def story_writer(engine: TorchEngine, tokenizer: Tokenizer) -> Write:
-    def write(prompts: Ids, n: int) -> Ids:
+def make_story_generator(engine: TorchEngine, tokenizer: Tokenizer) -> Generate:
+    def generate(prompts: TokenIds, n_tokens: int) -> TokenIds:
         texts = ["x" * len(prompt) for prompt in prompts]
-        requests = (Request(prompt=text, max_tokens=n, number=i, ignore_end=True) for i, text in enumerate(texts))
-        return [list(story.ids) for story in tell(engine, tokenizer, requests)]
+        requests = (
+            Request(prompt=text, max_tokens=n_tokens, number=i, ignore_end=True) for i, text in enumerate(texts)
+        )
+        return [list(story.ids) for story in generate_all(engine, tokenizer, requests)]
 
-    return write
+    return generate
 
 
-def plain_tokenizer(vocab_size: int) -> Tokenizer:
+def build_plain_tokenizer(vocab_size: int) -> Tokenizer:
     """A byte-level tokenizer with as many ids as the model; those that no text has are written as nothing."""
-    parts = build("bpe:257", lambda: ["a"]).parts
+    parts = build_from_spec("bpe:257", lambda: ["a"]).json_data
     vocab = parts["model"]["vocab"]
     extra = {f"<unused {i}>": i for i in range(len(vocab), vocab_size - 1)}  # the last is END
     return Tokenizer(json.dumps({**parts, "model": {**parts["model"], "vocab": vocab | extra}}))
 
 
-def transformers_writer(model: GPT, device: torch.device) -> Write:
+def make_hf_generator(model: GPT, device: torch.device) -> Generate:
     from transformers import CompileConfig
 
-    theirs = to_transformers(model.config, dict(model.state_dict())).eval()
-    dtype = torch.bfloat16 if pick_precision(device) == "bf16" else torch.float32
-    theirs = theirs.to(device=device, dtype=dtype)
-    theirs.generation_config.eos_token_id = None
-    compiled = {"compile_config": CompileConfig(mode="reduce-overhead")} if device.type == "cuda" else {}
+    hf_model = to_transformers(model.config, dict(model.state_dict())).eval()
+    dtype = torch.bfloat16 if select_precision(device) == "bf16" else torch.float32
+    hf_model = hf_model.to(device=device, dtype=dtype)
+    hf_model.generation_config.eos_token_id = None
+    compile_options = {"compile_config": CompileConfig(mode="reduce-overhead")} if device.type == "cuda" else {}
 
-    def write(prompts: Ids, n: int) -> Ids:
+    def generate(prompts: TokenIds, n_tokens: int) -> TokenIds:
         tokens = torch.tensor(prompts, device=device)
         with torch.inference_mode():
-            told = theirs.generate(
+            output = hf_model.generate(
                 tokens,
                 attention_mask=torch.ones_like(tokens),
-                max_new_tokens=n,
+                max_new_tokens=n_tokens,
                 do_sample=False,
                 pad_token_id=0,
                 cache_implementation="static",
-                **compiled,
+                **compile_options,
             )
-        ids: Ids = told[:, tokens.shape[1] :].tolist()
+        ids: TokenIds = output[:, tokens.shape[1] :].tolist()
         return ids
 
-    return write
+    return generate
 
 
 def report(
@@ -152,35 +159,36 @@ def report(
     engine: TorchEngine,
     n_streams: int,
     seconds: dict[str, list[float]],
-    ids: dict[str, Ids],
+    ids: dict[str, TokenIds],
 ) -> dict[str, Any]:
     """Print the table of one number of streams; returns its JSON line."""
-    peer = seconds["transformers, greedy"]
+    hf_seconds = seconds["transformers, greedy"]
     rates = {name: n_streams * options.tokens / statistics.median(taken) for name, taken in seconds.items()}
     ratios = {
-        name: statistics.median(b / a for a, b in zip(taken, peer, strict=True)) for name, taken in seconds.items()
+        name: statistics.median(b / a for a, b in zip(taken, hf_seconds, strict=True))
+        for name, taken in seconds.items()
     }
     pairs = list(zip(ids["ours, greedy"], ids["transformers, greedy"], strict=True))
-    same = sum(a == b for ours, theirs in pairs for a, b in zip(ours, theirs, strict=True)) / (
+    matching = sum(a == b for ours, theirs in pairs for a, b in zip(ours, theirs, strict=True)) / (
         n_streams * options.tokens
     )
     print(f"\n{n_streams} streams of {options.tokens} tokens, {engine.device}, {engine.precision}")
     for name, rate in rates.items():
         print(f"{name:24} {rate:12,.0f} tokens/s {ratios[name]:8.2f}")
-    name_of_device = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else platform.machine()
+    device_name = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else platform.machine()
     return {
         "benchmark": "streams",
         "preset": options.preset,
-        "device": name_of_device,
+        "device": device_name,
         "precision": engine.precision,
         "streams": n_streams,
         "tokens": options.tokens,
         "tokens_per_s": rates,
         "ratio": ratios,
-        "same_ids": same,
+        "same_ids": matching,
         "peak_gb": torch.cuda.max_memory_allocated(engine.device) / 1e9 if engine.device.type == "cuda" else None,
     }
 
 
 if __name__ == "__main__":
-    as_program(main)
+    run_main(main)

@@ -20,18 +20,18 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-from program import as_program, parse_settings
 from safetensors.numpy import load_file, save_file
+from script import parse_settings, run_main
 
 from tinystories.checkpoint import read_model
 from tinystories.config import Config, load_config
 from tinystories.data.loader import PackedRows
-from tinystories.engine.cpu.shipped import ship
+from tinystories.engine.cpu.int8_model import write_int8_model
 from tinystories.errors import UserError
 from tinystories.train.run import train
 
 PILOT_STEPS = 60  # the last 10 are timed: compilation and the growth of memory lie before them
-MARGIN = 0.93  # share of the time that steps may take: others on the device may begin to compute meanwhile
+TIME_MARGIN = 0.93  # share of the time that steps may take: others on the device may begin to compute meanwhile
 PACKING_SECONDS = 5.0
 FP16_WEIGHTS = "model-fp16.safetensors"
 
@@ -48,70 +48,70 @@ def main() -> None:
     settings = parse_settings(overrides)
     run = options.work / options.name
     resumed = (run / "config.toml").exists()
-    config = load_config(run / "config.toml") if resumed else plan(options, settings)
-    began = time.perf_counter()
+    config = load_config(run / "config.toml") if resumed else plan_config(options, settings)
+    start_time = time.perf_counter()
     report = train(config, run, resume=True)
-    taken = time.perf_counter() - began
+    elapsed = time.perf_counter() - start_time
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    last = [record for record in metrics if "loss" in record][-1]
+    last_record = [record for record in metrics if "loss" in record][-1]
     score = report.bits_per_byte if report is not None else metrics[-1]["val_bits_per_byte"]
-    pack_weights(run, options.work / "weights", options.name)
+    archive_weights(run, options.work / "weights", options.name)
     result = {
         "benchmark": "timed training",
         "run": options.name,
         "parameters": read_model(run).config.n_params,
         "val_bits_per_byte": score,
-        "train_bits_per_byte": last["bits_per_byte"],
+        "train_bits_per_byte": last_record["bits_per_byte"],
         "steps": config.train.steps,
-        "epochs": config.train.steps * config.train.batch_size / rows_of(config),
-        "tokens_per_s": last["tokens"] / last["seconds"],
-        "seconds": taken,
+        "epochs": config.train.steps * config.train.batch_size / count_rows(config),
+        "tokens_per_s": last_record["tokens"] / last_record["seconds"],
+        "seconds": elapsed,
         "settings": settings,
     }
     print(json.dumps(result), flush=True)
 
 
-def plan(options: argparse.Namespace, settings: dict[str, str]) -> Config:
+def plan_config(options: argparse.Namespace, settings: dict[str, str]) -> Config:
     """The config with the steps that fit, after the pilot run."""
-    never = {"train.eval_every": str(10**9), "train.checkpoint_every": str(10**9)}
-    settings = {"data.dir": str(options.data)} | settings | never
+    no_evaluation = {"train.eval_every": str(10**9), "train.checkpoint_every": str(10**9)}
+    settings = {"data.dir": str(options.data)} | settings | no_evaluation
     pilot = options.work / f"{options.name}.pilot"
     shutil.rmtree(pilot, ignore_errors=True)
-    began = time.perf_counter()
+    start_time = time.perf_counter()
     train(load_config(options.config, settings | {"train.log_every": "10", "train.steps": str(PILOT_STEPS)}), pilot)
     records = [json.loads(line) for line in (pilot / "metrics.jsonl").read_text().splitlines()]
-    last = [record for record in records if "loss" in record][-1]
+    last_record = [record for record in records if "loss" in record][-1]
     # The real run, too, loads the data, and ends with an evaluation on all stories, samples and a checkpoint.
-    overhead = time.perf_counter() - began - last["seconds"] + PACKING_SECONDS
+    overhead = time.perf_counter() - start_time - last_record["seconds"] + PACKING_SECONDS
     shutil.rmtree(pilot)
-    used = time.time() - psutil.Process().create_time()
+    used_seconds = time.time() - psutil.Process().create_time()
     config = load_config(options.config, settings)
-    tokens = (options.seconds - used - overhead) * MARGIN * last["tokens_per_s"]
-    wanted = options.epochs * rows_of(config) / config.train.batch_size
-    steps = round(min(wanted, tokens / (config.train.batch_size * config.model.n_ctx)))
+    tokens = (options.seconds - used_seconds - overhead) * TIME_MARGIN * last_record["tokens_per_s"]
+    max_steps = options.epochs * count_rows(config) / config.train.batch_size
+    steps = round(min(max_steps, tokens / (config.train.batch_size * config.model.n_ctx)))
     if steps < PILOT_STEPS:
-        raise UserError(f"--seconds {options.seconds:g} are too few: the pilot run took {used:.0f}")
+        raise UserError(f"--seconds {options.seconds:g} are too few: the pilot run took {used_seconds:.0f}")
     settings |= {"train.steps": str(steps), "train.checkpoint_every": str(max(1, steps // 4))}
     return load_config(options.config, settings)
 
 
-def rows_of(config: Config) -> int:
+def count_rows(config: Config) -> int:
     return PackedRows(Path(config.data.dir), "train", config.model.n_ctx, config.train.seed).n_rows
 
 
-def pack_weights(run: Path, folder: Path, name: str) -> None:
+def archive_weights(run: Path, folder: Path, name: str) -> None:
     """The model in int8 and in fp16, each as one tar file."""
     files = read_model(run)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        small, half = Path(temporary) / f"{name}-int8", Path(temporary) / f"{name}-fp16"
-        ship(files, small)
-        half.mkdir()
+        int8_dir, fp16_dir = Path(temporary) / f"{name}-int8", Path(temporary) / f"{name}-fp16"
+        write_int8_model(files, int8_dir)
+        fp16_dir.mkdir()
         weights = {key: value.astype(np.float16) for key, value in load_file(files.weights_path).items()}
-        save_file(weights, half / FP16_WEIGHTS)
+        save_file(weights, fp16_dir / FP16_WEIGHTS)
         for file in ("config.json", "generation.json", "tokenizer.json"):
-            shutil.copyfile(run / file, half / file)
-        for directory in (small, half):
+            shutil.copyfile(run / file, fp16_dir / file)
+        for directory in (int8_dir, fp16_dir):
             draft = folder / f"{directory.name}.tar.draft"
             with tarfile.open(draft, "w") as tar:
                 tar.add(directory, directory.name)
@@ -119,4 +119,4 @@ def pack_weights(run: Path, folder: Path, name: str) -> None:
 
 
 if __name__ == "__main__":
-    as_program(main)
+    run_main(main)

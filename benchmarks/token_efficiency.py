@@ -23,18 +23,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from folders import execute_all, final, is_done, records, seconds, train_command
-from peers import nanogpt, nanogpt_optimizer
-from program import as_program
+from nanogpt import build_nanogpt_optimizer, load_nanogpt
+from script import run_main
 from torch.nn import functional as F
+from training_runs import build_train_command, execute_all, final_record, is_done, read_records, training_seconds
 
 from tinystories.config import load_config
-from tinystories.data.prepared import open_split
-from tinystories.engine.torch_engine import batches
-from tinystories.evaluate.bits import bits_per_byte, prepared
+from tinystories.data.dataset import open_split
+from tinystories.engine.torch_engine import group_by_length
+from tinystories.evaluate.bits import evaluate_bits_per_byte, read_prepared_stories
 
 EVALUATIONS = 16  # in a run, on a fixed subset of 200 stories; then all of them
-RATES, BATCHES = (1e-3, 2e-3, 4e-3, 8e-3), (8, 16)
+LEARNING_RATES, BATCH_SIZES = (1e-3, 2e-3, 4e-3, 8e-3), (8, 16)
 
 
 def main() -> None:
@@ -55,33 +55,41 @@ def main() -> None:
     options = parser.parse_args()
     if options.peer:
         rate, rows, tokens = options.peer.split(",")
-        train_peer(options, float(rate), int(rows), int(tokens))
+        train_nanogpt(options, float(rate), int(rows), int(tokens))
         return
-    plan = tuning(options) if options.tune else comparison(options)
+    plan = plan_tuning(options) if options.tune else plan_comparison(options)
     execute_all(options.out, plan, options.workers)
     report(options, list(plan))
 
 
-def tuning(options: argparse.Namespace) -> dict[str, list[str]]:
-    return dict(peer_job(options, rate, rows, options.tokens // 4) for rows in BATCHES for rate in RATES)
+def plan_tuning(options: argparse.Namespace) -> dict[str, list[str]]:
+    return dict(
+        build_nanogpt_command(options, rate, rows, options.tokens // 4)
+        for rows in BATCH_SIZES
+        for rate in LEARNING_RATES
+    )
 
 
-def comparison(options: argparse.Namespace) -> dict[str, list[str]]:
+def plan_comparison(options: argparse.Namespace) -> dict[str, list[str]]:
     """The best settings of the peer's grid at all tokens; ours at all tokens and at fewer."""
-    tuned = [peer_job(options, rate, rows, options.tokens // 4)[0] for rows in BATCHES for rate in RATES]
-    scores = {name: final(options.out / name) for name in tuned if is_done(options.out / name)}
+    tuned = [
+        build_nanogpt_command(options, rate, rows, options.tokens // 4)[0]
+        for rows in BATCH_SIZES
+        for rate in LEARNING_RATES
+    ]
+    scores = {name: final_record(options.out / name) for name in tuned if is_done(options.out / name)}
     if len(scores) < len(tuned):
         sys.exit(f"the peer is not tuned yet: {len(scores)} of {len(tuned)} runs are there; run with --tune first")
     plan: dict[str, list[str]] = {}
     for name in sorted(scores, key=lambda name: scores[name]["val_bits_per_byte"])[: options.peers]:
         _, rate, rows, _ = name.split("_")
-        plan |= [peer_job(options, float(rate), int(rows), options.tokens)]
+        plan |= [build_nanogpt_command(options, float(rate), int(rows), options.tokens)]
     for divisor in options.divisors.split(","):
         tokens = round(options.tokens / float(divisor))
         for seed in options.seeds.split(","):
             run = options.out / f"ours_{tokens / 1e6:.2f}M_seed{seed}"
             settings = {"train.seed": seed, "train.eval_every": evaluation_steps(options.config, tokens)}
-            plan[run.name] = train_command(run, options.config, options.data, tokens, settings)
+            plan[run.name] = build_train_command(run, options.config, options.data, tokens, settings)
     return plan
 
 
@@ -91,9 +99,9 @@ def evaluation_steps(config_name: str, tokens: int) -> int:
     return max(1, tokens // (config.train.batch_size * config.model.n_ctx * EVALUATIONS))
 
 
-def peer_job(options: argparse.Namespace, rate: float, rows: int, tokens: int) -> tuple[str, list[str]]:
+def build_nanogpt_command(options: argparse.Namespace, rate: float, rows: int, tokens: int) -> tuple[str, list[str]]:
     name = f"nanogpt_{rate:g}_{rows}_{tokens / 1e6:.2f}M"
-    given = [
+    arguments = [
         "--nanogpt",
         options.nanogpt,
         "--data",
@@ -103,40 +111,40 @@ def peer_job(options: argparse.Namespace, rate: float, rows: int, tokens: int) -
         "--config",
         options.config,
     ]
-    return name, [sys.executable, __file__, *map(str, given), "--peer", f"{rate},{rows},{tokens}"]
+    return name, [sys.executable, __file__, *map(str, arguments), "--peer", f"{rate},{rows},{tokens}"]
 
 
-def train_peer(options: argparse.Namespace, rate: float, rows: int, tokens: int) -> None:
+def train_nanogpt(options: argparse.Namespace, peak_lr: float, rows: int, tokens: int) -> None:
     """nanoGPT's train.py: random windows of the stream, AdamW (0.9, 0.99), decay 0.1, clipping, cosine to a tenth."""
     shape = load_config(options.config).model
     torch.manual_seed(1337)
     train, _ = open_split(options.data, "train")
     val = open_split(options.data, "val")
     vocab_size = json.loads((options.data / "meta.json").read_text())["vocab_size"]
-    model = nanogpt(
+    model = load_nanogpt(
         options.nanogpt, n_layer=shape.n_layer, n_embd=shape.n_embd, n_head=shape.n_head, block_size=shape.n_ctx,
         vocab_size=vocab_size, dropout=0.0, bias=False,
     )  # fmt: skip
-    optimizer = nanogpt_optimizer(model, rate, (0.9, 0.99), "cpu")
+    optimizer = build_nanogpt_optimizer(model, peak_lr, (0.9, 0.99), "cpu")
     steps, warmup, n_ctx = tokens // (rows * shape.n_ctx), 100, shape.n_ctx
     options.out.mkdir(parents=True, exist_ok=True)
-    seconds, total = 0.0, 0.0
+    seconds, loss_sum = 0.0, 0.0
     with (options.out / "metrics.jsonl").open("w") as metrics:
 
-        def write(**record: Any) -> None:
+        def write_record(**record: Any) -> None:
             metrics.write(json.dumps(record) + "\n")
             metrics.flush()
 
         for step in range(steps):
-            began = time.perf_counter()
-            done = (step - warmup) / max(1, steps - warmup)
-            now = (
-                rate * (step + 1) / (warmup + 1)
+            start_time = time.perf_counter()
+            progress = (step - warmup) / max(1, steps - warmup)
+            lr = (
+                peak_lr * (step + 1) / (warmup + 1)
                 if step < warmup
-                else rate * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+                else peak_lr * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
             )
             for group in optimizer.param_groups:
-                group["lr"] = now
+                group["lr"] = lr
             starts = torch.randint(len(train) - n_ctx, (rows,))
             windows = torch.from_numpy(np.stack([train[i : i + n_ctx + 1] for i in starts.tolist()]).astype(np.int64))
             _, loss = model(windows[:, :-1].contiguous(), windows[:, 1:].contiguous())
@@ -144,19 +152,23 @@ def train_peer(options: argparse.Namespace, rate: float, rows: int, tokens: int)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            seconds, total = seconds + time.perf_counter() - began, total + loss.item()
-            seen = {"step": step + 1, "tokens": (step + 1) * rows * n_ctx, "seconds": round(seconds, 1)}
+            seconds, loss_sum = seconds + time.perf_counter() - start_time, loss_sum + loss.item()
+            counters = {"step": step + 1, "tokens": (step + 1) * rows * n_ctx, "seconds": round(seconds, 1)}
             if (step + 1) % 10 == 0:
-                write(**seen, loss=total / 10)
-                total = 0.0
+                write_record(**counters, loss=loss_sum / 10)
+                loss_sum = 0.0
             last = step + 1 == steps
             if last or (step + 1) % max(1, steps // EVALUATIONS) == 0:
-                found = bits_per_byte(Peer(model.eval(), shape), prepared(*val, 0 if last else 200))
-                write(**seen, val_bits_per_byte=found.bits_per_byte, val_stories=found.stories, final=last)
+                evaluation = evaluate_bits_per_byte(
+                    NanoGPTEngine(model.eval(), shape), read_prepared_stories(*val, 0 if last else 200)
+                )
+                write_record(
+                    **counters, val_bits_per_byte=evaluation.bits_per_byte, val_stories=evaluation.stories, final=last
+                )
                 model.train()
 
 
-class Peer:
+class NanoGPTEngine:
     """nanoGPT's model as far as scoring asks for an engine."""
 
     def __init__(self, model: Any, config: Any) -> None:
@@ -165,7 +177,7 @@ class Peer:
     @torch.inference_mode()
     def logprobs(self, sequences: Any) -> list[Any]:
         scored: dict[int, Any] = {}
-        for members in batches([len(ids) - 1 for ids in sequences], 2048):
+        for members in group_by_length([len(ids) - 1 for ids in sequences], 2048):
             longest = max(len(sequences[i]) for i in members)
             tokens = np.zeros((len(members), longest), dtype=np.int64)
             for row, i in enumerate(members):
@@ -183,10 +195,10 @@ def report(options: argparse.Namespace, names: list[str]) -> None:
     results = []
     print(f"{'run':32} {'tokens':>12} {'seconds':>9} {'bits per byte':>14}")
     for name in names:
-        last, taken = final(options.out / name), seconds(options.out / name)
-        tokens, score = last["tokens"], last["val_bits_per_byte"]
-        print(f"{name:32} {tokens:12,} {taken:9,.0f} {score:14.4f}")
-        results.append({"run": name, "tokens": tokens, "seconds": taken, "bits_per_byte": score})
+        last_record, elapsed = final_record(options.out / name), training_seconds(options.out / name)
+        tokens, score = last_record["tokens"], last_record["val_bits_per_byte"]
+        print(f"{name:32} {tokens:12,} {elapsed:9,.0f} {score:14.4f}")
+        results.append({"run": name, "tokens": tokens, "seconds": elapsed, "bits_per_byte": score})
     draw(options, names)
     facts = {"benchmark": "token_efficiency", "config": options.config, "torch": torch.__version__}
     print(json.dumps(facts | {"results": results}))
@@ -200,36 +212,36 @@ def draw(options: argparse.Namespace, names: list[str]) -> None:
     import matplotlib.pyplot as plt
 
     kinds = list(dict.fromkeys(name.partition("_seed")[0] for name in names))
-    figure, both = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
     for name in names:
         kind = name.partition("_seed")[0]
-        *points, last = [r for r in timed(records(options.out / name)) if "val_bits_per_byte" in r]
-        looks = {"color": f"C{kinds.index(kind)}", "linestyle": "--" if name.startswith("nanogpt") else "-"}
-        label = None if any(other.startswith(kind) for other in names[: names.index(name)]) else described(kind)
-        for axes, x, unit in zip(both, ("tokens", "seconds"), (1e6, 60), strict=True):
+        *points, last = [r for r in add_elapsed_seconds(read_records(options.out / name)) if "val_bits_per_byte" in r]
+        style = {"color": f"C{kinds.index(kind)}", "linestyle": "--" if name.startswith("nanogpt") else "-"}
+        label = None if any(other.startswith(kind) for other in names[: names.index(name)]) else legend_label(kind)
+        for axes, x, unit in zip(panels, ("tokens", "seconds"), (1e6, 60), strict=True):
             xs, ys = [r[x] / unit for r in points], [r["val_bits_per_byte"] for r in points]
-            axes.plot(xs, ys, label=label, linewidth=1.2, **looks)
-            axes.plot(last[x] / unit, last["val_bits_per_byte"], "o", color=looks["color"], markersize=5)
-    best = min(final(options.out / name)["val_bits_per_byte"] for name in names if name.startswith("nanogpt"))
-    for axes, x in zip(both, ("million training tokens", "minutes of training, one core"), strict=True):
+            axes.plot(xs, ys, label=label, linewidth=1.2, **style)
+            axes.plot(last[x] / unit, last["val_bits_per_byte"], "o", color=style["color"], markersize=5)
+    best = min(final_record(options.out / name)["val_bits_per_byte"] for name in names if name.startswith("nanogpt"))
+    for axes, x in zip(panels, ("million training tokens", "minutes of training, one core"), strict=True):
         axes.axhline(best, color="grey", linewidth=0.8, linestyle=":")
         axes.set(xlabel=x, ylim=(None, 1.3))
         axes.grid(alpha=0.3)
-    both[0].set(ylabel="bits per byte (lines: 200 stories, dots: all)")
-    both[0].legend(fontsize=9)
+    panels[0].set(ylabel="bits per byte (lines: 200 stories, dots: all)")
+    panels[0].legend(fontsize=9)
     figure.savefig(options.out / ("tuning.png" if options.tune else "curves.png"), dpi=120)
 
 
-def described(kind: str) -> str:
+def legend_label(kind: str) -> str:
     who, *rest = kind.split("_")
     return f"nanoGPT, AdamW {rest[0]}, {rest[1]} rows a step" if who == "nanogpt" else f"ours, {rest[0]} tokens"
 
 
-def timed(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def add_elapsed_seconds(run_records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The records, each with the seconds of training up to it."""
-    now = 0.0
-    return [record | {"seconds": (now := max(now, record.get("seconds", 0.0)))} for record in found]
+    elapsed = 0.0
+    return [record | {"seconds": (elapsed := max(elapsed, record.get("seconds", 0.0)))} for record in run_records]
 
 
 if __name__ == "__main__":
-    as_program(main)
+    run_main(main)

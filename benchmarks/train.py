@@ -43,20 +43,20 @@ from typing import Any, Literal
 
 import psutil
 import torch
-from peers import nanogpt, nanogpt_optimizer
-from program import as_program
+from nanogpt import build_nanogpt_optimizer, load_nanogpt
+from script import run_main
 
 from tinystories.config import ModelConfig, OptimConfig
-from tinystories.engine.device import pick_precision
+from tinystories.engine.device import select_precision
 from tinystories.errors import UserError
 from tinystories.model import GPT
 from tinystories.model.loss import Objective
-from tinystories.train.estimate import flops_per_token
+from tinystories.train.estimate import estimate_flops_per_token
 from tinystories.train.optim import Optimizers, build_optimizers
 
 PEAK_BF16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense, FLOP/s, from the makers' data sheets
 
-Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+LossFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Variant:
     """One model, compiled or not, with its optimizers: what is measured."""
 
     name: str
-    loss_of: Loss
+    compute_loss: LossFunction
     model: torch.nn.Module
     optimizers: Optimizers
     flops_per_token: float
@@ -113,12 +113,12 @@ def main() -> None:
 def print_first_steps(options: argparse.Namespace, device: torch.device, rows: int) -> None:
     """One JSON line for each variant when its first step is done."""
     inputs, targets = random_batch(options, device, rows)
-    for variant in variants(options, device):
-        began = time.perf_counter()
-        stepper(variant, inputs, targets)()
+    for variant in build_variants(options, device):
+        start_time = time.perf_counter()
+        make_step(variant, inputs, targets)()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        seconds, since_start = time.perf_counter() - began, time.time() - psutil.Process().create_time()
+        seconds, since_start = time.perf_counter() - start_time, time.time() - psutil.Process().create_time()
         facts = {"benchmark": "first step", "variant": variant.name, "micro_batch": rows}
         print(json.dumps(facts | {"seconds": seconds, "seconds_since_start": since_start}), flush=True)
 
@@ -126,17 +126,27 @@ def print_first_steps(options: argparse.Namespace, device: torch.device, rows: i
 def compile_ahead(options: argparse.Namespace, micro_batches: list[int]) -> None:
     """The first steps of the compiled variants, each in a process of its own."""
     names = [f"ours {architecture} compiled" for architecture in ("classic", "modern")]
-    names += [f"{peer_name(options, *peer)} compiled" for peer in peers_of(options)]
+    names += [f"{nanogpt_name(options, *peer)} compiled" for peer in list_nanogpt_variants(options)]
 
-    def start(rows: int, name: str) -> None:
-        again = ["--micro-batch", str(rows), "--only", f"^{re.escape(name)}$", "--first-steps", "--compile-jobs", "0"]
-        done = subprocess.run([sys.executable, *sys.argv, *again], capture_output=True, text=True, check=False)
-        last = (done.stdout.strip() or done.stderr.strip() or "no output").splitlines()[-1]
-        print(last if done.returncode == 0 else f"{name}, {rows} rows: {last}", flush=True)
+    def run_first_step(rows: int, name: str) -> None:
+        extra_arguments = [
+            "--micro-batch",
+            str(rows),
+            "--only",
+            f"^{re.escape(name)}$",
+            "--first-steps",
+            "--compile-jobs",
+            "0",
+        ]
+        completed = subprocess.run(
+            [sys.executable, *sys.argv, *extra_arguments], capture_output=True, text=True, check=False
+        )
+        last = (completed.stdout.strip() or completed.stderr.strip() or "no output").splitlines()[-1]
+        print(last if completed.returncode == 0 else f"{name}, {rows} rows: {last}", flush=True)
 
     with ThreadPoolExecutor(options.compile_jobs) as pool:
         jobs = [(rows, name) for rows in micro_batches for name in names if re.search(options.only, name)]
-        list(pool.map(lambda job: start(*job), jobs))
+        list(pool.map(lambda job: run_first_step(*job), jobs))
 
 
 def random_batch(options: argparse.Namespace, device: torch.device, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -144,22 +154,22 @@ def random_batch(options: argparse.Namespace, device: torch.device, rows: int) -
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
-def peers_of(options: argparse.Namespace) -> list[tuple[bool, int]]:
+def list_nanogpt_variants(options: argparse.Namespace) -> list[tuple[bool, int]]:
     """nanoGPT's `bias` and vocabulary, of each of its variants."""
     vocabs = [int(size) for size in (options.peer_vocab or str(options.vocab)).split(",")]
     return [(bias == "true", vocab) for bias in options.peer_bias.split(",") for vocab in vocabs]
 
 
-def peer_name(options: argparse.Namespace, bias: bool, vocab: int) -> str:
+def nanogpt_name(options: argparse.Namespace, bias: bool, vocab: int) -> str:
     several = "," in (options.peer_vocab or "")
     return f"nanoGPT bias={bias}{f' V={vocab}' * several}"
 
 
-def variants(options: argparse.Namespace, device: torch.device) -> Iterator[Variant]:
+def build_variants(options: argparse.Namespace, device: torch.device) -> Iterator[Variant]:
     """All that are asked for, each built when it is its turn."""
-    wanted = re.compile(options.only)
+    name_pattern = re.compile(options.only)
     n_layer, n_embd = map(int, options.shape.split("x"))
-    compiled_too = (False, True) if options.compile else (False,)
+    compile_choices = (False, True) if options.compile else (False,)
     flops = {}
     for architecture in ("classic", "modern"):
         # SwiGLU has three matrices: at two thirds of the width it has as many weights as the 4x feed-forward.
@@ -168,60 +178,63 @@ def variants(options: argparse.Namespace, device: torch.device) -> Iterator[Vari
             architecture=architecture, n_layer=n_layer, n_embd=n_embd, n_head=options.heads, n_ff=n_ff,
             n_ctx=options.context, vocab_size=options.vocab, tied=not options.untied, dropout=options.dropout,
         )  # fmt: skip
-        flops[architecture] = flops_per_token(config)
-        for compiled in compiled_too:
+        flops[architecture] = estimate_flops_per_token(config)
+        for compiled in compile_choices:
             name = f"ours {architecture}{' compiled' * compiled}"
-            if not wanted.search(name):
+            if not name_pattern.search(name):
                 continue
             model = GPT(config).to(device)
             objective = torch.compile(Objective(model)) if compiled else Objective(model)
             kind: Literal["muon", "adamw"] = "muon" if options.muon else "adamw"
             optimizers = build_optimizers(model, OptimConfig(kind=kind, learning_rate=1e-3, muon_rate=0.02))
-            yield Variant(name, mean_of(objective), model, optimizers, flops[architecture])
-    for bias, vocab in peers_of(options):
-        for compiled in compiled_too:
-            name = f"{peer_name(options, bias, vocab)}{' compiled' * compiled}"
-            if not wanted.search(name):
+            yield Variant(name, wrap_summed_loss(objective), model, optimizers, flops[architecture])
+    for bias, vocab in list_nanogpt_variants(options):
+        for compiled in compile_choices:
+            name = f"{nanogpt_name(options, bias, vocab)}{' compiled' * compiled}"
+            if not name_pattern.search(name):
                 continue
-            peer = nanogpt(
+            nanogpt_model = load_nanogpt(
                 options.nanogpt, n_layer=n_layer, n_embd=n_embd, n_head=options.heads, block_size=options.context,
                 vocab_size=vocab, dropout=options.dropout, bias=bias,
             ).to(device)  # fmt: skip
-            call = torch.compile(peer) if compiled else peer
-            optimizers = [nanogpt_optimizer(peer, 1e-3, (0.9, 0.95), device.type)]
+            forward = torch.compile(nanogpt_model) if compiled else nanogpt_model
+            optimizers = [build_nanogpt_optimizer(nanogpt_model, 1e-3, (0.9, 0.95), device.type)]
             # The same products as those of `classic`, at most 0.1 % wider.
-            yield Variant(name, second_of(call), peer, optimizers, flops["classic"])
+            yield Variant(name, wrap_nanogpt_loss(forward), nanogpt_model, optimizers, flops["classic"])
 
 
 def compare(options: argparse.Namespace, device: torch.device, rows: int) -> dict[str, Any]:
     """All variants at one micro-batch: medians, and ratios to nanoGPT's fastest."""
     torch._dynamo.reset()  # else a second micro-batch would be compiled for changing shapes
     inputs, targets = random_batch(options, device, rows)
-    built = {variant.name: variant for variant in variants(options, device)}
-    if not any(name.startswith("nanoGPT") for name in built):
+    variants_by_name = {variant.name: variant for variant in build_variants(options, device)}
+    if not any(name.startswith("nanoGPT") for name in variants_by_name):
         raise UserError(f"--only {options.only!r} leaves no variant of nanoGPT to compare with")
-    steps = {name: stepper(variant, inputs, targets) for name, variant in built.items()}
-    seconds, extra = interleaved(steps, options.runs, options.steps, device)
-    peaks = {name: extra[name] + state_bytes(built[name].model, built[name].optimizers) for name in extra}
-    flops = {name: variant.flops_per_token for name, variant in built.items()}
+    step_functions = {name: make_step(variant, inputs, targets) for name, variant in variants_by_name.items()}
+    seconds, extra_bytes = time_interleaved(step_functions, options.runs, options.steps, device)
+    peaks = {
+        name: extra_bytes[name] + state_bytes(variants_by_name[name].model, variants_by_name[name].optimizers)
+        for name in extra_bytes
+    }
+    flops = {name: variant.flops_per_token for name, variant in variants_by_name.items()}
     return report(options, rows, seconds, flops, peaks, device)
 
 
-def mean_of(summed: Callable[..., torch.Tensor]) -> Loss:
+def wrap_summed_loss(summed: Callable[..., torch.Tensor]) -> LossFunction:
     return lambda inputs, targets: summed(inputs, targets) / targets.numel()
 
 
-def second_of(logits_and_loss: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> Loss:
+def wrap_nanogpt_loss(logits_and_loss: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> LossFunction:
     return lambda inputs, targets: logits_and_loss(inputs, targets)[1]
 
 
-def stepper(variant: Variant, inputs: torch.Tensor, targets: torch.Tensor) -> Callable[[], None]:
+def make_step(variant: Variant, inputs: torch.Tensor, targets: torch.Tensor) -> Callable[[], None]:
     """One optimizer step."""
-    bf16 = pick_precision(inputs.device) == "bf16"
+    bf16 = select_precision(inputs.device) == "bf16"
 
     def step() -> None:
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=bf16):
-            loss = variant.loss_of(inputs, targets)
+            loss = variant.compute_loss(inputs, targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(variant.model.parameters(), 1.0)
         for optimizer in variant.optimizers:
@@ -231,32 +244,32 @@ def stepper(variant: Variant, inputs: torch.Tensor, targets: torch.Tensor) -> Ca
     return step
 
 
-def interleaved(
-    steppers: dict[str, Callable[[], None]], runs: int, steps: int, device: torch.device
+def time_interleaved(
+    step_functions: dict[str, Callable[[], None]], runs: int, steps: int, device: torch.device
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
     """Seconds per step of every variant in every round, after two steps of warm-up each; on CUDA also the bytes that a
     step needs at most beside what stays.
     """
-    wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
-    extra: dict[str, int] = {}
-    for name, step in steppers.items():
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    extra_bytes: dict[str, int] = {}
+    for name, step in step_functions.items():
         step()
         step()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-            before = torch.cuda.memory_allocated(device)
+            allocated_before = torch.cuda.memory_allocated(device)
             step()
-            extra[name] = torch.cuda.max_memory_allocated(device) - before
-    seconds: dict[str, list[float]] = {name: [] for name in steppers}
+            extra_bytes[name] = torch.cuda.max_memory_allocated(device) - allocated_before
+    seconds: dict[str, list[float]] = {name: [] for name in step_functions}
     for _ in range(runs):
-        for name, step in steppers.items():
-            wait()
-            began = time.perf_counter()
+        for name, step in step_functions.items():
+            synchronize()
+            start_time = time.perf_counter()
             for _ in range(steps):
                 step()
-            wait()
-            seconds[name].append((time.perf_counter() - began) / steps)
-    return seconds, extra
+            synchronize()
+            seconds[name].append((time.perf_counter() - start_time) / steps)
+    return seconds, extra_bytes
 
 
 def state_bytes(model: torch.nn.Module, optimizers: Optimizers) -> int:
@@ -276,11 +289,14 @@ def report(
 ) -> dict[str, Any]:
     """Print the table of one micro-batch; returns it for the JSON line."""
     medians = {name: statistics.median(taken) for name, taken in seconds.items()}
-    peer = min((name for name in medians if name.startswith("nanoGPT")), key=medians.__getitem__)
-    ratios = {name: sorted(b / a for a, b in zip(taken, seconds[peer], strict=True)) for name, taken in seconds.items()}
+    fastest_peer = min((name for name in medians if name.startswith("nanoGPT")), key=medians.__getitem__)
+    ratios = {
+        name: sorted(b / a for a, b in zip(taken, seconds[fastest_peer], strict=True))
+        for name, taken in seconds.items()
+    }
     rates = {name: rows * options.context / median for name, median in medians.items()}
-    name_of_device = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    peak = next((flop for name, flop in PEAK_BF16.items() if name in name_of_device), None)
+    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peak = next((flop for name, flop in PEAK_BF16.items() if name in device_name), None)
     print(f"\n{options.shape}, {options.heads} heads, vocabulary {options.vocab:,}, {rows} x {options.context} tokens")
     print(f"{'variant':38} {'tokens/s':>12} {'/ nanoGPT':>10} {'min':>6} {'max':>6} {'MFU':>6} {'GB':>6}")
     for name, rate in rates.items():
@@ -297,7 +313,7 @@ def report(
         "micro_batch": rows,
         "untied": options.untied,
         "dropout": options.dropout,
-        "peer": peer,
+        "peer": fastest_peer,
         "tokens_per_s": {name: round(rate, 1) for name, rate in rates.items()},
         "ratio": {name: round(statistics.median(ratios[name]), 3) for name in rates if name.startswith("ours")},
         "mfu": {name: round(rate * flops[name] / peak, 4) for name, rate in rates.items()} if peak else {},
@@ -306,4 +322,4 @@ def report(
 
 
 if __name__ == "__main__":
-    as_program(main)
+    run_main(main)

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from folders import execute_all, final, train_command
-from program import as_program
+from script import run_main
+from training_runs import build_train_command, execute_all, final_record
 
 from tinystories.config import load_config
-from tinystories.train.rates import settled
+from tinystories.train.learning_rate import resolve_auto_rates
 
 SIZES = {"4x128": (4, 128, 4, 344), "6x192": (6, 192, 4, 512), "8x256": (8, 256, 8, 688)}  # layers, width, heads, F
 
@@ -36,7 +36,7 @@ def main() -> None:
     options = parser.parse_args()
     factors = [float(factor) for factor in options.factors.split(",")]
     sizes = options.sizes.split(",")
-    plan = {run_name(size, factor): command(options, size, factor) for size in sizes for factor in factors}
+    plan = {run_name(size, factor): build_command(options, size, factor) for size in sizes for factor in factors}
     execute_all(options.out, plan, options.workers)
     report(options, sizes, factors)
 
@@ -45,42 +45,42 @@ def run_name(size: str, factor: float) -> str:
     return f"{size}_{factor:g}"
 
 
-def command(options: argparse.Namespace, size: str, factor: float) -> list[str]:
+def build_command(options: argparse.Namespace, size: str, factor: float) -> list[str]:
     n_layer, n_embd, n_head, n_ff = SIZES[size]
     shape = {"model.n_layer": n_layer, "model.n_embd": n_embd, "model.n_head": n_head, "model.n_ff": n_ff}
-    optim = settled(load_config(options.config, {name: str(value) for name, value in shape.items()})).optim
+    optim = resolve_auto_rates(load_config(options.config, {name: str(value) for name, value in shape.items()})).optim
     rates = {f"optim.{name}": factor * getattr(optim, name) for name in ("learning_rate", "muon_rate")}
-    quiet = {"train.eval_every": 10**6, "train.sample_tokens": 1, "train.compile": options.compile}
-    return train_command(
-        options.out / run_name(size, factor), options.config, options.data, options.tokens, shape | rates | quiet
+    run_settings = {"train.eval_every": 10**6, "train.sample_tokens": 1, "train.compile": options.compile}
+    return build_train_command(
+        options.out / run_name(size, factor), options.config, options.data, options.tokens, shape | rates | run_settings
     )
 
 
 def report(options: argparse.Namespace, sizes: list[str], factors: list[float]) -> None:
     """The table, the picture and the JSON line."""
-    found: dict[str, dict[float, float]] = {
-        size: {factor: final(options.out / run_name(size, factor))["val_bits_per_byte"] for factor in factors}
+    scores_by_size: dict[str, dict[float, float]] = {
+        size: {factor: final_record(options.out / run_name(size, factor))["val_bits_per_byte"] for factor in factors}
         for size in sizes
     }
     print(f"\n{options.tokens:,} tokens; rates of `auto` times\n{'':8}" + "".join(f"{f:>9g}" for f in factors))
     results: dict[str, Any] = {}
-    for size, scores in found.items():
-        lost = scores[1.0] - min(scores.values())
-        print(f"{size:8}" + "".join(f"{score:9.4f}" for score in scores.values()) + f"   auto loses {lost:.4f}")
-        results[size] = {"bits_per_byte": scores, "auto_loses": lost}
-    draw(options.out / "transfer.png", found)
+    for size, scores in scores_by_size.items():
+        auto_loss = scores[1.0] - min(scores.values())
+        print(f"{size:8}" + "".join(f"{score:9.4f}" for score in scores.values()) + f"   auto loses {auto_loss:.4f}")
+        results[size] = {"bits_per_byte": scores, "auto_loses": auto_loss}
+    draw(options.out / "transfer.png", scores_by_size)
     facts = {"benchmark": "transfer", "config": options.config, "tokens": options.tokens, "torch": torch.__version__}
     print(json.dumps(facts | {"results": results}))
 
 
-def draw(path: Path, found: dict[str, dict[float, float]]) -> None:
+def draw(path: Path, scores_by_size: dict[str, dict[float, float]]) -> None:
     import matplotlib as mpl
 
     mpl.use("agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    for size, scores in found.items():
+    for size, scores in scores_by_size.items():
         axes.plot(list(scores), list(scores.values()), "o-", label=size)
     axes.axvline(1, color="grey", linewidth=0.8, linestyle=":")
     axes.set_xscale("log", base=2)
@@ -91,4 +91,4 @@ def draw(path: Path, found: dict[str, dict[float, float]]) -> None:
 
 
 if __name__ == "__main__":
-    as_program(main)
+    run_main(main)

@@ -11,7 +11,7 @@ import tinystories
 from tinystories import checkpoint
 from tinystories.config import ModelConfig, SamplingConfig
 from tinystories.data.tokenizer import Tokenizer
-from tinystories.engine.windows import sliding_logprobs
+from tinystories.engine.sliding_window import sliding_window_logprobs
 from tinystories.errors import UserError
 from tinystories.model import GPT
 
@@ -22,7 +22,7 @@ def model_folder(sample_data: Path, tmp_path_factory: pytest.TempPathFactory) ->
     torch.manual_seed(0)
     model = GPT(ModelConfig(vocab_size=tokenizer.vocab_size, n_ctx=32, n_layer=1, n_head=2, n_embd=16, n_ff=16))
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    with checkpoint.whole(folder) as draft:
+    with checkpoint.atomic_directory(folder) as draft:
         checkpoint.write_model(draft, model, tokenizer, SamplingConfig(top_k=40), {})
     return folder
 
@@ -66,7 +66,7 @@ def test_score_adds_up_to_what_evaluation_counts(model_folder: Path) -> None:
     text = "Once upon a time there was a little dog. " * 5
     ids = [teller.tokenizer.end_id, *teller.tokenizer.encode(text), teller.tokenizer.end_id]
     assert len(ids) > 33, "longer than the context"
-    (expected,) = sliding_logprobs(teller.engine, [ids])
+    (expected,) = sliding_window_logprobs(teller.engine, [ids])
     assert sum(score.logprob for score in teller.score(text)) == pytest.approx(expected.sum())
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import tinystories
-from tinystories.checkpoint import BUNDLED, read_model
+from tinystories.checkpoint import BUNDLED_MODEL, read_model
 from tinystories.evaluate.report import evaluate_model
-from tinystories.evaluate.stories import loops
+from tinystories.evaluate.text_statistics import has_loop
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "valid.txt"
 
@@ -43,12 +43,12 @@ def test_the_first_command_tells_a_whole_story_without_torch_and_network() -> No
 
 
 def test_it_is_small() -> None:
-    assert sum(path.stat().st_size for path in BUNDLED.iterdir()) < 16e6
+    assert sum(path.stat().st_size for path in BUNDLED_MODEL.iterdir()) < 16e6
 
 
 def test_it_scores_what_config_and_card_say() -> None:
     """On the bundled stories, which it has not read; the score on TinyStories' own is a slow test."""
-    facts, card = read_model(BUNDLED).provenance, (BUNDLED / "README.md").read_text(encoding="utf-8")
+    facts, card = read_model(BUNDLED_MODEL).provenance, (BUNDLED_MODEL / "README.md").read_text(encoding="utf-8")
     score = evaluate_model(tinystories.load(precision="int8", engine="cpu"), "sample").bits_per_byte
     assert score == pytest.approx(facts["sample_bits_per_byte"], abs=1e-3)
     for name in ("sample_bits_per_byte", "val_bits_per_byte"):
@@ -60,23 +60,23 @@ def test_it_scores_what_the_card_says_on_tinystories() -> None:
     if not SHARED.is_file():
         pytest.skip("needs TinyStories' validation stories")
     score = evaluate_model(tinystories.load(precision="int8", engine="cpu"), str(SHARED)).bits_per_byte
-    assert score == pytest.approx(read_model(BUNDLED).provenance["val_bits_per_byte"], abs=1e-3)
+    assert score == pytest.approx(read_model(BUNDLED_MODEL).provenance["val_bits_per_byte"], abs=1e-3)
 
 
 def test_its_stories_end_and_do_not_loop() -> None:
     told = tinystories.load().generate(num=24, seed=5, max_tokens=400)
     assert sum(story.stop_reason == "end" for story in told) >= 21
-    assert sum(loops(story.text) for story in told) <= 1
+    assert sum(has_loop(story.text) for story in told) <= 1
     assert len({story.text[:60] for story in told}) >= 10
 
 
 def test_info_prints_the_card() -> None:
     shown = alone("info")
     assert shown.returncode == 0, shown.stderr
-    card = (BUNDLED / "README.md").read_text(encoding="utf-8")
+    card = (BUNDLED_MODEL / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---\n")  # what the Hub reads is not for people
     assert shown.stdout.endswith(card[card.index("# The bundled storyteller") :])
     assert "pipeline_tag" not in shown.stdout
     plain = json.loads(alone("info", "--json").stdout)
-    assert plain["parameters"] == read_model(BUNDLED).config.n_params
+    assert plain["parameters"] == read_model(BUNDLED_MODEL).config.n_params
     assert re.search(r"CDLA-Sharing-1\.0", shown.stdout)

@@ -11,7 +11,7 @@ import torch
 from tinystories import checkpoint
 from tinystories.config import ModelConfig, SamplingConfig
 from tinystories.data.tokenizer import Tokenizer
-from tinystories.errors import UserError, shown
+from tinystories.errors import UserError, quoted
 from tinystories.model import GPT
 
 
@@ -22,7 +22,7 @@ def tiny(**changes: object) -> GPT:
 
 
 def write(folder: Path, model: GPT, data: Path) -> Path:
-    with checkpoint.whole(folder) as draft:
+    with checkpoint.atomic_directory(folder) as draft:
         checkpoint.write_model(draft, model, Tokenizer.load(data), SamplingConfig(top_k=7), {"step": 3})
     return folder
 
@@ -115,7 +115,7 @@ def test_a_draft_that_fails_leaves_the_old_and_no_trace(folder: Path) -> None:
     before = (folder / "model.safetensors").read_bytes()
 
     def fail_half_way() -> None:
-        with checkpoint.whole(folder) as draft:
+        with checkpoint.atomic_directory(folder) as draft:
             (draft / "model.safetensors").write_bytes(b"half")
             raise RuntimeError
 
@@ -172,7 +172,7 @@ def test_a_draft_in_a_place_of_its_own(tmp_path: Path, sample_data: Path) -> Non
     """As training has it, where a kill leaves one."""
     (tmp_path / "step.draft").mkdir()
     (tmp_path / "step.draft" / "half").write_text("")
-    with checkpoint.whole(tmp_path / "step", tmp_path / "step.draft") as draft:
+    with checkpoint.atomic_directory(tmp_path / "step", tmp_path / "step.draft") as draft:
         assert draft == tmp_path / "step.draft"
         checkpoint.write_model(draft, tiny(), Tokenizer.load(sample_data), SamplingConfig(), {})
     assert [path.name for path in tmp_path.iterdir()] == ["step"]
@@ -185,9 +185,9 @@ def test_a_draft_in_a_place_of_its_own(tmp_path: Path, sample_data: Path) -> Non
     ids=["plain", "escapes", "long", "digits", "digits in a list", "parts"],
 )
 def test_what_a_file_says_is_shown_short_and_escaped(value: object) -> None:
-    assert shown(value).isprintable()
-    assert len(shown(value)) <= 60
-    assert shown("plain") == "'plain'"
+    assert quoted(value).isprintable()
+    assert len(quoted(value)) <= 60
+    assert quoted("plain") == "'plain'"
 
 
 def test_a_name_of_300_characters_is_one_line(tmp_path: Path, folder: Path) -> None:
@@ -214,7 +214,7 @@ def test_only_whole_checkpoints_count(tmp_path: Path, folder: Path) -> None:
     for name in ("step-0000010", "step-0000020", "step-0000030.draft", "step-x"):
         shutil.copytree(folder, tmp_path / "run" / "checkpoints" / name)
     (tmp_path / "run" / "checkpoints" / "step-0000020" / "config.json").unlink()
-    assert [step for step, _ in checkpoint.checkpoints(tmp_path / "run")] == [10]
+    assert [step for step, _ in checkpoint.list_checkpoints(tmp_path / "run")] == [10]
 
 
 def test_publishing_makes_the_run_a_model(tmp_path: Path, folder: Path, sample_data: Path) -> None:

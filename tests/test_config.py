@@ -21,7 +21,7 @@ from tinystories.config import (
     SamplingConfig,
     ScheduleConfig,
     TrainConfig,
-    build,
+    build_dataclass,
     load_config,
     preset_path,
     replace_vocab,
@@ -395,7 +395,7 @@ def complaint_of(act: Callable[[], Config]) -> str:
 @settings(deadline=None, max_examples=120)
 @given(st.dictionaries(sections, anything | st.dictionaries(names, anything, max_size=4), max_size=3))
 def test_any_tables_make_a_config_or_a_user_error(tables: dict[str, Any]) -> None:
-    assert complaint_of(lambda: build(Config, tables, "some file")).isprintable(), "one line, nothing to obey"
+    assert complaint_of(lambda: build_dataclass(Config, tables, "some file")).isprintable(), "one line, nothing to obey"
 
 
 @settings(deadline=None, max_examples=120)

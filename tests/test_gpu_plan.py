@@ -37,7 +37,7 @@ def session_of(gpu: ModuleType, folder: Path, budget: float = 100.0) -> Any:
 
 
 def python_step(gpu: ModuleType, name: str, program: str, limit: float = 30.0, floor: float = 0.0) -> Any:
-    return gpu.Step(name, f"-c {shlex.quote(program)}", limit=limit, floor=floor)
+    return gpu.Step(name, f"-c {shlex.quote(program)}", limit=limit, min_seconds=floor)
 
 
 def test_a_step_that_is_cut_keeps_what_it_printed(gpu: ModuleType, tmp_path: Path) -> None:
@@ -89,14 +89,14 @@ def test_weights_are_packed_from_the_best_on_while_they_fit(gpu: ModuleType, tmp
     trained(session, gpu, "worse", 0.6, 14e6, 14)
     trained(session, gpu, "best", 0.5, 14e6, 14)
     trained(session, gpu, "teacher", 0.4, 29e6, 15)
-    gpu.pack(session)
+    gpu.pack_outputs(session)
     files = {path.name: path.stat().st_size for path in (tmp_path / "out").iterdir()}
     assert set(files) == {
         "records.jsonl", "logs.tar.gz", "1-best-int8.tar", "1-best-fp16.tar.0", "1-best-fp16.tar.1", "2-worse-int8.tar"
     }  # fmt: skip
-    assert len(files) <= gpu.MOST_FILES
-    assert max(files.values()) <= gpu.MOST_BYTES
-    assert sum(files.values()) <= gpu.MOST_TOTAL
+    assert len(files) <= gpu.MAX_FILES
+    assert max(files.values()) <= gpu.MAX_FILE_BYTES
+    assert sum(files.values()) <= gpu.MAX_TOTAL_BYTES
     parts = b"".join((tmp_path / "out" / f"1-best-fp16.tar.{part}").read_bytes() for part in (0, 1))
     assert parts == (session.work / "weights" / "best-fp16.tar").read_bytes()
 
@@ -110,7 +110,7 @@ def test_candidates_for_the_bundle_are_small_enough(plans: ModuleType) -> None:
         return load_config("storyteller", named | {"model.vocab_size": "4096"}).model.n_params
 
     assert 14e6 < parameters(plans.GPU.candidate) <= 15e6
-    assert 28e6 < parameters(plans.GPU.link) < 31e6
+    assert 28e6 < parameters(plans.GPU.teacher) < 31e6
 
 
 def commands_of(plan: Iterator[list[Any]], session: Any) -> list[str]:
@@ -125,13 +125,13 @@ def test_teachers_come_before_the_student_where_training_knows_them(
     gpu: ModuleType, plans: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session = session_of(gpu, tmp_path, budget=420)
-    session.sizes = gpu.GPU
+    session.config = gpu.GPU
     without = commands_of(gpu.train_plan(session), session)
     assert len(without) == 4
     assert not any("--train.teacher" in command for command in without)
     monkeypatch.setattr(plans, "has_teachers", lambda: True)
     session = session_of(gpu, tmp_path, budget=420)
-    session.sizes = gpu.GPU
+    session.config = gpu.GPU
     *links, student = commands_of(gpu.train_plan(session), session)[3:]
     assert len(links) >= 2
     assert "--train.teacher" not in links[0]
@@ -142,7 +142,7 @@ def test_teachers_come_before_the_student_where_training_knows_them(
 
 def test_the_best_decay_is_trained_on(gpu: ModuleType, tmp_path: Path) -> None:
     session = session_of(gpu, tmp_path, budget=420)
-    session.sizes = gpu.GPU
+    session.config = gpu.GPU
     for decay, score in (("0.1", 0.6), ("1.6", 0.55), ("0.8", 0.58)):
         trained(session, gpu, f"candidate-decay{decay}", score, 14e6, 0.1)
     assert "--optim.weight_decay 1.6" in commands_of(gpu.train_plan(session), session)[-1]

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tinystories.data.sources import stories
+from tinystories.data.sources import iter_stories
 
 OUT = Path(__file__).with_name("story_endings.jsonl")
 N_CHOICES = 4
@@ -23,7 +23,7 @@ def main() -> None:
 
 def tasks() -> Iterator[dict[str, Any]]:
     """{"beginning", "endings", "label"} of each story; an ending begins with the space that parts it from before."""
-    parts = [story.rsplit("\n\n", 1) for story in stories("sample")]
+    parts = [story.rsplit("\n\n", 1) for story in iter_stories("sample")]
     for number, (beginning, own) in enumerate(parts):
         others = [(abs(len(other) - len(own)), i) for i, (_, other) in enumerate(parts) if i != number]
         endings = [parts[i][1] for _, i in sorted(others)[: N_CHOICES - 1]]

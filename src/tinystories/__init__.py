@@ -12,15 +12,15 @@ from tinystories.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-    from tinystories.generate.stories import Story
+    from tinystories.generate.batching import Story
     from tinystories.generate.storyteller import Storyteller, TokenScore
 
     __version__: str
 
 __all__ = ["Story", "Storyteller", "TokenScore", "UserError", "__version__", "load"]
 
-HOMES = {
-    "Story": "tinystories.generate.stories",
+LAZY_EXPORTS = {
+    "Story": "tinystories.generate.batching",
     "Storyteller": "tinystories.generate.storyteller",
     "TokenScore": "tinystories.generate.storyteller",
 }
@@ -45,18 +45,23 @@ def load(
     faster. `UserError` where the model is missing or damaged, or what it needs is not installed.
     """
     from tinystories.generate.storyteller import Storyteller
-    from tinystories.interop.hub import model_folder
+    from tinystories.interop.hub import resolve_model_folder
 
     return Storyteller.load(
-        model_folder(model), engine=engine, device=device, precision=precision, threads=threads, shortlist=shortlist
+        resolve_model_folder(model),
+        engine=engine,
+        device=device,
+        precision=precision,
+        threads=threads,
+        shortlist=shortlist,
     )
 
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return version()
-    if name in HOMES:
-        return getattr(importlib.import_module(HOMES[name]), name)
+    if name in LAZY_EXPORTS:
+        return getattr(importlib.import_module(LAZY_EXPORTS[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

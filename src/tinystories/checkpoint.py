@@ -18,21 +18,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
-from tinystories.config import PRESETS, ModelConfig, SamplingConfig, build
+from tinystories.config import PRESETS, ModelConfig, SamplingConfig, build_dataclass
 from tinystories.data.tokenizer import Tokenizer
-from tinystories.errors import UserError, bounded, reading, shown
+from tinystories.errors import UserError, os_errors, quoted, read_limited
 
 if TYPE_CHECKING:
     import torch
 
     from tinystories.model import GPT
 
-FORMAT = 1
+FORMAT_VERSION = 1
 WEIGHTS = "model.safetensors"
-PACKED = "packed-int8.safetensors"  # in its place, in a model that is shipped small (engine/cpu/shipped.py)
-DRAFT = ".draft"
-MOST_JSON = 64_000_000  # bytes of a description; real ones have thousands
-BUNDLED = Path(__file__).parent / "bundled"  # the storyteller that comes with the package
+INT8_WEIGHTS = "packed-int8.safetensors"  # in its place, in a model that is shipped small (engine/cpu/shipped.py)
+TEMP_SUFFIX = ".draft"
+MAX_JSON_BYTES = 64_000_000  # bytes of a description; real ones have thousands
+BUNDLED_MODEL = Path(__file__).parent / "bundled"  # the storyteller that comes with the package
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,23 +43,23 @@ class ModelFiles:
     config: ModelConfig
     provenance: dict[str, Any]
     sampling: SamplingConfig
-    sums: dict[str, str]  # SHA-256 of the other files
+    checksums: dict[str, str]  # SHA-256 of the other files
 
     @property
-    def is_packed(self) -> bool:
-        return WEIGHTS not in self.sums
+    def is_int8_only(self) -> bool:
+        return WEIGHTS not in self.checksums
 
     @property
     def weights_path(self) -> Path:
-        return self.folder / (PACKED if self.is_packed else WEIGHTS)
+        return self.folder / (INT8_WEIGHTS if self.is_int8_only else WEIGHTS)
 
     @property
     def weights_sha256(self) -> str:
-        return self.sums[self.weights_path.name]
+        return self.checksums[self.weights_path.name]
 
     def check_weights(self) -> None:
         """`UserError` where the weights are not those that config.json names."""
-        verify(self.folder, {self.weights_path.name: self.weights_sha256})
+        verify_checksums(self.folder, {self.weights_path.name: self.weights_sha256})
 
     @functools.cached_property
     def _tokenizer(self) -> Tokenizer:
@@ -70,11 +70,11 @@ class ModelFiles:
 
 
 def is_model(folder: Path) -> bool:
-    with reading(folder):
+    with os_errors(folder):
         return (folder / "config.json").is_file()
 
 
-def is_ours(folder: Path) -> bool:
+def is_native_model(folder: Path) -> bool:
     """Whether a folder is a model directory, rather than one of Hugging Face transformers (whole or not)."""
     return is_model(folder) and "format" in read_json(folder / "config.json")
 
@@ -85,36 +85,36 @@ def read_model(folder: Path | str, *, check_weights: bool = True) -> ModelFiles:
     Without `check_weights` the weights' checksum is left to the caller (`ModelFiles.check_weights`): it takes longest.
     """
     folder = Path(folder)
-    with reading(shown(str(folder))):
+    with os_errors(quoted(str(folder))):
         if not folder.is_dir():
-            raise UserError(f"{folder}: {why_no_model(folder)}")
+            raise UserError(f"{folder}: {explain_missing_model(folder)}")
     if not is_model(folder):
         raise UserError(f"{folder} holds no model (no config.json); expected what `tinystories train` writes")
-    described = read_json(folder / "config.json")
-    if "format" not in described and "model_type" in described:
-        raise UserError(f"{folder} is a Hugging Face folder; make a model directory of it by: {importing(folder)}")
-    if described.get("format") != FORMAT:
+    config_json = read_json(folder / "config.json")
+    if "format" not in config_json and "model_type" in config_json:
+        raise UserError(f"{folder} is a Hugging Face folder; make a model directory of it by: {import_command(folder)}")
+    if config_json.get("format") != FORMAT_VERSION:
         raise UserError(
-            f"{folder}/config.json: format {shown(described.get('format'))} is not {FORMAT};"
+            f"{folder}/config.json: format {quoted(config_json.get('format'))} is not {FORMAT_VERSION};"
             " not written by this program"
         )
-    verify(folder, described.get("files"), set() if check_weights else {WEIGHTS, PACKED})
-    settings = described.get("model")
+    verify_checksums(folder, config_json.get("files"), set() if check_weights else {WEIGHTS, INT8_WEIGHTS})
+    settings = config_json.get("model")
     if not isinstance(settings, dict):
         raise UserError(f"{folder}/config.json: [model] is missing")
     return ModelFiles(
         folder=folder,
-        config=build(ModelConfig, settings, f"{folder}/config.json", "model."),
-        provenance=dict(described.get("provenance") or {}),
-        sampling=build(SamplingConfig, read_json(folder / "generation.json"), f"{folder}/generation.json"),
-        sums=described["files"],
+        config=build_dataclass(ModelConfig, settings, f"{folder}/config.json", "model."),
+        provenance=dict(config_json.get("provenance") or {}),
+        sampling=build_dataclass(SamplingConfig, read_json(folder / "generation.json"), f"{folder}/generation.json"),
+        checksums=config_json["files"],
     )
 
 
-def why_no_model(path: Path) -> str:
+def explain_missing_model(path: Path) -> str:
     """Of a path that is no directory: what it may have been meant for."""
     if path.suffix in (".gguf", ".bin", ".pt", ".pth", ".safetensors") and path.is_file():
-        return f"a file of another program; make a model directory of it by: {importing(path)}"
+        return f"a file of another program; make a model directory of it by: {import_command(path)}"
     if path.is_file():
         return "a file; a model is a directory, as `tinystories train` writes it"
     if " " in str(path):
@@ -123,29 +123,29 @@ def why_no_model(path: Path) -> str:
     return f"no such model directory; train one with: tinystories train {preset}--out {shlex.quote(str(path))}"
 
 
-def importing(path: Path) -> str:
+def import_command(path: Path) -> str:
     return f"tinystories import {shlex.quote(str(path))} --out DIR"
 
 
-def verify(folder: Path, sums: object, unchecked: Collection[str] = ()) -> None:
+def verify_checksums(folder: Path, checksums: object, unchecked: Collection[str] = ()) -> None:
     """Compare the files that config.json names with their SHA-256; of those in `unchecked` only that they are there."""
-    if not isinstance(sums, dict) or not {WEIGHTS, PACKED} & sums.keys():
+    if not isinstance(checksums, dict) or not {WEIGHTS, INT8_WEIGHTS} & checksums.keys():
         raise UserError(f"{folder}/config.json names no checksums; the model is incomplete")
-    for name, expected in sums.items():
+    for name, expected in checksums.items():
         path = folder / str(name)
         if Path(str(name)).name != name:
-            raise UserError(f"{folder}/config.json: file name {shown(name)} leads out of the model directory")
-        with reading(f"{folder}: file {shown(name)}"):
-            there = path.is_file()
-        if not there:
-            raise UserError(f"{folder}: file {shown(name)} is missing; the model is incomplete")
+            raise UserError(f"{folder}/config.json: file name {quoted(name)} leads out of the model directory")
+        with os_errors(f"{folder}: file {quoted(name)}"):
+            exists = path.is_file()
+        if not exists:
+            raise UserError(f"{folder}: file {quoted(name)} is missing; the model is incomplete")
         if name not in unchecked and sha256(path) != expected:
             raise UserError(f"{path} does not match its checksum in config.json: it was altered or is damaged")
 
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(bounded(path, MOST_JSON).decode())
+        value = json.loads(read_limited(path, MAX_JSON_BYTES).decode())
     except FileNotFoundError:
         raise UserError(f"{path} is missing; the model is incomplete") from None
     except OSError as error:
@@ -158,7 +158,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def sha256(path: Path) -> str:
-    with reading(path), path.open("rb") as file:
+    with os_errors(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -171,21 +171,21 @@ def load_weights(files: ModelFiles, model: "GPT") -> None:
         weights = load_file(files.weights_path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{files.weights_path} cannot be read: {error}") from None
-    put_weights(weights, model, files.weights_path)
+    copy_into_model(weights, model, files.weights_path)
 
 
-def put_weights(weights: "Mapping[str, torch.Tensor]", model: "GPT", where: Path) -> None:
+def copy_into_model(weights: "Mapping[str, torch.Tensor]", model: "GPT", where: Path) -> None:
     """Copy weights into a model. `UserError`, which names `where`, unless names and shapes are the model's."""
-    wanted = saved_weights(model)
-    for name in sorted(wanted.keys() | weights.keys()):
-        if name not in weights or name not in wanted:
-            raise UserError(f"{where}: weight {shown(name)} is {'unknown' if name in weights else 'missing'}")
-        if weights[name].shape != wanted[name].shape:
-            raise UserError(f"{where}: {name} is {tuple(weights[name].shape)}, not {tuple(wanted[name].shape)}")
+    expected = state_dict_to_save(model)
+    for name in sorted(expected.keys() | weights.keys()):
+        if name not in weights or name not in expected:
+            raise UserError(f"{where}: weight {quoted(name)} is {'unknown' if name in weights else 'missing'}")
+        if weights[name].shape != expected[name].shape:
+            raise UserError(f"{where}: {name} is {tuple(weights[name].shape)}, not {tuple(expected[name].shape)}")
     model.load_state_dict(weights, strict=False)
 
 
-def saved_weights(model: "GPT") -> "dict[str, torch.Tensor]":
+def state_dict_to_save(model: "GPT") -> "dict[str, torch.Tensor]":
     """The weights that go to disk: a tied head is stored once, as the embedding."""
     weights = model.state_dict()
     if model.config.tied:
@@ -201,7 +201,7 @@ def write_model(
     provenance: Mapping[str, Any],
 ) -> None:
     """Write the files of a model into an existing folder (a draft: see `whole`)."""
-    weights = {name: weight.numpy(force=True) for name, weight in saved_weights(model).items()}
+    weights = {name: weight.numpy(force=True) for name, weight in state_dict_to_save(model).items()}
     write_arrays(folder, model.config, weights, tokenizer, sampling, provenance)
 
 
@@ -216,7 +216,7 @@ def write_arrays(
     """As `write_model`, without torch. Weights: contiguous, fp32, by the names that `saved_weights` gives."""
     save_weights(folder / WEIGHTS, weights)
     tokenizer.save(folder / "tokenizer.json")
-    describe(folder, config, sampling, provenance, WEIGHTS)
+    write_config(folder, config, sampling, provenance, WEIGHTS)
 
 
 def save_weights(path: Path, weights: Mapping[str, npt.NDArray[Any]]) -> None:
@@ -229,19 +229,19 @@ def save_weights(path: Path, weights: Mapping[str, npt.NDArray[Any]]) -> None:
     path.chmod(mode)
 
 
-def describe(
-    folder: Path, config: ModelConfig, sampling: SamplingConfig, provenance: Mapping[str, Any], weights: str
+def write_config(
+    folder: Path, config: ModelConfig, sampling: SamplingConfig, provenance: Mapping[str, Any], weights_name: str
 ) -> None:
     """Write generation.json and config.json beside a tokenizer and weights of that name."""
     write_json(folder / "generation.json", dataclasses.asdict(sampling))
-    names = (weights, "tokenizer.json", "generation.json")
-    described = {
-        "format": FORMAT,
+    names = (weights_name, "tokenizer.json", "generation.json")
+    config_json = {
+        "format": FORMAT_VERSION,
         "model": dataclasses.asdict(config),
         "provenance": dict(provenance),
         "files": {name: sha256(folder / name) for name in names},
     }
-    write_json(folder / "config.json", described)
+    write_json(folder / "config.json", config_json)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -249,25 +249,25 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def whole(final: Path, draft: Path | None = None) -> Iterator[Path]:
+def atomic_directory(target: Path, staging: Path | None = None) -> Iterator[Path]:
     """`with whole(final) as draft:` fills `draft`; it becomes `final` by one rename, or leaves nothing.
 
     Everything is on the disk before the rename. A `final` that exists is replaced. The draft lies in a hidden folder
     beside `final`, or is the folder `draft`, a name that is kept free for it: what a kill left there is removed.
     """
-    require_name(final)
+    require_name(target)
     with contextlib.ExitStack() as stack:
-        if draft is None:
-            draft = stack.enter_context(beside(final)) / final.name
+        if staging is None:
+            staging = stack.enter_context(temp_sibling(target)) / target.name
         else:
-            shutil.rmtree(draft, ignore_errors=True)
-            stack.callback(shutil.rmtree, draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        yield draft
-        for path in (*draft.rglob("*"), draft):
-            sync(path)
-        put(draft, final)
-        sync(final.parent)
+            shutil.rmtree(staging, ignore_errors=True)
+            stack.callback(shutil.rmtree, staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        yield staging
+        for path in (*staging.rglob("*"), staging):
+            fsync(path)
+        atomic_replace(staging, target)
+        fsync(target.parent)
 
 
 def require_name(path: Path) -> None:
@@ -276,39 +276,39 @@ def require_name(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def beside(path: Path) -> Iterator[Path]:
+def temp_sibling(path: Path) -> Iterator[Path]:
     """A new hidden folder in the same directory, for drafts; gone afterwards."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=".", suffix=DRAFT, dir=path.parent))
+    folder = Path(tempfile.mkdtemp(prefix=".", suffix=TEMP_SUFFIX, dir=path.parent))
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def put(draft: Path, final: Path) -> None:
+def atomic_replace(source: Path, target: Path) -> None:
     """Rename. A directory that was there is removed once the new one stands, and is back if it does not."""
-    if not final.is_dir():
-        os.replace(draft, final)
+    if not target.is_dir():
+        os.replace(source, target)
         return
-    with beside(final) as aside:
-        os.replace(final, aside / final.name)
+    with temp_sibling(target) as backup_dir:
+        os.replace(target, backup_dir / target.name)
         try:
-            os.replace(draft, final)
+            os.replace(source, target)
         except OSError:
-            os.replace(aside / final.name, final)
+            os.replace(backup_dir / target.name, target)
             raise
 
 
-def sync(path: Path) -> None:
+def fsync(path: Path) -> None:
     """Force a file or directory to the disk (directories cannot be synced on Windows)."""
     if path.is_dir() and os.name == "nt":
         return
-    handle = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        os.fsync(descriptor)
     finally:
-        os.close(handle)
+        os.close(descriptor)
 
 
 def publish(checkpoint: Path, run: Path) -> None:
@@ -318,30 +318,32 @@ def publish(checkpoint: Path, run: Path) -> None:
     """
     names = [path.name for path in checkpoint.iterdir() if path.is_file() and path.name != "config.json"]
     for name in (*sorted(names), "config.json"):
-        draft = run / (name + DRAFT)
-        draft.unlink(missing_ok=True)
+        temp_file = run / (name + TEMP_SUFFIX)
+        temp_file.unlink(missing_ok=True)
         try:
-            os.link(checkpoint / name, draft)
+            os.link(checkpoint / name, temp_file)
         except OSError:
-            shutil.copyfile(checkpoint / name, draft)
-            sync(draft)
-        os.replace(draft, run / name)
-        draft.unlink(missing_ok=True)  # renaming a link over its own file leaves both names
-    sync(run)
+            shutil.copyfile(checkpoint / name, temp_file)
+            fsync(temp_file)
+        os.replace(temp_file, run / name)
+        temp_file.unlink(missing_ok=True)  # renaming a link over its own file leaves both names
+    fsync(run)
 
 
-def folder_of(run: Path, step: int) -> Path:
+def checkpoint_folder(run: Path, step: int) -> Path:
     """Where a run keeps the checkpoint of a step."""
     return run / "checkpoints" / f"step-{step:07d}"
 
 
-def step_of(folder: Path) -> int:
+def checkpoint_step(folder: Path) -> int:
     """The step of a checkpoint's folder; -1 for a folder that is no checkpoint's."""
     digits = folder.name.removeprefix("step-")
     return int(digits) if digits.isdigit() else -1
 
 
-def checkpoints(run: Path) -> list[tuple[int, Path]]:
+def list_checkpoints(run: Path) -> list[tuple[int, Path]]:
     """(step, directory) of a run's whole checkpoints, oldest first. Drafts are not checkpoints."""
     folders = (run / "checkpoints").glob("step-*")
-    return sorted((step_of(folder), folder) for folder in folders if step_of(folder) >= 0 and is_model(folder))
+    return sorted(
+        (checkpoint_step(folder), folder) for folder in folders if checkpoint_step(folder) >= 0 and is_model(folder)
+    )

@@ -12,19 +12,19 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from tinystories.errors import LONGEST, UserError, shown
+from tinystories.errors import MAX_QUOTED_CHARS, UserError, quoted
 
 T = TypeVar("T")
 
-UNIONS = (Union, UnionType)  # `int | Literal["auto"]` is the one or the other by the version of Python
+UNION_TYPES = (Union, UnionType)  # `int | Literal["auto"]` is the one or the other by the version of Python
 PRESETS = ("nano", "small", "storyteller", "base", "seed-89m", "modern-89m")
 CLASSIC_ONLY = ("learned_positions", "activation", "qkv_bias", "scaled_scores", "window")
 
 
-def setting(default: T, text: str) -> T:
+def field(default: T, help_text: str) -> T:
     """A field with the sentence that `tinystories train --help` prints for it."""
-    field: T = dataclasses.field(default=default, metadata={"help": text})
-    return field
+    result: T = dataclasses.field(default=default, metadata={"help": help_text})
+    return result
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,31 +34,31 @@ class ModelConfig:
     `modern` is Qwen3's layout, or Llama's.
     """
 
-    architecture: Literal["classic", "modern"] = setting(
+    architecture: Literal["classic", "modern"] = field(
         "modern", "classic: sinusoidal positions, LayerNorm, ReLU; modern: RoPE, RMSNorm, SwiGLU (Qwen3's layout)"
     )
-    vocab_size: int = setting(0, "number of token ids; 0: taken from the prepared data")
-    n_ctx: int = setting(256, "tokens the model sees at once")
-    n_layer: int = setting(6, "blocks")
-    n_head: int = setting(4, "attention heads of a block")
-    n_kv_head: int = setting(
+    vocab_size: int = field(0, "number of token ids; 0: taken from the prepared data")
+    n_ctx: int = field(256, "tokens the model sees at once")
+    n_layer: int = field(6, "blocks")
+    n_head: int = field(4, "attention heads of a block")
+    n_kv_head: int = field(
         0, "heads of keys and values; 0: as many as n_head; fewer is grouped-query attention (modern)"
     )
-    n_embd: int = setting(192, "width of the residual stream")
-    head_size: int = setting(0, "width of a head; 0: n_embd / n_head (modern)")
-    n_ff: int = setting(512, "width of the feed-forward")
-    tied: bool = setting(True, "the head shares the embedding's weights")
-    qk_norm: bool = setting(True, "RMSNorm on queries and keys of each head (modern)")
-    rope_base: float = setting(10000.0, "base of the rotary positions' wavelengths (modern)")
-    learned_positions: bool = setting(False, "positions are weights, not sinusoids (classic)")
-    activation: Literal["relu", "gelu_tanh", "gelu_erf"] = setting(
+    n_embd: int = field(192, "width of the residual stream")
+    head_size: int = field(0, "width of a head; 0: n_embd / n_head (modern)")
+    n_ff: int = field(512, "width of the feed-forward")
+    tied: bool = field(True, "the head shares the embedding's weights")
+    qk_norm: bool = field(True, "RMSNorm on queries and keys of each head (modern)")
+    rope_base: float = field(10000.0, "base of the rotary positions' wavelengths (modern)")
+    learned_positions: bool = field(False, "positions are weights, not sinusoids (classic)")
+    activation: Literal["relu", "gelu_tanh", "gelu_erf"] = field(
         "relu", "of the feed-forward: ReLU, or GELU by tanh as in GPT-2, or by erf, which is exact (classic)"
     )
-    qkv_bias: bool = setting(False, "queries, keys and values have biases (classic)")
-    scaled_scores: bool = setting(True, "attention scores are divided by the root of the head's width (classic)")
-    window: int = setting(0, "tokens that every second block sees, the token itself included; 0: all (classic)")
-    norm_eps: float = setting(1e-5, "added to the variance in norms")
-    dropout: float = setting(0.0, "fraction of activations dropped while training")
+    qkv_bias: bool = field(False, "queries, keys and values have biases (classic)")
+    scaled_scores: bool = field(True, "attention scores are divided by the root of the head's width (classic)")
+    window: int = field(0, "tokens that every second block sees, the token itself included; 0: all (classic)")
+    norm_eps: float = field(1e-5, "added to the variance in norms")
+    dropout: float = field(0.0, "fraction of activations dropped while training")
 
     def __post_init__(self) -> None:
         for name in ("n_ctx", "n_layer", "n_head", "n_embd", "n_ff"):
@@ -92,11 +92,11 @@ class ModelConfig:
                 f"model.n_embd={self.n_embd} must be even for sinusoidal positions",
             )
         else:
-            for field in dataclasses.fields(self):
-                value = getattr(self, field.name)
+            for spec in dataclasses.fields(self):
+                value = getattr(self, spec.name)
                 require(
-                    field.name not in CLASSIC_ONLY or value == field.default,
-                    f"model.{field.name}={value} needs model.architecture=classic",
+                    spec.name not in CLASSIC_ONLY or value == spec.default,
+                    f"model.{spec.name}={value} needs model.architecture=classic",
                 )
             require(
                 self.head_dim % 2 == 0,
@@ -112,7 +112,7 @@ class ModelConfig:
     def kv_heads(self) -> int:
         return self.n_kv_head or self.n_head
 
-    def window_of(self, layer: int) -> int:
+    def layer_window(self, layer: int) -> int:
         """Tokens that a block sees, the token itself included; 0: all."""
         return self.window if layer % 2 else 0
 
@@ -133,29 +133,29 @@ class ModelConfig:
 class DataConfig:
     """Where prepared data lies, and how to prepare it when it is not there yet."""
 
-    dir: str = setting("data/tinystories", "folder made by `tinystories prepare`; --data sets it")
-    source: str = setting("tinystories", "what to prepare when the folder is not there yet")
-    val: str = setting("", "validation source; empty: the source's own validation split, else 0.5 % held out")
-    tokenizer: str = setting("bpe:4096", "gpt2, bpe:N, or a tokenizer.json")
+    dir: str = field("data/tinystories", "folder made by `tinystories prepare`; --data sets it")
+    source: str = field("tinystories", "what to prepare when the folder is not there yet")
+    val: str = field("", "validation source; empty: the source's own validation split, else 0.5 % held out")
+    tokenizer: str = field("bpe:4096", "gpt2, bpe:N, or a tokenizer.json")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
     """Muon and AdamW; weight decay applies to matrices only."""
 
-    kind: Literal["muon", "adamw"] = setting(
+    kind: Literal["muon", "adamw"] = field(
         "muon", "muon: for the matrices of the blocks, with AdamW for the rest; adamw: for all"
     )
-    muon_rate: float | Literal["auto"] = setting(
+    muon_rate: float | Literal["auto"] = field(
         "auto", "peak of Muon's learning rate; auto: from the size of the model and of the batch"
     )
-    momentum: float = setting(0.95, "decay of Muon's mean of gradients")
-    learning_rate: float | Literal["auto"] = setting("auto", "peak of AdamW's learning rate; auto: likewise")
-    beta1: float = setting(0.9, "decay of the mean of gradients")
-    beta2: float = setting(0.95, "decay of the mean of their squares")
-    eps: float = setting(1e-8, "added to the root of that mean")
-    weight_decay: float = setting(0.1, "pull of matrices towards zero; norms and biases have none")
-    grad_clip: float = setting(1.0, "largest norm of all gradients together; 0: no clipping")
+    momentum: float = field(0.95, "decay of Muon's mean of gradients")
+    learning_rate: float | Literal["auto"] = field("auto", "peak of AdamW's learning rate; auto: likewise")
+    beta1: float = field(0.9, "decay of the mean of gradients")
+    beta2: float = field(0.95, "decay of the mean of their squares")
+    eps: float = field(1e-8, "added to the root of that mean")
+    weight_decay: float = field(0.1, "pull of matrices towards zero; norms and biases have none")
+    grad_clip: float = field(1.0, "largest norm of all gradients together; 0: no clipping")
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "muon_rate"):
@@ -173,10 +173,10 @@ class OptimConfig:
 class ScheduleConfig:
     """Learning rate over the run, as fractions of its steps."""
 
-    kind: Literal["cosine", "wsd"] = setting("cosine", "cosine, or wsd: warm-up, stable, then linear decay")
-    warmup: float = setting(0.05, "fraction of the steps spent rising to the peak")
-    decay: float = setting(0.5, "fraction of the steps spent falling (wsd)")
-    floor: float = setting(0.05, "final learning rate as a fraction of the peak")
+    kind: Literal["cosine", "wsd"] = field("cosine", "cosine, or wsd: warm-up, stable, then linear decay")
+    warmup: float = field(0.05, "fraction of the steps spent rising to the peak")
+    decay: float = field(0.5, "fraction of the steps spent falling (wsd)")
+    floor: float = field(0.05, "final learning rate as a fraction of the peak")
 
     def __post_init__(self) -> None:
         require(0 <= self.warmup < 1, f"schedule.warmup={self.warmup} must be in [0, 1)")
@@ -192,31 +192,31 @@ class ScheduleConfig:
 class TrainConfig:
     """One clock: `step` counts optimizer steps. One row is one window of n_ctx tokens."""
 
-    init: str = setting("", "model directory whose weights training begins with; empty: random ones")
-    steps: int = setting(2000, "optimizer steps of the whole run")
-    batch_size: int = setting(32, "rows of n_ctx tokens in an optimizer step")
-    micro_batch: int | Literal["auto"] = setting(
+    init: str = field("", "model directory whose weights training begins with; empty: random ones")
+    steps: int = field(2000, "optimizer steps of the whole run")
+    batch_size: int = field(32, "rows of n_ctx tokens in an optimizer step")
+    micro_batch: int | Literal["auto"] = field(
         32, "rows in one forward and backward pass; divides batch_size; auto: as many as the memory holds"
     )
-    seed: int = setting(1, "of weights, order of stories and dropout")
-    device: str = setting("auto", "auto, cpu, cuda, cuda:1 or mps")
-    precision: Literal["auto", "fp32", "bf16"] = setting(
+    seed: int = field(1, "of weights, order of stories and dropout")
+    device: str = field("auto", "auto, cpu, cuda, cuda:1 or mps")
+    precision: Literal["auto", "fp32", "bf16"] = field(
         "auto", "auto: bf16 on CUDA devices that have it, fp32 elsewhere"
     )
-    compile: Literal["auto", "on", "off"] = setting("auto", "torch.compile; auto: on CUDA only")
-    log_every: int = setting(10, "steps between lines of the log")
-    eval_every: int = setting(250, "steps between evaluations, each with sample stories")
-    eval_stories: int = setting(200, "validation stories of these evaluations; the last one takes all")
-    checkpoint_every: int = setting(250, "steps between checkpoints")
-    shard_optimizer: bool = setting(
+    compile: Literal["auto", "on", "off"] = field("auto", "torch.compile; auto: on CUDA only")
+    log_every: int = field(10, "steps between lines of the log")
+    eval_every: int = field(250, "steps between evaluations, each with sample stories")
+    eval_stories: int = field(200, "validation stories of these evaluations; the last one takes all")
+    checkpoint_every: int = field(250, "steps between checkpoints")
+    shard_optimizer: bool = field(
         False, "each of several processes keeps only its share of the optimizer's state (--train.shard_optimizer true)"
     )
-    keep_checkpoints: int = setting(2, "newest checkpoints kept, besides the best one")
-    sample_prompts: tuple[str, ...] = setting(
+    keep_checkpoints: int = field(2, "newest checkpoints kept, besides the best one")
+    sample_prompts: tuple[str, ...] = field(
         ("Once upon a time", "Lily and Tom went to the park."), "openings of the sample stories"
     )
-    sample_tokens: int = setting(120, "longest sample story")
-    tensorboard: bool = setting(False, "write TensorBoard events too (--train.tensorboard true)")
+    sample_tokens: int = field(120, "longest sample story")
+    tensorboard: bool = field(False, "write TensorBoard events too (--train.tensorboard true)")
 
     def __post_init__(self) -> None:
         names = ("steps", "batch_size", "log_every", "eval_every", "eval_stories")
@@ -282,7 +282,7 @@ def load_config(file: str | Path | None, overrides: Mapping[str, str] | None = N
     settings: dict[str, Any] = read_toml(file) if file is not None else {}
     values = {name: parse_text(text, setting_type(name), name) for name, text in (overrides or {}).items()}
     where = str(file) if file is not None else "command line"
-    return build(Config, overlaid(settings, values, where), where)
+    return build_dataclass(Config, merge_overrides(settings, values, where), where)
 
 
 def setting_type(dotted: str) -> Any:
@@ -290,14 +290,14 @@ def setting_type(dotted: str) -> Any:
     section, _, key = dotted.partition(".")
     hints = get_type_hints(Config)
     if section not in hints or key not in get_type_hints(hints[section]):
-        raise UserError(unknown_setting(dotted, setting_names()))
+        raise UserError(unknown_setting_message(dotted, setting_names()))
     return get_type_hints(hints[section])[key]
 
 
-def overlaid(settings: Mapping[str, Any], values: Mapping[str, Any], where: str) -> dict[str, Any]:
+def merge_overrides(settings: Mapping[str, Any], overrides: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Tables of settings with `{"section.key": value}` laid over them; `where` names the file of the tables."""
     result = dict(settings)
-    for dotted, value in values.items():
+    for dotted, value in overrides.items():
         section, _, key = dotted.partition(".")
         table = result.get(section, {})
         if not isinstance(table, dict):
@@ -312,45 +312,45 @@ def read_toml(file: str | Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # Windows editors put a byte order mark first
     except FileNotFoundError:
-        near = difflib.get_close_matches(path.stem, PRESETS, n=1)
-        hint = f"did you mean the preset {near[0]}?" if near else f"presets: {', '.join(PRESETS)}"
+        matches = difflib.get_close_matches(path.stem, PRESETS, n=1)
+        hint = f"did you mean the preset {matches[0]}?" if matches else f"presets: {', '.join(PRESETS)}"
         raise UserError(f"config {file} does not exist; {hint}") from None
     except (OSError, ValueError, RecursionError) as error:  # not UTF-8, not TOML, nested or long beyond reason
         raise UserError(f"config {file} cannot be read: {error}") from None
 
 
-def build(kind: type[T], settings: Mapping[str, Any], where: str, prefix: str = "") -> T:
+def build_dataclass(cls: type[T], settings: Mapping[str, Any], where: str, prefix: str = "") -> T:
     """A frozen dataclass from plain values; strict about names and types.
 
     `where` names the file in error messages, `prefix` the section ("train.").
     """
-    hints = get_type_hints(kind)
+    hints = get_type_hints(cls)
     values: dict[str, Any] = {}
     for key, value in settings.items():
         if key not in hints:
             sections = get_type_hints(Config)
-            known = [*sections, *setting_names()] if kind in (Config, *sections.values()) else list(hints)
-            raise UserError(f"{where}: {unknown_setting(prefix + key, known)}")
-        values[key] = checked(value, hints[key], where, prefix + key)
+            known = [*sections, *setting_names()] if cls in (Config, *sections.values()) else list(hints)
+            raise UserError(f"{where}: {unknown_setting_message(prefix + key, known)}")
+        values[key] = validate(value, hints[key], where, prefix + key)
     try:
-        return kind(**values)
+        return cls(**values)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 
 
-def checked(value: Any, hint: Any, where: str, name: str) -> Any:
+def validate(value: Any, hint: Any, where: str, name: str) -> Any:
     """`value` if it is of the annotated type (an int will do for a float, a list for a tuple)."""
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
             raise UserError(f"{where}: [{name}] must be a table of settings")
-        return build(hint, value, where, f"{name}.")  # type: ignore[arg-type]
+        return build_dataclass(hint, value, where, f"{name}.")  # type: ignore[arg-type]
     if get_origin(hint) is Literal:
         if value not in get_args(hint):
-            raise UserError(f"{where}: {name}={shown(value)} must be one of {', '.join(map(str, get_args(hint)))}")
+            raise UserError(f"{where}: {name}={quoted(value)} must be one of {', '.join(map(str, get_args(hint)))}")
         return value
-    if get_origin(hint) in UNIONS:  # a number or a word
+    if get_origin(hint) in UNION_TYPES:  # a number or a word
         number, word = get_args(hint)
-        return checked(value, word if isinstance(value, str) else number, where, name)
+        return validate(value, word if isinstance(value, str) else number, where, name)
     if get_origin(hint) is tuple:
         if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
             raise UserError(f"{where}: {name} must be a list of strings")
@@ -360,7 +360,7 @@ def checked(value: Any, hint: Any, where: str, name: str) -> Any:
     if hint is float and type(value) is int:
         return float(value)
     if type(value) is not hint:
-        raise UserError(f"{where}: {name}={shown(value)} must be of type {hint.__name__}")
+        raise UserError(f"{where}: {name}={quoted(value)} must be of type {hint.__name__}")
     if hint is float and not math.isfinite(value):
         raise UserError(f"{where}: {name}={value} must be finite")
     return value
@@ -370,7 +370,7 @@ def parse_text(text: str, hint: Any, name: str) -> Any:
     """A flag's text as a value of the annotated type."""
     if hint is str or get_origin(hint) is Literal:
         return text
-    if get_origin(hint) in UNIONS:
+    if get_origin(hint) in UNION_TYPES:
         number, word = get_args(hint)
         if text in get_args(word):
             return text
@@ -396,18 +396,20 @@ def setting_names() -> list[str]:
     return [f"{section}.{key}" for section, kind in get_type_hints(Config).items() for key in get_type_hints(kind)]
 
 
-def unknown_setting(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name[:LONGEST], list(known), n=1, cutoff=0.5)
-    named = name if name.isprintable() and len(name) <= LONGEST else shown(name)
-    return f"unknown setting {named}" + (f"; did you mean {near[0]}?" if near else "; see tinystories train --help")
+def unknown_setting_message(name: str, known: Iterable[str]) -> str:
+    matches = difflib.get_close_matches(name[:MAX_QUOTED_CHARS], list(known), n=1, cutoff=0.5)
+    display_name = name if name.isprintable() and len(name) <= MAX_QUOTED_CHARS else quoted(name)
+    return f"unknown setting {display_name}" + (
+        f"; did you mean {matches[0]}?" if matches else "; see tinystories train --help"
+    )
 
 
 def replace_vocab(config: Config, vocab_size: int, where: str) -> Config:
     """The config with the vocabulary of its data; a size that was asked for and differs is an error."""
-    asked = config.model.vocab_size
-    if asked not in (0, vocab_size):
+    requested = config.model.vocab_size
+    if requested not in (0, vocab_size):
         raise UserError(
-            f"model.vocab_size={asked} but the data in {where} has {vocab_size} ids; leave it 0 to follow the data"
+            f"model.vocab_size={requested} but the data in {where} has {vocab_size} ids; leave it 0 to follow the data"
         )
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
 

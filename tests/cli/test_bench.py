@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tinystories.cli import main
-from tinystories.interop import peers
+from tinystories.interop import bench_competitors
 
 SMALL = ["--preset", "nano", "--vocab", "64", "--runs", "1"]
 PEERS = ["torch:fp32", "transformers:fp32", "ctranslate2:fp32", "llama.cpp:fp32"]
@@ -24,7 +24,7 @@ def bench(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[Any, str]:
 
 
 def needed(peer: str) -> None:
-    for package in peers.PACKAGES[peer.split(":")[0]]:
+    for package in bench_competitors.REQUIRED_PACKAGES[peer.split(":")[0]]:
         pytest.importorskip(package)
 
 

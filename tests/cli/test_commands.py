@@ -14,7 +14,7 @@ import pytest
 
 from tinystories import checkpoint, cli
 from tinystories.data.prepare import prepare
-from tinystories.engine.cpu import native
+from tinystories.engine.cpu import jit
 
 ROOT = Path(__file__).parents[2]
 TINY = "--model.n_layer 1 --model.n_embd 16 --model.n_ff 32 --model.n_head 2 --model.n_ctx 64 --train.device cpu"
@@ -210,18 +210,18 @@ def test_a_run_that_cannot_be_written_is_one_line(sample_data: Path) -> None:
 def test_a_cache_that_cannot_be_written_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(native, "load", lambda: None)  # which compiles, and says that it cannot keep the result
-    monkeypatch.setattr(native, "cached_path", lambda: tmp_path / "missing" / "code.o")
+    monkeypatch.setattr(jit, "load_forward", lambda: None)  # which compiles, and says that it cannot keep the result
+    monkeypatch.setattr(jit, "cache_path", lambda: tmp_path / "missing" / "code.o")
     assert cli.run(cli.cli, ["warmup"]) == 2
     assert f"{tmp_path / 'missing'} cannot be written: set TINYSTORIES_CACHE" in capsys.readouterr().err
 
 
 def test_the_bundled_storyteller_is_never_written_to(tmp_path: Path) -> None:
-    before = {path.name: path.stat().st_mtime_ns for path in checkpoint.BUNDLED.iterdir()}
+    before = {path.name: path.stat().st_mtime_ns for path in checkpoint.BUNDLED_MODEL.iterdir()}
     for precision in ("int4", "fp32"):
         done = tinystories("generate", "--precision", precision, "--max-tokens", "3", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-    assert {path.name: path.stat().st_mtime_ns for path in checkpoint.BUNDLED.iterdir()} == before
+    assert {path.name: path.stat().st_mtime_ns for path in checkpoint.BUNDLED_MODEL.iterdir()} == before
 
 
 def test_a_space_after_the_prompt_is_told_of(run: Path) -> None:

@@ -78,11 +78,11 @@ def test_each_has_help_and_one_line_errors(name: str, tmp_path: Path) -> None:
 def test_a_run_of_more_than_a_day_is_told_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("tinystories.train.estimate.train_seconds", lambda *_: 40.0 * 24 * 3600)
-    assert original.warn_of_long_run(load_config("seed-89m"), tmp_path, ask=False)
+    monkeypatch.setattr("tinystories.train.estimate.estimate_train_seconds", lambda *_: 40.0 * 24 * 3600)
+    assert original.confirm_long_run(load_config("seed-89m"), tmp_path, ask=False)
     told = capsys.readouterr().err
     assert "about 40 days" in told
     assert "--config nano" in told
-    monkeypatch.setattr("tinystories.train.estimate.train_seconds", lambda *_: 3600.0)
-    assert original.warn_of_long_run(load_config("nano"), tmp_path, ask=False)
+    monkeypatch.setattr("tinystories.train.estimate.estimate_train_seconds", lambda *_: 3600.0)
+    assert original.confirm_long_run(load_config("nano"), tmp_path, ask=False)
     assert capsys.readouterr().err == ""

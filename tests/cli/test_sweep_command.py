@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tinystories.cli import cli
-from tinystories.cli.command import run
+from tinystories.cli.common import run
 from tinystories.config import load_config
 
 TINY = (

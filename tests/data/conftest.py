@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from tinystories.data.sources import stories
+from tinystories.data.build_tokenizer import load_gpt2, train_bpe
+from tinystories.data.sources import iter_stories
 from tinystories.data.tokenizer import Tokenizer
-from tinystories.data.vocabulary import gpt2, train_bpe
 
 SHARED = Path(__file__).parents[3] / "shared"
 
 
 @pytest.fixture(scope="session")
 def bpe() -> Tokenizer:
-    return train_bpe(400, stories("sample"))
+    return train_bpe(400, iter_stories("sample"))
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +26,7 @@ def gpt2_tokenizer() -> Iterator[Tokenizer]:
             if not (SHARED / "gpt2").is_dir():
                 pytest.skip("needs ../shared/gpt2 or TIKTOKEN_CACHE_DIR")
             patch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "gpt2"))
-        yield gpt2()
+        yield load_gpt2()
 
 
 @pytest.fixture(scope="session")

@@ -25,9 +25,9 @@ pytest.importorskip("datasets")
 
 READ = """
 import itertools, json
-from tinystories.data import hub, reader
+from tinystories.data import hub_source, reader
 from tinystories.data.reader import ReadOptions
-from tinystories.data.sources import resolve, stories
+from tinystories.data.sources import resolve_source, iter_stories
 from tinystories.errors import UserError
 
 def attempt(call):
@@ -38,33 +38,33 @@ def attempt(call):
 
 def resumed(name, step):
     "How many positions give other stories than a straight reading, and how many there are."
-    source = resolve(name).pinned()
-    batches = list(source.batches(ReadOptions()))
+    source = resolve_source(name).pin_revision()
+    batches = list(source.read_batches(ReadOptions()))
     wrong = 0
     for n in range(0, len(batches), step):
         position = json.loads(json.dumps(batches[n].position))
-        rest = [s for batch in source.batches(ReadOptions(), position) for s in batch.stories]
+        rest = [s for batch in source.read_batches(ReadOptions(), position) for s in batch.stories]
         wrong += rest != [s for batch in batches[n + 1:] for s in batch.stories]
     return wrong, len(batches)
 
 answers = {}
 for name in ("hf:someone/parquet", "hf:someone/jsonl", "hf:someone/text", "tinystories", "tinystories-v2",
              "tinystories-clean", "hf:someone/parquet@main", "hf:someone/parquet@REVISION"):
-    answers[name] = {split: list(stories(name, split=split)) for split in ("train", "val")}
-answers["revision"] = resolve("hf:someone/jsonl").pinned().revision
-own = [resolve(name).pinned().validation() for name in ("tinystories", "hf:someone/jsonl")]
+    answers[name] = {split: list(iter_stories(name, split=split)) for split in ("train", "val")}
+answers["revision"] = resolve_source("hf:someone/jsonl").pin_revision().revision
+own = [resolve_source(name).pin_revision().get_validation_split() for name in ("tinystories", "hf:someone/jsonl")]
 answers["validation"] = [source and source.name for source in own]
-answers["column"] = attempt(lambda: list(stories("hf:someone/other-column")))
-answers["chosen"] = list(stories("hf:someone/other-column", text_field="story"))
-answers["number"] = attempt(lambda: list(stories("hf:someone/other-column", text_field="id")))
-answers["no separator"] = attempt(lambda: list(stories("hf:someone/no-separator")))
-answers["no repository"] = attempt(lambda: list(stories("hf:someone/nothing")))
-answers["no revision"] = attempt(lambda: list(stories("hf:someone/jsonl@v9")))
-answers["no file"] = attempt(lambda: list(stories("hf:someone/empty")))
-answers["broken"] = attempt(lambda: list(stories("hf:someone/broken")))
+answers["column"] = attempt(lambda: list(iter_stories("hf:someone/other-column")))
+answers["chosen"] = list(iter_stories("hf:someone/other-column", text_field="story"))
+answers["number"] = attempt(lambda: list(iter_stories("hf:someone/other-column", text_field="id")))
+answers["no separator"] = attempt(lambda: list(iter_stories("hf:someone/no-separator")))
+answers["no repository"] = attempt(lambda: list(iter_stories("hf:someone/nothing")))
+answers["no revision"] = attempt(lambda: list(iter_stories("hf:someone/jsonl@v9")))
+answers["no file"] = attempt(lambda: list(iter_stories("hf:someone/empty")))
+answers["broken"] = attempt(lambda: list(iter_stories("hf:someone/broken")))
 reader.BATCH_BYTES = 200
 answers["resumed tinystories-clean"] = resumed("tinystories-clean", 1)
-hub.ROWS = 7
+hub_source.ROWS_PER_BATCH = 7
 for name in ("hf:someone/parquet", "hf:someone/jsonl", "hf:someone/text"):
     answers["resumed " + name] = resumed(name, 9)
 print(json.dumps(answers))
@@ -192,11 +192,11 @@ PREPARE = """
 import dataclasses, json, sys
 from pathlib import Path
 from tinystories.data import reader
-from tinystories.data.draft import Draft
+from tinystories.data.staging import StagingDir
 from tinystories.data.prepare import prepare
 
 reader.BATCH_BYTES = 200
-right, saves = Draft.save, iter(range(99))
+right, saves = StagingDir.save, iter(range(99))
 
 def stop(self, **options):
     right(self, now=True)
@@ -208,12 +208,12 @@ def run(out):
 
 answers = {}
 if "network" in sys.argv:
-    Draft.save = stop
+    StagingDir.save = stop
     try:
         run("out")
     except AssertionError as error:
         answers["stopped"] = str(error)
-    Draft.save = right
+    StagingDir.save = right
     answers["straight"] = run("straight")
 answers["out"] = run("out")
 print(json.dumps(answers, default=str))
@@ -233,11 +233,11 @@ def test_prepare_records_the_commit_resumes_and_then_needs_no_network(hub: Hub, 
 
 OFFLINE = """
 import sys
-from tinystories.data import hub
+from tinystories.data import hub_source
 from tinystories.data.prepare import prepare
 from tinystories.errors import UserError
 
-hub.CONTACT_SECONDS = float(sys.argv[2])
+hub_source.CONNECT_TIMEOUT_SECONDS = float(sys.argv[2])
 try:
     prepare("tinystories", sys.argv[1], tokenizer="bpe:300")
 except UserError as error:

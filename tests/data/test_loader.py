@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinystories.data.loader import IGNORE, SMALLEST_HEAD, PackedRows, pack
-from tinystories.data.prepared import open_split
+from tinystories.data.dataset import open_split
+from tinystories.data.loader import IGNORE_INDEX, MIN_HEAD_TOKENS, PackedRows, pack_rows
 from tinystories.errors import UserError
 
 lengths_lists = st.lists(st.integers(1, 60), min_size=1, max_size=80)
@@ -19,7 +19,7 @@ lengths_lists = st.lists(st.integers(1, 60), min_size=1, max_size=80)
 
 def coverage(lengths: list[int], n_ctx: int) -> tuple[npt.NDArray[np.int64], list[list[tuple[int, int, int]]]]:
     """How often each place of each story is trained on, and the rows as (story, offset, size)."""
-    first, story, offset, size = pack(np.array(sorted(lengths), dtype=np.int64), n_ctx)
+    first, story, offset, size = pack_rows(np.array(sorted(lengths), dtype=np.int64), n_ctx)
     rows = [
         [(int(story[p]), int(offset[p]), int(size[p])) for p in range(first[r], first[r + 1])]
         for r in range(len(first) - 1)
@@ -61,7 +61,7 @@ def test_room_is_filled_by_heads_of_stories() -> None:
     _, rows = coverage([20] * 50, 32)
     filled = [sum(size for _, _, size in row) for row in rows]
     assert filled == [32] * 50
-    assert SMALLEST_HEAD <= 32 - 20
+    assert MIN_HEAD_TOKENS <= 32 - 20
 
 
 @pytest.fixture
@@ -73,46 +73,46 @@ def test_windows_are_the_stories_shifted_by_one(rows: PackedRows, sample_data: P
     tokens, index = open_split(sample_data, "train")
     stories = [tokens[int(a) : int(b) + 1].tolist() for a, b in zip(index[:-1, 0], index[1:, 0], strict=True)]
     pairs = {pair for story in stories for pair in itertools.pairwise(story)}
-    inputs, targets = rows.rows(np.arange(40))
+    inputs, targets = rows.get_rows(np.arange(40))
     for x, y in zip(inputs, targets, strict=True):
-        counted = y != IGNORE
+        counted = y != IGNORE_INDEX
         assert set(zip(x[counted].tolist(), y[counted].tolist(), strict=True)) <= pairs
         assert (x[~counted] == rows.end_id).all()
 
 
 def test_an_epoch_holds_every_story_once_and_no_window_twice(rows: PackedRows, sample_data: Path) -> None:
     tokens, index = open_split(sample_data, "train")
-    inputs, targets = rows.rows(np.arange(rows.n_rows))
+    inputs, targets = rows.get_rows(np.arange(rows.n_rows))
     assert len({row.tobytes() for row in targets}) == rows.n_rows
     assert (targets == rows.end_id).sum() >= len(index) - 1  # the closing END of each
-    trained = np.bincount(targets[targets != IGNORE], minlength=400)
+    trained = np.bincount(targets[targets != IGNORE_INDEX], minlength=400)
     assert (trained >= np.bincount(tokens[1:], minlength=400)).all()
     assert inputs.shape == targets.shape == (rows.n_rows, 64)
 
 
 def test_a_batch_is_a_pure_function_of_seed_and_step(rows: PackedRows, sample_data: Path) -> None:
     again = PackedRows(sample_data, "train", 64, seed=5)
-    far = rows.batch(1000, 8)
-    rows.batch(3, 8)
-    for a, b in zip(again.batch(1000, 8), far, strict=True):
+    far = rows.get_batch(1000, 8)
+    rows.get_batch(3, 8)
+    for a, b in zip(again.get_batch(1000, 8), far, strict=True):
         np.testing.assert_array_equal(a, b)
-    other = PackedRows(sample_data, "train", 64, seed=6).batch(1000, 8)
+    other = PackedRows(sample_data, "train", 64, seed=6).get_batch(1000, 8)
     assert not np.array_equal(other[0], far[0])
 
 
 def test_one_rank_of_eight_rows_equals_two_ranks_of_four(rows: PackedRows) -> None:
     for step in (0, 7, rows.n_rows // 8, 400):
-        inputs, targets = rows.batch(step, 8)
+        inputs, targets = rows.get_batch(step, 8)
         for rank in range(2):
             mine = np.arange(step * 8 + rank * 4, step * 8 + rank * 4 + 4)
-            x, y = rows.rows(mine)
+            x, y = rows.get_rows(mine)
             np.testing.assert_array_equal(x, inputs[rank * 4 : rank * 4 + 4])
             np.testing.assert_array_equal(y, targets[rank * 4 : rank * 4 + 4])
 
 
 def test_epochs_shuffle_rows_and_neighbours(rows: PackedRows) -> None:
-    first = rows.rows(np.arange(rows.n_rows))[1]
-    second = rows.rows(np.arange(rows.n_rows, 2 * rows.n_rows))[1]
+    first = rows.get_rows(np.arange(rows.n_rows))[1]
+    second = rows.get_rows(np.arange(rows.n_rows, 2 * rows.n_rows))[1]
     assert {row.tobytes() for row in first} != {row.tobytes() for row in second}
 
 
@@ -120,8 +120,8 @@ def test_a_story_longer_than_the_context_is_trained_on_in_pieces(sample_data: Pa
     tokens, index = open_split(sample_data, "train")
     assert np.diff(index[:, 0].astype(np.int64)).min() > 16
     rows = PackedRows(sample_data, "train", 16, seed=0)
-    _, targets = rows.rows(np.arange(rows.n_rows))
-    counted = targets[targets != IGNORE]
+    _, targets = rows.get_rows(np.arange(rows.n_rows))
+    counted = targets[targets != IGNORE_INDEX]
     np.testing.assert_array_equal(
         np.bincount(counted, minlength=400) >= np.bincount(tokens[1:], minlength=400), np.full(400, True)
     )

@@ -4,8 +4,8 @@ import logging
 
 import pytest
 
-from tinystories.data import meter as module
-from tinystories.data.meter import Meter, meter
+from tinystories.data import progress as module
+from tinystories.data.progress import ProgressMeter, track_progress
 
 
 @pytest.fixture
@@ -16,32 +16,32 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def test_a_line_tells_rate_and_time_left(clock: list[float]) -> None:
-    shown = Meter(500_000_000, 100_000_000, None)  # going on: the rate counts what this run reads
+    shown = ProgressMeter(500_000_000, 100_000_000, None)  # going on: the rate counts what this run reads
     clock[0] += 2
     shown.advance(100_000_000)
-    assert shown.line() == "200 of 500 MB, 50.0 MB/s, 6 s left"
+    assert shown.format_line() == "200 of 500 MB, 50.0 MB/s, 6 s left"
 
 
 def test_without_a_total_no_time_is_promised(clock: list[float]) -> None:
-    shown = Meter(0, 0, None)
+    shown = ProgressMeter(0, 0, None)
     clock[0] += 1
     shown.advance(3_000_000)
-    assert shown.line() == "3 MB, 3.0 MB/s"
+    assert shown.format_line() == "3 MB, 3.0 MB/s"
 
 
 def test_lines_come_now_and_then(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    with meter(1000, 0, show=True) as shown:  # under pytest stderr is no terminal
+    with track_progress(1000, 0, show=True) as shown:  # under pytest stderr is no terminal
         for _ in range(100):
             clock[0] += 0.3
             shown.advance(10)
-    assert 3 <= len(caplog.records) <= 30 / module.LINE_SECONDS
+    assert 3 <= len(caplog.records) <= 30 / module.LOG_INTERVAL_SECONDS
 
 
 def test_a_terminal_shows_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "120")
-    with meter(2_000_000, 0, show=True) as shown:
+    with track_progress(2_000_000, 0, show=True) as shown:
         shown.advance(1_000_000)
         assert shown.bar is not None
         shown.bar.refresh()
@@ -52,6 +52,6 @@ def test_a_terminal_shows_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 
 def test_silence_when_not_wanted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
-    with meter(2_000_000, 0, show=False) as shown:
+    with track_progress(2_000_000, 0, show=False) as shown:
         shown.advance(1_000_000)
     assert capsys.readouterr().err == ""

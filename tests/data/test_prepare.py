@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from story_files import write_jsonl, write_txt
 
-from tinystories.data import draft, reader
+from tinystories.data import reader, staging
+from tinystories.data.build_tokenizer import train_bpe
+from tinystories.data.dataset import open_split, read_meta
 from tinystories.data.prepare import PrepareReport, prepare
-from tinystories.data.prepared import open_split, read_meta
-from tinystories.data.sources import stories
+from tinystories.data.sources import iter_stories
 from tinystories.data.tokenizer import END, Tokenizer
-from tinystories.data.vocabulary import train_bpe
 from tinystories.errors import UserError
 
 
@@ -127,10 +127,10 @@ def test_the_batch_size_does_not_show(tmp_path: Path, source: Path, monkeypatch:
 def test_held_out_stories_teach_the_tokenizer_nothing(tmp_path: Path, many: list[str]) -> None:
     run(write_txt(tmp_path / "a.txt", many), tmp_path / "out", val_fraction=0.2)
     learned = train_bpe(300, texts_of(tmp_path / "out", "train"))
-    assert Tokenizer.load(tmp_path / "out").text == learned.text
-    assert learned.text != train_bpe(300, many).text
+    assert Tokenizer.load(tmp_path / "out").json_text == learned.json_text
+    assert learned.json_text != train_bpe(300, many).json_text
     run(tmp_path / "a.txt", tmp_path / "given", val=write_txt(tmp_path / "val.txt", ["zzz"]))
-    assert Tokenizer.load(tmp_path / "given").text == train_bpe(300, many).text
+    assert Tokenizer.load(tmp_path / "given").json_text == train_bpe(300, many).json_text
 
 
 def test_end_in_a_story_is_text(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_end_in_a_story_is_text(tmp_path: Path) -> None:
 
 
 def test_a_large_vocabulary_takes_32_bits(tmp_path: Path, many: list[str], bpe: Tokenizer) -> None:
-    parts = json.loads(bpe.text)
+    parts = json.loads(bpe.json_text)
     vocab = parts["model"]["vocab"]
     vocab.update({f"unused{n}": n for n in range(400, 70_000)})
     vocab["unused"], vocab["c"] = vocab["c"], 70_000
@@ -156,7 +156,7 @@ def test_a_large_vocabulary_takes_32_bits(tmp_path: Path, many: list[str], bpe: 
 
 @pytest.mark.parametrize(("size", "dtype"), [(65_536, "uint16"), (65_537, "uint32")])
 def test_the_width_changes_where_16_bits_end(tmp_path: Path, bpe: Tokenizer, size: int, dtype: str) -> None:
-    parts = json.loads(bpe.text)
+    parts = json.loads(bpe.json_text)
     parts["model"]["vocab"].update({f"unused{n}": n for n in range(400, size)})
     (tmp_path / "big.json").write_text(json.dumps(parts))
     source = write_txt(tmp_path / "a.txt", ["One."])
@@ -165,7 +165,7 @@ def test_the_width_changes_where_16_bits_end(tmp_path: Path, bpe: Tokenizer, siz
 
 def test_the_sample_keeps_some_stories_to_validate_on(tmp_path: Path) -> None:
     report = run("sample", tmp_path / "out")
-    everything = list(stories("sample"))
+    everything = list(iter_stories("sample"))
     assert report.meta.splits["val"].stories >= 8
     assert sum(split.stories for split in report.meta.splits.values()) == len(everything) >= 150
 
@@ -270,7 +270,7 @@ def test_a_split_may_have_no_validation_stories(tmp_path: Path, caplog: pytest.L
 def test_two_runs_at_once_do_not_mix(source: Path, tmp_path: Path) -> None:
     pytest.importorskip("fcntl")
     (tmp_path / "out.draft").mkdir()
-    with draft.lock(tmp_path / "out.draft"), pytest.raises(UserError, match="in use by another prepare"):
+    with staging.acquire_lock(tmp_path / "out.draft"), pytest.raises(UserError, match="in use by another prepare"):
         run(source, tmp_path / "out")
     run(source, tmp_path / "out")
 
@@ -291,7 +291,7 @@ def test_the_real_stories_are_counted(real_train: Path, gpt2_tokenizer: Tokenize
     report = prepare(real_train, tmp_path / "out", val=real_train.with_name("valid.txt"), progress=False)
     assert [split.stories for split in report.meta.splits.values()] == [14_022, 4_000]
     tokens, index = open_split(tmp_path / "out", "val")
-    last = list(stories(real_train.with_name("valid.txt")))[-1]
+    last = list(iter_stories(real_train.with_name("valid.txt")))[-1]
     assert tokens[int(index[-2, 0]) + 1 : int(index[-1, 0])].tolist() == gpt2_tokenizer.encode(last)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tinystories.data.prepared import open_split, read_meta
+from tinystories.data.dataset import open_split, read_meta
 from tinystories.errors import UserError
 
 

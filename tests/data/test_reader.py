@@ -13,9 +13,9 @@ from pyarrow import parquet
 from story_files import put, write_csv, write_jsonl, write_parquet, write_txt
 
 from tinystories.data import reader
-from tinystories.data.files import read_file
+from tinystories.data.file_source import read_file
 from tinystories.data.reader import ReadOptions
-from tinystories.data.sources import stories
+from tinystories.data.sources import iter_stories
 from tinystories.data.tokenizer import END
 from tinystories.errors import UserError
 
@@ -69,7 +69,7 @@ def test_reading_resumes_from_any_batch(
     path = write(tmp_path, [*many[:50], " ", *many[50:]])
     batches = list(read_file(path, STRICT))
     assert len(batches) > 20
-    assert sum(batch.empty for batch in batches) == 1
+    assert sum(batch.n_empty for batch in batches) == 1
     for n, batch in enumerate(batches):
         position = json.loads(json.dumps(batch.position))
         rest = [story.decode() for later in read_file(path, STRICT, position) for story in later.stories]
@@ -81,7 +81,7 @@ def test_what_is_read_adds_up_to_the_file(write: Write, tmp_path: Path, many: li
     path = write(tmp_path, many)
     header = len(b"id,text\r\n") if path.suffix == ".csv" else 0
     trailing = len("\n") if path.suffix == ".txt" else 0  # behind the last END
-    assert sum(batch.read for batch in read_file(path, STRICT)) == path.stat().st_size - header - trailing
+    assert sum(batch.bytes_read for batch in read_file(path, STRICT)) == path.stat().st_size - header - trailing
 
 
 PIECES = st.lists(st.text(alphabet="ab \n\r<|>é你") | st.just(END[:5]) | st.just(END[6:]), max_size=8)
@@ -126,21 +126,21 @@ def test_end_in_a_field_is_text(tmp_path: Path) -> None:
 def test_empty_stories_are_dropped_and_counted(write: Write, tmp_path: Path) -> None:
     batches = list(read_file(write(tmp_path, ["", "one", " \n\t ", "two", "\r\n"]), STRICT))
     assert [story for batch in batches for story in batch.stories] == [b"one", b"two"]
-    assert sum(batch.empty for batch in batches) == 3
+    assert sum(batch.n_empty for batch in batches) == 3
 
 
 def test_null_counts_as_empty(tmp_path: Path) -> None:
     parquet.write_table(pa.table({"text": ["one", None]}), tmp_path / "a.parquet")
     for path in (tmp_path / "a.parquet", put(tmp_path / "a.jsonl", b'{"text": "one"}\n{"text": null}\n')):
         (batch,) = read_file(path, STRICT)
-        assert (batch.stories, batch.empty) == ([b"one"], 1)
+        assert (batch.stories, batch.n_empty) == ([b"one"], 1)
 
 
 @FORMATS
 def test_an_empty_file_is_refused(write: Write, tmp_path: Path) -> None:
     path = put(write(tmp_path, []), b"")
     with pytest.raises(UserError, match="is empty"):
-        next(stories(path))
+        next(iter_stories(path))
 
 
 def test_text_without_a_separator_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +148,7 @@ def test_text_without_a_separator_is_refused(tmp_path: Path, monkeypatch: pytest
     assert f"no {END} in the whole file" in error_of(path)
     assert ".jsonl" in error_of(path)
     monkeypatch.setattr(reader, "BATCH_BYTES", 100_000)
-    monkeypatch.setattr(reader, "STORY_BYTES", 1 << 20)
+    monkeypatch.setattr(reader, "MAX_STORY_BYTES", 1 << 20)
     path = put(tmp_path / "b.txt", f"one{END}".encode() + b"Once upon a time\n" * 99_999)
     assert f"no {END} in the 1 MB from byte 16 on" in error_of(path)  # and not the whole file in memory
 
@@ -248,7 +248,7 @@ def test_long_fields_and_blank_lines_are_fine_in_csv(tmp_path: Path) -> None:
 
 
 def test_endless_lines_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader, "STORY_BYTES", 1 << 20)
+    monkeypatch.setattr(reader, "MAX_STORY_BYTES", 1 << 20)
     path = put(tmp_path / "a.jsonl", b'{"text": "one"}\n{"text": "' + b"x" * (2 << 20))
     assert "line 2: longer than 1 MB" in error_of(path)
 

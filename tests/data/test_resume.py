@@ -14,17 +14,17 @@ from pathlib import Path
 import pytest
 from story_files import put, write_csv, write_jsonl, write_parquet, write_txt
 
-from tinystories.data import draft, reader
-from tinystories.data.draft import Draft
+from tinystories.data import reader, staging
 from tinystories.data.prepare import prepare
+from tinystories.data.staging import StagingDir
 from tinystories.errors import UserError
 
 CHILD = """
 import json, os, signal, sys
-from tinystories.data import draft, reader
+from tinystories.data import reader, staging
 from tinystories.data.prepare import prepare
 
-reader.BATCH_BYTES, draft.JOURNAL_SECONDS, os.fsync = 500, 0.0, lambda _: None
+reader.BATCH_BYTES, staging.JOURNAL_INTERVAL_SECONDS, os.fsync = 500, 0.0, lambda _: None
 {fault}
 prepare(sys.argv[1], sys.argv[2], tokenizer="bpe:300", val_fraction=0.2, progress=False)
 """
@@ -33,7 +33,7 @@ prepare(sys.argv[1], sys.argv[2], tokenizer="bpe:300", val_fraction=0.2, progres
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader, "BATCH_BYTES", 500)
-    monkeypatch.setattr(draft, "JOURNAL_SECONDS", 0.0)
+    monkeypatch.setattr(staging, "JOURNAL_INTERVAL_SECONDS", 0.0)
     monkeypatch.setattr(os, "fsync", lambda _: None)  # no test here outlives a power cut
 
 
@@ -60,17 +60,17 @@ def child(source: Path, out: Path, fault: str) -> int:
 
 def failing(monkeypatch: pytest.MonkeyPatch, name: str, call: int, error: BaseException, *, half: bool = False) -> None:
     """Make the given call of a method of `Draft` fail, after half of an append's work if so wished."""
-    right: Callable[..., None] = getattr(Draft, name)
+    right: Callable[..., None] = getattr(StagingDir, name)
     calls = iter(range(10**9))
 
-    def method(self: Draft, *args: object, **options: object) -> None:
+    def method(self: StagingDir, *args: object, **options: object) -> None:
         if next(calls) == call:
             if half:
                 right(self, args[0], bytes(args[1])[: len(bytes(args[1])) // 2])  # type: ignore[arg-type]
             raise error
         right(self, *args, **options)
 
-    monkeypatch.setattr(Draft, name, method)
+    monkeypatch.setattr(StagingDir, name, method)
 
 
 @pytest.mark.parametrize("half", [False, True])
@@ -124,13 +124,13 @@ def test_what_is_done_is_not_done_again(
     assert journal["stage"] == 1
     assert journal["read"] > 0
     read: list[int] = []
-    right = Draft.save
+    right = StagingDir.save
 
-    def save(self: Draft, **options: bool) -> None:
+    def save(self: StagingDir, **options: bool) -> None:
         read.append(self.journal.read)
         right(self, **options)
 
-    monkeypatch.setattr(Draft, "save", save)
+    monkeypatch.setattr(StagingDir, "save", save)
     run(source, tmp_path / "out", val)
     assert min(read) > journal["read"]
     assert "going on with" in caplog.text
@@ -139,28 +139,28 @@ def test_what_is_done_is_not_done_again(
 
 KILLS = {
     "in the middle of a write": """
-right, calls = draft.Draft.append, iter(range(10**9))
+right, calls = staging.StagingDir.append, iter(range(10**9))
 def append(self, name, data):
     if next(calls) == 40:
         right(self, name, data[: len(data) // 2])
         os.kill(os.getpid(), signal.{signal})
         data = data[len(data) // 2 :]  # a writer in another thread outlives Ctrl-C
     right(self, name, data)
-draft.Draft.append = append
+staging.StagingDir.append = append
 """,
     "before the journal is in place": """
-right, calls = draft.write_whole, iter(range(10**9))
+right, calls = staging.write_atomic, iter(range(10**9))
 def write_whole(path, text):
     if next(calls) == 12:
         path.with_name(path.name + ".new").write_text(text[:9])
         os.kill(os.getpid(), signal.{signal})
     right(path, text)
-draft.write_whole = write_whole
+staging.write_atomic = write_whole
 """,
     "before the result is in place": """
 def sync(folder):
     os.kill(os.getpid(), signal.{signal})
-draft.sync = sync
+staging.fsync_dir = sync
 """,
 }
 

@@ -25,7 +25,7 @@ def test_decoding_gives_back_any_text(bpe: Tokenizer, text: str) -> None:
 
 @given(text=TEXTS)
 def test_the_table_of_bytes_spells_the_text(bpe: Tokenizer, text: str) -> None:
-    assert b"".join(bpe.bytes_of[i] for i in bpe.encode(text)) == text.encode()
+    assert b"".join(bpe.token_bytes[i] for i in bpe.encode(text)) == text.encode()
 
 
 @given(left=TEXTS, right=TEXTS)
@@ -37,12 +37,12 @@ def test_end_in_text_is_text(bpe: Tokenizer, left: str, right: str) -> None:
 
 def test_end_leaves_no_trace_in_text(bpe: Tokenizer) -> None:
     assert bpe.decode([bpe.end_id, *bpe.encode("a cat"), bpe.end_id]) == "a cat"
-    assert bpe.bytes_of[bpe.end_id] == b""
+    assert bpe.token_bytes[bpe.end_id] == b""
 
 
 def test_broken_characters_become_replacement_characters(bpe: Tokenizer) -> None:
     ids = bpe.encode("é")
-    first = next(i for i, data in enumerate(bpe.bytes_of) if data == "é".encode()[:1])
+    first = next(i for i, data in enumerate(bpe.token_bytes) if data == "é".encode()[:1])
     assert bpe.decode([first]) == "\ufffd"
     assert bpe.decode([first, *ids]) == "\ufffdé"
 
@@ -57,19 +57,19 @@ def test_saving_keeps_everything(bpe: Tokenizer, tmp_path: Path) -> None:
     bpe.save(tmp_path / "other.json")
     for path in (tmp_path, tmp_path / "tokenizer.json", tmp_path / "other.json"):
         again = Tokenizer.load(path)
-        assert (again.sha256, again.text, again.end_id) == (bpe.sha256, bpe.text, bpe.end_id)
+        assert (again.sha256, again.json_text, again.end_id) == (bpe.sha256, bpe.json_text, bpe.end_id)
         assert again.encode("Once upon a time") == bpe.encode("Once upon a time")
 
 
 def test_the_hash_sees_meaning_and_not_layout(bpe: Tokenizer) -> None:
-    parts = json.loads(bpe.text)
+    parts = json.loads(bpe.json_text)
     assert Tokenizer(json.dumps(parts, indent=3)).sha256 == bpe.sha256
     parts["model"]["merges"][0], parts["model"]["merges"][1] = parts["model"]["merges"][1], parts["model"]["merges"][0]
     assert Tokenizer(json.dumps(parts)).sha256 != bpe.sha256
 
 
 def test_vocab_size_is_past_the_largest_id(bpe: Tokenizer) -> None:
-    assert bpe.vocab_size == 400 == len(bpe.bytes_of)
+    assert bpe.vocab_size == 400 == len(bpe.token_bytes)
     assert bpe.end_id == 399
 
 
@@ -83,7 +83,7 @@ def test_end_is_added_where_it_is_missing() -> None:
     tokenizer = Tokenizer(word_tokenizer().to_str())
     assert (tokenizer.end_id, tokenizer.vocab_size) == (3, 4)
     assert tokenizer.encode(f"a {END} cat") == [0, 2, 1]
-    assert not tokenizer.lossless
+    assert not tokenizer.is_lossless
 
 
 def test_a_model_that_knows_end_as_a_word_is_refused() -> None:
@@ -115,16 +115,16 @@ def test_sentencepiece_like_bytes() -> None:
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     backend.decoder = decoders.Sequence(steps)
     tokenizer = Tokenizer(backend.to_str())
-    assert tokenizer.bytes_of[1:8] == [b"\n", b"\xc3", b" a", b" ", b"a", b"b", b" ab"]
+    assert tokenizer.token_bytes[1:8] == [b"\n", b"\xc3", b" a", b" ", b"a", b"b", b" ab"]
     assert tokenizer.encode("ab a\n") == [7, 3, 1]
     assert tokenizer.decode([7, 3, 1]) == "ab a\n"
-    assert not tokenizer.lossless
+    assert not tokenizer.is_lossless
 
 
 def test_wordpiece_bytes() -> None:
     backend = tokenizers.Tokenizer(models.WordPiece({"[UNK]": 0, "cat": 1, "##s": 2}, unk_token="[UNK]"))
     backend.decoder = decoders.WordPiece()
-    assert Tokenizer(backend.to_str()).bytes_of[1:3] == [b" cat", b"s"]
+    assert Tokenizer(backend.to_str()).token_bytes[1:3] == [b" cat", b"s"]
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 def test_importing_needs_nothing_heavy() -> None:
     code = (
-        "import sys, tinystories.data.tokenizer, tinystories.data.prepared, tinystories.data.sources;"
+        "import sys, tinystories.data.tokenizer, tinystories.data.dataset, tinystories.data.sources;"
         "print(*{m.partition('.')[0] for m in sys.modules} & {'torch', 'tiktoken', 'datasets', 'tokenizers', 'pyarrow',"
         " 'gigatoken', 'huggingface_hub', 'xxhash'})"
     )

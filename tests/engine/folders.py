@@ -12,7 +12,7 @@ from tinystories.model import GPT
 
 
 def saved(folder: Path, model: GPT, data: Path) -> Path:
-    with checkpoint.whole(folder) as draft:
+    with checkpoint.atomic_directory(folder) as draft:
         checkpoint.write_model(draft, model, Tokenizer.load(data), SamplingConfig(), {})
     return folder
 

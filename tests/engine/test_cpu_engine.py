@@ -12,22 +12,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from folders import opened, saved
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from safetensors.numpy import load_file, save_file
 from slots import exercise
+from folders import opened, saved
 
 from tinystories import checkpoint
 from tinystories.config import ModelConfig, SamplingConfig
 from tinystories.data.tokenizer import Tokenizer
-from tinystories.engine.choice import has_cuda, pick_engine
-from tinystories.engine.cpu import native, packing, team, weights
+from tinystories.engine.cpu import jit, quantize, thread_pool, weights
 from tinystories.engine.cpu.engine import CpuEngine
+from tinystories.engine.select import has_cuda, select_engine
 from tinystories.engine.torch_engine import TorchEngine
 from tinystories.errors import UserError
-from tinystories.generate.stories import Request, tell
+from tinystories.generate.batching import Request, generate_all
 from tinystories.model import GPT
 
 Build = Callable[..., GPT]
@@ -40,7 +40,7 @@ def close(a: Any, b: Any, tolerance: float = 2e-5) -> None:
 
 
 def arrays_of(model: GPT) -> dict[str, np.ndarray]:
-    return {name: weight.detach().numpy() for name, weight in checkpoint.saved_weights(model).items()}
+    return {name: weight.detach().numpy() for name, weight in checkpoint.state_dict_to_save(model).items()}
 
 
 def fp32(model: GPT, **options: Any) -> CpuEngine:
@@ -151,7 +151,7 @@ def test_300_greedy_tokens_are_those_of_torch(build: Build, shape: dict[str, obj
     model = build(**shape | {"vocab_size": 400})
     request = Request(prompt="Once", settings=SamplingConfig(temperature=0), max_tokens=300, ignore_end=True)
     stories = [
-        tell(engine, Tokenizer.load(sample_data), [request])[0].ids
+        generate_all(engine, Tokenizer.load(sample_data), [request])[0].ids
         for engine in (fp32(model), TorchEngine(model, device="cpu"))
     ]
     assert len(stories[0]) == 300
@@ -175,13 +175,14 @@ def test_a_trained_model_reads_and_writes_as_torch_does(
     config = ModelConfig(vocab_size=400, n_ctx=512, n_layer=2, n_embd=64, n_head=4, n_ff=96, **shape)  # type: ignore[arg-type]
     model, ids = trained(config)
     engine = fp32(model)
-    found = np.concatenate([logits for _, logits in engine.read(engine.cache, 0, ids, everything=True)])
+    found = np.concatenate([logits for _, logits in engine.forward_chunks(engine.kv_cache, 0, ids, all_logits=True)])
     assert np.abs(found - uncached(model, ids.tolist())).max() <= 1e-4
     request = Request(
         prompt="Once upon a time", settings=SamplingConfig(temperature=0), max_tokens=300, ignore_end=True
     )
     stories = [
-        tell(one, Tokenizer.load(sample_data), [request])[0].ids for one in (engine, TorchEngine(model, device="cpu"))
+        generate_all(one, Tokenizer.load(sample_data), [request])[0].ids
+        for one in (engine, TorchEngine(model, device="cpu"))
     ]
     assert len(stories[0]) == 300
     assert stories[0] == stories[1]
@@ -200,11 +201,11 @@ MATRICES = arrays.arrays(
 @example(weight=np.array([[1.2e-28, -1.2e-28]], dtype=np.float32))
 def test_packing_changes_no_weight_by_more_than_half_a_step(weight: np.ndarray) -> None:
     rows, inner = weight.shape
-    back = packing.unpack_int8(*packing.pack_int8(weight), rows, inner)
-    zero = 128 * packing.SMALLEST  # at most this large, a weight may count as zero
+    back = quantize.dequantize_int8(*quantize.quantize_int8(weight), rows, inner)
+    zero = 128 * quantize.MIN_SCALE  # at most this large, a weight may count as zero
     assert (np.abs(back - weight) <= np.abs(weight).max(axis=1, keepdims=True) / 127 * 0.501 + zero).all()
-    back = packing.unpack_int4(*packing.pack_int4(weight), rows, inner)
-    whole = np.zeros((rows, packing.padded(inner, 32)), dtype=np.float32)
+    back = quantize.dequantize_int4(*quantize.quantize_int4(weight), rows, inner)
+    whole = np.zeros((rows, quantize.round_up(inner, 32)), dtype=np.float32)
     whole[:, :inner] = weight
     largest = np.abs(whole).reshape(rows, -1, 32).max(axis=2).repeat(32, axis=1)[:, :inner]
     assert (np.abs(back - weight) <= largest / 8 * 1.05 + zero).all()
@@ -217,8 +218,8 @@ def test_packed_products_are_those_of_the_unpacked_matrices(
     """An engine makes of packed weights what fp32 makes of their values, but for the integers of x: 16 bits, or 8."""
     files = checkpoint.read_model(saved(tmp_path / "model", build(**shape | {"vocab_size": 400}), sample_data))
     shapes = weights.expected_shapes(files.config)
-    weights.packed(files, precision)  # which writes them
-    packed = weights.packed(files, precision)
+    weights.load_or_quantize(files, precision)  # which writes them
+    packed = weights.load_or_quantize(files, precision)
     plain = {}
     for name, size in shapes.items():
         if name in packed:
@@ -226,9 +227,9 @@ def test_packed_products_are_those_of_the_unpacked_matrices(
         elif f"{name}.rows" in packed:
             plain[name] = packed[f"{name}.rows"].reshape(size) * packed[f"{name}.scales"][:, None]
         elif f"{name}.int8" in packed:
-            plain[name] = packing.unpack_int8(packed[f"{name}.int8"], packed[f"{name}.scales"], *size)
+            plain[name] = quantize.dequantize_int8(packed[f"{name}.int8"], packed[f"{name}.scales"], *size)
         else:
-            plain[name] = packing.unpack_int4(packed[f"{name}.int4"], packed[f"{name}.scales"], *size)
+            plain[name] = quantize.dequantize_int4(packed[f"{name}.int4"], packed[f"{name}.scales"], *size)
         plain[name] = np.ascontiguousarray(plain[name], dtype=np.float32)
     a, b = CpuEngine(files.config, packed), CpuEngine(files.config, plain)
     tolerance = 2e-3 if precision == "int8" else 0.2
@@ -253,7 +254,7 @@ def test_sums_of_the_largest_4_bit_products_fit(build: Build, sign: int) -> None
     plain["norm.weight"] = np.ones(64, dtype=np.float32)
     head = np.full((61, 64), 7, dtype=np.float32)
     head[:, ::32] = -8
-    blocks, bits = packing.pack_int4(head)
+    blocks, bits = quantize.quantize_int4(head)
     plain["lm_head.weight.int4"], plain["lm_head.weight.scales"] = blocks, bits
     del plain["lm_head.weight"]
     close(CpuEngine(model.config, plain).prefill(0, [1, 2, 3]), np.full(61, sign * (62 * 7 - 2 * 8)), tolerance=1e-4)
@@ -308,20 +309,20 @@ def test_a_packed_file_of_another_size_with_true_checksums_is_made_again(
 ) -> None:
     """The machine code would read past its end."""
     files = checkpoint.read_model(saved(tmp_path / "model", build(vocab_size=400, tied=tied), sample_data))
-    path = weights.packed_path(files, precision)
-    whole = dict(weights.packed(files, precision))
-    facts = weights.Mapped(path).metadata
-    weights.write(path, whole | {"layers.0.self_attn.q_proj.bias": np.zeros(1, np.float32)}, facts)
-    assert dict(weights.packed(files, precision)).keys() == whole.keys()
+    path = weights.quantized_path(files, precision)
+    whole = dict(weights.load_or_quantize(files, precision))
+    facts = weights.SafetensorsFile(path).metadata
+    weights.write_safetensors(path, whole | {"layers.0.self_attn.q_proj.bias": np.zeros(1, np.float32)}, facts)
+    assert dict(weights.load_or_quantize(files, precision)).keys() == whole.keys()
     for name in [name for name in whole if not name.endswith(".filling")]:
         for cut in (whole[name].reshape(-1)[:-1], whole[name].reshape(-1).view(np.uint8), None):
             changed = {k: v for k, v in whole.items() if not k.endswith(".filling")} | {name: cut}
-            weights.write(path, {k: v for k, v in changed.items() if v is not None}, facts)
+            weights.write_safetensors(path, {k: v for k, v in changed.items() if v is not None}, facts)
             if cut is not None and cut.dtype == whole[name].dtype and cut.size == whole[name].size:
                 continue
-            weights.packed(files, precision)
-            assert weights.Mapped(path)[name].size == whole[name].size
-    assert dict(weights.packed(files, precision)).keys() == whole.keys()
+            weights.load_or_quantize(files, precision)
+            assert weights.SafetensorsFile(path)[name].size == whole[name].size
+    assert dict(weights.load_or_quantize(files, precision)).keys() == whole.keys()
 
 
 @pytest.mark.parametrize(
@@ -425,7 +426,7 @@ def test_numbers_that_overflow_are_not_told_as_a_story(
         model.layers[0].mlp.down_proj.weight.mul_(1e30)  # type: ignore[operator, union-attr]
     engine = opened(saved(tmp_path / "model", model, sample_data), precision)
     with pytest.raises(UserError, match="not finite"):
-        tell(engine, Tokenizer.load(sample_data), [Request(prompt="Once", max_tokens=3)])
+        generate_all(engine, Tokenizer.load(sample_data), [Request(prompt="Once", max_tokens=3)])
 
 
 def test_gates_far_below_zero_close(build: Build) -> None:
@@ -495,8 +496,8 @@ def test_a_container_has_the_cores_it_was_given(tmp_path: Path, files: dict[str,
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert team.quota(tmp_path) == expected
-    assert 1 <= team.physical_cores() <= 16
+    assert thread_pool.cgroup_cpu_quota(tmp_path) == expected
+    assert 1 <= thread_pool.count_physical_cores() <= 16
 
 
 def test_damaged_machine_code_is_made_again(
@@ -505,17 +506,17 @@ def test_damaged_machine_code_is_made_again(
     caplog.set_level(logging.INFO)
     monkeypatch.setenv("TINYSTORIES_CACHE", str(tmp_path / "cache"))
     made: list[bytes] = []
-    monkeypatch.setattr(native, "compiled", lambda: made.append(b"code") or b"code")
-    assert native.object_file() == native.object_file() == b"code"
+    monkeypatch.setattr(jit, "compile_object", lambda: made.append(b"code") or b"code")
+    assert jit.load_or_compile() == jit.load_or_compile() == b"code"
     assert len(made) == 1
     assert "compiling the CPU engine" in caplog.text
-    native.cached_path().write_bytes(native.cached_path().read_bytes()[:-1])
-    assert native.object_file() == b"code"
+    jit.cache_path().write_bytes(jit.cache_path().read_bytes()[:-1])
+    assert jit.load_or_compile() == b"code"
     assert len(made) == 2
     assert "is damaged" in caplog.text
     (tmp_path / "cache").rename(tmp_path / "former")
     (tmp_path / "cache").write_text("a file where a folder should be")
-    assert native.object_file() == b"code"
+    assert jit.load_or_compile() == b"code"
     assert "the next start compiles again" in caplog.text
 
 
@@ -559,7 +560,7 @@ def test_numba_still_works_after_the_machine_code_was_loaded_without_it(folder: 
     ids=str,
 )
 def test_the_engine_that_is_meant(given: dict[str, Any], expected: str) -> None:
-    assert pick_engine(**given) == expected
+    assert select_engine(**given) == expected
 
 
 @pytest.mark.parametrize(
@@ -575,4 +576,4 @@ def test_the_engine_that_is_meant(given: dict[str, Any], expected: str) -> None:
 )
 def test_engines_that_cannot_be_are_refused(given: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        pick_engine(**given)
+        select_engine(**given)

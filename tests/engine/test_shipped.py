@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from tinystories import checkpoint
-from tinystories.checkpoint import PACKED, WEIGHTS
+from tinystories.checkpoint import INT8_WEIGHTS, WEIGHTS
 from tinystories.config import ModelConfig, SamplingConfig
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.engine.cpu.engine import CpuEngine
-from tinystories.engine.cpu.shipped import ship
-from tinystories.engine.cpu.weights import source_of
+from tinystories.engine.cpu.int8_model import write_int8_model
+from tinystories.engine.cpu.weights import load_fp32
 from tinystories.engine.torch_engine import TorchEngine
 from tinystories.errors import UserError
 from tinystories.model import GPT
@@ -30,7 +30,7 @@ def config(request: pytest.FixtureRequest) -> ModelConfig:
 
 @pytest.fixture
 def whole(config: ModelConfig, awake: Callable[[ModelConfig], GPT], sample_data: Path, tmp_path: Path) -> Path:
-    with checkpoint.whole(tmp_path / "whole") as draft:
+    with checkpoint.atomic_directory(tmp_path / "whole") as draft:
         tokenizer = Tokenizer.load(sample_data)
         checkpoint.write_model(draft, awake(config), tokenizer, SamplingConfig(top_k=7), {"tokens": 3})
     return tmp_path / "whole"
@@ -38,7 +38,7 @@ def whole(config: ModelConfig, awake: Callable[[ModelConfig], GPT], sample_data:
 
 @pytest.fixture
 def small(whole: Path, tmp_path: Path) -> Path:
-    ship(checkpoint.read_model(whole), tmp_path / "small")
+    write_int8_model(checkpoint.read_model(whole), tmp_path / "small")
     return tmp_path / "small"
 
 
@@ -46,8 +46,10 @@ def test_it_is_a_model_directory_of_a_quarter_of_the_size(whole: Path, small: Pa
     before, after = checkpoint.read_model(whole), checkpoint.read_model(small)
     assert (after.config, after.sampling, after.provenance) == (before.config, before.sampling, before.provenance)
     assert after.tokenizer().sha256 == before.tokenizer().sha256
-    assert {path.name for path in small.iterdir()} == {PACKED, "tokenizer.json", "generation.json", "config.json"}
-    assert (small / PACKED).stat().st_size < 0.5 * (whole / WEIGHTS).stat().st_size  # tiny shapes are mostly filling
+    assert {path.name for path in small.iterdir()} == {INT8_WEIGHTS, "tokenizer.json", "generation.json", "config.json"}
+    assert (small / INT8_WEIGHTS).stat().st_size < 0.5 * (
+        whole / WEIGHTS
+    ).stat().st_size  # tiny shapes are mostly filling
 
 
 def test_int8_is_the_same_to_the_last_bit(whole: Path, small: Path) -> None:
@@ -57,7 +59,7 @@ def test_int8_is_the_same_to_the_last_bit(whole: Path, small: Path) -> None:
 
 def test_other_engines_and_precisions_have_the_rounded_weights(whole: Path, small: Path) -> None:
     files = checkpoint.read_model(small)
-    original, rounded = source_of(checkpoint.read_model(whole)), source_of(files)
+    original, rounded = load_fp32(checkpoint.read_model(whole)), load_fp32(files)
     for name, weight in original.items():
         assert rounded[name].shape == weight.shape
         step = np.abs(weight).max(axis=-1, keepdims=True) / 127 if weight.ndim == 2 else 0
@@ -70,9 +72,9 @@ def test_other_engines_and_precisions_have_the_rounded_weights(whole: Path, smal
 
 @pytest.mark.parametrize("engine", [CpuEngine, TorchEngine])
 def test_damage_is_an_error_for_there_is_no_other_copy(small: Path, engine: type[CpuEngine | TorchEngine]) -> None:
-    data = bytearray((small / PACKED).read_bytes())
+    data = bytearray((small / INT8_WEIGHTS).read_bytes())
     data[-200] ^= 1
-    (small / PACKED).write_bytes(data)
+    (small / INT8_WEIGHTS).write_bytes(data)
     with pytest.raises(UserError, match="does not match its checksum"):
         checkpoint.read_model(small)
     files = checkpoint.read_model(small, check_weights=False)

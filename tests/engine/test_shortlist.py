@@ -14,13 +14,13 @@ from folders import opened, saved
 
 from tinystories import checkpoint
 from tinystories.config import SamplingConfig
+from tinystories.data.dataset import open_split
 from tinystories.data.prepare import prepare
-from tinystories.data.prepared import open_split
 from tinystories.data.tokenizer import Tokenizer
-from tinystories.engine.choice import load_engine
 from tinystories.engine.cpu import shortlist, weights
+from tinystories.engine.select import load_engine
 from tinystories.errors import UserError
-from tinystories.generate.stories import Request, tell
+from tinystories.generate.batching import Request, generate_all
 from tinystories.model import GPT
 
 LIST = np.sort(np.random.default_rng(2).permutation(400)[:37])  # ends within a block, and within four rows
@@ -63,7 +63,7 @@ def test_greedy_ids_are_the_same_until_one_is_not_listed(
 ) -> None:
     def ids(listed: Any) -> tuple[int, ...]:
         request = Request(prompt="Once", settings=SamplingConfig(temperature=0), max_tokens=60, ignore_end=True)
-        return tell(opened(folder, precision, shortlist=listed), Tokenizer.load(sample_data), [request])[0].ids
+        return generate_all(opened(folder, precision, shortlist=listed), Tokenizer.load(sample_data), [request])[0].ids
 
     first = ids(None)
     used = np.union1d(first, LIST)
@@ -83,7 +83,7 @@ def test_greedy_ids_are_the_same_until_one_is_not_listed(
 def test_no_setting_draws_another_id(folder: Path, sample_data: Path, settings: dict[str, Any]) -> None:
     chosen = SamplingConfig(**{"temperature": 1.0, "min_p": 0.0} | settings)
     requests = [Request(settings=chosen, max_tokens=60, ignore_end=True, number=i) for i in range(4)]
-    stories = tell(opened(folder, n_slots=4, shortlist=LIST), Tokenizer.load(sample_data), requests)
+    stories = generate_all(opened(folder, n_slots=4, shortlist=LIST), Tokenizer.load(sample_data), requests)
     drawn = {token for story in stories for token in story.ids}
     assert len(drawn) > 5
     assert drawn <= set(LIST.tolist())
@@ -97,7 +97,7 @@ def test_a_shortlist_scores_nothing(folder: Path) -> None:
 @pytest.mark.parametrize("n", [100, 180, 195])
 def test_the_most_frequent_ids_and_what_they_leave_out(folder: Path, sample_data: Path, n: int) -> None:
     files = checkpoint.read_model(folder)
-    ids, share = shortlist.most_frequent(files, sample_data, n)
+    ids, share = shortlist.most_frequent_ids(files, sample_data, n)
     end_id = files.tokenizer().end_id
     train, _ = open_split(sample_data, "train")
     counts = collections.Counter(train.tolist())
@@ -106,7 +106,7 @@ def test_the_most_frequent_ids_and_what_they_leave_out(folder: Path, sample_data
     assert share == pytest.approx(sum(counts[token] for token in ids.tolist()) / len(train))
     val, index = open_split(sample_data, "val")
     stories = [set(val[a:b].tolist()) for (a, _), (b, _) in itertools.pairwise(index)]
-    tokens_lost, stories_lost = shortlist.left_out(files, sample_data, ids)
+    tokens_lost, stories_lost = shortlist.coverage_loss(files, sample_data, ids)
     assert tokens_lost == pytest.approx(np.isin(val, ids, invert=True).mean())
     assert tokens_lost > 0
     assert stories_lost == pytest.approx(np.mean([not story <= set(ids.tolist()) for story in stories]))
@@ -114,39 +114,39 @@ def test_the_most_frequent_ids_and_what_they_leave_out(folder: Path, sample_data
 
 def test_the_end_is_listed_however_rare(folder: Path, sample_data: Path) -> None:
     files = checkpoint.read_model(folder)
-    assert files.tokenizer().end_id in shortlist.most_frequent(files, sample_data, 2)[0]
+    assert files.tokenizer().end_id in shortlist.most_frequent_ids(files, sample_data, 2)[0]
 
 
 @pytest.mark.parametrize("n", [-5, 0, 1, 206, 50_000])
 def test_a_list_has_ids_that_occur(folder: Path, sample_data: Path, n: int) -> None:
     with pytest.raises(UserError, match=r"choose from 2 to 205$"):
-        shortlist.most_frequent(checkpoint.read_model(folder), sample_data, n)
+        shortlist.most_frequent_ids(checkpoint.read_model(folder), sample_data, n)
 
 
 def test_data_of_others_are_refused(folder: Path, sample_data: Path, tmp_path: Path) -> None:
     files = checkpoint.read_model(folder)
     with pytest.raises(UserError, match="holds no prepared data"):
-        shortlist.most_frequent(files, tmp_path, 100)
+        shortlist.most_frequent_ids(files, tmp_path, 100)
     prepare("sample", tmp_path / "other", tokenizer="bpe:300", val_fraction=0.05, progress=False)
     with pytest.raises(UserError, match="another tokenizer than the model's"):
-        shortlist.most_frequent(files, tmp_path / "other", 100)
+        shortlist.most_frequent_ids(files, tmp_path / "other", 100)
     shutil.copytree(sample_data, tmp_path / "damaged")
     for split in ("train", "val"):
         tokens = np.fromfile(sample_data / f"{split}.bin", dtype="<u2")
         tokens[5] = 400
         tokens.tofile(tmp_path / "damaged" / f"{split}.bin")
     with pytest.raises(UserError, match=r"train\.bin is damaged: it holds id 400"):
-        shortlist.most_frequent(files, tmp_path / "damaged", 100)
+        shortlist.most_frequent_ids(files, tmp_path / "damaged", 100)
     with pytest.raises(UserError, match=r"val\.bin is damaged: it holds id 400"):
-        shortlist.left_out(files, tmp_path / "damaged", LIST)
+        shortlist.coverage_loss(files, tmp_path / "damaged", LIST)
 
 
 def test_a_list_is_read_as_it_was_written(folder: Path, sample_data: Path) -> None:
     files = checkpoint.read_model(folder)
-    ids, _ = shortlist.most_frequent(files, sample_data, 100)
-    assert shortlist.write(files, LIST).name == "shortlist.json"
-    shortlist.write(files, ids)
-    assert (shortlist.read(files) == ids).all()
+    ids, _ = shortlist.most_frequent_ids(files, sample_data, 100)
+    assert shortlist.write_shortlist(files, LIST).name == "shortlist.json"
+    shortlist.write_shortlist(files, ids)
+    assert (shortlist.read_shortlist(files) == ids).all()
     assert sorted(path.name for path in folder.iterdir() if "shortlist" in path.name) == ["shortlist.json"]
 
 
@@ -156,13 +156,13 @@ def test_a_folder_that_cannot_be_written_to_is_named(folder: Path, monkeypatch: 
 
     monkeypatch.setattr(shortlist.os, "replace", refuse)
     with pytest.raises(UserError, match=r"shortlist\.json could not be written: Permission denied"):
-        shortlist.write(checkpoint.read_model(folder), LIST)
+        shortlist.write_shortlist(checkpoint.read_model(folder), LIST)
 
 
 def changed(facts: dict[str, Any], **changes: Any) -> str:
     """The text of a list whose own checksum is right."""
     new = {name: value for name, value in (facts | changes).items() if name != "sha256"}
-    return json.dumps(new | {"sha256": shortlist.digest_of(new)})
+    return json.dumps(new | {"sha256": shortlist.compute_digest(new)})
 
 
 @pytest.mark.parametrize(
@@ -196,11 +196,11 @@ def test_lists_that_are_not_whole_are_refused(
 ) -> None:
     files = checkpoint.read_model(folder)
     assert files.tokenizer().end_id == 399
-    path = shortlist.write(files, shortlist.most_frequent(files, sample_data, 100)[0])
+    path = shortlist.write_shortlist(files, shortlist.most_frequent_ids(files, sample_data, 100)[0])
     text = change if isinstance(change, str) else change(json.loads(path.read_text()))
     path.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(UserError, match=message) as raised:
-        shortlist.read(files)
+        shortlist.read_shortlist(files)
     assert "shortlist.json" in str(raised.value)
 
 

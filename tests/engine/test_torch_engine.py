@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinystories import checkpoint
 from tinystories.config import SamplingConfig
-from tinystories.data.vocabulary import build as build_tokenizer
+from tinystories.data.build_tokenizer import build_from_spec as build_tokenizer
 from tinystories.engine import torch_engine
-from tinystories.engine.torch_engine import TorchEngine, batches
+from tinystories.engine.torch_engine import TorchEngine, group_by_length
 from tinystories.errors import UserError
 from tinystories.model import GPT
 
@@ -33,7 +33,7 @@ def on_cpu(model: GPT, decoder: bool, n_slots: int = 1) -> TorchEngine:
     """An engine that steps by the kernels for few rows, or by the model itself as it does for many."""
     engine = TorchEngine(model, n_slots=n_slots, device="cpu")
     if not decoder:
-        engine.decoder = None
+        engine.native_step = None
     return engine
 
 
@@ -135,8 +135,8 @@ def test_scoring_many_takes_no_more_memory_than_a_batch(build: Build, monkeypatc
     sequences = [IDS[i % 20 :] for i in range(9)]
     engine = TorchEngine(model, device="cpu")
     expected = engine.logprobs(sequences)
-    monkeypatch.setattr(torch_engine, "SCORED_AT_ONCE", 70)
-    monkeypatch.setattr(torch_engine, "LOGITS_BYTES", 4 * 1000 * 8)
+    monkeypatch.setattr(torch_engine, "SCORE_BATCH_TOKENS_CPU", 70)
+    monkeypatch.setattr(torch_engine, "SCORE_LOGITS_BYTES_CPU", 4 * 1000 * 8)
     with Largest() as largest:
         scored = engine.logprobs(sequences)
     assert largest.size <= max(70 * 4 * 32, 8 * 1000)  # attention's own work space, and eight rows of logits
@@ -146,7 +146,7 @@ def test_scoring_many_takes_no_more_memory_than_a_batch(build: Build, monkeypatc
 
 @given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 120))
 def test_batches_hold_each_once_within_the_budget(sizes: list[int], budget: int) -> None:
-    groups = list(batches(sizes, budget))
+    groups = list(group_by_length(sizes, budget))
     assert sorted(i for group in groups for i in group) == list(range(len(sizes)))
     for group in groups:
         assert len(group) == 1 or len(group) * max(sizes[i] for i in group) <= budget
@@ -231,9 +231,9 @@ def test_an_engine_without_slots_is_refused(build: Build) -> None:
 
 @pytest.mark.parametrize("own", [False, True], ids=["borrowed", "own"])
 def test_bf16_is_near_fp32(build: Build, monkeypatch: pytest.MonkeyPatch, shape: dict[str, object], own: bool) -> None:
-    monkeypatch.setattr(torch_engine, "pick_precision", lambda *_: "bf16")
+    monkeypatch.setattr(torch_engine, "select_precision", lambda *_: "bf16")
     expected = uncached(build(**shape), IDS[:8])
-    engine = TorchEngine(build(**shape), device="cpu", own=own)
+    engine = TorchEngine(build(**shape), device="cpu", owns_model=own)
     logits = [engine.prefill(0, IDS[:5]), *(engine.step([0], [i])[0] for i in IDS[5:8])]
     assert logits[0].dtype == np.float32
     close(logits, expected[4:], tolerance=0.06)
@@ -245,7 +245,7 @@ def test_bf16_is_near_fp32(build: Build, monkeypatch: pytest.MonkeyPatch, shape:
 def test_loads_a_model_directory(build: Build, shape: dict[str, object], tmp_path: Path) -> None:
     tokenizer = build_tokenizer("bpe:257", lambda: ["a"])
     model = build(**shape | {"vocab_size": tokenizer.vocab_size})
-    with checkpoint.whole(tmp_path / "model") as draft:
+    with checkpoint.atomic_directory(tmp_path / "model") as draft:
         checkpoint.write_model(draft, model, tokenizer, SamplingConfig(), {})
     engine = TorchEngine.load(checkpoint.read_model(tmp_path / "model"), n_slots=2, device="cpu")
     close(engine.prefill(1, IDS[:5]), uncached(model, IDS)[4])
@@ -260,7 +260,7 @@ def test_cuda_gives_the_logits_of_the_cpu(
 ) -> None:
     """Prefills, recorded steps of several widths with holes, and scores."""
     cpu = TorchEngine(build(**shape), n_slots=5, device="cpu", precision="fp32")
-    gpu = TorchEngine(build(**shape), n_slots=5, device="cuda", precision=precision, own=True)
+    gpu = TorchEngine(build(**shape), n_slots=5, device="cuda", precision=precision, owns_model=True)
     for slot in (0, 1, 4, 0):
         ids = IDS[slot : 2 * slot + 3]
         close(gpu.prefill(slot, ids).cpu(), cpu.prefill(slot, ids), tolerance)

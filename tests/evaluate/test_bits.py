@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from tinystories.config import ModelConfig
-from tinystories.data.prepared import open_split
+from tinystories.data.dataset import open_split
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.engine.protocol import Ids
 from tinystories.engine.torch_engine import TorchEngine
 from tinystories.errors import UserError
 from tinystories.evaluate import bits
-from tinystories.evaluate.bits import bits_per_byte, bootstrap, encoded, prepared
+from tinystories.evaluate.bits import bootstrap_interval, encode_stories, evaluate_bits_per_byte, read_prepared_stories
 from tinystories.model import GPT
 
 
@@ -78,7 +78,7 @@ def test_it_is_the_protocol_written_out(engine: TorchEngine, tokenizer: Tokenize
         n_bytes += len(text.encode())
         longest = max(longest, len(ids))
     assert longest > 2 * n_ctx, "some story must need several windows"
-    report = bits_per_byte(engine, encoded(texts, tokenizer))
+    report = evaluate_bits_per_byte(engine, encode_stories(texts, tokenizer))
     assert report.bits_per_byte == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-6)
     assert report.nats_per_token == pytest.approx(nats / tokens, rel=1e-6)
     assert (report.tokens, report.bytes, report.stories) == (tokens, n_bytes, len(texts))
@@ -88,8 +88,8 @@ def test_it_is_the_protocol_written_out(engine: TorchEngine, tokenizer: Tokenize
 
 def test_texts_and_prepared_data_give_the_same(engine: TorchEngine, tokenizer: Tokenizer, sample_data: Path) -> None:
     tokens, index = open_split(sample_data, "val")
-    a = bits_per_byte(engine, prepared(tokens, index))
-    b = bits_per_byte(engine, encoded(texts_of(sample_data, tokenizer, "val"), tokenizer))
+    a = evaluate_bits_per_byte(engine, read_prepared_stories(tokens, index))
+    b = evaluate_bits_per_byte(engine, encode_stories(texts_of(sample_data, tokenizer, "val"), tokenizer))
     assert a.bits_per_byte == pytest.approx(b.bits_per_byte, rel=1e-9)
     assert (a.tokens, a.bytes, a.stories) == (b.tokens, b.bytes, b.stories)
     assert a.bytes == int(index[-1, 1])
@@ -97,7 +97,7 @@ def test_texts_and_prepared_data_give_the_same(engine: TorchEngine, tokenizer: T
 
 def test_a_model_that_knows_nothing_needs_log_v_bits_a_token(tokenizer: Tokenizer) -> None:
     texts = ["a", "One cat.", "A story that is longer than the context of sixteen tokens: " * 3]
-    report = bits_per_byte(Uniform(512), encoded(texts, tokenizer))
+    report = evaluate_bits_per_byte(Uniform(512), encode_stories(texts, tokenizer))
     n_tokens = sum(len(tokenizer.encode(text)) + 1 for text in texts)
     assert report.tokens == n_tokens
     assert report.bits_per_byte == pytest.approx(9 * n_tokens / report.bytes)
@@ -105,36 +105,38 @@ def test_a_model_that_knows_nothing_needs_log_v_bits_a_token(tokenizer: Tokenize
 
 
 def test_bytes_are_those_of_utf_8(tokenizer: Tokenizer) -> None:
-    assert bits_per_byte(Uniform(512), encoded(["naïve 🐈"], tokenizer)).bytes == 11
+    assert evaluate_bits_per_byte(Uniform(512), encode_stories(["naïve 🐈"], tokenizer)).bytes == 11
 
 
 def test_a_subset_is_fixed_and_spread_over_the_split() -> None:
     index = np.stack([np.arange(0, 110, 10), np.arange(0, 1100, 100)], axis=1).astype(np.uint64)
     tokens = np.arange(101, dtype=np.uint16)
-    chosen = [int(ids[0]) // 10 for ids, _ in prepared(tokens, index, limit=4)]
+    chosen = [int(ids[0]) // 10 for ids, _ in read_prepared_stories(tokens, index, limit=4)]
     assert chosen == [0, 2, 5, 7]
-    assert [(list(ids), n) for ids, n in prepared(tokens, index, limit=1)] == [(list(range(11)), 100)]
+    assert [(list(ids), n) for ids, n in read_prepared_stories(tokens, index, limit=1)] == [(list(range(11)), 100)]
     for limit in (0, 10, 99):
-        assert len(list(prepared(tokens, index, limit=limit))) == 10
+        assert len(list(read_prepared_stories(tokens, index, limit=limit))) == 10
 
 
 def test_nothing_to_evaluate_is_refused(tokenizer: Tokenizer) -> None:
     for texts in ([], [""]):
         with pytest.raises(UserError, match="no stories"):
-            bits_per_byte(Uniform(512), encoded(texts, tokenizer))
+            evaluate_bits_per_byte(Uniform(512), encode_stories(texts, tokenizer))
     with pytest.raises(UserError, match="no stories"):
-        bits_per_byte(Uniform(512), prepared(np.zeros(1, dtype=np.uint16), np.zeros((1, 2), dtype=np.uint64)))
+        evaluate_bits_per_byte(
+            Uniform(512), read_prepared_stories(np.zeros(1, dtype=np.uint16), np.zeros((1, 2), dtype=np.uint64))
+        )
 
 
 @pytest.mark.parametrize("logprob", [math.nan, -math.inf])
 def test_probabilities_that_are_not_finite_are_refused(tokenizer: Tokenizer, logprob: float) -> None:
     with pytest.raises(UserError, match="not finite"):
-        bits_per_byte(Uniform(512, logprob), encoded(["a"], tokenizer))
+        evaluate_bits_per_byte(Uniform(512, logprob), encode_stories(["a"], tokenizer))
 
 
 def test_many_stories_go_through_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bits, "BLOCK", 8)
-    monkeypatch.setattr(bits, "RESAMPLES", 2)
+    monkeypatch.setattr(bits, "BATCH_STORIES", 8)
+    monkeypatch.setattr(bits, "BOOTSTRAP_RESAMPLES", 2)
     told: list[int] = []
     alive: list[int] = []
 
@@ -146,7 +148,7 @@ def test_many_stories_go_through_in_blocks(monkeypatch: pytest.MonkeyPatch) -> N
 
     tracemalloc.start()
     for n in (20, 200):
-        bits_per_byte(Uniform(512, n_ctx=1000), stories(n), told.append)
+        evaluate_bits_per_byte(Uniform(512, n_ctx=1000), stories(n), told.append)
     tracemalloc.stop()
     assert told[:3] == [8, 16, 20]
     assert told[-1] == 200
@@ -157,14 +159,14 @@ def test_the_interval_narrows_as_stories_are_added_and_is_the_same_each_time() -
     rng = np.random.default_rng(0)
     n_bytes = rng.integers(500, 1000, 1000)
     story_bits = n_bytes * rng.normal(1.0, 0.1, 1000)
-    low, high = bootstrap(story_bits, n_bytes)
-    assert bootstrap(story_bits, n_bytes) == (low, high)
+    low, high = bootstrap_interval(story_bits, n_bytes)
+    assert bootstrap_interval(story_bits, n_bytes) == (low, high)
     # The ratio of one story has a standard deviation of 0.1, the mean of 1,000 that over the root of 1,000.
     assert high - low == pytest.approx(2 * 1.96 * 0.1 / math.sqrt(1000), rel=0.15)
-    few = bootstrap(story_bits[:100], n_bytes[:100])
+    few = bootstrap_interval(story_bits[:100], n_bytes[:100])
     assert (few[1] - few[0]) / (high - low) == pytest.approx(math.sqrt(10), rel=0.3)
 
 
 def test_the_interval_of_equal_stories_is_a_point() -> None:
-    low, high = bootstrap(np.full(10, 50.0), np.full(10, 100))
+    low, high = bootstrap_interval(np.full(10, 50.0), np.full(10, 100))
     assert (low, high) == (0.5, 0.5)

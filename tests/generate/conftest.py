@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from tinystories.config import ModelConfig
+from tinystories.data.build_tokenizer import build_from_spec
 from tinystories.data.tokenizer import Tokenizer
-from tinystories.data.vocabulary import build
 from tinystories.engine.protocol import Ids
 
 TEXT = "Once upon a time there was a cat. The cat sat on a mat and was happy. “Hello”, said the 🐈 to the naïve dog."
@@ -15,7 +15,7 @@ TEXT = "Once upon a time there was a cat. The cat sat on a mat and was happy. �
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
-    return build("bpe:300", lambda: [TEXT] * 3)
+    return build_from_spec("bpe:300", lambda: [TEXT] * 3)
 
 
 class FakeEngine:

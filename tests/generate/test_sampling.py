@@ -12,7 +12,13 @@ from hypothesis.extra import numpy as hnp
 from tinystories.config import SamplingConfig
 from tinystories.errors import UserError
 from tinystories.generate import sampling
-from tinystories.generate.sampling import Uniforms, draw, next_ids, penalised, probabilities
+from tinystories.generate.sampling import (
+    UniformStream,
+    apply_repetition_penalty,
+    compute_probabilities,
+    inverse_cdf_sample,
+    sample,
+)
 
 PLAIN = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
@@ -66,7 +72,7 @@ CLOSED_FORMS = [
 def test_probabilities_have_their_closed_form(
     array: Callable[[Any], Any], p: Any, changes: Any, history: Any, expected: Any
 ) -> None:
-    got = probabilities(array(log(*p)), of(**changes), [history])
+    got = compute_probabilities(array(log(*p)), of(**changes), [history])
     np.testing.assert_allclose(np.asarray(got), [expected], atol=2e-6)
 
 
@@ -112,38 +118,40 @@ def test_any_settings_equal_the_reference_on_both_kinds_of_array(
     history = {i for i in history if i < z.shape[1]}
     expected = [reference(row, settings, history) for row in z]
     for logits in (z, torch.from_numpy(z)):
-        got = probabilities(logits, settings, [history] * len(z))
+        got = compute_probabilities(logits, settings, [history] * len(z))
         assert type(got) is type(logits)
         np.testing.assert_allclose(np.asarray(got), expected, atol=1e-5)
 
 
 def test_top_p_looks_beyond_its_first_candidates(array: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     logits = array(np.linspace(0, 1, 40)[None])
-    expected = np.asarray(probabilities(logits, of(top_p=0.9)))
+    expected = np.asarray(compute_probabilities(logits, of(top_p=0.9)))
     assert (expected > 0).sum() > 8
-    monkeypatch.setattr(sampling, "CANDIDATES", 8)
-    np.testing.assert_allclose(np.asarray(probabilities(logits, of(top_p=0.9))), expected)
+    monkeypatch.setattr(sampling, "TOP_P_CANDIDATES", 8)
+    np.testing.assert_allclose(np.asarray(compute_probabilities(logits, of(top_p=0.9))), expected)
 
 
 def test_minus_infinity_is_never_drawn(array: Callable[[Any], Any]) -> None:
     logits = array([[-np.inf, 1, -np.inf, 1]])
     for settings in (of(), of(top_k=3), of(top_p=0.99), of(min_p=0.1), of(repetition_penalty=1.5)):
-        np.testing.assert_allclose(np.asarray(probabilities(logits, settings, [{0}]))[0], [0, 0.5, 0, 0.5], atol=1e-6)
+        np.testing.assert_allclose(
+            np.asarray(compute_probabilities(logits, settings, [{0}]))[0], [0, 0.5, 0, 0.5], atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("bad", [[np.nan, 0, 1], [0, np.inf, 1], [-np.inf] * 3], ids=["nan", "inf", "nothing"])
 @pytest.mark.parametrize("changes", [{}, {"temperature": 0.0}, {"top_k": 2, "top_p": 0.5, "min_p": 0.1}], ids=str)
 def test_logits_that_are_not_finite_are_an_error(array: Callable[[Any], Any], bad: Any, changes: Any) -> None:
     u = np.zeros(2, dtype=np.float32)
-    p = np.asarray(probabilities(array([[0, 1, 2], bad]), of(**changes)))
+    p = np.asarray(compute_probabilities(array([[0, 1, 2], bad]), of(**changes)))
     assert np.isfinite(p[0]).all()
     assert np.isnan(p[1]).all()
     with pytest.raises(UserError, match="not finite"):
-        next_ids(array([[0, 1, 2], bad]), of(**changes), u)
+        sample(array([[0, 1, 2], bad]), of(**changes), u)
 
 
 def test_the_penalty_is_that_of_ctrl(array: Callable[[Any], Any]) -> None:
-    got = penalised(array([[2.0, -2.0, 0.0, 3.0], [2.0, -2.0, 0.0, 3.0]]), 2.0, [{0, 1, 2}, {3}])
+    got = apply_repetition_penalty(array([[2.0, -2.0, 0.0, 3.0], [2.0, -2.0, 0.0, 3.0]]), 2.0, [{0, 1, 2}, {3}])
     assert np.asarray(got).tolist() == [[1.0, -4.0, 0.0, 3.0], [2.0, -2.0, 0.0, 1.5]]
 
 
@@ -151,7 +159,7 @@ def test_draw_inverts_the_cumulative_distribution(array: Callable[[Any], Any]) -
     """Evenly spaced u give each token its share, exactly but for the ends of its interval."""
     p = [0.0, 0.37, 0.0, 0.205, 0.425, 0.0]
     u = (np.arange(1000, dtype=np.float32) + 0.5) / 1000
-    ids = np.asarray(draw(array([p] * 1000), u))
+    ids = np.asarray(inverse_cdf_sample(array([p] * 1000), u))
     assert (np.diff(ids) >= 0).all()
     np.testing.assert_allclose(np.bincount(ids, minlength=6), np.multiply(p, 1000), atol=1)
 
@@ -159,20 +167,22 @@ def test_draw_inverts_the_cumulative_distribution(array: Callable[[Any], Any]) -
 @pytest.mark.parametrize("u", [0.0, 1 - 2**-24])
 def test_the_ends_of_u_draw_tokens_that_are_possible(array: Callable[[Any], Any], u: float) -> None:
     p = [[0.0, *np.random.default_rng(i).dirichlet(np.ones(999)), 0.0] for i in range(50)]
-    ids = np.asarray(draw(array(p), np.full(50, u, dtype=np.float32)))
+    ids = np.asarray(inverse_cdf_sample(array(p), np.full(50, u, dtype=np.float32)))
     assert ((ids >= 1) & (ids <= 999)).all()
 
 
 def test_a_u_that_no_sum_reaches_draws_the_likeliest(array: Callable[[Any], Any]) -> None:
     """As rounding may leave it where a device adds in another order."""
-    assert np.asarray(draw(array([[0.0, 0.3, 0.7, 0.0]]), np.array([1.0], dtype=np.float32))).tolist() == [2]
+    assert np.asarray(
+        inverse_cdf_sample(array([[0.0, 0.3, 0.7, 0.0]]), np.array([1.0], dtype=np.float32))
+    ).tolist() == [2]
 
 
 def test_both_kinds_of_array_draw_the_same() -> None:
     logits = np.random.default_rng(0).normal(size=(300, 200)).astype(np.float32) * 2
     u = np.random.default_rng(1).random(300, dtype=np.float32)
     for settings in (of(), of(temperature=0.0), of(top_k=7), of(top_p=0.8), SamplingConfig()):
-        assert next_ids(logits, settings, u) == next_ids(torch.from_numpy(logits), settings, u)
+        assert sample(logits, settings, u) == sample(torch.from_numpy(logits), settings, u)
 
 
 @given(
@@ -190,25 +200,25 @@ def test_looking_at_candidates_alone_draws_the_same(
     logits[rng.random((3, 50)) < 0.1] = -np.inf
     chosen = of(temperature=temperature, min_p=min_p, top_k=top_k)
     u = rng.random(3, dtype=np.float32)
-    p = probabilities(logits, chosen)
+    p = compute_probabilities(logits, chosen)
     if (np.abs(np.cumsum(p, axis=1) - u[:, None]) < 1e-5).any():
         return  # rounding decides
-    assert sampling.candidates(logits, chosen) is not None
-    assert next_ids(logits, chosen, u) == draw(p, u).tolist()
+    assert sampling.find_min_p_candidates(logits, chosen) is not None
+    assert sample(logits, chosen, u) == inverse_cdf_sample(p, u).tolist()
 
 
 def test_what_is_drawn_follows_the_distribution() -> None:
     """Pearson's chi-square over the randomness that stories really use; 3 degrees of freedom, p = 1e-4 at 21.1."""
     p = np.array([0.1, 0.2, 0.3, 0.4], dtype=np.float32)
-    for stream in (Uniforms(7, 0), Uniforms(0, 123)):
+    for stream in (UniformStream(7, 0), UniformStream(0, 123)):
         u = np.array([stream.next() for _ in range(4000)])
-        counts = np.bincount(draw(np.tile(p, (4000, 1)), u), minlength=4)
+        counts = np.bincount(inverse_cdf_sample(np.tile(p, (4000, 1)), u), minlength=4)
         assert ((counts - 4000 * p) ** 2 / (4000 * p)).sum() < 21.1
 
 
 def test_randomness_is_a_function_of_seed_story_and_place() -> None:
     def first(seed: int, story: int) -> tuple[float, ...]:
-        stream = Uniforms(seed, story)
+        stream = UniformStream(seed, story)
         return tuple(float(stream.next()) for _ in range(5))
 
     assert first(3, 4) == first(3, 4)
@@ -218,4 +228,4 @@ def test_randomness_is_a_function_of_seed_story_and_place() -> None:
 
 def test_a_negative_seed_is_refused() -> None:
     with pytest.raises(UserError, match="seed=-1"):
-        Uniforms(-1, 0)
+        UniformStream(-1, 0)

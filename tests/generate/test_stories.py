@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tinystories.config import SamplingConfig
 from tinystories.data.tokenizer import END, Tokenizer
 from tinystories.errors import UserError
-from tinystories.generate.stories import Request, Story, generate, stream, tell
-from tinystories.generate.text import SEPARATOR
+from tinystories.generate.batching import Request, Story, generate, generate_all, stream_all
+from tinystories.generate.detokenizer import CONTINUATION_SEPARATOR
 
 Make = Callable[..., Any]
 WILD = SamplingConfig(temperature=1.0, min_p=0.0)
@@ -32,7 +32,7 @@ def test_a_story_says_how_it_was_made(scripted: Make, tokenizer: Tokenizer) -> N
 
 
 def test_any_special_token_ends_a_story_and_so_does_an_id_without_text(scripted: Make, tokenizer: Tokenizer) -> None:
-    parts = json.loads(tokenizer.text)
+    parts = json.loads(tokenizer.json_text)
     last = tokenizer.vocab_size
     parts["added_tokens"].append({**parts["added_tokens"][0], "id": last, "content": "</s>"})
     other = Tokenizer(json.dumps(parts))
@@ -53,14 +53,14 @@ def test_a_story_is_plain_json(scripted: Make, tokenizer: Tokenizer) -> None:
 
 def test_the_engine_reads_the_end_token_then_the_prompt(chaotic: Make, tokenizer: Tokenizer) -> None:
     engine = chaotic(end=0)
-    events = stream(engine, tokenizer, [Request(prompt="The cat", settings=WILD, max_tokens=3)])
+    events = stream_all(engine, tokenizer, [Request(prompt="The cat", settings=WILD, max_tokens=3)])
     next(events)
     assert engine.content[0][: len(tokenizer.encode("The cat")) + 1] == [
         tokenizer.end_id,
         *tokenizer.encode("The cat"),
     ]
     events.close()
-    empty = stream(engine, tokenizer, [Request(settings=WILD)])
+    empty = stream_all(engine, tokenizer, [Request(settings=WILD)])
     next(empty)
     assert engine.content[0][0] == tokenizer.end_id
     empty.close()
@@ -91,16 +91,16 @@ def test_a_story_does_not_depend_on_its_neighbours(
         for number in numbers
     ]
     engine = chaotic(end=0.1, n_slots=n_slots, n_ctx=n_ctx)
-    together = tell(engine, tokenizer, iter(requests))
+    together = generate_all(engine, tokenizer, iter(requests))
     for request, story in zip(requests, together, strict=True):
-        (alone,) = tell(chaotic(end=0.1, n_ctx=n_ctx), tokenizer, [request])
+        (alone,) = generate_all(chaotic(end=0.1, n_ctx=n_ctx), tokenizer, [request])
         assert dataclasses.replace(story, seconds=0.0) == dataclasses.replace(alone, seconds=0.0)
     assert engine.content == {}, "every slot is free again"
 
 
 def test_stories_share_their_steps(chaotic: Make, tokenizer: Tokenizer) -> None:
     engine = chaotic(end=0, n_slots=3, n_ctx=100)
-    tell(engine, tokenizer, [Request(settings=WILD, max_tokens=9, number=i) for i in range(6)])
+    generate_all(engine, tokenizer, [Request(settings=WILD, max_tokens=9, number=i) for i in range(6)])
     assert engine.steps == [3] * 16
 
 
@@ -112,7 +112,7 @@ def test_requests_are_taken_only_as_slots_become_free(chaotic: Make, tokenizer: 
             taken.append(i)
             yield Request(settings=WILD, max_tokens=4, number=i)
 
-    events = stream(chaotic(end=0, n_slots=2), tokenizer, requests())
+    events = stream_all(chaotic(end=0, n_slots=2), tokenizer, requests())
     done = []
     while len(done) < 4:
         index, item = next(events)
@@ -128,7 +128,7 @@ def test_requests_are_taken_only_as_slots_become_free(chaotic: Make, tokenizer: 
 def test_pieces_make_up_the_continuation(chaotic: Make, tokenizer: Tokenizer, end: float) -> None:
     requests = [Request(settings=WILD, max_tokens=30, number=i, stop=("at", "e ")) for i in range(7)]
     texts = [""] * 7
-    for index, item in stream(chaotic(end=end, n_slots=3), tokenizer, requests):
+    for index, item in stream_all(chaotic(end=end, n_slots=3), tokenizer, requests):
         if isinstance(item, Story):
             assert item.continuation == texts[index]
         else:
@@ -139,7 +139,7 @@ def test_pieces_make_up_the_continuation(chaotic: Make, tokenizer: Tokenizer, en
 
 def test_seeds_and_numbers_make_different_stories(chaotic: Make, tokenizer: Tokenizer) -> None:
     requests = [Request(settings=WILD, max_tokens=9, seed=s, number=n) for s in range(4) for n in range(4)]
-    assert len({story.ids for story in tell(chaotic(end=0, n_slots=4), tokenizer, requests)}) == 16
+    assert len({story.ids for story in generate_all(chaotic(end=0, n_slots=4), tokenizer, requests)}) == 16
 
 
 def test_a_stop_string_ends_the_story_and_is_cut(scripted: Make, tokenizer: Tokenizer) -> None:
@@ -175,10 +175,10 @@ def test_going_on_after_the_end(scripted: Make, tokenizer: Tokenizer) -> None:
     script = [*one, end, end, *two, end]
     engine = scripted(script, n_ctx=100)
     story = generate(engine, tokenizer, settings=GREEDY, ignore_end=True, max_tokens=len(script))
-    assert story.text == f"One.{SEPARATOR}Two."
+    assert story.text == f"One.{CONTINUATION_SEPARATOR}Two."
     assert (story.ids, story.stop_reason) == (tuple(script), "length")
     engine = scripted(script, n_ctx=100)
-    events = stream(
+    events = stream_all(
         engine, tokenizer, [Request(settings=GREEDY, ignore_end=True, max_tokens=len(script), prompt="The")]
     )
     seen = [list(engine.content[0]) for _, item in events if isinstance(item, str)]
@@ -194,8 +194,8 @@ def test_past_the_context_the_work_is_linear(chaotic: Make, tokenizer: Tokenizer
     engine = chaotic(end=0, n_ctx=n_ctx, n_slots=n_slots)
     n = 200
     requests = [Request(prompt="cat" * i, settings=WILD, max_tokens=n, number=i) for i in range(n_slots)]
-    stories = tell(engine, tokenizer, requests)
-    assert [story.n_generated for story in stories] == [n] * n_slots
+    batching = generate_all(engine, tokenizer, requests)
+    assert [story.n_generated for story in batching] == [n] * n_slots
     assert engine.positions <= 2.5 * n_slots * (n + n_ctx)
 
 
@@ -247,7 +247,7 @@ def test_a_prompt_that_just_fits_is_read_whole(
 
 def test_end_written_in_a_prompt_is_text(chaotic: Make, tokenizer: Tokenizer) -> None:
     engine = chaotic(end=0, n_ctx=50)
-    events = stream(engine, tokenizer, [Request(prompt=END, settings=WILD)])
+    events = stream_all(engine, tokenizer, [Request(prompt=END, settings=WILD)])
     next(events)
     assert engine.content[0].count(tokenizer.end_id) == 1
     events.close()
@@ -256,7 +256,7 @@ def test_end_written_in_a_prompt_is_text(chaotic: Make, tokenizer: Tokenizer) ->
 def test_the_repetition_penalty_knows_the_prompt_and_the_story_but_not_the_end(
     tokenizer: Tokenizer, scripted: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tinystories.generate import stories
+    from tinystories.generate import batching
 
     seen = []
 
@@ -264,7 +264,7 @@ def test_the_repetition_penalty_knows_the_prompt_and_the_story_but_not_the_end(
         seen.append([set(ids) for ids in history])
         return [int(row.argmax()) for row in logits]
 
-    monkeypatch.setattr(stories, "next_ids", spy)
+    monkeypatch.setattr(batching, "sample", spy)
     ids = tokenizer.encode(" cat sat")
     generate(scripted(ids), tokenizer, "The", settings=GREEDY)
     prompt = set(tokenizer.encode("The"))
@@ -274,7 +274,7 @@ def test_the_repetition_penalty_knows_the_prompt_and_the_story_but_not_the_end(
 @pytest.mark.parametrize("how", ["close", "interrupt"])
 def test_leaving_early_frees_the_slots(chaotic: Make, tokenizer: Tokenizer, how: str) -> None:
     engine = chaotic(end=0, n_slots=3)
-    events = stream(engine, tokenizer, [Request(settings=WILD, number=i, max_tokens=50) for i in range(9)])
+    events = stream_all(engine, tokenizer, [Request(settings=WILD, number=i, max_tokens=50) for i in range(9)])
     next(events)
     assert len(engine.content) == 3
     if how == "close":
@@ -290,12 +290,12 @@ def test_an_error_in_the_engine_frees_the_slots(chaotic: Make, tokenizer: Tokeni
     rule = engine.rule
     engine.rule = lambda ids: rule(ids) if len(ids) < 5 else 1 / 0
     with pytest.raises(ZeroDivisionError):
-        tell(engine, tokenizer, [Request(settings=WILD, number=i) for i in range(2)])
+        generate_all(engine, tokenizer, [Request(settings=WILD, number=i) for i in range(2)])
     assert engine.content == {}
 
 
 def test_no_requests_are_no_stories(chaotic: Make, tokenizer: Tokenizer) -> None:
-    assert tell(chaotic(), tokenizer, []) == []
+    assert generate_all(chaotic(), tokenizer, []) == []
 
 
 @pytest.mark.parametrize(

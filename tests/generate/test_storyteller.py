@@ -8,7 +8,7 @@ import pytest
 from tinystories.config import SamplingConfig
 from tinystories.data.tokenizer import END, Tokenizer
 from tinystories.errors import UserError
-from tinystories.generate.stories import Request
+from tinystories.generate.batching import Request
 from tinystories.generate.storyteller import Storyteller
 
 DEFAULTS = SamplingConfig(temperature=0.9, top_k=50, min_p=0.0)
@@ -40,11 +40,11 @@ def test_without_a_seed_stories_differ_and_can_be_told_again(teller: Storyteller
 
 
 def test_options_are_laid_over_the_models_own(teller: Storyteller) -> None:
-    request = teller.request("The", {"top_k": 3, "stop": ["x"], "max_tokens": 7, "seed": 1})
+    request = teller.build_request("The", {"top_k": 3, "stop": ["x"], "max_tokens": 7, "seed": 1})
     assert request == Request(
         prompt="The", settings=dataclasses.replace(DEFAULTS, top_k=3), max_tokens=7, seed=1, stop=("x",)
     )
-    nothing = teller.request("", {"temperature": None, "seed": 1})  # type: ignore[typeddict-item]
+    nothing = teller.build_request("", {"temperature": None, "seed": 1})  # type: ignore[typeddict-item]
     assert nothing.settings == DEFAULTS
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tinystories.checkpoint import saved_weights
+from tinystories.checkpoint import state_dict_to_save
 from tinystories.config import ModelConfig, SamplingConfig
 from tinystories.data.tokenizer import Tokenizer
-from tinystories.interop.portable import Portable
+from tinystories.interop.model_bundle import ModelBundle
 from tinystories.model import GPT
 
 GPT2 = {"architecture": "classic", "learned_positions": True, "activation": "gelu_tanh"}
@@ -26,18 +26,18 @@ KINDS: dict[str, dict[str, object]] = {
 @pytest.fixture(scope="session")
 def portable(
     awake: Callable[[ModelConfig], GPT], trained: Callable[[ModelConfig], tuple[GPT, np.ndarray]], sample_data: Path
-) -> Callable[..., Portable]:
+) -> Callable[..., ModelBundle]:
     """A model of a kind whose logits depend on everything it read, or one that has learned some words."""
 
     @functools.cache
-    def build(kind: str, learned: bool = False) -> Portable:
+    def build(kind: str, learned: bool = False) -> ModelBundle:
         shape = {"vocab_size": 400, "n_layer": 2, "n_head": 4, "norm_eps": 1e-5}
         sizes = {"n_ctx": 128, "n_embd": 64, "n_ff": 128} if learned else {"n_ctx": 24, "n_embd": 32, "n_ff": 64}
         config = ModelConfig(**(shape | sizes | KINDS[kind]))  # type: ignore[arg-type]
         model = trained(config)[0] if learned else awake(config)
-        return Portable(
+        return ModelBundle(
             config=model.config,
-            weights={name: weight.numpy(force=True) for name, weight in saved_weights(model).items()},
+            weights={name: weight.numpy(force=True) for name, weight in state_dict_to_save(model).items()},
             tokenizer=Tokenizer.load(sample_data),
             sampling=SamplingConfig(temperature=0.7, top_k=9),
             provenance={"tokens_seen": 5},

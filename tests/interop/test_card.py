@@ -10,12 +10,12 @@ import pytest
 import yaml
 
 from tinystories.cli import cli
-from tinystories.cli.command import run
+from tinystories.cli.common import run
 from tinystories.config import ModelConfig, SamplingConfig
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.engine.cpu.weights import expected_shapes
-from tinystories.interop.card import card
-from tinystories.interop.portable import Portable
+from tinystories.interop.model_bundle import ModelBundle
+from tinystories.interop.model_card import build_model_card
 
 FACTS = {
     "code_version": "0.1.0",
@@ -28,7 +28,7 @@ FACTS = {
     "val_stories": 4000,
 }
 
-Make = Callable[..., Portable]
+Make = Callable[..., ModelBundle]
 
 
 @pytest.fixture
@@ -36,9 +36,9 @@ def make(tiny: Callable[..., ModelConfig], sample_data: Path) -> Make:
     tokenizer = Tokenizer.load(sample_data)
     config = tiny(vocab_size=400, n_kv_head=2)
 
-    def build(**facts: Any) -> Portable:
+    def build(**facts: Any) -> ModelBundle:
         sampling = SamplingConfig(temperature=0.65)
-        return Portable(config=config, weights={}, tokenizer=tokenizer, sampling=sampling, provenance=facts)
+        return ModelBundle(config=config, weights={}, tokenizer=tokenizer, sampling=sampling, provenance=facts)
 
     return build
 
@@ -50,7 +50,7 @@ def front(text: str) -> dict[str, Any]:
 
 
 def test_a_card_tells_what_is_known(make: Make) -> None:
-    text = card(make(**FACTS), "me/stories", "cc0-1.0")
+    text = build_model_card(make(**FACTS), "me/stories", "cc0-1.0")
     assert front(text) == {
         "language": "en",
         "license": "cc0-1.0",
@@ -73,7 +73,7 @@ def test_a_card_tells_what_is_known(make: Make) -> None:
 
 
 def test_a_card_invents_nothing(make: Make) -> None:
-    text = card(make())
+    text = build_model_card(make())
     assert front(text).keys() == {"library_name", "pipeline_tag", "tags"}
     for unknown in ("## Training", "## Score", "bits per byte", "licence", "English", "Eldan", "seed", "None"):
         assert unknown not in text
@@ -91,7 +91,7 @@ def test_a_card_invents_nothing(make: Make) -> None:
     ],
 )
 def test_the_data_is_named_by_where_it_is_found(make: Make, source: str, datasets: list[str], told: str) -> None:
-    text = card(make(data_source=source))
+    text = build_model_card(make(data_source=source))
     assert front(text).get("datasets") == datasets
     assert "license" not in front(text)
     assert told in text
@@ -99,7 +99,7 @@ def test_the_data_is_named_by_where_it_is_found(make: Make, source: str, dataset
 
 
 def test_facts_of_any_kind_leave_the_tables_whole(make: Make) -> None:
-    text = card(make(tokenizer="a|b\n# c", seed=[1], tokens_seen=None, val_bits_per_byte="low", epochs=2.5))
+    text = build_model_card(make(tokenizer="a|b\n# c", seed=[1], tokens_seen=None, val_bits_per_byte="low", epochs=2.5))
     assert "| tokenizer | a/b # c |" in text
     assert "| passes over the data | 2.5 |" in text
     assert "Score" not in text
@@ -110,6 +110,6 @@ def test_info_prints_the_card(make: Make, tmp_path: Path, capsys: pytest.Capture
     weights = {name: np.zeros(shape, np.float32) for name, shape in expected_shapes(model.config).items()}
     dataclasses.replace(model, weights=weights).write(tmp_path / "model")
     assert run(cli, ["info", str(tmp_path / "model"), "--card"]) == 0
-    assert capsys.readouterr().out == card(model)
+    assert capsys.readouterr().out == build_model_card(model)
     for words in (["--config", "nano", "--card"], [str(tmp_path / "model"), "--card", "--json"]):
         assert run(cli, ["info", *words]) == 2

@@ -10,11 +10,11 @@ import pytest
 from tinystories.data.tokenizer import END
 from tinystories.errors import UserError
 from tinystories.interop import exports
-from tinystories.interop.exports import FORMATS, differences, export
+from tinystories.interop.exports import FORMATS, compare_logits, export
 from tinystories.interop.imports import import_model
-from tinystories.interop.portable import Portable
+from tinystories.interop.model_bundle import ModelBundle
 
-Build = Callable[..., Portable]
+Build = Callable[..., ModelBundle]
 
 # kind -> formats that hold it; what is not here is refused
 HOLDS = {
@@ -42,7 +42,7 @@ def test_every_model_in_every_format_and_back(
     done = export(model, name, out)
     assert out in done.paths
     assert sorted(done.paths) == sorted(out.parent.iterdir())
-    assert done.largest <= 1e-4
+    assert done.max_difference <= 1e-4
     assert done.n_ids == (64 if learned else 24)
     if name == "onnx":
         return  # for running alone
@@ -57,12 +57,14 @@ def test_every_model_in_every_format_and_back(
     assert back.tokenizer.encode(text) == [order[i] for i in model.tokenizer.encode(text)]
     assert back.tokenizer.end_id == order[model.tokenizer.end_id]
     back.write(tmp_path / "back")
-    assert Portable.read(tmp_path / "back").config == model.config
+    assert ModelBundle.read(tmp_path / "back").config == model.config
 
 
-def ids_of(back: Portable, model: Portable) -> list[int]:
+def ids_of(back: ModelBundle, model: ModelBundle) -> list[int]:
     """The id in `back` of each of the model's tokens."""
-    vocabs = [json.loads(one.tokenizer.text)["model"]["vocab"] | {END: one.tokenizer.end_id} for one in (back, model)]
+    vocabs = [
+        json.loads(one.tokenizer.json_text)["model"]["vocab"] | {END: one.tokenizer.end_id} for one in (back, model)
+    ]
     return [vocabs[0][name] for name in sorted(vocabs[1], key=vocabs[1].__getitem__)]
 
 
@@ -113,12 +115,12 @@ def test_a_place_that_cannot_be_written_is_named(portable: Build, tmp_path: Path
 
 def test_differences_are_of_logits_and_of_what_they_predict() -> None:
     ours = np.log(np.array([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]))
-    assert differences(ours, ours + 3) == (3, pytest.approx(0, abs=1e-12))  # adding a number changes no prediction
+    assert compare_logits(ours, ours + 3) == (3, pytest.approx(0, abs=1e-12))  # adding a number changes no prediction
     theirs = np.log(np.array([[0.25, 0.5, 0.25], [0.1, 0.1, 0.8]]))
-    largest, divergence = differences(ours, theirs)
+    largest, divergence = compare_logits(ours, theirs)
     assert largest == pytest.approx(np.log(2))
     assert divergence == pytest.approx(0.25 * np.log(2) / 2)
-    assert differences(100 * ours, 100 * ours + 1)[0] == pytest.approx(10 / (100 * np.log(10)))
+    assert compare_logits(100 * ours, 100 * ours + 1)[0] == pytest.approx(10 / (100 * np.log(10)))
 
 
 @pytest.mark.parametrize(

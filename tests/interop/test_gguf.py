@@ -15,20 +15,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinystories.checkpoint import saved_weights
+from tinystories.checkpoint import state_dict_to_save
 from tinystories.config import ModelConfig, SamplingConfig
-from tinystories.data.sources import stories
+from tinystories.data.sources import iter_stories
 from tinystories.data.tokenizer import END, Tokenizer
 from tinystories.errors import UserError
 from tinystories.interop import gguf
 from tinystories.interop.exports import FORMATS, export
-from tinystories.interop.gguf_tensors import sources
+from tinystories.interop.gguf_tensors import build_tensor_map
 from tinystories.interop.imports import import_model
-from tinystories.interop.portable import Portable
-from tinystories.interop.vocabulary import BYTES, sentencepiece
+from tinystories.interop.model_bundle import ModelBundle
+from tinystories.interop.tokenizer_conversion import BYTE_PIECES, build_sentencepiece_bpe
 from tinystories.model import GPT
 
-Make = Callable[..., Portable]
+Make = Callable[..., ModelBundle]
 GPT2: dict[str, object] = {"architecture": "classic", "learned_positions": True, "activation": "gelu_tanh"}
 SHAPES: list[dict[str, object]] = [
     {},
@@ -44,23 +44,23 @@ SAMPLING = SamplingConfig(temperature=0.7, top_k=40, top_p=0.9, min_p=0.1, repet
 
 @pytest.fixture(scope="module")
 def make(tiny: Callable[..., ModelConfig], awake: Callable[[ModelConfig], GPT], sample_data: Path) -> Make:
-    def build(tokenizer: Tokenizer | None = None, **changes: Any) -> Portable:
+    def build(tokenizer: Tokenizer | None = None, **changes: Any) -> ModelBundle:
         tokenizer = tokenizer or Tokenizer.load(sample_data)
         model = awake(tiny(**{"vocab_size": tokenizer.vocab_size, "n_ctx": 64} | changes))
-        weights = {name: weight.numpy(force=True) for name, weight in saved_weights(model).items()}
-        return Portable(config=model.config, weights=weights, tokenizer=tokenizer, sampling=SAMPLING)
+        weights = {name: weight.numpy(force=True) for name, weight in state_dict_to_save(model).items()}
+        return ModelBundle(config=model.config, weights=weights, tokenizer=tokenizer, sampling=SAMPLING)
 
     return build
 
 
-def written(model: Portable, folder: Path, precision: str = "f32") -> Path:
+def written(model: ModelBundle, folder: Path, precision: str = "f32") -> Path:
     export(model, "gguf", folder / "m.gguf", precision=precision, force=True)
     return folder / "m.gguf"
 
 
 def require_same_ids(ours: Tokenizer, again: Tokenizer) -> None:
     assert (again.vocab_size, again.end_id, again.special_ids) == (ours.vocab_size, ours.end_id, ours.special_ids)
-    texts = [*stories("sample"), f"tell {END} 12 34\n\n don't \u00e9\U0001f600"]
+    texts = [*iter_stories("sample"), f"tell {END} 12 34\n\n don't \u00e9\U0001f600"]
     assert again.encode_batch(texts) == ours.encode_batch(texts)
     assert [again.decode(ids) for ids in again.encode_batch(texts)] == texts
 
@@ -122,7 +122,7 @@ def test_fewer_bits_change_little(make: Make, tmp_path: Path, precision: str, ti
     assert kinds["blk.0.ffn_down.weight"] == "F16", "rows of 80 are no whole blocks of 32"
     assert kinds["blk.0.attn_q.weight"] == precision.upper()
     steps = {"F32": 0, "F16": 2**-11, "Q8_0": 0.5 / 127, "Q4_0": 1 / 8}
-    for their_name, (name,) in sources(model.config).items():
+    for their_name, (name,) in build_tensor_map(model.config).items():
         weight, step = model.weights[name], steps[kinds[their_name]]
         assert np.abs(again.weights[name] - weight).max() <= 1.1 * step * np.abs(weight).max(), name
         assert (again.weights[name] != weight).any() == bool(step)
@@ -130,7 +130,7 @@ def test_fewer_bits_change_little(make: Make, tmp_path: Path, precision: str, ti
 
 def test_other_types_of_weights_are_read(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make()
-    monkeypatch.setattr(gguf, "kind_of", lambda _, __, shape, ___: "BF16" if len(shape) > 1 else "F32")
+    monkeypatch.setattr(gguf, "select_tensor_type", lambda _, __, shape, ___: "BF16" if len(shape) > 1 else "F32")
     gguf.write(model, tmp_path / "m.gguf", "f32")
     again = gguf.read(tmp_path / "m.gguf", None)
     for name, weight in again.weights.items():
@@ -146,13 +146,13 @@ def test_ids_that_the_tokenizer_lacks_are_unused(make: Make, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("prefix", [True, False])
 def test_sentencepiece_goes_there_and_back(make: Make, tmp_path: Path, prefix: bool) -> None:
-    letters = sorted({letter for story in stories("sample") for letter in story if letter.isascii()})
+    letters = sorted({letter for story in iter_stories("sample") for letter in story if letter.isascii()})
     words = [" t", "he", " the", "an", "and", " a", " and"]
-    names = [*("<unk>", "<s>", "</s>"), *BYTES, *words, *letters]
+    names = [*("<unk>", "<s>", "</s>"), *BYTE_PIECES, *words, *letters]
     scores = [0.0] * 259 + [-float(i) for i in range(len(names) - 259)]
-    tokenizer = sentencepiece([name.encode() for name in names], scores, 1, prefix=prefix)
+    tokenizer = build_sentencepiece_bpe([name.encode() for name in names], scores, 1, add_prefix_space=prefix)
     again = gguf.read(written(make(tokenizer, vocab_size=400), tmp_path), None).tokenizer
-    assert again.parts == tokenizer.parts
+    assert again.json_data == tokenizer.json_data
     require_same_ids(tokenizer, again)
 
 
@@ -173,7 +173,7 @@ def test_what_ollama_is_told(make: Make, tmp_path: Path) -> None:
     }
 
 
-def refused(model: Portable, tmp_path: Path, message: str, precision: str = "f32") -> None:
+def refused(model: ModelBundle, tmp_path: Path, message: str, precision: str = "f32") -> None:
     with pytest.raises(UserError, match=message):
         export(model, "gguf", tmp_path / "no.gguf", precision=precision)
     assert not list(tmp_path.iterdir())
@@ -195,7 +195,7 @@ def test_weights_beyond_f16_are_refused(make: Make, tmp_path: Path) -> None:
 
 
 def test_other_tokenizers_are_refused(make: Make, tmp_path: Path) -> None:
-    ours = make().tokenizer.parts
+    ours = make().tokenizer.json_data
     split = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}]}
     whole = ours["pre_tokenizer"] | {"use_regex": False}
     words = {"type": "WordLevel", "vocab": {"a": 0, "[UNK]": 1}, "unk_token": "[UNK]"}
@@ -363,7 +363,7 @@ def test_a_name_that_is_no_text_is_left_out(make: Make, tmp_path: Path, value: A
     remade(path, {"general.name": None}, {})
     remade(path, {"general.name": value, "general.license": value}, {})
     gguf.read(path, None).write(tmp_path / "model")
-    provenance = Portable.read(tmp_path / "model").provenance
+    provenance = ModelBundle.read(tmp_path / "model").provenance
     kept = {key: provenance[key] for key in ("name", "license") if key in provenance}
     assert kept == (dict.fromkeys(("name", "license"), value) if isinstance(value, str) else {})
 
@@ -396,4 +396,4 @@ def test_damaged_files_are_read_or_refused(sound: Path, at: float, bit: int, cut
 
 
 def test_every_precision_is_known() -> None:
-    assert FORMATS["gguf"].divergence.keys() == gguf.PRECISIONS.keys()
+    assert FORMATS["gguf"].max_divergence.keys() == gguf.FILE_TYPES.keys()

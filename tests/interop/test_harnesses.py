@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from tinystories.checkpoint import saved_weights
+from tinystories.checkpoint import state_dict_to_save
 from tinystories.config import ModelConfig
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.interop.exports import export
-from tinystories.interop.portable import Portable
+from tinystories.interop.model_bundle import ModelBundle
 from tinystories.model import GPT
 
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("default")]
@@ -27,19 +27,19 @@ def exported(
     awake: Callable[[ModelConfig], GPT],
     sample_data: Path,
     tmp_path_factory: pytest.TempPathFactory,
-) -> tuple[Portable, Path]:
+) -> tuple[ModelBundle, Path]:
     """A model, and the folder that transformers reads."""
     tokenizer = Tokenizer.load(sample_data)
     gpt = awake(tiny(architecture=request.param, vocab_size=tokenizer.vocab_size, n_ctx=256))
-    arrays = {name: weight.numpy(force=True) for name, weight in saved_weights(gpt).items()}
-    model = Portable(config=gpt.config, weights=arrays, tokenizer=tokenizer)
+    arrays = {name: weight.numpy(force=True) for name, weight in state_dict_to_save(gpt).items()}
+    model = ModelBundle(config=gpt.config, weights=arrays, tokenizer=tokenizer)
     out = tmp_path_factory.mktemp("hf") / request.param
     export(model, "hf", out)
     return model, out
 
 
 def test_lm_eval_finds_the_likelihoods_that_we_find(
-    exported: tuple[Portable, Path], monkeypatch: pytest.MonkeyPatch
+    exported: tuple[ModelBundle, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Which of four endings is likeliest, for some stories of the task in benchmarks/endings."""
     lm_eval = pytest.importorskip("lm_eval")
@@ -64,7 +64,7 @@ def test_lm_eval_finds_the_likelihoods_that_we_find(
     assert 0 <= found["results"]["story_endings"]["acc,none"] <= 1
 
 
-def loglikelihood(model: Portable, begin: list[int], end: list[int]) -> float:
+def loglikelihood(model: ModelBundle, begin: list[int], end: list[int]) -> float:
     """Of `end` after `begin`, in nats; what the context cannot hold is left out at the front."""
     ids = (begin + end)[-model.config.n_ctx - 1 :]
     logits = model.logits(ids[:-1]).astype(np.float64)[-len(end) :]
@@ -81,7 +81,7 @@ def test_the_endings_are_those_of_the_bundled_stories(monkeypatch: pytest.Monkey
     assert [json.loads(line) for line in make.OUT.read_text(encoding="utf-8").splitlines()] == list(make.tasks())
 
 
-def test_transformer_lens_hooks_a_model_that_says_the_same(exported: tuple[Portable, Path]) -> None:
+def test_transformer_lens_hooks_a_model_that_says_the_same(exported: tuple[ModelBundle, Path]) -> None:
     pytest.importorskip("transformer_lens")
     from transformer_lens.model_bridge import TransformerBridge
 

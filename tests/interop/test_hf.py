@@ -10,12 +10,12 @@ import torch
 import transformers
 from torch import Tensor
 
-from tinystories.checkpoint import saved_weights
+from tinystories.checkpoint import state_dict_to_save
 from tinystories.config import ModelConfig
 from tinystories.engine.cpu.engine import CpuEngine
 from tinystories.engine.torch_engine import TorchEngine
 from tinystories.errors import UserError
-from tinystories.interop.hf import for_transformers, from_transformers, to_transformers
+from tinystories.interop.hf import from_transformers, to_hf_config_and_weights, to_transformers
 from tinystories.model import GPT
 
 GPT2 = {"architecture": "classic", "learned_positions": True, "activation": "gelu_tanh", "qkv_bias": True}
@@ -68,12 +68,12 @@ def test_there_and_back(
     """Their model gives our logits, and what comes back are our config and the same bits."""
     rope = {} if changes.get("architecture") else {"rope_base": 500.0}
     model = awake(tiny(**changes | rope, tied=tied, norm_eps=1e-3))
-    weights = saved_weights(model)
+    weights = state_dict_to_save(model)
     theirs = to_transformers(model.config, weights)
     assert type(theirs).__name__ == kind
     require_same_logits(model, theirs)
     for settings, named in (
-        for_transformers(model.config, arrays_of(weights)),
+        to_hf_config_and_weights(model.config, arrays_of(weights)),
         (json.loads(theirs.config.to_json_string()), arrays_of(theirs.state_dict())),
     ):
         config, back = from_transformers(settings, named)
@@ -218,4 +218,4 @@ def test_what_they_have_no_model_for_is_refused(
     tiny: Callable[..., ModelConfig], changes: dict[str, object], complaint: str
 ) -> None:
     with pytest.raises(UserError, match=complaint):
-        for_transformers(tiny(**changes), {})
+        to_hf_config_and_weights(tiny(**changes), {})

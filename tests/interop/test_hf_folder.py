@@ -10,23 +10,23 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
-from tinystories.data.sources import stories
+from tinystories.data.sources import iter_stories
 from tinystories.errors import UserError
 from tinystories.interop.exports import export
 from tinystories.interop.hf_folder import read
 from tinystories.interop.imports import import_model
-from tinystories.interop.portable import Portable
+from tinystories.interop.model_bundle import ModelBundle
 
-Build = Callable[[str], Portable]
+Build = Callable[[str], ModelBundle]
 
 
 @pytest.fixture
-def model(portable: Build) -> Portable:
+def model(portable: Build) -> ModelBundle:
     return portable("qwen3")
 
 
 @pytest.fixture
-def folder(model: Portable, tmp_path: Path) -> Path:
+def folder(model: ModelBundle, tmp_path: Path) -> Path:
     export(model, "hf", tmp_path / "hf")
     return tmp_path / "hf"
 
@@ -35,9 +35,9 @@ def edit(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_transformers_reads_texts_and_writes_stories(model: Portable, folder: Path) -> None:
+def test_transformers_reads_texts_and_writes_stories(model: ModelBundle, folder: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    for story in list(stories("sample"))[:40]:
+    for story in list(iter_stories("sample"))[:40]:
         assert tokenizer(story).input_ids == [model.tokenizer.end_id, *model.tokenizer.encode(story)]
         assert tokenizer(story, add_special_tokens=False).input_ids == model.tokenizer.encode(story)
         assert tokenizer.decode(tokenizer(story).input_ids, skip_special_tokens=True) == story
@@ -49,7 +49,7 @@ def test_transformers_reads_texts_and_writes_stories(model: Portable, folder: Pa
     assert told["generated_text"].startswith("Once upon a time")
 
 
-def test_ctranslate2_writes_the_same_ids(model: Portable, folder: Path, tmp_path: Path) -> None:
+def test_ctranslate2_writes_the_same_ids(model: ModelBundle, folder: Path, tmp_path: Path) -> None:
     ctranslate2 = pytest.importorskip("ctranslate2")
     ctranslate2.converters.TransformersConverter(str(folder)).convert(str(tmp_path / "ct2"))
     generator = ctranslate2.Generator(str(tmp_path / "ct2"), compute_type="float32")
@@ -70,7 +70,7 @@ def test_ctranslate2_writes_the_same_ids(model: Portable, folder: Path, tmp_path
     assert told.sequences_ids[0][:10] == expected[len(ids) :]
 
 
-def test_parts_and_pickled_weights_are_the_same_model(model: Portable, folder: Path) -> None:
+def test_parts_and_pickled_weights_are_the_same_model(model: ModelBundle, folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     half = len(weights) // 2
@@ -88,12 +88,12 @@ def test_parts_and_pickled_weights_are_the_same_model(model: Portable, folder: P
     require_same(read(folder, None), model)
 
 
-def require_same(found: Portable, model: Portable) -> None:
+def require_same(found: ModelBundle, model: ModelBundle) -> None:
     assert found.config == model.config
     assert all((found.weights[name] == weight).all() for name, weight in model.weights.items())
 
 
-def test_bf16_weights_are_widened(model: Portable, folder: Path) -> None:
+def test_bf16_weights_are_widened(model: ModelBundle, folder: Path) -> None:
     from safetensors.torch import save_file as save_torch
 
     weights = load_file(folder / "model.safetensors")
@@ -105,7 +105,7 @@ def test_bf16_weights_are_widened(model: Portable, folder: Path) -> None:
         assert (found.weights[name] == torch.tensor(weight).bfloat16().float().numpy()).all()
 
 
-def test_older_tokenizer_files_and_other_names_of_the_end(model: Portable, folder: Path) -> None:
+def test_older_tokenizer_files_and_other_names_of_the_end(model: ModelBundle, folder: Path) -> None:
     parts = json.loads((folder / "tokenizer.json").read_text())
     vocab = {token: i for token, i in parts["model"]["vocab"].items() if i != model.tokenizer.end_id}
     (folder / "tokenizer.json").unlink()
@@ -118,7 +118,7 @@ def test_older_tokenizer_files_and_other_names_of_the_end(model: Portable, folde
     assert found.encode(text) == model.tokenizer.encode(text)
 
 
-def test_a_folder_of_ours_is_read_as_such(model: Portable, tmp_path: Path) -> None:
+def test_a_folder_of_ours_is_read_as_such(model: ModelBundle, tmp_path: Path) -> None:
     model.write(tmp_path / "ours")
     assert import_model(str(tmp_path / "ours")).provenance == {"tokens_seen": 5}
 

@@ -16,54 +16,54 @@ from hypothesis import strategies as st
 from run_c import decode, encode, peer, read_table
 
 from tinystories.config import ModelConfig
-from tinystories.data.sources import stories
+from tinystories.data.build_tokenizer import train_bpe
+from tinystories.data.sources import iter_stories
 from tinystories.data.tokenizer import Tokenizer
-from tinystories.data.vocabulary import train_bpe
 from tinystories.engine.cpu.weights import expected_shapes
 from tinystories.errors import UserError
 from tinystories.generate.storyteller import Storyteller
 from tinystories.interop import llama2c
 from tinystories.interop.exports import export
 from tinystories.interop.imports import import_model
-from tinystories.interop.portable import Portable
-from tinystories.interop.vocabulary import BYTES, sentencepiece
+from tinystories.interop.model_bundle import ModelBundle
+from tinystories.interop.tokenizer_conversion import BYTE_PIECES, build_sentencepiece_bpe
 
 TEXT = "Once upon a time there was a caf\u00e9. \u201cHello,\u201d said Tom.\n\nThe end."
-PIECES = [b"<unk>", b"<s>", b"</s>", *(name.encode() for name in BYTES), b" ", b"o", b"n", b" o", b" on"]
+PIECES = [b"<unk>", b"<s>", b"</s>", *(name.encode() for name in BYTE_PIECES), b" ", b"o", b"n", b" o", b" on"]
 MORE = {"n_ctx": 64, "n_embd": 32, "n_ff": 48, "qk_norm": False}  # groups of 16
 
 
 @pytest.fixture(scope="module")
 def own() -> Tokenizer:
-    return train_bpe(420, stories("sample"))
+    return train_bpe(420, iter_stories("sample"))
 
 
 @pytest.fixture(scope="module")
 def theirs() -> Tokenizer:
-    return sentencepiece(PIECES, [0.0] * 260 + [-1.0, -2.0, -3.0, -4.0], 1)
+    return build_sentencepiece_bpe(PIECES, [0.0] * 260 + [-1.0, -2.0, -3.0, -4.0], 1)
 
 
-def random_model(config: ModelConfig, tokenizer: Tokenizer) -> Portable:
+def random_model(config: ModelConfig, tokenizer: Tokenizer) -> ModelBundle:
     rng = np.random.default_rng(3)
     weights = {
         name: (rng.uniform(0.5, 1.5, shape) if len(shape) == 1 else rng.normal(0, shape[1] ** -0.5, shape)).astype("f4")
         for name, shape in expected_shapes(config).items()
     }
-    return Portable(config=config, weights=weights, tokenizer=tokenizer)
+    return ModelBundle(config=config, weights=weights, tokenizer=tokenizer)
 
 
 @pytest.fixture(params=[(0, True), (2, False)], ids=["tied", "untied, grouped heads"])
-def model(request: pytest.FixtureRequest, tiny: Callable[..., ModelConfig], own: Tokenizer) -> Portable:
+def model(request: pytest.FixtureRequest, tiny: Callable[..., ModelConfig], own: Tokenizer) -> ModelBundle:
     n_kv_head, tied = request.param
     return random_model(tiny(vocab_size=431, n_kv_head=n_kv_head, tied=tied, **MORE), own)
 
 
 @pytest.mark.parametrize("precision", ["f32", "q8_0"])
-def test_the_file_says_what_the_model_says(model: Portable, tmp_path: Path, precision: str) -> None:
+def test_the_file_says_what_the_model_says(model: ModelBundle, tmp_path: Path, precision: str) -> None:
     """`export` compares the two readings; what is imported again agrees with ours on the same text."""
     done = export(model, "llama2c", tmp_path / "m.bin", precision=precision)
     assert [path.name for path in done.paths] == ["m.bin", "m.tokenizer.bin", "m.tokenizer.json"]
-    assert done.largest < (1e-4 if precision == "f32" else 2)
+    assert done.max_difference < (1e-4 if precision == "f32" else 2)
     again = import_model(str(tmp_path / "m.bin"))
     ours = model.logits([model.tokenizer.end_id, *model.tokenizer.encode(TEXT)])
     found = again.logits([again.tokenizer.end_id, *again.tokenizer.encode(TEXT)])
@@ -72,7 +72,7 @@ def test_the_file_says_what_the_model_says(model: Portable, tmp_path: Path, prec
     assert again.config == model.config
 
 
-def test_end_and_bytes_stand_where_run_c_has_them(model: Portable, tmp_path: Path) -> None:
+def test_end_and_bytes_stand_where_run_c_has_them(model: ModelBundle, tmp_path: Path) -> None:
     export(model, "llama2c", tmp_path / "m.bin")
     pieces, scores = read_table((tmp_path / "m.tokenizer.bin").read_bytes())
     assert len(pieces) == model.config.vocab_size
@@ -90,7 +90,7 @@ def test_our_own_words_are_mostly_split_alike(own: Tokenizer, tiny: Callable[...
     llama2c.write(random_model(tiny(vocab_size=420, **MORE), own), tmp_path / "m.bin", "f32")
     table = read_table((tmp_path / "m.tokenizer.bin").read_bytes())
     again = llama2c.read(tmp_path / "m.bin", None).tokenizer
-    texts = [story for story, _ in zip(stories("sample"), range(8), strict=False)]
+    texts = [story for story, _ in zip(iter_stories("sample"), range(8), strict=False)]
     alike = [encode(*table, text) == again.encode(" " + text) for text in texts]
     assert sum(alike) > 0.7 * len(alike)
 
@@ -102,7 +102,7 @@ def test_a_table_of_theirs_comes_back_byte_for_byte(
     for name in ("one", "two"):
         export(model, "llama2c", tmp_path / f"{name}.bin")
         model = import_model(str(tmp_path / f"{name}.bin"))
-        assert model.tokenizer.text == theirs.text
+        assert model.tokenizer.json_text == theirs.json_text
     assert not (tmp_path / "one.tokenizer.json").exists()
     for suffix in (".bin", ".tokenizer.bin"):
         assert (tmp_path / f"one{suffix}").read_bytes() == (tmp_path / f"two{suffix}").read_bytes()
@@ -111,15 +111,15 @@ def test_a_table_of_theirs_comes_back_byte_for_byte(
 def version_1(legacy: bytes, config: ModelConfig) -> bytes:
     """The same checkpoint as version 1."""
     shapes, at = {}, 28
-    for name, shape in llama2c.tensors(config, 0):
+    for name, shape in llama2c.iter_tensors(config, 0):
         shapes[name] = legacy[at : at + 4 * int(np.prod(shape))]
         at += len(shapes[name])
     sizes = struct.pack("<5i", *struct.unpack_from("<5i", legacy)) + struct.pack("<2i", config.vocab_size, config.n_ctx)
     start = (struct.pack("<Ii", 0x616B3432, 1) + sizes + bytes([config.tied])).ljust(256, b"\0")
-    return start + b"".join(shapes[name] for name, _ in llama2c.tensors(config, 1))
+    return start + b"".join(shapes[name] for name, _ in llama2c.iter_tensors(config, 1))
 
 
-def test_version_1_holds_the_same_weights(model: Portable, tmp_path: Path) -> None:
+def test_version_1_holds_the_same_weights(model: ModelBundle, tmp_path: Path) -> None:
     export(model, "llama2c", tmp_path / "m.bin")
     (tmp_path / "one.bin").write_bytes(version_1((tmp_path / "m.bin").read_bytes(), model.config))
     old = import_model(str(tmp_path / "m.bin"))
@@ -281,7 +281,7 @@ def test_the_published_model_tells_its_story(published: Path, engine: str) -> No
 
 
 def test_the_published_model_goes_out_byte_for_byte(published: Path, tmp_path: Path) -> None:
-    export(Portable.read(published), "llama2c", tmp_path / "m.bin")
+    export(ModelBundle.read(published), "llama2c", tmp_path / "m.bin")
     assert (tmp_path / "m.bin").read_bytes() == peer("stories260K.bin").read_bytes()
     assert (tmp_path / "m.tokenizer.bin").read_bytes() == peer("tok512.bin").read_bytes()
 
@@ -307,7 +307,7 @@ def told(program: Path, checkpoint: Path, prompt: str) -> str:
 
 @pytest.mark.interop
 def test_run_c_tells_what_we_tell(programs: Path, published: Path, tmp_path: Path) -> None:
-    export(Portable.read(published), "llama2c", tmp_path / "m.bin")
+    export(ModelBundle.read(published), "llama2c", tmp_path / "m.bin")
     teller = Storyteller.load(published, engine="cpu", precision="fp32", n_slots=1)
     story = teller.generate("Once upon a time", temperature=0, max_tokens=100)
     theirs = told(programs / "run", tmp_path / "m.bin", "Once upon a time")
@@ -316,7 +316,7 @@ def test_run_c_tells_what_we_tell(programs: Path, published: Path, tmp_path: Pat
 
 
 @pytest.mark.interop
-def test_run_c_reads_our_own_vocabulary(programs: Path, model: Portable, tmp_path: Path) -> None:
+def test_run_c_reads_our_own_vocabulary(programs: Path, model: ModelBundle, tmp_path: Path) -> None:
     """It puts a space in front, so it tells what we tell after one; it prints no bytes that are no text."""
     model.write(tmp_path / "model")
     export(model, "llama2c", tmp_path / "m.bin")
@@ -330,5 +330,5 @@ def test_run_c_reads_our_own_vocabulary(programs: Path, model: Portable, tmp_pat
 
 @pytest.mark.interop
 def test_runq_reads_8_bits(programs: Path, published: Path, tmp_path: Path) -> None:
-    export(Portable.read(published), "llama2c", tmp_path / "m.bin", precision="q8_0")
+    export(ModelBundle.read(published), "llama2c", tmp_path / "m.bin", precision="q8_0")
     assert told(programs / "runq", tmp_path / "m.bin", "Once upon a time").startswith(BEGINNING)

@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 from run_llama import ask, quantize
 
-from tinystories.checkpoint import BUNDLED, saved_weights
+from tinystories.checkpoint import BUNDLED_MODEL, state_dict_to_save
 from tinystories.config import ModelConfig, SamplingConfig
-from tinystories.data.sources import stories
+from tinystories.data.sources import iter_stories
 from tinystories.data.tokenizer import END, Tokenizer
 from tinystories.engine.cpu.engine import CpuEngine
-from tinystories.generate.stories import Request, tell
+from tinystories.generate.batching import Request, generate_all
 from tinystories.interop import gguf
 from tinystories.interop.exports import export
-from tinystories.interop.portable import Portable
-from tinystories.interop.vocabulary import BYTES, sentencepiece
+from tinystories.interop.model_bundle import ModelBundle
+from tinystories.interop.tokenizer_conversion import BYTE_PIECES, build_sentencepiece_bpe
 from tinystories.model import GPT
 
 # Not imported here: it leaves a file open when the process ends, which a warning would tell.
@@ -51,14 +51,14 @@ VARIATIONS = [
 
 
 @pytest.fixture(scope="module")
-def make(trained: Train, sample_data: Path) -> Callable[..., Portable]:
-    def build(**shape: Any) -> Portable:
+def make(trained: Train, sample_data: Path) -> Callable[..., ModelBundle]:
+    def build(**shape: Any) -> ModelBundle:
         config = ModelConfig(
             **{"vocab_size": 400, "n_ctx": 256, "n_layer": 2, "n_embd": 64, "n_head": 4, "n_ff": 96} | shape
         )
         model, _ = trained(config)
-        weights = {name: weight.numpy(force=True) for name, weight in saved_weights(model).items()}
-        return Portable(config=config, weights=weights, tokenizer=Tokenizer.load(sample_data))
+        weights = {name: weight.numpy(force=True) for name, weight in state_dict_to_save(model).items()}
+        return ModelBundle(config=config, weights=weights, tokenizer=Tokenizer.load(sample_data))
 
     return build
 
@@ -72,22 +72,22 @@ def make(trained: Train, sample_data: Path) -> Callable[..., Portable]:
     ids=str,
 )
 def test_it_writes_the_same_story(
-    make: Callable[..., Portable], tmp_path: Path, kind: str, shape: dict[str, object]
+    make: Callable[..., ModelBundle], tmp_path: Path, kind: str, shape: dict[str, object]
 ) -> None:
     require_same_story(make(**KINDS[kind] | shape), tmp_path)
 
 
 def test_it_tells_the_bundled_storytellers_story(tmp_path: Path) -> None:
-    require_same_story(Portable.read(BUNDLED), tmp_path)
+    require_same_story(ModelBundle.read(BUNDLED_MODEL), tmp_path)
 
 
-def require_same_story(model: Portable, tmp_path: Path) -> None:
+def require_same_story(model: ModelBundle, tmp_path: Path) -> None:
     """100 ids, the likeliest each time, after a prompt of text."""
     export(model, "gguf", tmp_path / "m.gguf")
     request = Request(
         prompt="Once upon a time", settings=SamplingConfig(temperature=0), max_tokens=100, ignore_end=True
     )
-    ours = tell(CpuEngine(model.config, model.weights), model.tokenizer, [request])[0].ids
+    ours = generate_all(CpuEngine(model.config, model.weights), model.tokenizer, [request])[0].ids
     prompt = [model.tokenizer.end_id, *model.tokenizer.encode(request.prompt)]
     told = ask(tmp_path / "m.gguf", prompt=prompt, tokens=100, texts=[request.prompt])
     assert told["ids"] == [prompt]
@@ -103,24 +103,24 @@ def require_same_words(tokenizer: Tokenizer, told: dict[str, Any], texts: list[s
         assert back == lead + text
 
 
-def test_it_reads_and_writes_words_as_we_do(make: Callable[..., Portable], tmp_path: Path) -> None:
+def test_it_reads_and_writes_words_as_we_do(make: Callable[..., ModelBundle], tmp_path: Path) -> None:
     model = make()
     export(model, "gguf", tmp_path / "m.gguf")
-    texts = [*stories("sample"), *VARIATIONS, *(f"{text} {text}" for text in VARIATIONS)]
+    texts = [*iter_stories("sample"), *VARIATIONS, *(f"{text} {text}" for text in VARIATIONS)]
     told = ask(tmp_path / "m.gguf", prompt=[399], tokens=1, texts=texts)
     require_same_words(model.tokenizer, told, texts)
 
 
-def test_it_reads_pieces_as_we_do(make: Callable[..., Portable], tmp_path: Path) -> None:
-    letters = sorted({letter for story in stories("sample") for letter in story if letter.isascii()})
+def test_it_reads_pieces_as_we_do(make: Callable[..., ModelBundle], tmp_path: Path) -> None:
+    letters = sorted({letter for story in iter_stories("sample") for letter in story if letter.isascii()})
     words = [" t", "he", " the", "an", "and", " a", " and"]
-    names = [*("<unk>", "<s>", "</s>"), *BYTES, *words, *letters]
+    names = [*("<unk>", "<s>", "</s>"), *BYTE_PIECES, *words, *letters]
     scores = [0.0] * 259 + [-float(i) for i in range(len(names) - 259)]
-    tokenizer = sentencepiece([name.encode() for name in names], scores, 1)
+    tokenizer = build_sentencepiece_bpe([name.encode() for name in names], scores, 1)
     model = make()
-    model = Portable(config=model.config, weights=model.weights, tokenizer=tokenizer)
+    model = ModelBundle(config=model.config, weights=model.weights, tokenizer=tokenizer)
     export(model, "gguf", tmp_path / "m.gguf")
-    texts = [*stories("sample"), *VARIATIONS]
+    texts = [*iter_stories("sample"), *VARIATIONS]
     told = ask(tmp_path / "m.gguf", prompt=[1], tokens=1, texts=texts)
     require_same_words(tokenizer, told, texts, lead=" ")
 
@@ -128,7 +128,7 @@ def test_it_reads_pieces_as_we_do(make: Callable[..., Portable], tmp_path: Path)
 @pytest.mark.parametrize("shape", [{}, {"tied": False}, KINDS["gpt2"]], ids=["tied", "untied", "gpt2"])
 @pytest.mark.parametrize("precision", ["f16", "q8_0", "q4_0"])
 def test_its_quantiser_makes_the_same_file(
-    make: Callable[..., Portable], tmp_path: Path, precision: str, shape: dict[str, object]
+    make: Callable[..., ModelBundle], tmp_path: Path, precision: str, shape: dict[str, object]
 ) -> None:
     """Types and bits of each tensor, rows of 80 among them."""
     model = make(n_ff=80, **shape)
@@ -142,7 +142,7 @@ def test_its_quantiser_makes_the_same_file(
         np.testing.assert_array_equal(tensor.data, expected[tensor.name].data, err_msg=tensor.name)
 
 
-def test_what_it_has_quantised_is_read(make: Callable[..., Portable], tmp_path: Path) -> None:
+def test_what_it_has_quantised_is_read(make: Callable[..., ModelBundle], tmp_path: Path) -> None:
     """A head in 6 bits, as llama.cpp likes it where rows are blocks of 256."""
     model = make(n_embd=256, n_layer=1)
     gguf.write(model, tmp_path / "whole.gguf", "f32")

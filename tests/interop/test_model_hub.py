@@ -17,15 +17,15 @@ from model_hub import TOKEN, ModelHub, Repository
 
 from tinystories import checkpoint, load
 from tinystories.cli import cli
-from tinystories.cli.command import run as run_command
+from tinystories.cli.common import run as run_command
 from tinystories.config import ModelConfig, SamplingConfig
-from tinystories.data.hub import repository
+from tinystories.data.hub_source import parse_hub_name
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.errors import UserError
 from tinystories.interop import hub as hub_module
-from tinystories.interop.card import card
-from tinystories.interop.portable import Portable
-from tinystories.interop.published import table
+from tinystories.interop.model_bundle import ModelBundle
+from tinystories.interop.model_card import build_model_card
+from tinystories.interop.published import read_registry
 from tinystories.model import GPT
 
 pytest.importorskip("huggingface_hub")
@@ -51,7 +51,7 @@ WANTED = ["config.json", "model.safetensors", "tokenizer.json"]
 READ = """
 import json, pathlib, sys
 from tinystories.errors import UserError
-from tinystories.interop.hub import download, model_folder
+from tinystories.interop.hub import download, resolve_model_folder
 
 def attempt(source, call=download):
     try:
@@ -60,7 +60,7 @@ def attempt(source, call=download):
         return str(error)
 
 names = json.loads(sys.argv[1])
-print(json.dumps({name: attempt(name) for name in names} | {"model": attempt(names[0], model_folder)}))
+print(json.dumps({name: attempt(name) for name in names} | {"model": attempt(names[0], resolve_model_folder)}))
 """
 
 
@@ -179,7 +179,7 @@ def messages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.mark.parametrize("name", ["hf:a/b@../../c", "hf:../b", "hf:a/..", "hf:a/b/c", "hf:a/b@", "hf:a/b@x y", "hf:"])
 def test_names_do_not_lead_out_of_the_cache(name: str) -> None:
     with pytest.raises(UserError, match="is not of the form hf:OWNER/NAME"):
-        repository(name)
+        parse_hub_name(name)
 
 
 def test_private_and_gated_models_come_by_a_token(hub: ModelHub, tmp_path: Path) -> None:
@@ -290,7 +290,7 @@ def model(
         "val_bits_per_byte": 0.71234,
         "val_stories": 4000,
     }
-    with checkpoint.whole(folder) as draft:
+    with checkpoint.atomic_directory(folder) as draft:
         config = tiny(vocab_size=tokenizer.vocab_size)
         checkpoint.write_model(draft, awake(config), tokenizer, SamplingConfig(temperature=0.7), provenance)
     for name in ("packed-int8.safetensors", "metrics.jsonl", "samples.md", "state/optimizer.safetensors"):
@@ -309,10 +309,10 @@ def test_what_is_pushed_comes_back_bit_for_bit(hub: ModelHub, model: Path, tmp_p
     assert there.messages == ["First"]
     assert f"pushed: {hub.endpoint}/{name}/commit/{there.tags['main']}" in done.stdout
     pushed = there.commits[there.tags["main"]]
-    own = {name: (model / name).read_bytes() for name in ("config.json", *checkpoint.read_model(model).sums)}
+    own = {name: (model / name).read_bytes() for name in ("config.json", *checkpoint.read_model(model).checksums)}
     assert set(pushed) == {*own, "README.md", ".gitattributes"}
     assert all(f"{name}: 0." in done.stdout for name in (*own, "README.md"))
-    assert pushed["README.md"].decode() == card(Portable.read(model), name, "mit")
+    assert pushed["README.md"].decode() == build_model_card(ModelBundle.read(model), name, "mit")
     found, _ = attempts(hub.endpoint, tmp_path / "elsewhere", f"hf:{name}", HF_TOKEN=TOKEN)
     assert held(found["model"]) == own
 
@@ -334,7 +334,7 @@ for name in ("good", "altered", "gone", "unknown"):
 def test_published_weights_are_fetched_at_their_commit_and_by_their_hash(
     hub: ModelHub, model: Path, tmp_path: Path
 ) -> None:
-    own = {name: (model / name).read_bytes() for name in ("config.json", *checkpoint.read_model(model).sums)}
+    own = {name: (model / name).read_bytes() for name in ("config.json", *checkpoint.read_model(model).checksums)}
     there = hub.models["us/stories"] = Repository(own)
     entry = {
         "text": "a test",
@@ -354,9 +354,9 @@ def test_published_weights_are_fetched_at_their_commit_and_by_their_hash(
 
 
 def test_the_table_of_published_weights_is_whole() -> None:
-    for entry in table().values():
+    for entry in read_registry().values():
         assert entry.keys() == {"text", "repository", "revision", "sha256"}
-        assert repository(f"hf:{entry['repository']}@{entry['revision']}")
+        assert parse_hub_name(f"hf:{entry['repository']}@{entry['revision']}")
         assert len(entry["revision"]) == 40
         assert len(entry["sha256"]) == 64
 
@@ -400,13 +400,13 @@ def test_a_push_needs_a_token_and_keeps_private_what_should_be(hub: ModelHub, tm
 
 
 def test_a_damaged_model_is_not_pushed(model: Path, tmp_path: Path) -> None:
-    for name in ("config.json", *checkpoint.read_model(model).sums):
+    for name in ("config.json", *checkpoint.read_model(model).checksums):
         (tmp_path / name).write_bytes((model / name).read_bytes())
     weights = bytearray((tmp_path / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (tmp_path / "model.safetensors").write_bytes(weights)
     with pytest.raises(UserError, match=r"model\.safetensors does not match its checksum"):
-        hub_module.contents(tmp_path, "me/stories")
+        hub_module.collect_files(tmp_path, "me/stories")
 
 
 @pytest.mark.parametrize(
@@ -445,6 +445,6 @@ def test_a_model_of_ours_is_imported_as_it_is(model: Path, monkeypatch: pytest.M
     imports = pytest.importorskip("tinystories.interop.imports")
     monkeypatch.setattr(hub_module, "download", lambda _: model)
     for source in ("hf:me/stories", str(model)):
-        assert imports.import_model(source).provenance == Portable.read(model).provenance
+        assert imports.import_model(source).provenance == ModelBundle.read(model).provenance
     with pytest.raises(UserError, match="leave --tokenizer out"):
         imports.import_model(str(model), model / "tokenizer.json")

@@ -12,15 +12,15 @@ import onnxruntime
 import pytest
 from shapes import SHAPES
 
-from tinystories.checkpoint import saved_weights
+from tinystories.checkpoint import state_dict_to_save
 from tinystories.config import ModelConfig
-from tinystories.data.sources import stories
+from tinystories.data.build_tokenizer import train_bpe
+from tinystories.data.sources import iter_stories
 from tinystories.data.tokenizer import Tokenizer
-from tinystories.data.vocabulary import train_bpe
 from tinystories.errors import UserError
-from tinystories.interop import onnx_graph, onnx_nodes
+from tinystories.interop import onnx_builder, onnx_format
 from tinystories.interop.exports import export
-from tinystories.interop.portable import Portable
+from tinystories.interop.model_bundle import ModelBundle
 from tinystories.model import GPT
 
 MORE: dict[str, dict[str, object]] = SHAPES | {
@@ -28,37 +28,37 @@ MORE: dict[str, dict[str, object]] = SHAPES | {
     "modern-one-kv-head": {"n_kv_head": 1, "tied": False},
 }
 DOCS = Path(__file__).parents[2] / "docs" / "interop.md"
-Build = Callable[..., Portable]
+Build = Callable[..., ModelBundle]
 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
-    return train_bpe(300, stories("sample"))
+    return train_bpe(300, iter_stories("sample"))
 
 
 @pytest.fixture(scope="session")
 def build(
     tiny: Callable[..., ModelConfig], awake: Callable[[ModelConfig], GPT], tokenizer: Tokenizer
-) -> Callable[..., Portable]:
-    def make(**changes: object) -> Portable:
+) -> Callable[..., ModelBundle]:
+    def make(**changes: object) -> ModelBundle:
         gpt = awake(tiny(**{"vocab_size": tokenizer.vocab_size, **changes}))
-        weights = {name: weight.numpy(force=True) for name, weight in saved_weights(gpt).items()}
-        return Portable(config=gpt.config, weights=weights, tokenizer=tokenizer)
+        weights = {name: weight.numpy(force=True) for name, weight in state_dict_to_save(gpt).items()}
+        return ModelBundle(config=gpt.config, weights=weights, tokenizer=tokenizer)
 
     return make
 
 
 @pytest.fixture(params=MORE)
-def model(request: pytest.FixtureRequest, build: Build) -> Portable:
+def model(request: pytest.FixtureRequest, build: Build) -> ModelBundle:
     return build(**MORE[request.param])
 
 
-def written(model: Portable, folder: Path) -> Path:
-    onnx_graph.write(model, folder / "m.onnx", "f32")
+def written(model: ModelBundle, folder: Path) -> Path:
+    onnx_format.write(model, folder / "m.onnx", "f32")
     return folder / "m.onnx"
 
 
-def some_ids(model: Portable, n: int, seed: int = 0) -> list[int]:
+def some_ids(model: ModelBundle, n: int, seed: int = 0) -> list[int]:
     return np.random.default_rng(seed).integers(model.config.vocab_size, size=n).tolist()
 
 
@@ -66,18 +66,18 @@ def session_of(path: Path) -> Any:
     return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
 
-def test_says_what_the_model_says_up_to_the_last_position(model: Portable, tmp_path: Path) -> None:
+def test_says_what_the_model_says_up_to_the_last_position(model: ModelBundle, tmp_path: Path) -> None:
     """`logits` has compared the reading with a past, in parts of 1, 4 and the rest."""
     ids = some_ids(model, model.config.n_ctx)
     ours = model.logits(ids)
     assert ours.std() > 0.5, "logits too flat to compare"
-    assert np.abs(onnx_graph.logits(written(model, tmp_path), ids) - ours).max() <= 1e-4
+    assert np.abs(onnx_format.logits(written(model, tmp_path), ids) - ours).max() <= 1e-4
 
 
 @pytest.mark.parametrize("ends", [(1, 2, 3, 4), (12,), (23,), (3, 3, 20)])
-def test_parts_of_any_length_may_follow_each_other(model: Portable, tmp_path: Path, ends: tuple[int, ...]) -> None:
+def test_parts_of_any_length_may_follow_each_other(model: ModelBundle, tmp_path: Path, ends: tuple[int, ...]) -> None:
     ids = some_ids(model, 24)
-    told = onnx_graph.run(session_of(written(model, tmp_path)), np.split(np.array(ids), ends))
+    told = onnx_format.run_chunks(session_of(written(model, tmp_path)), np.split(np.array(ids), ends))
     assert np.abs(told - model.logits(ids)).max() <= 1e-4
 
 
@@ -92,7 +92,7 @@ def feeds_of(session: Any, ids: np.ndarray, mask: np.ndarray, past: list[np.ndar
 
 @pytest.mark.parametrize("padding", [slice(0, 5), slice(8, 13)])
 def test_rows_of_a_batch_know_nothing_of_each_other_nor_of_padding(
-    model: Portable, tmp_path: Path, padding: slice
+    model: ModelBundle, tmp_path: Path, padding: slice
 ) -> None:
     if model.config.window and padding.start:
         pytest.skip("padding inside a text counts in the window")
@@ -110,19 +110,19 @@ def test_rows_of_a_batch_know_nothing_of_each_other_nor_of_padding(
     assert np.abs(told[1, mask[1] == 1] - model.logits(short)).max() <= 1e-4
 
 
-def test_more_ids_than_the_context_are_refused(model: Portable, tmp_path: Path) -> None:
+def test_more_ids_than_the_context_are_refused(model: ModelBundle, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot run it"):
-        onnx_graph.logits(written(model, tmp_path), some_ids(model, model.config.n_ctx + 1))
+        onnx_format.logits(written(model, tmp_path), some_ids(model, model.config.n_ctx + 1))
 
 
-def test_the_file_is_valid_and_the_same_each_time(model: Portable, tmp_path: Path) -> None:
+def test_the_file_is_valid_and_the_same_each_time(model: ModelBundle, tmp_path: Path) -> None:
     path = written(model, tmp_path)
     onnx.checker.check_model(str(path), full_check=True)
     first = path.read_bytes()
     assert written(model, tmp_path).read_bytes() == first
 
 
-def test_weights_are_stored_once_and_as_they_are(model: Portable, tmp_path: Path) -> None:
+def test_weights_are_stored_once_and_as_they_are(model: ModelBundle, tmp_path: Path) -> None:
     proto = onnx.load(written(model, tmp_path))
     arrays = {array.name: onnx.numpy_helper.to_array(array) for array in proto.graph.initializer}
     for name, weight in model.weights.items():
@@ -160,16 +160,16 @@ def test_export_brings_the_tokenizer(build: Build, tmp_path: Path) -> None:
     model = build()
     done = export(model, "onnx", tmp_path / "tales.v1.onnx")
     assert [path.name for path in done.paths] == ["tales.v1.onnx", "tales.v1.onnx.tokenizer.json"]
-    assert done.largest <= 1e-4
+    assert done.max_difference <= 1e-4
     assert Tokenizer.load(done.paths[1]).sha256 == model.tokenizer.sha256
 
 
 def test_a_past_that_changes_the_logits_is_found(build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without causality the ids read at once see more than those read in parts."""
-    monkeypatch.setattr(onnx_nodes.Decoder, "mask", lambda decoder, _: decoder.graph.number(0.0))
+    monkeypatch.setattr(onnx_builder.DecoderBuilder, "causal_mask", lambda decoder, _: decoder.graph.add_scalar(0.0))
     model = build()
     with pytest.raises(UserError, match="with and without a past its logits differ by"):
-        onnx_graph.logits(written(model, tmp_path), some_ids(model, 24))
+        onnx_format.logits(written(model, tmp_path), some_ids(model, 24))
 
 
 @pytest.mark.parametrize("share", [0, 0.01, 0.1, 0.5, 0.9, 0.99])
@@ -179,11 +179,11 @@ def test_a_cut_file_is_refused(build: Build, tmp_path: Path, share: float) -> No
     whole = path.read_bytes()
     path.write_bytes(whole[: int(share * len(whole))])
     with pytest.raises(UserError, match=r"m\.onnx: ONNX Runtime cannot run it: [^\n]+$"):
-        onnx_graph.logits(path, some_ids(model, 8))
+        onnx_format.logits(path, some_ids(model, 8))
 
 
 def test_weights_above_two_gigabytes_are_refused(build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnx_graph, "LARGEST_FILE", 10_000)
+    monkeypatch.setattr(onnx_format, "MAX_FILE_BYTES", 10_000)
     with pytest.raises(UserError, match=r"2 GB.*--format hf"):
         export(build(), "onnx", tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_c import decode, encode, peer, read_table
 
-from tinystories.data.sources import stories
+from tinystories.data.build_tokenizer import train_bpe
+from tinystories.data.sources import iter_stories
 from tinystories.data.tokenizer import END, Tokenizer
-from tinystories.data.vocabulary import train_bpe
 from tinystories.errors import UserError
-from tinystories.interop.vocabulary import BYTES, pieces_of, sentencepiece, with_end
+from tinystories.interop.tokenizer_conversion import BYTE_PIECES, build_sentencepiece_bpe, extract_pieces, set_end_token
 
 SPECIAL = [b"<unk>", b"<s>", b"</s>"]
 WHOLES = [
@@ -35,7 +35,7 @@ WHOLES = [
     "e\n",
 ]
 CHARACTERS = " abceno.\n\u6f22"
-PIECES = [*SPECIAL, *(name.encode() for name in BYTES), *(word.encode() for word in (*WHOLES, *CHARACTERS))]
+PIECES = [*SPECIAL, *(name.encode() for name in BYTE_PIECES), *(word.encode() for word in (*WHOLES, *CHARACTERS))]
 SCORES = [0.0] * 259 + [-float(i) for i in range(len(PIECES) - 259)]
 
 texts = st.one_of(
@@ -45,7 +45,7 @@ texts = st.one_of(
 
 @pytest.fixture(scope="module")
 def small() -> Tokenizer:
-    return sentencepiece(PIECES, SCORES, 1)
+    return build_sentencepiece_bpe(PIECES, SCORES, 1)
 
 
 @given(texts.filter(lambda text: "\0" not in text))
@@ -61,8 +61,8 @@ def test_decoding_gives_the_text_back(small: Tokenizer, text: str) -> None:
 
 def test_stories_have_the_ids_of_run_c_in_the_published_table() -> None:
     pieces, scores = read_table(peer("tok512.bin").read_bytes())
-    tokenizer = sentencepiece([piece.strip(b"\n") for piece in pieces], scores, 1)
-    for story, _ in zip(stories("sample"), range(4), strict=False):
+    tokenizer = build_sentencepiece_bpe([piece.strip(b"\n") for piece in pieces], scores, 1)
+    for story, _ in zip(iter_stories("sample"), range(4), strict=False):
         ids = tokenizer.encode(story)
         assert ids == encode(pieces, scores, story)
         assert tokenizer.decode(ids) == story
@@ -70,7 +70,7 @@ def test_stories_have_the_ids_of_run_c_in_the_published_table() -> None:
 
 def test_end_and_other_special_tokens_end_a_story(small: Tokenizer) -> None:
     assert small.end_id == 1
-    assert [small.ends(i) for i in (0, 1, 2, 3)] == [True, True, True, False]
+    assert [small.is_stop_token(i) for i in (0, 1, 2, 3)] == [True, True, True, False]
     assert small.decode([*small.encode("once"), 1, 2, 0]) == "once"
 
 
@@ -79,21 +79,21 @@ def test_end_and_other_special_tokens_end_a_story(small: Tokenizer) -> None:
 def test_pieces_and_scores_survive(order: list[int]) -> None:
     """In any order of the pieces: where the scores fall with the ids the same numbers, else the same order."""
     pieces = [*PIECES[:259], *(PIECES[i] for i in order)]
-    tokenizer = sentencepiece(pieces, SCORES, 1)
-    again, scores = pieces_of(tokenizer)
+    tokenizer = build_sentencepiece_bpe(pieces, SCORES, 1)
+    again, scores = extract_pieces(tokenizer)
     assert again == [END.encode() if i == 1 else piece for i, piece in enumerate(pieces)]
     assert scores == SCORES
     mixed = [*SCORES[:259], *(SCORES[i] / 3 for i in order)]
-    tokenizer = sentencepiece(PIECES, mixed, 1)
-    again, scores = pieces_of(tokenizer)
-    assert sentencepiece(PIECES, scores, 1).parts["model"] == tokenizer.parts["model"]
+    tokenizer = build_sentencepiece_bpe(PIECES, mixed, 1)
+    again, scores = extract_pieces(tokenizer)
+    assert build_sentencepiece_bpe(PIECES, scores, 1).json_data["model"] == tokenizer.json_data["model"]
 
 
 def test_bytes_of_our_own_vocabulary() -> None:
-    tokenizer = train_bpe(300, stories("sample"))
-    pieces, scores = pieces_of(tokenizer)
+    tokenizer = train_bpe(300, iter_stories("sample"))
+    pieces, scores = extract_pieces(tokenizer)
     assert pieces[tokenizer.end_id] == b"<unk>"
-    assert [p for p in pieces if len(p) == 1] == [p for p in tokenizer.bytes_of if len(p) == 1 and p != b"\0"]
+    assert [p for p in pieces if len(p) == 1] == [p for p in tokenizer.token_bytes if len(p) == 1 and p != b"\0"]
     assert scores[255:258] == [0, 0, -1]
     story = "Once upon a time there was a caf\u00e9."
     assert b"".join(pieces[i] for i in tokenizer.encode(story)) == story.encode()
@@ -114,33 +114,33 @@ def test_bytes_of_our_own_vocabulary() -> None:
 )
 def test_damaged_tables_are_refused(pieces: list[bytes], scores: list[float], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        sentencepiece(pieces, scores, 1, where="t.bin")
+        build_sentencepiece_bpe(pieces, scores, 1, where="t.bin")
 
 
 def changed(tokenizer: Tokenizer, **changes: Any) -> str:
-    return json.dumps(tokenizer.parts | changes)
+    return json.dumps(tokenizer.json_data | changes)
 
 
 def test_any_special_token_can_become_the_end(small: Tokenizer) -> None:
-    text = small.text.replace(END, "<s>")
+    text = small.json_text.replace(END, "<s>")
     for end_id in (1, 2):
-        tokenizer = with_end(text, end_id, "t.json")
+        tokenizer = set_end_token(text, end_id, "t.json")
         assert tokenizer.end_id == end_id
         assert tokenizer.encode("abc once") == small.encode("abc once")
-        assert with_end(tokenizer.text, 3 - end_id, "t.json").end_id == 3 - end_id, "END moves"
+        assert set_end_token(tokenizer.json_text, 3 - end_id, "t.json").end_id == 3 - end_id, "END moves"
 
 
 def test_the_end_may_have_another_name() -> None:
-    tokenizer = train_bpe(300, stories("sample"))
+    tokenizer = train_bpe(300, iter_stories("sample"))
     last = tokenizer.vocab_size - 1
-    assert with_end(tokenizer.text.replace(END, "<old>"), last, "t.json").special_ids == {last}
-    flags = [token | {"special": False} for token in tokenizer.parts["added_tokens"]]
-    assert with_end(changed(tokenizer, added_tokens=flags), last, "t.json").special_ids == {last}
+    assert set_end_token(tokenizer.json_text.replace(END, "<old>"), last, "t.json").special_ids == {last}
+    flags = [token | {"special": False} for token in tokenizer.json_data["added_tokens"]]
+    assert set_end_token(changed(tokenizer, added_tokens=flags), last, "t.json").special_ids == {last}
 
 
 def test_what_is_put_around_a_text_is_dropped(small: Tokenizer) -> None:
     around = {"type": "BertProcessing", "sep": [END, 1], "cls": [END, 1]}
-    assert with_end(changed(small, post_processor=around), 1, "t.json").parts["post_processor"] is None
+    assert set_end_token(changed(small, post_processor=around), 1, "t.json").json_data["post_processor"] is None
 
 
 @pytest.mark.parametrize(
@@ -156,10 +156,10 @@ def test_what_is_put_around_a_text_is_dropped(small: Tokenizer) -> None:
 )
 def test_tokenizers_without_such_an_end_are_refused(small: Tokenizer, text: str, end_id: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        with_end(text or small.text, end_id, "t.json")
+        set_end_token(text or small.json_text, end_id, "t.json")
 
 
 def test_other_kinds_have_no_table_of_pieces(small: Tokenizer) -> None:
     model = {"type": "WordLevel", "vocab": {"a": 0, "[UNK]": 1}, "unk_token": "[UNK]"}
     with pytest.raises(UserError, match="neither byte-level BPE"):
-        pieces_of(Tokenizer(changed(small, model=model, added_tokens=[])))
+        extract_pieces(Tokenizer(changed(small, model=model, added_tokens=[])))

@@ -17,10 +17,10 @@ from tinystories.cli import cli, run
 from tinystories.errors import UserError
 from tinystories.interop import exports, imports
 from tinystories.interop.exports import FORMATS, export
-from tinystories.interop.imports import convert
-from tinystories.interop.portable import Portable
+from tinystories.interop.imports import import_to_directory
+from tinystories.interop.model_bundle import ModelBundle
 
-Build = Callable[..., Portable]
+Build = Callable[..., ModelBundle]
 FILES = [name for name in FORMATS if name != "hf"]
 
 
@@ -43,16 +43,16 @@ def test_the_model_that_is_read_is_never_replaced(tmp_path: Path, model: Path, o
     before = contents(tmp_path)
     for name in FORMATS:
         with pytest.raises(UserError, match=r"is, holds, or is part of .*, which is read; choose another --out"):
-            export(Portable.read(model), name, tmp_path / out, force=True)
+            export(ModelBundle.read(model), name, tmp_path / out, force=True)
     with pytest.raises(UserError, match=r"is, holds, or is part of .*, which is read"):
-        convert(str(model), tmp_path / out, force=True)
+        import_to_directory(str(model), tmp_path / out, force=True)
     assert contents(tmp_path) == before
 
 
 def test_an_export_may_lie_beside_the_weights(model: Path) -> None:
     before = contents(model)
-    made = export(Portable.read(model), "onnx", model / "story.onnx").paths
-    export(Portable.read(model), "onnx", model.parent / "other" / "story.onnx")
+    made = export(ModelBundle.read(model), "onnx", model / "story.onnx").paths
+    export(ModelBundle.read(model), "onnx", model.parent / "other" / "story.onnx")
     assert made == [model / "story.onnx", model / "story.onnx.tokenizer.json"]
     for path in made:
         path.unlink()
@@ -65,11 +65,11 @@ def test_the_file_that_is_read_is_never_replaced(portable: Build, tmp_path: Path
     export(portable("llama"), name, tmp_path / "one" / "m.bin")
     for out in (tmp_path / "one" / "m.bin", tmp_path / "one"):
         with pytest.raises(UserError, match="is, holds, or is part of"):
-            convert(str(tmp_path / "one" / "m.bin"), out, force=True)
+            import_to_directory(str(tmp_path / "one" / "m.bin"), out, force=True)
 
 
 def run_of(model: Path, folder: Path) -> None:
-    Portable.read(model).write(folder)
+    ModelBundle.read(model).write(folder)
     (folder / "checkpoints").mkdir()
 
 
@@ -77,7 +77,7 @@ FULL = {
     "a thesis": lambda _, folder: (folder.mkdir(), (folder / "thesis.txt").write_text("long")),
     "a run": run_of,
     "a model and a note": lambda model, folder: (
-        Portable.read(model).write(folder),
+        ModelBundle.read(model).write(folder),
         (folder / "note").write_text("mine"),
     ),
     "another config.json": lambda _, folder: (folder.mkdir(), (folder / "config.json").write_text('{"port": 80}')),
@@ -101,7 +101,7 @@ def test_other_things_are_not_replaced_even_by_force(portable: Build, tmp_path: 
                     force=force,
                 )
         with pytest.raises(UserError, match=r"out is .*; choose another --out$"):
-            convert(str(tmp_path / "elsewhere"), tmp_path / "out", force=force)
+            import_to_directory(str(tmp_path / "elsewhere"), tmp_path / "out", force=force)
     assert contents(tmp_path) == before
 
 
@@ -110,7 +110,7 @@ def test_a_directory_does_not_replace_a_file(portable: Build, tmp_path: Path, mo
     with pytest.raises(UserError, match="is a file, which no directory replaces"):
         export(portable("llama"), "hf", tmp_path / "out", force=True)
     with pytest.raises(UserError, match="is a file, which no directory replaces"):
-        convert(str(model), tmp_path / "out", force=True)
+        import_to_directory(str(model), tmp_path / "out", force=True)
     assert (tmp_path / "out").read_text() == "a thesis"
 
 
@@ -120,8 +120,8 @@ def test_what_this_program_wrote_is_replaced_by_force(
 ) -> None:
     old = portable("qwen3")
     for name, act in (
-        ("one", lambda out, force: export(Portable.read(model), "hf", out, force=force)),
-        ("two", lambda out, force: convert(str(model), out, force=force)),
+        ("one", lambda out, force: export(ModelBundle.read(model), "hf", out, force=force)),
+        ("two", lambda out, force: import_to_directory(str(model), out, force=force)),
     ):
         out = tmp_path / name / "out"
         if former == "hf":
@@ -149,8 +149,8 @@ def test_no_name_is_refused(
         with pytest.raises(UserError, match="is no name for something new"):
             export(portable("llama"), name, Path(out), force=force)
     with pytest.raises(UserError, match="is no name for something new"):
-        convert(str(model), Path(out), force=force)
-    with pytest.raises(UserError, match="is no name for something new"), checkpoint.whole(Path(out)):
+        import_to_directory(str(model), Path(out), force=force)
+    with pytest.raises(UserError, match="is no name for something new"), checkpoint.atomic_directory(Path(out)):
         pass
     assert contents(tmp_path) == before
 
@@ -166,7 +166,7 @@ def test_places_that_cannot_be_written_are_one_line(portable: Build, tmp_path: P
         with pytest.raises(UserError, match="could not be written: "):
             export(portable("llama"), name, tmp_path / out)
     with pytest.raises(UserError, match="could not be written: "):
-        convert(str(model), tmp_path / out)
+        import_to_directory(str(model), tmp_path / out)
     assert contents(tmp_path) == before
 
 
@@ -178,9 +178,9 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
 
     monkeypatch.setattr(safetensors_numpy, "save_file", full)
     with pytest.raises(UserError, match=r"new could not be written: .*No space left"):
-        convert(str(model), tmp_path / "new")
+        import_to_directory(str(model), tmp_path / "new")
     with pytest.raises(UserError, match=r"new could not be written: .*No space left"):
-        export(Portable.read(model), "hf", tmp_path / "new")
+        export(ModelBundle.read(model), "hf", tmp_path / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["home"]
 
 
@@ -202,7 +202,7 @@ def test_what_may_not_be_read_is_one_line(
     for name, method in zip(("stat", "open", "iterdir"), plain, strict=True):
         monkeypatch.setattr(Path, name, guarded(method))
     with pytest.raises(UserError, match="cannot be read: Permission denied"):
-        convert(str(model), tmp_path / "out")
+        import_to_directory(str(model), tmp_path / "out")
     with pytest.raises(UserError, match="cannot be read: Permission denied"):
         checkpoint.read_model(model)
 
@@ -220,7 +220,7 @@ def test_companions_in_the_way_are_found_before_the_work(
 ) -> None:
     form = FORMATS[name]
     monkeypatch.setitem(exports.FORMATS, name, dataclasses.replace(form, write=None))  # type: ignore[arg-type]
-    for companion in form.companions(tmp_path / "m.bin"):
+    for companion in form.sidecars(tmp_path / "m.bin"):
         companion.write_text("a poem")
         with pytest.raises(UserError, match=rf"{re.escape(companion.name)} exists; .*--force"):
             export(portable("llama"), name, tmp_path / "m.bin")
@@ -229,7 +229,7 @@ def test_companions_in_the_way_are_found_before_the_work(
 
 
 def test_exports_side_by_side_keep_their_companions_apart() -> None:
-    files = [file for form in FORMATS.values() for file in form.companions(Path("out/m.x"))]
+    files = [file for form in FORMATS.values() for file in form.sidecars(Path("out/m.x"))]
     assert len(set(files)) == len(files) == 4
 
 
@@ -239,9 +239,9 @@ def test_a_companion_that_is_not_written_anew_is_removed(
     """Else an import would take the tokenizer of the export before."""
     form = FORMATS["llama2c"]
 
-    def write(model: Portable, path: Path, precision: str) -> Any:
+    def write(model: ModelBundle, path: Path, precision: str) -> Any:
         order = form.write(model, path, precision)
-        form.companions(path)[1].unlink()
+        form.sidecars(path)[1].unlink()
         return order
 
     export(portable("llama"), "llama2c", tmp_path / "m.bin")
@@ -259,7 +259,7 @@ def test_precision_in_any_case(portable: Build, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["gguf", "llama2c"])
 def test_next_commands_can_be_pasted(name: str) -> None:
-    hint = FORMATS[name].hint(Path("my models/it's.gguf"))
+    hint = FORMATS[name].next_steps(Path("my models/it's.gguf"))
     words = shlex.split(hint.splitlines()[0])
     assert "my models/it's.gguf" in words
 
@@ -273,20 +273,20 @@ def test_the_next_command_of_an_import_can_be_pasted(model: Path, tmp_path: Path
 def test_an_import_of_here(portable: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     export(portable("llama"), "hf", tmp_path / "story")
     monkeypatch.chdir(tmp_path / "story")
-    assert convert(".", tmp_path / "out").provenance["imported_from"] == "story"
+    assert import_to_directory(".", tmp_path / "out").provenance["imported_from"] == "story"
     (tmp_path / "void").mkdir()
     monkeypatch.chdir(tmp_path / "void")
     with pytest.raises(UserError, match=r"void holds no model: there is neither a config\.json nor one GGUF"):
-        convert(".", tmp_path / "more")
+        import_to_directory(".", tmp_path / "more")
 
 
 def test_a_tokenizer_that_is_no_file(model: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--tokenizer gpt2: no such file; name a tokenizer\.json") as caught:
-        convert(str(model), tmp_path / "out", Path("gpt2"))
+        import_to_directory(str(model), tmp_path / "out", Path("gpt2"))
     assert "bpe" not in str(caught.value)
 
 
 def test_a_pipe_is_not_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "model.bin")
     with pytest.raises(UserError, match="neither a file nor a directory"):
-        convert(str(tmp_path / "model.bin"), tmp_path / "out")
+        import_to_directory(str(tmp_path / "model.bin"), tmp_path / "out")

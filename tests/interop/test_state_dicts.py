@@ -18,14 +18,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tinystories.config import ModelConfig
-from tinystories.data.sources import stories
-from tinystories.data.vocabulary import train_bpe
+from tinystories.data.build_tokenizer import train_bpe
+from tinystories.data.sources import iter_stories
 from tinystories.errors import UserError
 from tinystories.interop.imports import import_model
-from tinystories.interop.portable import Portable
-from tinystories.interop.torch_file import require_plain
+from tinystories.interop.model_bundle import ModelBundle
+from tinystories.interop.pickle_check import check_pickle
 from tinystories.model import GPT
-from tinystories.positions import sinusoid_table
+from tinystories.position_tables import build_sinusoid_table
 
 State = dict[str, Tensor]
 LECTURE = [
@@ -45,7 +45,7 @@ SEPARATE += [(r"self_attn\.v_proj", "attn.value"), (r"sa\.proj", "attn.out_proj"
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    train_bpe(300, stories("sample")).save(path)
+    train_bpe(300, iter_stories("sample")).save(path)
     return path
 
 
@@ -96,7 +96,7 @@ LAYOUTS: dict[str, Callable[[State], Any]] = {
     "model": lambda state: {"model": state, "optimizer": {"lr": 1e-3}, "iter_num": 3},
     "state_dict": lambda state: {"state_dict": state},
     "model_state_dict": lambda state: {"model_state_dict": state, "epoch": 1},
-    "with its sinusoids": lambda state: state | {"pos_enc.pe": torch.from_numpy(sinusoid_table(512, 128))[None]},
+    "with its sinusoids": lambda state: state | {"pos_enc.pe": torch.from_numpy(build_sinusoid_table(512, 128))[None]},
     "with sizes": lambda state: {"model": state, "model_args": {"n_head": 2, "block_size": 512}},
     "half precision": lambda state: {name: weight.half() for name, weight in state.items()},
 }
@@ -106,7 +106,7 @@ LAYOUTS: dict[str, Callable[[State], Any]] = {
 def test_every_layout_is_the_same_model(classic: GPT, tokenizer: Path, tmp_path: Path, layout: str) -> None:
     torch.save(LAYOUTS[layout](dict(classic.state_dict())), tmp_path / "gpt.pt")
     import_model(str(tmp_path / "gpt.pt"), tokenizer).write(tmp_path / "model")
-    found = Portable.read(tmp_path / "model")
+    found = ModelBundle.read(tmp_path / "model")
     assert found.config == dataclasses.replace(classic.config, dropout=0)
     ids = np.arange(3, 43)
     with torch.no_grad():
@@ -122,7 +122,7 @@ def test_without_a_head_the_embedding_is_it(classic: GPT, tokenizer: Path, tmp_p
             state["lm_head.weight"] = state["embed_tokens.weight"]
         torch.save(state, tmp_path / "gpt.pt")
         import_model(str(tmp_path / "gpt.pt"), tokenizer).write(tmp_path / kind)
-        assert Portable.read(tmp_path / kind).config.tied
+        assert ModelBundle.read(tmp_path / kind).config.tied
 
 
 def test_biases_that_are_not_there_are_zero(classic: GPT, tokenizer: Path, tmp_path: Path) -> None:
@@ -268,7 +268,7 @@ def test_files_that_grow_or_hold_more_than_tensors_never_reach_torch(
 )
 def test_what_torch_writes_of_weights_is_plain(tmp_path: Path, content: Any) -> None:
     torch.save(content, tmp_path / "x.pt")
-    require_plain(tmp_path / "x.pt")
+    check_pickle(tmp_path / "x.pt")
     torch.load(tmp_path / "x.pt", weights_only=True)
 
 

@@ -24,7 +24,7 @@ def test_any_split_of_the_tokens_gives_the_same(model: GPT, parts: list[int], sl
     """Also under any horizon that covers the tokens."""
     tokens = random_tokens(2, sum(parts), seed)
     cache = KVCache(model.config, batch=2)
-    cache.horizon = min(sum(parts) + slack, model.config.n_ctx)
+    cache.kv_len = min(sum(parts) + slack, model.config.n_ctx)
     with torch.no_grad():
         hidden = torch.cat([model(part, cache) for part in tokens.split(parts, dim=1)], dim=1)
         torch.testing.assert_close(hidden, model(tokens), rtol=1e-4, atol=1e-5)
@@ -42,7 +42,7 @@ def test_rows_of_different_lengths_share_a_step(model: GPT, lengths: list[int], 
     with torch.no_grad():
         for row, length in enumerate(lengths):
             if length:
-                model(tokens[row : row + 1, :length], cache.rows(row, row + 1))
+                model(tokens[row : row + 1, :length], cache.view_rows(row, row + 1))
         for _ in range(3):
             new = torch.stack([tokens[row, at : at + steps] for row, at in enumerate(cache.length.tolist())])
             before = cache.length.tolist()
@@ -58,14 +58,14 @@ def test_a_view_of_rows_touches_only_its_rows(model: GPT) -> None:
     with torch.no_grad():
         model(random_tokens(4, 5, 0), cache)
         before = cache.k.clone(), cache.v.clone()
-        view = cache.rows(1, 3)
+        view = cache.view_rows(1, 3)
         model(random_tokens(2, 4, 1), view)
     assert cache.length.tolist() == [5, 9, 9, 5]
     for now, then in zip((cache.k, cache.v), before, strict=True):
         changed = (now != then).flatten(2).any(-1)
         assert changed[:, 1:3].all()
         assert not changed[:, [0, 3]].any()
-    assert view.horizon == cache.horizon
+    assert view.kv_len == cache.kv_len
 
 
 def test_a_reused_row_remembers_nothing(model: GPT) -> None:

@@ -16,7 +16,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 from tinystories.config import ModelConfig
 from tinystories.model import GPT, KVCache, loss
-from tinystories.model.loss import IGNORE, Objective
+from tinystories.model.loss import IGNORE_INDEX, Objective
 
 # Capturing a whole graph is dynamo's work and needs no C++ compiler; the default backend does.
 BACKEND = "inductor" if shutil.which("g++") or shutil.which("clang++") else "aot_eager"
@@ -67,7 +67,7 @@ def test_a_step_with_the_cache_is_one_graph_for_all_positions(model: GPT, tokens
 
 def test_the_objective_is_one_graph_with_the_same_gradients(model: GPT, tokens: Tensor) -> None:
     targets = tokens.roll(-1, dims=1)
-    targets[:, -1] = IGNORE
+    targets[:, -1] = IGNORE_INDEX
     counter = CompileCounterWithBackend(BACKEND)
     compiled = torch.compile(Objective(model), fullgraph=True, backend=counter)
     weights = list(model.parameters())
@@ -93,7 +93,7 @@ def test_compiled_as_for_cuda_no_logits_are_kept_for_the_backward_pass(
 ) -> None:
     """The compiler decides what it keeps: it must be the gradients made on the way forward. Two chunks, padded."""
     monkeypatch.setattr(loss, "chunk_rows", lambda *_: 16)
-    monkeypatch.setattr(loss, "padding", lambda vocab_size, _: -vocab_size % 64)
+    monkeypatch.setattr(loss, "vocab_padding", lambda vocab_size, _: -vocab_size % 64)
     kept: list[tuple[int, ...]] = []
 
     def remember(graph: fx.GraphModule, _: object) -> Callable[..., object]:
@@ -107,7 +107,7 @@ def test_compiled_as_for_cuda_no_logits_are_kept_for_the_backward_pass(
         partition_fn=min_cut_rematerialization_partition,
     )
     targets = tokens.roll(-1, dims=1)
-    targets[:, -1] = IGNORE
+    targets[:, -1] = IGNORE_INDEX
     total = torch.compile(Objective(model), fullgraph=True, backend=backend)(tokens, targets)
     eager = Objective(model)(tokens, targets)
     torch.testing.assert_close(total, eager)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tinystories.model.norm import RMSNorm, RootMeanSquareNorm
+from tinystories.model.norm import RMSNorm, RMSNormFunction
 
 
 @pytest.mark.parametrize("shape", [(7,), (1, 5), (3, 4, 6), (2, 3, 4, 8)], ids=str)
@@ -14,7 +14,7 @@ def test_values_and_gradients_are_pytorchs(shape: tuple[int, ...]) -> None:
     x = torch.randn(shape, generator=generator).requires_grad_()
     weight = torch.randn(shape[-1], generator=generator).requires_grad_()
     direction = torch.randn(shape, generator=generator)
-    ours = RootMeanSquareNorm.apply(x, weight, 1e-3)
+    ours = RMSNormFunction.apply(x, weight, 1e-3)
     theirs = F.rms_norm(x, shape[-1:], weight, 1e-3)
     torch.testing.assert_close(ours, theirs)
     found = torch.autograd.grad(ours, (x, weight), direction)
@@ -25,7 +25,7 @@ def test_gradients_are_the_numerical_ones() -> None:
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(2, 3, 5, dtype=torch.float64, generator=generator).requires_grad_()
     weight = torch.randn(5, dtype=torch.float64, generator=generator).requires_grad_()
-    assert torch.autograd.gradcheck(lambda *inputs: RootMeanSquareNorm.apply(*inputs, 0.1), (x, weight))
+    assert torch.autograd.gradcheck(lambda *inputs: RMSNormFunction.apply(*inputs, 0.1), (x, weight))
 
 
 def test_eps_decides_about_rows_near_zero() -> None:

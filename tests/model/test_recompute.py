@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from tinystories.config import ModelConfig
 from tinystories.model import GPT, gpt
 from tinystories.model.loss import Objective
-from tinystories.model.recompute import gated_silu, remade
+from tinystories.model.recompute import gated_silu, recompute_in_backward
 
 
 def gradients(model: GPT, tokens: Tensor) -> dict[str, Tensor]:
@@ -40,7 +40,7 @@ def test_gradients_are_those_of_keeping_everything(
     tokens = torch.randint(50, (3, 17), generator=torch.Generator().manual_seed(1))
     torch.manual_seed(0)
     found = gradients(model, tokens)
-    monkeypatch.setattr(gpt, "remade", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(gpt, "recompute_in_backward", lambda *_: contextlib.nullcontext())
     monkeypatch.setattr(gpt, "relu", F.relu)
     monkeypatch.setattr(gpt, "gated_silu", lambda gate, up: F.silu(gate) * up)
     torch.manual_seed(0)
@@ -61,7 +61,7 @@ def test_it_is_not_kept_and_made_once_for_all_that_ask() -> None:
 
     y = x.tanh() + 0  # a tensor of its own, which tanh does not keep
     kept = weakref.ref(y.untyped_storage())
-    with remade(y, make):
+    with recompute_in_backward(y, make):
         total = sum(F.linear(y, weight).square().sum() for weight in weights)
     del y
     assert kept() is None
@@ -76,7 +76,7 @@ def test_it_is_not_kept_and_made_once_for_all_that_ask() -> None:
 def test_a_graph_may_be_walked_twice() -> None:
     x, weight = torch.randn(4, 8), torch.randn(5, 8, requires_grad=True)
     y = x.tanh()
-    with remade(y, x.tanh):
+    with recompute_in_backward(y, x.tanh):
         total = F.linear(y, weight).sum() + F.linear(y, weight).square().sum()
     total.backward(retain_graph=True)
     once = weight.grad.clone() if weight.grad is not None else None

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from tinystories.config import Config
-from tinystories.model.loss import IGNORE, summed_cross_entropy
+from tinystories.model.loss import IGNORE_INDEX, fused_linear_cross_entropy
 from tinystories.train.display import Display
 from tinystories.train.loop import Trainer
 from tinystories.train.metrics import Metrics
@@ -54,28 +54,28 @@ def test_no_step_waits_for_the_device(
     model = dataclasses.replace(config.model, architecture=architecture, tied=architecture == "modern")
     trainer = Trainer(on_cuda(dataclasses.replace(config, model=model), kind, compiled), tmp_path)
     metrics = Metrics(None)
-    with contextlib.closing(metrics), trainer.prefetching(), Display(100, 0, quiet=True) as display:
+    with contextlib.closing(metrics), trainer.prefetch_batches(), Display(100, 0, quiet=True) as display:
         for _ in range(4):  # compiles, makes the optimizers' state, and fills the caches of memory
-            trainer.advance(metrics, display)
+            trainer.launch_step(metrics, display)
         torch.cuda.set_sync_debug_mode("error")
         with pytest.raises(RuntimeError, match="synchroniz"):
-            trainer.train_step(trainer.clock.step)[0].item()
-        trainer.clock.step += 1  # that step was taken, and is not counted
+            trainer.train_step(trainer.train_state.step)[0].item()
+        trainer.train_state.step += 1  # that step was taken, and is not counted
         for _ in range(6):
-            trainer.advance(metrics, display)
+            trainer.launch_step(metrics, display)
         torch.cuda.set_sync_debug_mode("default")
-        trainer.catch_up(metrics, display)
-    assert trainer.clock.step == 11
+        trainer.drain(metrics, display)
+    assert trainer.train_state.step == 11
 
 
 def test_the_host_is_at_most_one_step_ahead(config: Config, tmp_path: Path) -> None:
     trainer = Trainer(on_cuda(config), tmp_path)
     metrics = Metrics(None)
-    with contextlib.closing(metrics), trainer.prefetching(), Display(100, 0, quiet=True) as display:
+    with contextlib.closing(metrics), trainer.prefetch_batches(), Display(100, 0, quiet=True) as display:
         for _ in range(5):
-            before = trainer.pending
-            trainer.advance(metrics, display)
-            assert before is None or (before.arrived is not None and before.arrived.query())
+            before = trainer.in_flight
+            trainer.launch_step(metrics, display)
+            assert before is None or (before.ready_event is not None and before.ready_event.query())
 
 
 @pytest.mark.parametrize("compiled", ["off", "on"])
@@ -107,10 +107,10 @@ def test_the_loss_of_an_odd_vocabulary_is_cross_entropy(dtype: torch.dtype, comp
     hidden = torch.randn(9000, 64, generator=generator).to("cuda", dtype).requires_grad_()
     weight = torch.randn(50257, 64, generator=generator).div_(8).to("cuda").requires_grad_()
     targets = torch.randint(50257, (9000,), generator=generator).cuda()
-    targets[::7] = IGNORE
-    loss = torch.compile(summed_cross_entropy) if compiled else summed_cross_entropy
+    targets[::7] = IGNORE_INDEX
+    loss = torch.compile(fused_linear_cross_entropy) if compiled else fused_linear_cross_entropy
     ours = loss(hidden, weight, targets)
-    theirs = F.cross_entropy(hidden.float() @ weight.t(), targets, reduction="sum", ignore_index=IGNORE)
+    theirs = F.cross_entropy(hidden.float() @ weight.t(), targets, reduction="sum", ignore_index=IGNORE_INDEX)
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-5 if dtype == torch.float32 else 2e-3)
     for found, right in zip(*(torch.autograd.grad(x, (hidden, weight)) for x in (ours, theirs)), strict=True):
         assert F.cosine_similarity(found.float().flatten(), right.float().flatten(), dim=0) > 0.999

@@ -142,7 +142,7 @@ def test_a_rank_that_dies_ends_the_run_and_says_where_to_go_on(sample_data: Path
     assert ended.stderr.count("another process of this run has ended") == 1, ended.stderr
     assert "step-0000010 with --resume" in ended.stderr
     assert "exitcode  : 7" in ended.stderr, "torchrun names the rank that died"
-    last = state.latest(run)
+    last = state.find_latest_checkpoint(run)
     assert last is not None
     assert last.name == "step-0000010"
 
@@ -172,7 +172,7 @@ def test_a_place_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -
     assert World.from_environment() == World(0, 1, 0, 1)
     place(monkeypatch, 3, 4, 1, 2)
     assert World.from_environment() == World(rank=3, size=4, local_rank=1, local_size=2)
-    assert not World.from_environment().first
+    assert not World.from_environment().is_main
 
 
 @pytest.mark.parametrize("values", [(4, 4, 0, 2), (0, 2), (0, 2, 0, 3), ("x", 2, 0, 2), (-1, 2, 0, 2), (0, 2, 2, 2)])
@@ -192,7 +192,7 @@ def test_several_processes_do_not_prepare_data(monkeypatch: pytest.MonkeyPatch, 
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert World(1, 2, 1, 2).device("auto") == "cuda:1"
-    assert World(1, 2, 1, 2).device("cpu") == "cpu"
+    assert World(1, 2, 1, 2).resolve_device("auto") == "cuda:1"
+    assert World(1, 2, 1, 2).resolve_device("cpu") == "cpu"
     with pytest.raises(UserError, match="--nproc-per-node 2"):
-        World(3, 4, 3, 4).device("cuda")
+        World(3, 4, 3, 4).resolve_device("cuda")

@@ -104,7 +104,7 @@ def test_an_interrupt_during_an_evaluation_loses_nothing(
     plain, calls = Trainer.evaluate, []
 
     def stopping(self: Trainer, *arguments: Any) -> Any:
-        calls.append(self.clock.step)
+        calls.append(self.train_state.step)
         if len(calls) == evaluation:
             self.stop_signal = 15
         return plain(self, *arguments)
@@ -173,7 +173,7 @@ def test_a_damaged_checkpoint_is_passed_over(config: Config, tmp_path: Path, cap
     train(config, straight)
     train(config, run)
     for name in ("model.safetensors", "state/optimizer.safetensors"):
-        folder = state.latest(run)
+        folder = state.find_latest_checkpoint(run)
         assert folder is not None
         (folder / name).write_bytes((folder / name).read_bytes()[:-7])
         train(config, run, resume=True)
@@ -262,17 +262,17 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_good(
 def test_kept_are_the_newest_and_the_best(config: Config, tmp_path: Path) -> None:
     config = changed(config, "train", steps=14, checkpoint_every=1, eval_every=3, keep_checkpoints=2)
     train(config, tmp_path / "run")
-    steps = [step for step, _ in checkpoint.checkpoints(tmp_path / "run")]
-    last = state.latest(tmp_path / "run")
+    steps = [step for step, _ in checkpoint.list_checkpoints(tmp_path / "run")]
+    last = state.find_latest_checkpoint(tmp_path / "run")
     assert last is not None
-    best = state.read_clock(last).best_step
+    best = state.read_train_state(last).best_step
     assert steps == sorted({best, 13, 14})
 
 
 def test_a_run_that_cannot_fit_is_refused_with_the_estimate(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(estimate, "free_bytes", lambda _: 10**5)
+    monkeypatch.setattr(estimate, "get_free_bytes", lambda _: 10**5)
     with pytest.raises(UserError, match=r"needs about \d+\.\d GB .*train\.micro_batch"):
         train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -286,13 +286,13 @@ def test_auto_takes_the_largest_part_of_the_batch_that_fits(
 ) -> None:
     """Unless the run used a smaller one before: then its sums go on as they were."""
     config = changed(changed(config, "train", batch_size=8, micro_batch="auto"), "model", vocab_size=400)
-    needed = estimate.train_bytes(config, room_for) / estimate.FREE_SHARE
-    monkeypatch.setattr(estimate, "free_bytes", lambda _: int(needed) + 1)
-    assert estimate.fitting_micro_batch(config, torch.device("cpu"), used_before) == expected
+    needed = estimate.estimate_train_bytes(config, room_for) / estimate.MEMORY_FRACTION
+    monkeypatch.setattr(estimate, "get_free_bytes", lambda _: int(needed) + 1)
+    assert estimate.auto_micro_batch(config, torch.device("cpu"), used_before) == expected
 
 
 def test_auto_with_no_room_at_all_is_refused(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate, "free_bytes", lambda _: 10**5)
+    monkeypatch.setattr(estimate, "get_free_bytes", lambda _: 10**5)
     with pytest.raises(UserError, match=r"needs about \d+\.\d GB .*train\.micro_batch=1"):
         train(changed(config, "train", micro_batch="auto"), tmp_path / "run")
 
@@ -302,13 +302,13 @@ def test_a_run_on_auto_goes_on_with_the_part_it_began_with(
 ) -> None:
     """Even where there is room for more by then: sums in another order would give other bits."""
     config = changed(config, "train", batch_size=8, micro_batch="auto", steps=2)
-    plenty, used = estimate.free_bytes, []
-    tight = estimate.train_bytes(changed(config, "model", vocab_size=400), 4) / estimate.FREE_SHARE
-    monkeypatch.setattr(estimate, "free_bytes", lambda _: int(tight) + 1)
+    plenty, used = estimate.get_free_bytes, []
+    tight = estimate.estimate_train_bytes(changed(config, "model", vocab_size=400), 4) / estimate.MEMORY_FRACTION
+    monkeypatch.setattr(estimate, "get_free_bytes", lambda _: int(tight) + 1)
     step = Trainer.train_step
     monkeypatch.setattr(Trainer, "train_step", lambda self, i: used.append(self.micro_batch) or step(self, i))
     train(config, tmp_path / "run")
-    monkeypatch.setattr(estimate, "free_bytes", plenty)
+    monkeypatch.setattr(estimate, "get_free_bytes", plenty)
     train(changed(config, "train", steps=4), tmp_path / "run", resume=True)
     train(config, tmp_path / "other")
     assert used == [4, 4, 4, 4, 8, 8]
@@ -391,7 +391,7 @@ def test_estimates_are_near_the_truth(config: Config) -> None:
     model = dataclasses.replace(config.model, vocab_size=400)
     by_hand = 6 * (2 * (4 * 16 * 16 + 3 * 16 * 32) + 400 * 16) + 6 * 2 * 32 * 16
     norms = 6 * (2 * (2 * 16 + 2 * 8) + 16)
-    assert estimate.flops_per_token(model) == by_hand + norms
+    assert estimate.estimate_flops_per_token(model) == by_hand + norms
     sized = changed(config, "model", vocab_size=400)
-    assert estimate.train_bytes(sized, 8) > estimate.train_bytes(sized, 4)
-    assert np.isfinite(estimate.train_seconds(sized, torch.device("cpu")))
+    assert estimate.estimate_train_bytes(sized, 8) > estimate.estimate_train_bytes(sized, 4)
+    assert np.isfinite(estimate.estimate_train_seconds(sized, torch.device("cpu")))

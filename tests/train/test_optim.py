@@ -10,7 +10,7 @@ from torch import nn
 from tinystories.config import ModelConfig, OptimConfig
 from tinystories.model import GPT
 from tinystories.train.muon import Muon, orthogonalized
-from tinystories.train.optim import build_optimizers, optimizer_tensors, restore_optimizers
+from tinystories.train.optim import build_optimizers, flatten_optimizer_state, load_optimizer_state
 
 RATES = {"learning_rate": 0.01, "muon_rate": 0.02}
 JORDAN = (3.4445, -4.7750, 2.0315)  # torch.optim.Muon's quintic
@@ -99,7 +99,9 @@ def test_the_state_survives_being_saved(kind: str) -> None:
     step(straight, optimizers)
     resumed.load_state_dict(straight.state_dict())
     others = build_optimizers(resumed, config)
-    restore_optimizers(resumed, others, {k: v.clone() for k, v in optimizer_tensors(straight, optimizers).items()})
+    load_optimizer_state(
+        resumed, others, {k: v.clone() for k, v in flatten_optimizer_state(straight, optimizers).items()}
+    )
     step(straight, optimizers)
     step(resumed, others)
     assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))

@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinystories.config import Config
 from tinystories.train import loop
+from tinystories.train.inflight import InFlightStep
 from tinystories.train.loop import Interrupted, Trainer
 from tinystories.train.metrics import Metrics
-from tinystories.train.pending import Pending
 from tinystories.train.run import train
 
 READING = ("aten._local_scalar_dense", "aten.is_nonzero", "aten.nonzero", "aten.equal", "aten.masked_select")
@@ -41,7 +41,7 @@ def test_a_step_reads_nothing_from_the_device(config: Config, tmp_path: Path, ar
     trainer.train_step(0)
     with NothingIsRead():
         loss, norm, n_targets, rate = trainer.train_step(1)
-        pending = Pending(2, 512, n_targets, rate, loss, norm)
+        pending = InFlightStep(2, 512, n_targets, rate, loss, norm)
         with pytest.raises(AssertionError, match="reads from the device"):
             loss.item()
     assert pending.read() == (loss.item(), norm.item())
@@ -58,12 +58,12 @@ class Device:
         return self.now
 
     def pending(self, step: int, *results: Any) -> Any:
-        device, plain = self, Pending(step, *results)
+        device, plain = self, InFlightStep(step, *results)
         self.now += 0.01  # the host's time to launch it
         done_at = self.free_at = max(self.free_at, self.now) + 1.0
         self.events.append(("launch", step))
 
-        class Slow(Pending):
+        class Slow(InFlightStep):
             def __init__(self) -> None:
                 self.__dict__ = plain.__dict__
 
@@ -88,8 +88,8 @@ def test_the_device_always_has_the_next_step_but_where_the_run_pauses(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = Device()
-    monkeypatch.setattr(loop, "Pending", device.pending)
-    monkeypatch.setattr(loop, "works_beside_the_host", lambda _: True)
+    monkeypatch.setattr(loop, "InFlightStep", device.pending)
+    monkeypatch.setattr(loop, "is_async_device", lambda _: True)
     train(config, tmp_path / "run")
     paused = [step for step in range(1, 13) if step % 4 == 0 or step % 5 == 0]  # checkpoints and evaluations
     expected = []
@@ -104,12 +104,12 @@ def test_time_is_that_of_the_device_and_not_of_evaluations_or_checkpoints(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = Device()
-    monkeypatch.setattr(loop, "Pending", device.pending)
-    monkeypatch.setattr(loop, "works_beside_the_host", lambda _: True)
+    monkeypatch.setattr(loop, "InFlightStep", device.pending)
+    monkeypatch.setattr(loop, "is_async_device", lambda _: True)
     monkeypatch.setattr(loop, "time", device)
     monkeypatch.setattr(Metrics, "write", device.while_it_works(Metrics.write, 0.3))
     monkeypatch.setattr(Trainer, "evaluate", device.while_it_works(Trainer.evaluate, 100.0))
-    monkeypatch.setattr(Trainer, "save", device.while_it_works(Trainer.save, 50.0))
+    monkeypatch.setattr(Trainer, "save_checkpoint", device.while_it_works(Trainer.save_checkpoint, 50.0))
     train(config, tmp_path / "run")
     lines = [r for r in records(tmp_path / "run") if "loss" in r]
     # The first step after a pause waits for its launch as well; the pauses so far are those of steps 4, 5, 8 and 10.
@@ -138,7 +138,7 @@ def test_batches_made_ahead_give_the_same_bits_over_an_interrupt(
 ) -> None:
     straight, ahead = tmp_path / "straight", tmp_path / "ahead"
     train(config, straight)
-    monkeypatch.setattr(loop, "works_beside_the_host", lambda _: True)
+    monkeypatch.setattr(loop, "is_async_device", lambda _: True)
     plain, taken = Trainer.train_step, []
 
     def stopping(self: Trainer, step: int) -> Any:
@@ -158,14 +158,14 @@ def test_batches_made_ahead_give_the_same_bits_over_an_interrupt(
 def test_an_error_while_making_a_batch_ends_the_run(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "works_beside_the_host", lambda _: True)
-    plain = Trainer.batch
+    monkeypatch.setattr(loop, "is_async_device", lambda _: True)
+    plain = Trainer.make_batch
 
     def broken_disk(self: Trainer, step: int) -> Any:
         if step == 3:
             raise OSError("the disk is gone")
         return plain(self, step)
 
-    monkeypatch.setattr(Trainer, "batch", broken_disk)
+    monkeypatch.setattr(Trainer, "make_batch", broken_disk)
     with pytest.raises(OSError, match="the disk is gone"):
         train(config, tmp_path / "run")

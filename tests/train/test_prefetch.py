@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinystories.data.loader import PackedRows
-from tinystories.train.distributed import ALONE, World
+from tinystories.train.distributed import SINGLE, World
 from tinystories.train.prefetch import Batch, Prefetch
 
 
@@ -38,19 +38,19 @@ def numbered(step: int) -> Batch:
 def test_batches_are_those_of_the_rows_from_any_step_on(rows: PackedRows, first: int, rank: int) -> None:
     """Over ends of epochs too, where the order of the rows changes."""
     world, batch_size = World(rank, 2), max(2, rows.n_rows // 3 * 2)
-    with Prefetch(lambda step: Batch.of(rows, step, batch_size, world), first, first + 6) as prefetch:
-        taken = [prefetch.take(step) for step in range(first, first + 6)]
+    with Prefetch(lambda step: Batch.from_rows(rows, step, batch_size, world), first, first + 6) as prefetch:
+        taken = [prefetch.get(step) for step in range(first, first + 6)]
     for step, batch in enumerate(taken, first):
-        inputs, targets = batch.on(torch.device("cpu"))
-        expected = rows.batch(step, batch_size, rank, 2)
+        inputs, targets = batch.to_device(torch.device("cpu"))
+        expected = rows.get_batch(step, batch_size, rank, 2)
         assert inputs.dtype == targets.dtype == torch.int64
         np.testing.assert_array_equal(inputs.numpy(), expected[0])
         np.testing.assert_array_equal(targets.numpy(), expected[1])
-        assert batch.n_targets == rows.n_targets(step, batch_size)
+        assert batch.n_targets == rows.count_targets(step, batch_size)
 
 
 def test_targets_are_those_of_the_batch(rows: PackedRows) -> None:
-    batch = Batch.of(rows, 4, 8, ALONE)
+    batch = Batch.from_rows(rows, 4, 8, SINGLE)
     assert batch.n_targets == int((batch.ids[1] >= 0).sum())
 
 
@@ -63,7 +63,7 @@ def test_one_batch_is_made_ahead_and_no_more() -> None:
 
     with Prefetch(make, 7, 20) as prefetch:
         for step in range(7, 12):
-            assert prefetch.take(step).n_targets == step
+            assert prefetch.get(step).n_targets == step
             time.sleep(0.02)
             assert made == list(range(7, step + 2))
 
@@ -77,7 +77,7 @@ def test_it_is_made_while_the_caller_does_something_else() -> None:
         return numbered(step)
 
     with Prefetch(make, 0, 3) as prefetch:
-        prefetch.take(0)
+        prefetch.get(0)
         assert started.wait(10)
 
 
@@ -85,9 +85,9 @@ def test_nothing_is_made_beyond_the_last_step() -> None:
     made: list[int] = []
     with Prefetch(lambda step: made.append(step) or numbered(step), 0, 3) as prefetch:
         for step in range(3):
-            prefetch.take(step)
+            prefetch.get(step)
         with pytest.raises(AssertionError, match="before `stop`"):
-            prefetch.take(3)
+            prefetch.get(3)
     assert made == [0, 1, 2]
     with Prefetch(numbered, 5, 5):
         pass
@@ -95,7 +95,7 @@ def test_nothing_is_made_beyond_the_last_step() -> None:
 
 def test_a_step_out_of_turn_is_refused() -> None:
     with Prefetch(numbered, 0, 9) as prefetch, pytest.raises(AssertionError, match="step 0 comes next, not 4"):
-        prefetch.take(4)
+        prefetch.get(4)
 
 
 def test_an_error_in_the_thread_is_raised_for_its_step_with_its_traceback() -> None:
@@ -105,10 +105,10 @@ def test_an_error_in_the_thread_is_raised_for_its_step_with_its_traceback() -> N
         return numbered(step)
 
     with Prefetch(broken_disk, 0, 9) as prefetch:
-        assert [prefetch.take(step).n_targets for step in (0, 1)] == [0, 1]
+        assert [prefetch.get(step).n_targets for step in (0, 1)] == [0, 1]
         for _ in range(2):  # it stays broken
             with pytest.raises(OSError, match="the disk is gone") as error:
-                prefetch.take(2)
+                prefetch.get(2)
     assert "broken_disk" in "".join(traceback.format_tb(error.value.__traceback__))
 
 
@@ -119,5 +119,5 @@ def test_leaving_early_ends_the_thread_and_keeps_the_error(error: type[BaseExcep
         return numbered(step)
 
     with pytest.raises(error), Prefetch(slow, 0, 1000) as prefetch:  # noqa: PT012
-        prefetch.take(0)
+        prefetch.get(0)
         raise error

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from tinystories.config import Config, ModelConfig, OptimConfig, TrainConfig, load_config
-from tinystories.train.rates import settled
+from tinystories.train.learning_rate import resolve_auto_rates
 
 
 def rates(n_embd: int = 192, batch_size: int = 8, **optim: object) -> tuple[float, float]:
@@ -15,7 +15,7 @@ def rates(n_embd: int = 192, batch_size: int = 8, **optim: object) -> tuple[floa
         optim=OptimConfig(**optim),  # type: ignore[arg-type]
         train=TrainConfig(batch_size=batch_size, micro_batch=1),
     )
-    found = settled(config).optim
+    found = resolve_auto_rates(config).optim
     assert isinstance(found.learning_rate, float)
     assert isinstance(found.muon_rate, float)
     return found.learning_rate, found.muon_rate
@@ -41,7 +41,7 @@ def test_numbers_that_were_asked_for_stay() -> None:
 
 
 def test_what_is_settled_stays_settled() -> None:
-    config = settled(load_config("small"))
-    assert settled(config) == config
+    config = resolve_auto_rates(load_config("small"))
+    assert resolve_auto_rates(config) == config
     more = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=64))
-    assert settled(more).optim == config.optim, "a run that goes on keeps its rates"
+    assert resolve_auto_rates(more).optim == config.optim, "a run that goes on keeps its rates"

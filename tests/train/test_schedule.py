@@ -5,14 +5,14 @@ import itertools
 import pytest
 
 from tinystories.config import ScheduleConfig
-from tinystories.train.schedule import learning_rate, momentum
+from tinystories.train.schedule import get_learning_rate, get_momentum
 
 STEPS, PEAK = 200, 2.0
 
 
 def rates(**settings: object) -> list[float]:
     schedule = ScheduleConfig(**settings)  # type: ignore[arg-type]
-    return [learning_rate(step, STEPS, PEAK, schedule) for step in range(STEPS + 1)]
+    return [get_learning_rate(step, STEPS, PEAK, schedule) for step in range(STEPS + 1)]
 
 
 @pytest.mark.parametrize("kind", ["cosine", "wsd"])
@@ -40,8 +40,8 @@ def test_no_warmup_starts_at_the_peak() -> None:
 
 
 def test_momentum_rises_to_what_was_asked_for_and_stays() -> None:
-    found = [momentum(step, STEPS, 0.95) for step in range(STEPS)]
+    found = [get_momentum(step, STEPS, 0.95) for step in range(STEPS)]
     assert found[0] == 0.85
     assert found[60:] == pytest.approx([0.95] * (STEPS - 60))
     assert all(a <= b for a, b in itertools.pairwise(found))
-    assert momentum(0, STEPS, 0.5) == momentum(STEPS - 1, STEPS, 0.5) == 0.5
+    assert get_momentum(0, STEPS, 0.5) == get_momentum(STEPS - 1, STEPS, 0.5) == 0.5

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from tinystories.train.signals import taken_by
+from tinystories.train.signals import handle_signals
 
 
 @pytest.fixture(params=[signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
@@ -16,7 +16,7 @@ def number(request: pytest.FixtureRequest) -> signal.Signals:
 def test_signals_are_asked_about_and_then_what_they_were(number: signal.Signals) -> None:
     asked: list[int] = []
     before = signal.getsignal(number)
-    with taken_by(asked.append):
+    with handle_signals(asked.append):
         os.kill(os.getpid(), number)
     assert asked == [number]
     assert signal.getsignal(number) == before
@@ -26,7 +26,7 @@ def test_signals_are_asked_about_and_then_what_they_were(number: signal.Signals)
 def test_after_an_error_they_are_ignored_where_asked(number: signal.Signals, deaf: bool) -> None:
     before = signal.getsignal(number)
     try:
-        with pytest.raises(ValueError, match="lost"), taken_by(lambda _: None, deaf_after_errors=deaf):
+        with pytest.raises(ValueError, match="lost"), handle_signals(lambda _: None, ignore_after_error=deaf):
             raise ValueError("lost")
         assert signal.getsignal(number) == (signal.SIG_IGN if deaf else before)
     finally:

@@ -8,18 +8,18 @@ from hypothesis import strategies as st
 
 from tinystories.config import load_config
 from tinystories.errors import UserError
-from tinystories.train.space import Choices, Range, Space, read_space
+from tinystories.train.search_space import Categorical, Range, SearchSpace, parse_search_space
 
 quick = settings(deadline=None, max_examples=60)
 
 
-def space(**texts: str) -> Space:
+def space(**texts: str) -> SearchSpace:
     """A space over an empty config; `optim__learning_rate` stands for `optim.learning_rate`."""
-    return read_space({}, "mine.toml", {name.replace("__", "."): text for name, text in texts.items()})
+    return parse_search_space({}, "mine.toml", {name.replace("__", "."): text for name, text in texts.items()})
 
 
 def domain(name: str, text: str) -> Any:
-    (found,) = read_space({}, "mine.toml", {name: text}).domains
+    (found,) = parse_search_space({}, "mine.toml", {name: text}).domains
     return found
 
 
@@ -57,9 +57,9 @@ def test_ranges(name: str, text: str, expected: tuple[Any, ...]) -> None:
 )
 def test_lists(name: str, text: str, values: tuple[Any, ...]) -> None:
     found = domain(name, text)
-    assert isinstance(found, Choices)
+    assert isinstance(found, Categorical)
     assert found.values == values
-    assert [found.value(stored) for stored in found.texts] == list(values)
+    assert [found.decode(stored) for stored in found.texts] == list(values)
 
 
 def test_single_values_and_free_text_are_fixed() -> None:
@@ -71,7 +71,7 @@ def test_single_values_and_free_text_are_fixed() -> None:
         optim__learning_rate="1e-3,2e-3",
     )
     assert list(found.texts) == ["optim.learning_rate"]
-    config = found.example()
+    config = found.find_valid_config()
     assert config.train.device == "cuda:1"
     assert config.train.sample_prompts == ("Once, a cat: it", "B")
     assert config == load_config(
@@ -123,7 +123,7 @@ def test_single_values_and_free_text_are_fixed() -> None:
 )
 def test_what_cannot_be_meant_is_refused(name: str, text: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
-        read_space({}, "mine.toml", {name: text})
+        parse_search_space({}, "mine.toml", {name: text})
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert name in str(caught.value)
@@ -136,7 +136,7 @@ def test_a_range_of_ints_is_pythons(low: int, width: int, step: int) -> None:
     if step > width:
         return
     found = domain("train.seed", f"{low}:{low + width}:{step}")
-    assert list(found.listed()) == list(range(low, low + width + 1, step))
+    assert list(found.grid_values()) == list(range(low, low + width + 1, step))
 
 
 @quick
@@ -144,7 +144,7 @@ def test_a_range_of_ints_is_pythons(low: int, width: int, step: int) -> None:
 def test_a_range_with_steps_holds_what_was_written(low: Any, steps: int, step: Any) -> None:
     """0.1 + 2 * 0.1 is 0.3 and not 0.30000000000000004."""
     found = domain("optim.weight_decay", f"{low}:{low + steps * step}:{step}")
-    assert list(found.listed()) == [float(low + i * step) for i in range(steps + 1)]
+    assert list(found.grid_values()) == [float(low + i * step) for i in range(steps + 1)]
 
 
 @quick
@@ -152,7 +152,7 @@ def test_a_range_with_steps_holds_what_was_written(low: Any, steps: int, step: A
 def test_any_text_is_read_or_refused_in_one_line(text: str) -> None:
     for name in ("optim.learning_rate", "train.micro_batch", "optim.kind", "model.tied", "train.sample_prompts"):
         try:
-            read_space({}, "mine.toml", {name: text})
+            parse_search_space({}, "mine.toml", {name: text})
         except UserError as error:
             message = str(error)
         else:
@@ -163,21 +163,21 @@ def test_any_text_is_read_or_refused_in_one_line(text: str) -> None:
 
 def test_nothing_to_search() -> None:
     with pytest.raises(UserError, match="nothing to search"):
-        space(train__steps="500").example()
+        space(train__steps="500").find_valid_config()
 
 
 def test_a_fixed_setting_that_fits_nowhere_is_refused() -> None:
     with pytest.raises(UserError, match=r"no combination .* mine.toml: train.steps=-5 must be positive"):
-        space(train__steps="-5", optim__learning_rate="1e-3,1e-2").example()
+        space(train__steps="-5", optim__learning_rate="1e-3,1e-2").find_valid_config()
     with pytest.raises(UserError, match=r"model.n_embd=100 must be a multiple of model.n_head=3"):
-        space(model__n_embd="100", model__n_head="3,6").example()
+        space(model__n_embd="100", model__n_head="3,6").find_valid_config()
     with pytest.raises(UserError, match=r"unknown setting train.stpes; did you mean train.steps"):
-        read_space({"train": {"stpes": 3}}, "mine.toml", {"optim.kind": "muon,adamw"}).example()
+        parse_search_space({"train": {"stpes": 3}}, "mine.toml", {"optim.kind": "muon,adamw"}).find_valid_config()
 
 
 def test_a_fixed_setting_that_fits_somewhere_is_not() -> None:
-    assert space(model__n_head="5", model__n_embd="48,100,110").example().model.n_embd == 100
-    inside = space(model__n_head="16", model__n_embd="33:70").example()  # at neither end
+    assert space(model__n_head="5", model__n_embd="48,100,110").find_valid_config().model.n_embd == 100
+    inside = space(model__n_head="16", model__n_embd="33:70").find_valid_config()  # at neither end
     assert inside.model.n_embd == 64
 
 

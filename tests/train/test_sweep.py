@@ -22,10 +22,10 @@ import pytest
 from tinystories.config import load_config
 from tinystories.errors import UserError
 from tinystories.train import trial
-from tinystories.train.results import Result, at_the_end, best_of, read_results, table
-from tinystories.train.space import read_space
-from tinystories.train.study import Plan, agreed, alone, open_study, read_plan
-from tinystories.train.sweep import Stopped, require_runnable, sweep
+from tinystories.train.results import TrialResult, at_boundary, find_best, format_table, read_results
+from tinystories.train.search_space import parse_search_space
+from tinystories.train.study import Plan, exclusive_lock, merge_plan, open_study, read_plan
+from tinystories.train.sweep import SweepInterrupted, check_runnable, run_sweep
 
 # Bits per byte are 2 + (lg rate + 2)^2 at the end and one more for each step before it; `sample_tokens` hundredths of a
 # second make a step. A trial with a file SWEEP/hold-trial-NNNN waits after the step named there until it is
@@ -71,10 +71,10 @@ import sys
 from pathlib import Path
 from tinystories.train import trial
 from tinystories.train.study import Plan
-from tinystories.train.sweep import sweep
-trial.command = lambda folder: [sys.executable, "-S", {stand_in!r}, "train", str(folder.resolve()), "--resume"]
+from tinystories.train.sweep import run_sweep
+trial.train_command = lambda folder: [sys.executable, "-S", {stand_in!r}, "train", str(folder.resolve()), "--resume"]
 plan = Plan.from_json({plan!r})
-sweep(Path({folder!r}), plan, plan.space.example(), workers=2)
+run_sweep(Path({folder!r}), plan, plan.space.find_valid_config(), workers=2)
 """
 
 QUICK = {"train.steps": "3", "train.sample_tokens": "1"}
@@ -86,7 +86,9 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     script = tmp_path / "stand_in.py"
     script.write_text(STAND_IN, encoding="utf-8")
     monkeypatch.setattr(
-        trial, "command", lambda folder: [sys.executable, "-S", str(script), "train", str(folder.resolve()), "--resume"]
+        trial,
+        "train_command",
+        lambda folder: [sys.executable, "-S", str(script), "train", str(folder.resolve()), "--resume"],
     )
     return script
 
@@ -94,19 +96,19 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than all else here."""
-    monkeypatch.setattr("tinystories.train.sweep.draw", lambda *_: None)
+    monkeypatch.setattr("tinystories.train.sweep.plot_results", lambda *_: None)
 
 
 def plan_of(settings: dict[str, str], **options: Any) -> Plan:
-    return agreed(None, read_space({}, "mine.toml", QUICK | settings), options, Path("x"))
+    return merge_plan(None, parse_search_space({}, "mine.toml", QUICK | settings), options, Path("x"))
 
 
-def run(folder: Path, plan: Plan, workers: int = 1) -> list[Result]:
-    sweep(folder, plan, plan.space.example(), workers)
+def run(folder: Path, plan: Plan, workers: int = 1) -> list[TrialResult]:
+    run_sweep(folder, plan, plan.space.find_valid_config(), workers)
     return read_results(open_study(folder), plan.space, folder)
 
 
-def by_number(results: list[Result]) -> list[tuple[Any, ...]]:
+def by_number(results: list[TrialResult]) -> list[tuple[Any, ...]]:
     return sorted((r.number, r.settings, r.outcome.state, r.outcome.bits_per_byte) for r in results)
 
 
@@ -119,7 +121,7 @@ def test_it_finds_the_best_and_leaves_everything(tmp_path: Path) -> None:
     folder = tmp_path / "we?ird #50% sweep"
     plan = plan_of(RATES | {"train.batch_size": "32,64", "optim.kind": "muon,adamw"}, trials=12)
     results = run(folder, plan, workers=3)
-    best = best_of(results)
+    best = find_best(results)
     assert best is not None
     assert best.bits == min(result.bits for result in results) < 2.3
     assert [r.bits for r in results] == sorted(r.bits for r in results)
@@ -128,11 +130,11 @@ def test_it_finds_the_best_and_leaves_everything(tmp_path: Path) -> None:
         rows = list(csv.DictReader(file))
     assert [int(row["trial"]) for row in rows] == [result.number for result in results]
     assert [float(row["optim.learning_rate"]) for row in rows] == [r.settings["optim.learning_rate"] for r in results]
-    assert load_config(folder / "best.toml") == plan.space.config(best.settings)
+    assert load_config(folder / "best.toml") == plan.space.build_config(best.settings)
     assert load_config(folder / "best.toml").optim.learning_rate == best.settings["optim.learning_rate"]
     assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
-    assert (folder / f"trial-{best.number:04d}" / trial.LOG).exists()
-    shown = table(results, list(plan.space.texts)).splitlines()
+    assert (folder / f"trial-{best.number:04d}" / trial.LOG_FILE).exists()
+    shown = format_table(results, list(plan.space.texts)).splitlines()
     assert shown[0].split() == [
         "trial", "bits/byte", "optim.learning_rate", "train.batch_size", "optim.kind", "tokens", "seconds", "state"
     ]  # fmt: skip
@@ -149,7 +151,7 @@ def test_settings_that_do_not_go_together_are_skipped_with_the_reason(tmp_path: 
     ]  # fmt: skip
     assert results[1].outcome.reason.endswith("model.n_embd/model.n_head=25 must be even for rotary positions")
     assert results[2].outcome.reason.endswith("model.n_embd=100 must be a multiple of model.n_head=7")
-    assert "trial 2 invalid: mine.toml: model.n_embd=100" in table(results, ["model.n_head"])
+    assert "trial 2 invalid: mine.toml: model.n_embd=100" in format_table(results, ["model.n_head"])
     assert sorted(path.name for path in (tmp_path / "sweep").glob("trial-*")) == ["trial-0001"]
 
 
@@ -159,7 +161,7 @@ def test_a_trial_that_fails_does_not_end_the_sweep(tmp_path: Path) -> None:
     results = {r.number: r.outcome for r in run(tmp_path / "sweep", plan, workers=2)}
     assert [results[i].state for i in range(4)] == ["failed", "failed", "complete", "failed"]
     assert results[0].reason == "loss nan at step 3 is not finite"
-    assert results[3].reason == f"exit code 1; see {tmp_path / 'sweep' / 'trial-0003' / trial.LOG}"
+    assert results[3].reason == f"exit code 1; see {tmp_path / 'sweep' / 'trial-0003' / trial.LOG_FILE}"
     told = [trial.state.name for trial in open_study(tmp_path / "sweep").trials]
     assert told == ["PRUNED", "FAIL", "COMPLETE", "FAIL"], "the sampler learns from the settings, not from the crash"
 
@@ -198,8 +200,8 @@ def test_stopped_and_resumed_it_is_the_straight_sweep(tmp_path: Path, sampler: s
         hold(folder, number)
         stopper = threading.Thread(target=stop_in_the_middle, args=(folder, number))
         stopper.start()
-        with pytest.raises(Stopped, match=f"stopped by SIGINT with {number} of 5 trials finished"):
-            sweep(folder, plan, plan.space.example(), 1)
+        with pytest.raises(SweepInterrupted, match=f"stopped by SIGINT with {number} of 5 trials finished"):
+            run_sweep(folder, plan, plan.space.find_valid_config(), 1)
         stopper.join()
     assert by_number(run(folder, plan)) == by_number(straight)
     assert [starts(path) for path in sorted(folder.glob("trial-*"))] == [2, 1, 2, 1, 1]
@@ -211,7 +213,7 @@ def test_stopped_and_resumed_it_is_the_straight_sweep(tmp_path: Path, sampler: s
 
 def stop_in_the_middle(folder: Path, number: int) -> None:
     """SIGINT to this process when the trial has measured something and goes on."""
-    wait_for(lambda: bool(trial.read_records(trial.folder_of(folder, number))))
+    wait_for(lambda: bool(trial.read_records(trial.trial_dir(folder, number))))
     os.kill(os.getpid(), signal.SIGINT)
 
 
@@ -237,38 +239,38 @@ def test_killed_it_loses_no_trial_and_repeats_none(stand_in: Path, tmp_path: Pat
     hold(folder, 1)
     text = PROGRAM.format(stand_in=str(stand_in), plan=plan.to_json(), folder=str(folder))
     process = subprocess.Popen([sys.executable, "-c", text])
-    wait_for(lambda: all(trial.read_records(trial.folder_of(folder, number)) for number in (0, 1)))
+    wait_for(lambda: all(trial.read_records(trial.trial_dir(folder, number)) for number in (0, 1)))
     process.kill()
     process.wait()
-    left = [int((trial.folder_of(folder, number) / "starts").read_text()) for number in (0, 1)]
+    left = [int((trial.trial_dir(folder, number) / "starts").read_text()) for number in (0, 1)]
     assert all(trial.is_alive(psutil.Process(pid)) for pid in left)
     assert by_number(run(folder, plan, workers=2)) == by_number(straight)
     assert not any(psutil.pid_exists(pid) and trial.is_alive(psutil.Process(pid)) for pid in left)
     for number in range(4):
-        steps = [record["step"] for record in trial.read_records(trial.folder_of(folder, number))]
+        steps = [record["step"] for record in trial.read_records(trial.trial_dir(folder, number))]
         assert steps == [1, 2, 3], "no two processes wrote it, and what was done is not done again"
     assert [starts(path) for path in sorted(folder.glob("trial-*"))] == [2, 2, 1, 1]
 
 
 def test_two_sweeps_do_not_work_in_one_folder(tmp_path: Path) -> None:
-    program = "import sys; from pathlib import Path; from tinystories.train.study import alone\n"
-    program += f"with alone(Path({str(tmp_path)!r})):\n print('in', flush=True); sys.stdin.read()"
+    program = "import sys; from pathlib import Path; from tinystories.train.study import exclusive_lock\n"
+    program += f"with exclusive_lock(Path({str(tmp_path)!r})):\n print('in', flush=True); sys.stdin.read()"
     other = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stdin=subprocess.PIPE)
     assert other.stdout is not None
     assert other.stdout.readline() == b"in\n"
-    with pytest.raises(UserError, match="being swept already"), alone(tmp_path):
+    with pytest.raises(UserError, match="being swept already"), exclusive_lock(tmp_path):
         pass
     other.kill()
     other.communicate()
-    with alone(tmp_path):
+    with exclusive_lock(tmp_path):
         assert read_plan(tmp_path) is None
 
 
 def test_a_sweep_goes_on_only_with_what_it_was_begun_with(tmp_path: Path) -> None:
     stored = plan_of(RATES, trials=4)
-    same = read_space({}, "mine.toml", QUICK | RATES)
-    assert agreed(stored, None, {"trials": 9}, tmp_path).trials == 9
-    assert agreed(stored, same, {}, tmp_path) == stored
+    same = parse_search_space({}, "mine.toml", QUICK | RATES)
+    assert merge_plan(stored, None, {"trials": 9}, tmp_path).trials == 9
+    assert merge_plan(stored, same, {}, tmp_path) == stored
     for changed, message in [
         (QUICK | {"optim.learning_rate": "1e-4:1e-2:log"}, "optim.learning_rate 1e-4:1e-1:log, not 1e-4:1e-2:log"),
         (QUICK | RATES | {"train.steps": "4"}, "train.steps 3, not 4"),
@@ -276,10 +278,10 @@ def test_a_sweep_goes_on_only_with_what_it_was_begun_with(tmp_path: Path) -> Non
         (QUICK, "optim.learning_rate 1e-4:1e-1:log, not left out"),
     ]:
         with pytest.raises(UserError) as caught:
-            agreed(stored, read_space({}, "mine.toml", changed), {}, tmp_path)
+            merge_plan(stored, parse_search_space({}, "mine.toml", changed), {}, tmp_path)
         assert message in str(caught.value)
     with pytest.raises(UserError, match="--sampler tpe, not random"):
-        agreed(stored, None, {"sampler": "random"}, tmp_path)
+        merge_plan(stored, None, {"sampler": "random"}, tmp_path)
 
 
 def test_a_folder_that_holds_something_else(tmp_path: Path) -> None:
@@ -295,13 +297,13 @@ def test_a_folder_that_holds_something_else(tmp_path: Path) -> None:
 
 def test_what_would_fail_everywhere_is_refused_before(sample_data: Path, tmp_path: Path) -> None:
     plan = plan_of(RATES | {"data.dir": str(sample_data)})
-    require_runnable(plan, plan.space.example())
+    check_runnable(plan, plan.space.find_valid_config())
     nowhere = plan_of({"data.dir": f"choose:{sample_data},{tmp_path / 'nowhere'}"})
     with pytest.raises(UserError, match="nowhere holds no prepared data"):
-        require_runnable(nowhere, nowhere.space.example())
+        check_runnable(nowhere, nowhere.space.find_valid_config())
     late = plan_of(RATES | {"data.dir": str(sample_data), "train.eval_every": "3"}, prune="median")
     with pytest.raises(UserError, match=r"train.eval_every=3 leaves no evaluation before train.steps=3"):
-        require_runnable(late, late.space.example())
+        check_runnable(late, late.space.find_valid_config())
 
 
 def test_workers_share_cores_and_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,18 +311,18 @@ def test_workers_share_cores_and_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(7)), raising=False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    assert trial.environment(0, 3, "cpu")["OMP_NUM_THREADS"] == "2"
-    assert trial.environment(0, 9, "cpu")["OMP_NUM_THREADS"] == "1"
-    assert "CUDA_VISIBLE_DEVICES" not in trial.environment(0, 3, "cpu")
-    assert [trial.environment(i, 3, "auto")["CUDA_VISIBLE_DEVICES"] for i in range(3)] == ["0", "1", "0"]
+    assert trial.worker_environment(0, 3, "cpu")["OMP_NUM_THREADS"] == "2"
+    assert trial.worker_environment(0, 9, "cpu")["OMP_NUM_THREADS"] == "1"
+    assert "CUDA_VISIBLE_DEVICES" not in trial.worker_environment(0, 3, "cpu")
+    assert [trial.worker_environment(i, 3, "auto")["CUDA_VISIBLE_DEVICES"] for i in range(3)] == ["0", "1", "0"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    assert [trial.environment(i, 2, "cuda")["CUDA_VISIBLE_DEVICES"] for i in range(2)] == ["4", "6"]
-    assert trial.environment(0, 3, "cpu")["OMP_NUM_THREADS"] == "5"
+    assert [trial.worker_environment(i, 2, "cuda")["CUDA_VISIBLE_DEVICES"] for i in range(2)] == ["4", "6"]
+    assert trial.worker_environment(0, 3, "cpu")["OMP_NUM_THREADS"] == "5"
 
 
 @pytest.mark.parametrize(("rate", "found"), [(1.05e-4, True), (9e-2, True), (1e-2, False)])
 def test_a_best_value_at_an_end_is_pointed_out(rate: float, found: bool) -> None:
-    domains = read_space({}, "x", RATES | {"train.batch_size": "32,64"}).domains
-    best = Result(0, {"optim.learning_rate": rate, "train.batch_size": 32}, trial.Outcome("complete", 2.0))
-    assert at_the_end(best, domains) == ["optim.learning_rate"] * found
+    domains = parse_search_space({}, "x", RATES | {"train.batch_size": "32,64"}).domains
+    best = TrialResult(0, {"optim.learning_rate": rate, "train.batch_size": 32}, trial.Outcome("complete", 2.0))
+    assert at_boundary(best, domains) == ["optim.learning_rate"] * found

@@ -8,7 +8,7 @@ import sys
 import click
 
 from tinystories.cli.bench import bench
-from tinystories.cli.command import SETTINGS, run
+from tinystories.cli.common import CONTEXT_SETTINGS, run
 from tinystories.cli.evaluate import evaluate
 from tinystories.cli.fetch import fetch
 from tinystories.cli.generate import generate
@@ -20,7 +20,7 @@ from tinystories.cli.sweep import sweep
 from tinystories.cli.train import train
 
 
-@click.group(context_settings=SETTINGS)
+@click.group(context_settings=CONTEXT_SETTINGS)
 @click.version_option(package_name="tinystories-gpt")
 def cli() -> None:
     """Train a small storyteller from scratch and read its stories.

@@ -14,15 +14,15 @@ from typing import Any, TypeAlias
 
 import click
 
-from tinystories.cli.command import SETTINGS, json_option
+from tinystories.cli.common import CONTEXT_SETTINGS, json_option
 from tinystories.config import PRESETS, ModelConfig, load_config
 from tinystories.errors import UserError
 
 DEFAULT_PRESET = "modern-89m"
-Who: TypeAlias = tuple[str, str]  # name and precision
+Competitor: TypeAlias = tuple[str, str]  # name and precision
 
 
-@click.group(context_settings=SETTINGS)
+@click.group(context_settings=CONTEXT_SETTINGS)
 def bench() -> None:
     """Measure speed: one stream, many streams, or the start of a process.
 
@@ -31,28 +31,28 @@ def bench() -> None:
     """
 
 
-def wanted_by(_context: click.Context, _option: click.Parameter, only: str | None) -> list[Who]:
+def parse_only(_context: click.Context, _option: click.Parameter, only: str | None) -> list[Competitor]:
     """(name, precision) of each part of --only; none where it was not given."""
-    from tinystories.interop.peers import PRECISIONS
+    from tinystories.interop.bench_competitors import PRECISIONS
 
-    wanted: list[Who] = []
+    selected: list[Competitor] = []
     for part in only.split(",") if only else ():
         name, _, precision = part.strip().partition(":")
         if name not in PRECISIONS or (precision and precision not in PRECISIONS[name]):
-            every = ", ".join(f"{n} ({', '.join(p)})" for n, p in PRECISIONS.items())
-            raise UserError(f"--only {part.strip()}: there is no such program or precision; use {every}")
-        wanted += [(name, precision)] if precision else [(name, p) for p in PRECISIONS[name]]
-    return wanted
+            available = ", ".join(f"{n} ({', '.join(p)})" for n, p in PRECISIONS.items())
+            raise UserError(f"--only {part.strip()}: there is no such program or precision; use {available}")
+        selected += [(name, precision)] if precision else [(name, p) for p in PRECISIONS[name]]
+    return selected
 
 
-def shared(command: Callable[..., None]) -> Callable[..., None]:
+def common_options(command: Callable[..., None]) -> Callable[..., None]:
     """Arguments that all benches have."""
     options = [
         click.argument("model", type=click.Path(path_type=Path), required=False),
         click.option("--peers", is_flag=True, help="Run the other programs that are installed beside ours."),
         click.option(
             "--only",
-            callback=wanted_by,
+            callback=parse_only,
             metavar="NAME[,NAME...]",
             help="Of tinystories, torch, transformers, ctranslate2, llama.cpp; each perhaps with :PRECISION.",
         ),
@@ -65,18 +65,18 @@ def shared(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def model_or_random(command: Callable[..., None]) -> Callable[..., None]:
+def model_options(command: Callable[..., None]) -> Callable[..., None]:
     """What all benches have, and what random weights are made of where no MODEL is named."""
     preset = f"Random weights of this preset or TOML file: {', '.join(PRESETS)}.  [default: {DEFAULT_PRESET}]"
     size = click.IntRange(min=2)
     command = click.option("--vocab", type=size, default=50257, show_default=True, help="Ids of the random model.")(
         command
     )
-    return shared(click.option("--preset", help=preset)(command))
+    return common_options(click.option("--preset", help=preset)(command))
 
 
-@bench.command(context_settings=SETTINGS)
-@model_or_random
+@bench.command(context_settings=CONTEXT_SETTINGS)
+@model_options
 @click.option("--tokens", type=click.IntRange(min=2), default=200, show_default=True, help="To write, greedily.")
 @click.option("--prompt-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="To read (prefill).")
 @click.option(
@@ -87,26 +87,30 @@ def model_or_random(command: Callable[..., None]) -> Callable[..., None]:
 )
 def decode(tokens: int, prompt_tokens: int, shortlist: int | None, **options: Any) -> None:
     """One stream: how fast a prompt is read, and how fast tokens are written after 8 others."""
-    with contest(options, streams=1, room=max(tokens + 8, prompt_tokens), shortlist=shortlist or 0) as turn:
-        read = turn.measure("prefill", [turn.prompt(prompt_tokens)], 1, prompt_tokens)
-        write = turn.measure("decode", [turn.prompt(8)], tokens, tokens)
-        turn.finish(read | write, prompt_tokens=prompt_tokens, tokens=tokens)
+    with open_session(options, streams=1, capacity=max(tokens + 8, prompt_tokens), shortlist=shortlist or 0) as session:
+        prefill_result = session.measure("prefill", [session.random_prompt(prompt_tokens)], 1, prompt_tokens)
+        decode_result = session.measure("decode", [session.random_prompt(8)], tokens, tokens)
+        session.print_summary(prefill_result | decode_result, prompt_tokens=prompt_tokens, tokens=tokens)
 
 
-@bench.command(context_settings=SETTINGS)
-@model_or_random
+@bench.command(context_settings=CONTEXT_SETTINGS)
+@model_options
 @click.option("--streams", type=click.IntRange(min=1), default=32, show_default=True, help="Written at once.")
 @click.option("--tokens", type=click.IntRange(min=2), default=64, show_default=True, help="To write in each stream.")
 def batch(streams: int, tokens: int, **options: Any) -> None:
     """Many streams at once, each after 8 tokens of its own; tokens of all streams count."""
-    with contest(options, streams=streams, room=tokens + 8) as turn:
-        prompts = [turn.prompt(8) for _ in range(streams)]
-        turn.finish(turn.measure("batch", prompts, tokens, tokens * streams), streams=streams, tokens=tokens)
+    with open_session(options, streams=streams, capacity=tokens + 8) as session:
+        prompts = [session.random_prompt(8) for _ in range(streams)]
+        session.print_summary(
+            session.measure("batch", prompts, tokens, tokens * streams), streams=streams, tokens=tokens
+        )
 
 
-@bench.command(context_settings=SETTINGS)
-@shared
-def startup(model: Path | None, peers: bool, only: list[Who], runs: int, threads: int | None, as_json: bool) -> None:
+@bench.command(context_settings=CONTEXT_SETTINGS)
+@common_options
+def startup(
+    model: Path | None, peers: bool, only: list[Competitor], runs: int, threads: int | None, as_json: bool
+) -> None:
     """Whole processes from their start to their end, with one token written: `tinystories generate` against others.
 
     MODEL must be given here. Ours reads a text and writes one; the others are only given the ids.
@@ -121,74 +125,92 @@ def startup(model: Path | None, peers: bool, only: list[Who], runs: int, threads
     with tempfile.TemporaryDirectory(prefix="tinystories-bench-") as name:
         folder = Path(name)
         link_weights(files.weights_path, folder)
-        chosen = ready(folder, files.config, peers, only)
-        commands = {label(*who): process_of(who, model, folder, threads) for who in chosen}
+        selected = prepare_competitors(folder, files.config, peers, only)
+        commands = {
+            format_label(*competitor): startup_command(competitor, model, folder, threads) for competitor in selected
+        }
         seconds: dict[str, list[float]] = {name: [] for name in commands}
         for i in range(runs + 1):
-            tell(f"round {i} of {runs}" if i else "warming up")
+            print_progress(f"round {i} of {runs}" if i else "warming up")
             for name, (command, stdin) in commands.items():
-                began = time.perf_counter()
-                done = subprocess.run(command, input=stdin, capture_output=True, text=True, check=False)
-                if done.returncode:
-                    raise UserError(f"{name} stopped: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}")
+                started_at = time.perf_counter()
+                completed = subprocess.run(command, input=stdin, capture_output=True, text=True, check=False)
+                if completed.returncode:
+                    raise UserError(
+                        f"{name} stopped: {(completed.stderr.strip().splitlines() or ['no reason given'])[-1]}"
+                    )
                 if i:
-                    seconds[name].append(time.perf_counter() - began)
-        medians = {name: statistics.median(taken) for name, taken in seconds.items()}
+                    seconds[name].append(time.perf_counter() - started_at)
+        medians = {name: statistics.median(timings) for name, timings in seconds.items()}
         table = Table("whole process, one token", "seconds", "min", "max", "over the first")
-        first = next(iter(seconds.values()))
+        baseline = next(iter(seconds.values()))
         for name, taken in seconds.items():
-            ratio = statistics.median(a / b for a, b in zip(taken, first, strict=True))
+            ratio = statistics.median(a / b for a, b in zip(taken, baseline, strict=True))
             table.add_row(name, *(f"{x:.2f}" for x in (medians[name], min(taken), max(taken), ratio)))
-        show(table)
+        print_table(table)
         if as_json:
-            click.echo(json.dumps({"benchmark": "startup", "seconds": medians, "runs": seconds, **machine(chosen)}))
+            click.echo(
+                json.dumps({"benchmark": "startup", "seconds": medians, "runs": seconds, **describe_machine(selected)})
+            )
 
 
-def process_of(who: Who, model: Path, folder: Path, threads: int | None) -> tuple[list[str], str]:
+def startup_command(competitor: Competitor, model: Path, folder: Path, threads: int | None) -> tuple[list[str], str]:
     """Command and input of a process that writes one token."""
-    name, precision = who
+    name, precision = competitor
     if name in ("tinystories", "torch"):
         command = [sys.executable, "-m", "tinystories", "generate", str(model), "--max-tokens", "1", "--precision"]
         command += [precision, "--engine", "torch" if name == "torch" else "cpu", "--prompt", "Once"]
         return command + (["--threads", str(threads)] if threads and name == "tinystories" else []), ""
-    from tinystories.interop.peers import Room
+    from tinystories.interop.bench_competitors import Workload
 
-    room = json.dumps(dataclasses.asdict(Room(threads=threads or cores(), streams=1, tokens=16)))
+    workload = json.dumps(dataclasses.asdict(Workload(threads=threads or count_cores(), streams=1, tokens=16)))
     request = json.dumps({"prompts": [[1]], "tokens": 1}) + "\n"
-    return [sys.executable, "-m", "tinystories.interop.peers", name, precision, str(folder), room], request
+    return [
+        sys.executable,
+        "-m",
+        "tinystories.interop.bench_competitors",
+        name,
+        precision,
+        str(folder),
+        workload,
+    ], request
 
 
 @contextlib.contextmanager
-def contest(options: dict[str, Any], *, streams: int, room: int, shortlist: int = 0) -> Iterator["Contest"]:
+def open_session(
+    options: dict[str, Any], *, streams: int, capacity: int, shortlist: int = 0
+) -> Iterator["BenchSession"]:
     """The contestants over MODEL or random weights, ready in their processes; ended with the block.
 
     With `shortlist` ours takes part a second time, with a head of so many rows.
     """
-    from tinystories.interop.contest import Contestant
-    from tinystories.interop.peers import Room
+    from tinystories.interop.bench_competitors import Workload
+    from tinystories.interop.bench_runner import BenchProcess
 
     with tempfile.TemporaryDirectory(prefix="tinystories-bench-") as name:
         folder = Path(name)
-        config = weights_for(folder, options)
-        if room > config.n_ctx:
-            raise UserError(f"{room} tokens do not fit the model's context of {config.n_ctx}; ask for fewer")
+        config = prepare_weights(folder, options)
+        if capacity > config.n_ctx:
+            raise UserError(f"{capacity} tokens do not fit the model's context of {config.n_ctx}; ask for fewer")
         if shortlist >= config.vocab_size:
             raise UserError(f"a shortlist of {shortlist:,} ids is not shorter than the vocabulary")
-        chosen = ready(folder, config, options["peers"], options["only"])
-        if shortlist and all(name != "tinystories" for name, _ in chosen):
+        selected = prepare_competitors(folder, config, options["peers"], options["only"])
+        if shortlist and all(name != "tinystories" for name, _ in selected):
             raise UserError("--shortlist is of tinystories, which --only leaves out")
-        place = Room(threads=options["threads"] or cores(), streams=streams, tokens=room)
+        workload = Workload(threads=options["threads"] or count_cores(), streams=streams, tokens=capacity)
         with contextlib.ExitStack() as stack:
-            contestants = []
-            for who in chosen:
-                tell(f"starting {label(*who)}")
-                for rows in (0, shortlist) if shortlist and who[0] == "tinystories" else (0,):
-                    contestants.append(Contestant(*who, folder, dataclasses.replace(place, shortlist=rows)))
-                    stack.callback(contestants[-1].close)
-            yield Contest(config, contestants, options, place.threads)
+            processes = []
+            for competitor in selected:
+                print_progress(f"starting {format_label(*competitor)}")
+                for shortlist_size in (0, shortlist) if shortlist and competitor[0] == "tinystories" else (0,):
+                    processes.append(
+                        BenchProcess(*competitor, folder, dataclasses.replace(workload, shortlist=shortlist_size))
+                    )
+                    stack.callback(processes[-1].close)
+            yield BenchSession(config, processes, options, workload.threads)
 
 
-def weights_for(folder: Path, options: dict[str, Any]) -> ModelConfig:
+def prepare_weights(folder: Path, options: dict[str, Any]) -> ModelConfig:
     """Puts weights into the folder: MODEL's, or random ones of a preset."""
     model, preset = options["model"], options["preset"]
     if model is not None:
@@ -199,124 +221,136 @@ def weights_for(folder: Path, options: dict[str, Any]) -> ModelConfig:
         files = read_model(model)
         link_weights(files.weights_path, folder)
         return files.config
-    from tinystories.interop.peers import WEIGHTS
-    from tinystories.interop.random_weights import save_random
+    from tinystories.interop.bench_competitors import WEIGHTS_FILE
+    from tinystories.interop.random_weights import write_random_weights
 
-    shape = load_config(preset or DEFAULT_PRESET).model
-    config = dataclasses.replace(shape, vocab_size=options["vocab"], dropout=0.0)
-    tell(f"random weights of {preset or DEFAULT_PRESET}: {config.n_params:,} parameters")
-    save_random(config, folder / WEIGHTS)
+    preset_config = load_config(preset or DEFAULT_PRESET).model
+    config = dataclasses.replace(preset_config, vocab_size=options["vocab"], dropout=0.0)
+    print_progress(f"random weights of {preset or DEFAULT_PRESET}: {config.n_params:,} parameters")
+    write_random_weights(config, folder / WEIGHTS_FILE)
     return config
 
 
 def link_weights(weights: Path, folder: Path) -> None:
-    from tinystories.interop.peers import WEIGHTS
+    from tinystories.interop.bench_competitors import WEIGHTS_FILE
 
-    (folder / WEIGHTS).symlink_to(weights.resolve())
+    (folder / WEIGHTS_FILE).symlink_to(weights.resolve())
 
 
-def ready(folder: Path, config: ModelConfig, peers: bool, only: list[Who]) -> list[Who]:
+def prepare_competitors(folder: Path, config: ModelConfig, peers: bool, only: list[Competitor]) -> list[Competitor]:
     """(name, precision) of all that take part, their files made."""
-    from tinystories.interop import peers as programs
+    from tinystories.interop import bench_competitors as programs
 
-    programs.describe(folder, config)
-    wanted = only or [(n, p) for n in programs.PRECISIONS for p in programs.PRECISIONS[n]]
-    chosen = [who for who in wanted if only or peers or who[0] == "tinystories"]
-    for name in dict.fromkeys(name for name, _ in chosen):
-        if reason := programs.why_not(name, config):
+    programs.write_shape_file(folder, config)
+    candidates = only or [(n, p) for n in programs.PRECISIONS for p in programs.PRECISIONS[n]]
+    selected = [competitor for competitor in candidates if only or peers or competitor[0] == "tinystories"]
+    for name in dict.fromkeys(name for name, _ in selected):
+        if reason := programs.unavailable_reason(name, config):
             if only:
                 raise UserError(f"{name} {reason}")
-            tell(f"without {name}: it {reason}")
-            chosen = [who for who in chosen if who[0] != name]
-    for name, precision in chosen:
-        tell(f"making the files of {label(name, precision)}")
-        programs.build(folder, name, precision)
-    return chosen
+            print_progress(f"without {name}: it {reason}")
+            selected = [who for who in selected if who[0] != name]
+    for name, precision in selected:
+        print_progress(f"making the files of {format_label(name, precision)}")
+        programs.prepare_files(folder, name, precision)
+    return selected
 
 
-def label(name: str, precision: str) -> str:
+def format_label(name: str, precision: str) -> str:
     return f"{name} {precision}"
 
 
-class Contest:
+class BenchSession:
     """What the commands do with contestants that are ready."""
 
-    def __init__(self, config: ModelConfig, contestants: Sequence[Any], options: dict[str, Any], threads: int) -> None:
+    def __init__(self, config: ModelConfig, processes: Sequence[Any], options: dict[str, Any], threads: int) -> None:
         import numpy as np
 
-        self.config, self.contestants, self.options, self.threads = config, contestants, options, threads
-        self.random = np.random.default_rng(0)
+        self.config, self.processes, self.options, self.threads = config, processes, options, threads
+        self.rng = np.random.default_rng(0)
 
-    def prompt(self, n: int) -> list[int]:
-        ids: list[int] = self.random.integers(self.config.vocab_size, size=n).tolist()
+    def random_prompt(self, n: int) -> list[int]:
+        ids: list[int] = self.rng.integers(self.config.vocab_size, size=n).tolist()
         return ids
 
-    def measure(self, task: str, prompts: list[list[int]], tokens: int, counted: int) -> dict[str, Any]:
+    def measure(self, task: str, prompts: list[list[int]], tokens: int, counted_tokens: int) -> dict[str, Any]:
         """Runs and shows one task; what the JSON says of it, under the task's name."""
         from rich.table import Table
 
-        from tinystories.interop.contest import agreement, pairs, rounds
+        from tinystories.interop.bench_runner import matching_prefix, run_rounds, speed_ratios
 
-        scores = rounds(
-            self.contestants,
+        measurements = run_rounds(
+            self.processes,
             prompts,
             tokens,
             self.options["runs"],
-            counted=counted,
-            tell=lambda text: tell(f"{task}: {text}"),
+            counted_tokens=counted_tokens,
+            report=lambda text: print_progress(f"{task}: {text}"),
         )
         table = Table(task, "tokens/s", "min", "max", "peak MB", "same ids")
         for column in table.columns[1:]:
             column.justify = "right"
-        same = {}
-        for score in scores:
-            same[score.label] = agreement(score, scores[0]) / (tokens * len(prompts))
-            peak = f"{score.peak_mb:,.0f}" if score.peak_mb else "?"
-            rates = (f"{rate:,.1f}" for rate in (score.median, min(score.rates), max(score.rates)))
-            table.add_row(score.label, *rates, peak, f"{same[score.label]:.0%}")
-        show(table)
-        ratios = pairs(scores)
+        matching = {}
+        for measurement in measurements:
+            matching[measurement.label] = matching_prefix(measurement, measurements[0]) / (tokens * len(prompts))
+            peak = f"{measurement.peak_mb:,.0f}" if measurement.peak_mb else "?"
+            rates = (f"{rate:,.1f}" for rate in (measurement.median, min(measurement.rates), max(measurement.rates)))
+            table.add_row(measurement.label, *rates, peak, f"{matching[measurement.label]:.0%}")
+        print_table(table)
+        ratios = speed_ratios(measurements)
         for name, ratio in ratios.items():
             click.echo(f"  {name}: {ratio:.2f}")
-        medians = {s.label: round(s.median, 2) for s in scores}
-        runs = {s.label: [round(rate, 2) for rate in s.rates] for s in scores}
-        peaks = {s.label: s.peak_mb for s in scores}
+        medians = {s.label: round(s.median, 2) for s in measurements}
+        runs = {s.label: [round(rate, 2) for rate in s.rates] for s in measurements}
+        peaks = {s.label: s.peak_mb for s in measurements}
         ratios = {name: round(ratio, 3) for name, ratio in ratios.items()}
-        found = {"tokens_per_s": medians, "ratios": ratios, "peak_mb": peaks, "same_ids": same, "runs": runs}
-        return {task: found}
+        result = {"tokens_per_s": medians, "ratios": ratios, "peak_mb": peaks, "same_ids": matching, "runs": runs}
+        return {task: result}
 
-    def finish(self, found: dict[str, Any], **task: int) -> None:
+    def print_summary(self, results: dict[str, Any], **task: int) -> None:
         click.echo('"same ids": up to the first that differs from the first row\'s; the likeliest id each time')
         if self.options["as_json"]:
-            who = [(c.name, c.precision) for c in self.contestants]
+            competitors = [(c.name, c.precision) for c in self.processes]
             model = str(self.options["model"] or self.options["preset"] or DEFAULT_PRESET)
             facts = {"model": model, "parameters": self.config.n_params, "threads": self.threads, **task}
             click.echo(
-                json.dumps({"benchmark": click.get_current_context().info_name, **facts, **found, **machine(who)})
+                json.dumps(
+                    {
+                        "benchmark": click.get_current_context().info_name,
+                        **facts,
+                        **results,
+                        **describe_machine(competitors),
+                    }
+                )
             )
 
 
-def machine(who: Sequence[Who]) -> dict[str, Any]:
+def describe_machine(competitors: Sequence[Competitor]) -> dict[str, Any]:
     """What the numbers belong to."""
     import platform
 
-    from tinystories.interop.peers import version
+    from tinystories.interop.bench_competitors import package_version
 
-    versions = {name: version(name) for name in dict.fromkeys(name for name, _ in who)}
-    return {"versions": versions, "python": platform.python_version(), "machine": platform.machine(), "cores": cores()}
+    versions = {name: package_version(name) for name in dict.fromkeys(name for name, _ in competitors)}
+    return {
+        "versions": versions,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cores": count_cores(),
+    }
 
 
-def cores() -> int:
-    from tinystories.engine.cpu.team import physical_cores
+def count_cores() -> int:
+    from tinystories.engine.cpu.thread_pool import count_physical_cores
 
-    return physical_cores()
+    return count_physical_cores()
 
 
-def show(table: Any) -> None:
+def print_table(table: Any) -> None:
     from rich.console import Console
 
     Console().print(table)
 
 
-def tell(text: str) -> None:
+def print_progress(text: str) -> None:
     click.echo(text, err=True)

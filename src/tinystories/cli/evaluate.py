@@ -10,9 +10,9 @@ from typing import Any
 
 import click
 
-from tinystories.cli.command import (
-    PRECISIONS,
-    SETTINGS,
+from tinystories.cli.common import (
+    CONTEXT_SETTINGS,
+    PRECISION_CHOICES,
     device_option,
     engine_option,
     errors_option,
@@ -22,7 +22,7 @@ from tinystories.cli.command import (
 )
 
 
-@click.command("eval", context_settings=SETTINGS)
+@click.command("eval", context_settings=CONTEXT_SETTINGS)
 @model_argument(bundled=True)
 @click.option(
     "--data", required=True, help="Story file, folder, named source, or a folder made by `tinystories prepare`."
@@ -41,7 +41,7 @@ from tinystories.cli.command import (
 @device_option
 @click.option(
     "--precision",
-    type=click.Choice(PRECISIONS),
+    type=click.Choice(PRECISION_CHOICES),
     default="auto",
     show_default=True,
     help="Of the weights. auto: fp32, as they were trained (torch on CUDA: bf16). Only cpu has int8 and int4.",
@@ -65,17 +65,17 @@ def evaluate(
     Each story stands on its own after <|endoftext|>; its closing <|endoftext|> counts. Lower is better. The engine is
     torch where it is installed, else cpu in fp32; --precision int8 or int4 measures what the CPU engine's weights cost.
     """
-    from tinystories.engine.choice import PACKED
+    from tinystories.engine.select import QUANTIZED_PRECISIONS
     from tinystories.evaluate.report import evaluate_model
     from tinystories.generate.storyteller import Storyteller
 
     if engine == "auto":
-        engine = "torch" if importlib.util.find_spec("torch") and precision not in PACKED else "cpu"
+        engine = "torch" if importlib.util.find_spec("torch") and precision not in QUANTIZED_PRECISIONS else "cpu"
     if engine == "cpu" and precision == "auto":
         precision = "fp32"  # a score is of the weights as they were trained
-    teller = Storyteller.load(model, engine=engine, device=device, precision=precision, threads=threads)
-    with counting("stories scored") as progress:
-        report = evaluate_model(teller, data, text_field=text_field, errors=errors, limit=limit, progress=progress)
+    storyteller = Storyteller.load(model, engine=engine, device=device, precision=precision, threads=threads)
+    with show_progress("stories scored") as progress:
+        report = evaluate_model(storyteller, data, text_field=text_field, errors=errors, limit=limit, progress=progress)
     low, high = report.interval
     click.echo(f"{report.bits_per_byte:.4f} bits per byte (95 % interval {low:.4f} to {high:.4f} over the stories)")
     click.echo(
@@ -87,10 +87,10 @@ def evaluate(
 
 
 @contextlib.contextmanager
-def counting(what: str) -> Iterator[Callable[[int], None]]:
+def show_progress(label: str) -> Iterator[Callable[[int], None]]:
     """A live count on standard error, where that is a terminal."""
     from rich.console import Console
 
     console = Console(stderr=True)
-    with console.status(f"0 {what}") if console.is_terminal else contextlib.nullcontext() as status:
-        yield lambda n: status.update(f"{n:,} {what}") if status else None
+    with console.status(f"0 {label}") if console.is_terminal else contextlib.nullcontext() as status:
+        yield lambda n: status.update(f"{n:,} {label}") if status else None

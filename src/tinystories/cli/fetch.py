@@ -5,11 +5,11 @@ from pathlib import Path
 
 import click
 
-from tinystories.cli.command import SETTINGS
+from tinystories.cli.common import CONTEXT_SETTINGS
 from tinystories.errors import UserError
 
 
-@click.command(context_settings=SETTINGS)
+@click.command(context_settings=CONTEXT_SETTINGS)
 @click.argument("name", required=False)
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Where it goes.  [default: models/NAME]")
 def fetch(name: str | None, out: Path | None) -> None:
@@ -19,15 +19,15 @@ def fetch(name: str | None, out: Path | None) -> None:
     """
     from tinystories.interop import published
 
-    known = published.table()
+    entries = published.read_registry()
     if name is None:
-        for each, entry in known.items():
-            click.echo(f"{each:16}  {entry['text']} (hf:{entry['repository']})")
-        if not known:
+        for key, entry in entries.items():
+            click.echo(f"{key:16}  {entry['text']} (hf:{entry['repository']})")
+        if not entries:
             click.echo("nothing has been published yet")
         return
     out = out or Path("models") / name
     if out.exists():
         raise UserError(f"{out} exists; choose another --out")
-    published.fetch(name, out, known)
+    published.fetch(name, out, entries)
     click.echo(f'{out}; next: tinystories generate {shlex.quote(str(out))} --prompt "Once upon a time"')

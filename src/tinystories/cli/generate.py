@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tinystories.cli.command import (
-    SETTINGS,
+from tinystories.cli.common import (
+    CONTEXT_SETTINGS,
     device_option,
     engine_option,
     model_argument,
@@ -19,11 +19,11 @@ from tinystories.cli.command import (
 )
 
 if TYPE_CHECKING:
-    from tinystories.generate.stories import Request
+    from tinystories.generate.batching import Request
     from tinystories.generate.storyteller import Storyteller
 
 
-@click.command(context_settings=SETTINGS)
+@click.command(context_settings=CONTEXT_SETTINGS)
 @model_argument(bundled=True)
 @click.option("--prompt", default="", help="How the story begins.  [default: the model begins]")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=400, show_default=True, help="Longest continuation.")
@@ -68,7 +68,7 @@ def generate(
 
     if prompt.endswith(" "):
         click.echo("note: the prompt ends in a space, which belongs to the next word: better without", err=True)
-    teller = Storyteller.load(
+    storyteller = Storyteller.load(
         model,
         engine=engine,
         device=device,
@@ -77,50 +77,50 @@ def generate(
         threads=threads,
         shortlist=shortlist,
     )
-    request = teller.request(
+    request = storyteller.build_request(
         prompt,
         {"max_tokens": max_tokens, "seed": seed, "stop": stop, "ignore_end": ignore_end, **sampling},  # type: ignore[typeddict-item]
     )
-    tell(teller, request, num, stream=stream, out=out)
+    print_stories(storyteller, request, num, stream=stream, out=out)
 
 
-def tell(teller: "Storyteller", request: "Request", num: int, *, stream: bool, out: Path | None) -> None:
+def print_stories(storyteller: "Storyteller", request: "Request", num: int, *, stream: bool, out: Path | None) -> None:
     """Write stories to standard output and, where asked, to a file; says how fast on standard error."""
     from tinystories.generate import output
-    from tinystories.generate.stories import Story
-    from tinystories.generate.stories import stream as events_of
+    from tinystories.generate.batching import Story
+    from tinystories.generate.batching import stream_all as events_of
 
-    done: list[Story] = []
+    stories: list[Story] = []
     with contextlib.ExitStack() as stack:
-        file = stack.enter_context(output.StoryFile(out)) if out else None
+        file = stack.enter_context(output.StoryWriter(out)) if out else None
 
-        def told(story: Story) -> None:
+        def on_story(story: Story) -> None:
             if file:
                 file.write(story)
             if not stream:
                 click.echo(story.text, nl=False)
-            done.append(story)
-            begin(len(done))
+            stories.append(story)
+            print_prompt(len(stories))
 
-        def begin(number: int) -> None:
+        def print_prompt(number: int) -> None:
             if number < num:
-                click.echo((output.RULE if number else "") + (request.prompt if stream else ""), nl=False)
+                click.echo((output.STORY_SEPARATOR if number else "") + (request.prompt if stream else ""), nl=False)
 
-        began = time.perf_counter()
+        started_at = time.perf_counter()
         requests = (dataclasses.replace(request, number=number) for number in range(num))
-        events = stack.enter_context(contextlib.closing(events_of(teller.engine, teller.tokenizer, requests)))
-        begin(0)
+        events = stack.enter_context(contextlib.closing(events_of(storyteller.engine, storyteller.tokenizer, requests)))
+        print_prompt(0)
         try:
-            for piece in output.in_order(events, told):
+            for piece in output.reorder(events, on_story):
                 if stream:
                     click.echo(piece, nl=False)
         finally:
             click.echo()
-    tokens, seconds = sum(story.n_generated for story in done), time.perf_counter() - began
+    tokens, seconds = sum(story.n_generated for story in stories), time.perf_counter() - started_at
     reasons = {"end": "ended by itself", "stop": "stopped at --stop", "length": "cut at --max-tokens"}
-    how = (
-        reasons[done[0].stop_reason]
+    summary = (
+        reasons[stories[0].stop_reason]
         if num == 1
-        else f"{sum(s.stop_reason == 'end' for s in done)} of {num} ended by themselves"
+        else f"{sum(s.stop_reason == 'end' for s in stories)} of {num} ended by themselves"
     )
-    click.echo(f"[{tokens} tokens, {tokens / seconds:.0f} tokens/s, seed {request.seed}; {how}]", err=True)
+    click.echo(f"[{tokens} tokens, {tokens / seconds:.0f} tokens/s, seed {request.seed}; {summary}]", err=True)

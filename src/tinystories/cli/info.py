@@ -8,16 +8,16 @@ from typing import Any
 
 import click
 
-from tinystories.cli.command import SETTINGS, json_option
+from tinystories.cli.common import CONTEXT_SETTINGS, json_option
 from tinystories.config import PRESETS, Config, load_config
 from tinystories.errors import UserError
-from tinystories.train.rates import settled
+from tinystories.train.learning_rate import resolve_auto_rates
 
-CARD = "README.md"
+CARD_FILE = "README.md"
 FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)  # what the Hub reads of a card
 
 
-@click.command(context_settings=SETTINGS)
+@click.command(context_settings=CONTEXT_SETTINGS)
 @click.argument("path", required=False)
 @click.option("--config", "config_file", help=f"TOML file, or a preset: {', '.join(PRESETS)}.")
 @click.option("--card", "as_card", is_flag=True, help="Print a model card (README.md) for the model's page on the Hub.")
@@ -35,11 +35,11 @@ def info(path: str | None, config_file: str | None, as_card: bool, as_json: bool
     if config_file is not None:
         facts, folder = describe_config(load_config(config_file)), None
     else:
-        from tinystories.interop.hub import model_folder
+        from tinystories.interop.hub import resolve_model_folder
 
-        folder = model_folder(path)
+        folder = resolve_model_folder(path)
         if as_card:
-            click.echo(card_of(folder), nl=False)
+            click.echo(read_or_make_card(folder), nl=False)
             return
         facts = describe_path(folder)
     if as_json:
@@ -47,49 +47,51 @@ def info(path: str | None, config_file: str | None, as_card: bool, as_json: bool
         return
     for name, value in facts.items():
         for line, (key, item) in enumerate(value.items() if isinstance(value, dict) else [("", value)]):
-            click.echo(f"{name if line == 0 else '':16}  {key + ' ' if key else ''}{shown(item)}")
-    if folder is not None and (folder / CARD).is_file():
-        click.echo("\n" + FRONT_MATTER.sub("", card_of(folder)), nl=False)
+            click.echo(f"{name if line == 0 else '':16}  {key + ' ' if key else ''}{format_fact(item)}")
+    if folder is not None and (folder / CARD_FILE).is_file():
+        click.echo("\n" + FRONT_MATTER.sub("", read_or_make_card(folder)), nl=False)
 
 
-def shown(value: object) -> str:
+def format_fact(value: object) -> str:
     """A fact as people read it."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, dict):
-        return ", ".join(f"{name} {shown(item)}" for name, item in value.items())
+        return ", ".join(f"{name} {format_fact(item)}" for name, item in value.items())
     if isinstance(value, list | tuple):
-        return "; ".join(map(shown, value))
+        return "; ".join(map(format_fact, value))
     return str(value) if value != "" else "-"
 
 
-def card_of(folder: Path) -> str:
+def read_or_make_card(folder: Path) -> str:
     """The model card that lies in a model directory, or one made of what config.json says."""
-    from tinystories.interop.card import card
-    from tinystories.interop.portable import Portable
+    from tinystories.interop.model_bundle import ModelBundle
+    from tinystories.interop.model_card import build_model_card
 
-    path = folder / CARD
-    return path.read_text(encoding="utf-8") if path.is_file() else card(Portable.read(folder))
+    path = folder / CARD_FILE
+    return path.read_text(encoding="utf-8") if path.is_file() else build_model_card(ModelBundle.read(folder))
 
 
 def describe_config(config: Config) -> dict[str, Any]:
     tokens = config.train.steps * config.train.batch_size * config.model.n_ctx
     facts: dict[str, Any] = {"parameters": config.model.n_params, "training_tokens": tokens}
     if config.model.vocab_size == 0:
-        vocab = int(config.data.tokenizer.removeprefix("bpe:")) if config.data.tokenizer.startswith("bpe:") else 50257
-        sized = dataclasses.replace(config.model, vocab_size=vocab)
-        facts["parameters"] = sized.n_params
-        facts["vocabulary"] = f"{vocab} (that of data.tokenizer={config.data.tokenizer}; the data decides)"
-    optim = settled(config).optim
+        vocab_size = (
+            int(config.data.tokenizer.removeprefix("bpe:")) if config.data.tokenizer.startswith("bpe:") else 50257
+        )
+        sized_model = dataclasses.replace(config.model, vocab_size=vocab_size)
+        facts["parameters"] = sized_model.n_params
+        facts["vocabulary"] = f"{vocab_size} (that of data.tokenizer={config.data.tokenizer}; the data decides)"
+    optim = resolve_auto_rates(config).optim
     facts["peak_rates"] = {"learning_rate": optim.learning_rate, "muon_rate": optim.muon_rate}
     return facts | dataclasses.asdict(config)
 
 
 def describe_path(path: Path) -> dict[str, Any]:
     from tinystories import checkpoint
-    from tinystories.data.prepared import read_meta
+    from tinystories.data.dataset import read_meta
 
     if not checkpoint.is_model(path) and (path / "meta.json").is_file():
         return dataclasses.asdict(read_meta(path))

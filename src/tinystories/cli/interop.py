@@ -5,14 +5,14 @@ from pathlib import Path
 
 import click
 
-from tinystories.cli.command import SETTINGS, model_argument
+from tinystories.cli.common import CONTEXT_SETTINGS, model_argument
 
 force_option = click.option(
     "--force", is_flag=True, help="Replace what is there: a file, or a directory of an earlier export or import."
 )
 
 
-@click.command(context_settings=SETTINGS)
+@click.command(context_settings=CONTEXT_SETTINGS)
 @model_argument(bundled=True)
 @click.option(
     "--format",
@@ -40,20 +40,20 @@ def export(model: Path, name: str, out: Path, precision: str, force: bool) -> No
       tinystories export runs/small --format hf --out stories-hf
     """
     from tinystories.interop.exports import FORMATS, export
-    from tinystories.interop.portable import Portable
+    from tinystories.interop.model_bundle import ModelBundle
 
-    done = export(Portable.read(model), name, out, precision=precision, force=force)
-    for path in done.paths:
+    result = export(ModelBundle.read(model), name, out, precision=precision, force=force)
+    for path in result.paths:
         files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
         click.echo(f"{path}: {sum(file.stat().st_size for file in files) / 1e6:,.1f} MB")
     click.echo(
-        f"read back: over {done.n_ids} ids of a story, logits differ by at most {done.largest:.2g}"
-        f" (divergence {done.divergence:.2g} nats)"
+        f"read back: over {result.n_ids} ids of a story, logits differ by at most {result.max_difference:.2g}"
+        f" (divergence {result.kl_divergence:.2g} nats)"
     )
-    click.echo(FORMATS[name].hint(out))
+    click.echo(FORMATS[name].next_steps(out))
 
 
-@click.command("import", context_settings=SETTINGS)
+@click.command("import", context_settings=CONTEXT_SETTINGS)
 @click.argument("source")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Model directory to write.")
 @click.option(
@@ -72,9 +72,9 @@ def import_(source: str, out: Path, tokenizer: Path | None, force: bool) -> None
       tinystories import stories15M.bin --tokenizer tokenizer.bin --out models/15m
       tinystories import hf:roneneldan/TinyStories-33M --out models/paper
     """
-    from tinystories.interop.imports import convert
+    from tinystories.interop.imports import import_to_directory
 
-    config = convert(source, out, tokenizer, force=force).config
+    config = import_to_directory(source, out, tokenizer, force=force).config
     click.echo(
         f"{out}: {config.architecture}, {config.n_params:,} parameters, {config.n_layer} layers x {config.n_embd},"
         f" context {config.n_ctx}, {config.vocab_size:,} ids"
@@ -82,7 +82,7 @@ def import_(source: str, out: Path, tokenizer: Path | None, force: bool) -> None
     click.echo(f'next: tinystories generate {shlex.quote(str(out))} --prompt "Once upon a time"')
 
 
-@click.command(context_settings=SETTINGS)
+@click.command(context_settings=CONTEXT_SETTINGS)
 @model_argument()
 @click.argument("repository", metavar="OWNER/NAME")
 @click.option("--private/--public", default=True, show_default=True, help="Who may see a repository that is new.")
@@ -104,11 +104,11 @@ def push(model: Path, repository: str, private: bool, message: str, license: str
     """
     from tinystories.interop import hub
 
-    hub.require_pushable(repository)
-    files = hub.contents(model, repository, license)
+    hub.check_pushable(repository)
+    files = hub.collect_files(model, repository, license)
     for name, file in files.items():
         size = len(file) if isinstance(file, bytes) else file.stat().st_size
         click.echo(f"{name}: {size / 1e6:,.3f} MB")
-    address = hub.push(files, repository, private=private, message=message)
-    click.echo(f"pushed: {address}")
+    url = hub.push(files, repository, private=private, message=message)
+    click.echo(f"pushed: {url}")
     click.echo(f'next: tinystories generate hf:{repository} --prompt "Once upon a time"')

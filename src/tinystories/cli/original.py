@@ -5,19 +5,19 @@ from pathlib import Path
 
 import click
 
-from tinystories.cli.command import SETTINGS
-from tinystories.cli.generate import tell
-from tinystories.cli.train import dotted_overrides, ensure_prepared, train_run
+from tinystories.cli.common import CONTEXT_SETTINGS
+from tinystories.cli.generate import print_stories
+from tinystories.cli.train import ensure_prepared, parse_overrides, run_training
 from tinystories.config import PRESETS, Config, load_config
 
-DAY = 24 * 3600
-DEFAULT = "seed-89m"
-RUN = Path("runs") / DEFAULT
+SECONDS_PER_DAY = 24 * 3600
+DEFAULT_PRESET = "seed-89m"
+RUN = Path("runs") / DEFAULT_PRESET
 
 
-@click.command(context_settings=SETTINGS | {"ignore_unknown_options": True, "allow_extra_args": True})
+@click.command(context_settings=CONTEXT_SETTINGS | {"ignore_unknown_options": True, "allow_extra_args": True})
 @click.option(
-    "--config", "config_file", default=DEFAULT, show_default=True, help=f"TOML file, or: {', '.join(PRESETS)}."
+    "--config", "config_file", default=DEFAULT_PRESET, show_default=True, help=f"TOML file, or: {', '.join(PRESETS)}."
 )
 @click.option(
     "--data", type=click.Path(path_type=Path), help="Prepared folder.  [default: the config's, made if absent]"
@@ -56,24 +56,24 @@ def gpt(
     changed as for `tinystories train`: --train.steps 500, --optim.learning_rate 1e-3, ... Run again after an
     interrupt, it goes on where it stopped; after the end of training, it only writes.
     """
-    from tinystories.generate.output import require_place
+    from tinystories.generate.output import check_output_path
 
-    require_place(text)
+    check_output_path(text)
     out = out or Path("runs") / Path(config_file).stem
-    config = load_config(config_file, dotted_overrides(context) | ({"data.dir": str(data)} if data else {}))
-    if not warn_of_long_run(config, out, ask=not yes):
+    config = load_config(config_file, parse_overrides(context) | ({"data.dir": str(data)} if data else {}))
+    if not confirm_long_run(config, out, ask=not yes):
         return 1
     if data is None:
         ensure_prepared(config)
-    code = train_run(config, out, resume=(out / "config.toml").exists())
-    return code or write(out, prompt=prompt, tokens=tokens, seed=seed, stream=True, text=text)
+    code = run_training(config, out, resume=(out / "config.toml").exists())
+    return code or write_tokens(out, prompt=prompt, tokens=tokens, seed=seed, stream=True, text=text)
 
 
-@click.command(context_settings=SETTINGS)
+@click.command(context_settings=CONTEXT_SETTINGS)
 @click.option(
     "--model",
     type=click.Path(path_type=Path),
-    default=Path("runs") / DEFAULT,
+    default=Path("runs") / DEFAULT_PRESET,
     show_default=True,
     help="Model directory.",
 )
@@ -85,14 +85,14 @@ def gpt(
 )
 def generate(model: Path, tokens: int, prompt: str, seed: int | None, text: Path | None) -> int:
     """Write 500 tokens with a trained model: one story after another, printed when all are there."""
-    return write(model, prompt=prompt, tokens=tokens, seed=seed, stream=False, text=text)
+    return write_tokens(model, prompt=prompt, tokens=tokens, seed=seed, stream=False, text=text)
 
 
-@click.command(context_settings=SETTINGS)
+@click.command(context_settings=CONTEXT_SETTINGS)
 @click.option(
     "--model",
     type=click.Path(path_type=Path),
-    default=Path("runs") / DEFAULT,
+    default=Path("runs") / DEFAULT_PRESET,
     show_default=True,
     help="Model directory.",
 )
@@ -101,31 +101,31 @@ def generate(model: Path, tokens: int, prompt: str, seed: int | None, text: Path
 @click.option("--seed", type=click.IntRange(min=0), help="Same seed, same text.  [default: a new one each time]")
 def sample(model: Path, tokens: int, prompt: str, seed: int | None) -> int:
     """Print tokens of a trained model as they are made."""
-    return write(model, prompt=prompt, tokens=tokens, seed=seed, stream=True, text=None)
+    return write_tokens(model, prompt=prompt, tokens=tokens, seed=seed, stream=True, text=None)
 
 
-def write(model: Path, *, prompt: str, tokens: int, seed: int | None, stream: bool, text: Path | None) -> int:
+def write_tokens(model: Path, *, prompt: str, tokens: int, seed: int | None, stream: bool, text: Path | None) -> int:
     """So many tokens, story after story."""
     from tinystories.generate.storyteller import Storyteller
 
-    teller = Storyteller.load(model, n_slots=1)
+    storyteller = Storyteller.load(model, n_slots=1)
     options = {"max_tokens": tokens, "ignore_end": True} | ({} if seed is None else {"seed": seed})
-    tell(teller, teller.request(prompt, options), 1, stream=stream, out=text)  # type: ignore[arg-type]
+    print_stories(storyteller, storyteller.build_request(prompt, options), 1, stream=stream, out=text)  # type: ignore[arg-type]
     return 0
 
 
-def warn_of_long_run(config: Config, out: Path, *, ask: bool) -> bool:
+def confirm_long_run(config: Config, out: Path, *, ask: bool) -> bool:
     """Say so where training would take more than a day; False if the user then declines."""
     from tinystories.cli.train import is_finished
     from tinystories.config import replace_vocab
-    from tinystories.engine.device import pick_device
-    from tinystories.train.estimate import train_seconds
+    from tinystories.engine.device import select_device
+    from tinystories.train.estimate import estimate_train_seconds
 
     if is_finished(out):
         return True
     vocab_size = config.model.vocab_size or 50257
-    device = pick_device(config.train.device)
-    days = train_seconds(replace_vocab(config, vocab_size, "the config"), device) / DAY
+    device = select_device(config.train.device)
+    days = estimate_train_seconds(replace_vocab(config, vocab_size, "the config"), device) / SECONDS_PER_DAY
     if days <= 1:
         return True
     click.echo(

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tinystories.cli.command import SETTINGS, model_argument, sampling_options
+from tinystories.cli.common import CONTEXT_SETTINGS, model_argument, sampling_options
 
 if TYPE_CHECKING:
     from tinystories.checkpoint import ModelFiles
 
 
-@click.command(context_settings=SETTINGS)
+@click.command(context_settings=CONTEXT_SETTINGS)
 @model_argument()
 @click.option(
     "--precision",
@@ -52,59 +52,63 @@ def pack(
     engine) computes the logits of these ids alone, and never writes another. `eval` always uses all ids.
     """
     from tinystories.checkpoint import read_model
-    from tinystories.engine.cpu.shipped import ship
-    from tinystories.engine.cpu.weights import Mapped, packed, packed_path
+    from tinystories.engine.cpu.int8_model import write_int8_model
+    from tinystories.engine.cpu.weights import SafetensorsFile, load_or_quantize, quantized_path
     from tinystories.errors import UserError
 
     if (shortlist is None) != (data is None):
         raise UserError("--shortlist N and --data DIR belong together")
-    settings = {name: value for name, value in sampling.items() if value is not None}
-    if settings and out is None:
-        raise UserError(f"--{next(iter(settings)).replace('_', '-')} is a default of the model that --out writes")
+    sampling_overrides = {name: value for name, value in sampling.items() if value is not None}
+    if sampling_overrides and out is None:
+        raise UserError(
+            f"--{next(iter(sampling_overrides)).replace('_', '-')} is a default of the model that --out writes"
+        )
     files = read_model(model, check_weights=False)
     if out is not None:
         if (precision, shortlist) != (("int8",), None):
             raise UserError("--out is for int8 and all ids: leave --precision and --shortlist out")
         if out.exists():
             raise UserError(f"{out} exists; choose another --out")
-        ship(files, out, dataclasses.replace(files.sampling, **settings))  # type: ignore[arg-type]
+        write_int8_model(files, out, dataclasses.replace(files.sampling, **sampling_overrides))  # type: ignore[arg-type]
         click.echo(f"{out}: {sum(file.stat().st_size for file in out.iterdir()) / 1e6:,.1f} MB")
         return
     if shortlist is not None and data is not None:
-        choose(files, shortlist, data)
+        create_shortlist(files, shortlist, data)
     for name in precision:
-        path = packed_path(files, name)  # type: ignore[arg-type]
-        if not isinstance(packed(files, name), Mapped):  # type: ignore[arg-type]
+        path = quantized_path(files, name)  # type: ignore[arg-type]
+        if not isinstance(load_or_quantize(files, name), SafetensorsFile):  # type: ignore[arg-type]
             raise UserError(f"{path} could not be written; the folder or the disk refuses it")
         sizes = path.stat().st_size / 1e6, 4 * files.config.n_params / 1e6
         click.echo(f"{path}: {sizes[0]:,.1f} MB ({sizes[1]:,.1f} MB in fp32)")
 
 
-def choose(files: "ModelFiles", n: int, data: Path) -> None:
+def create_shortlist(files: "ModelFiles", n: int, data: Path) -> None:
     """Write the shortlist of a model, and say what it costs."""
-    from tinystories.data.prepared import read_meta
-    from tinystories.engine.cpu.shortlist import left_out, most_frequent, write
+    from tinystories.data.dataset import read_meta
+    from tinystories.engine.cpu.shortlist import coverage_loss, most_frequent_ids, write_shortlist
 
-    ids, share = most_frequent(files, data, n)
-    lost = left_out(files, data, ids) if read_meta(data).splits["val"].stories else None
-    path = write(files, ids)
-    click.echo(f"{path}: {n:,} of {files.config.vocab_size:,} ids, {share:.2%} of the training tokens")
-    if lost:
-        click.echo(f"{lost[0]:.2%} of the validation tokens are others; {lost[1]:.1%} of the stories need one")
+    ids, coverage = most_frequent_ids(files, data, n)
+    uncovered = coverage_loss(files, data, ids) if read_meta(data).splits["val"].stories else None
+    path = write_shortlist(files, ids)
+    click.echo(f"{path}: {n:,} of {files.config.vocab_size:,} ids, {coverage:.2%} of the training tokens")
+    if uncovered:
+        click.echo(
+            f"{uncovered[0]:.2%} of the validation tokens are others; {uncovered[1]:.1%} of the stories need one"
+        )
 
 
-@click.command(context_settings=SETTINGS)
+@click.command(context_settings=CONTEXT_SETTINGS)
 def warmup() -> None:
     """Compile the CPU engine for this machine, so that the first story starts at once.
 
     Takes some seconds, once. The code is kept in the user's cache folder; the environment variable TINYSTORIES_CACHE
     names another.
     """
-    from tinystories.engine.cpu import native
+    from tinystories.engine.cpu import jit
     from tinystories.errors import UserError
 
-    native.load()
-    path = native.cached_path()
+    jit.load_forward()
+    path = jit.cache_path()
     if not path.exists():
         raise UserError(f"{path.parent} cannot be written: set TINYSTORIES_CACHE to a folder that can")
     click.echo(f"ready: {path}")

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tinystories.cli.command import SETTINGS, errors_option, json_option
+from tinystories.cli.common import CONTEXT_SETTINGS, errors_option, json_option
 
 if TYPE_CHECKING:
     from tinystories.data.prepare import PrepareReport
 
 
-@click.command(context_settings=SETTINGS)
+@click.command(context_settings=CONTEXT_SETTINGS)
 @click.argument("source", nargs=-1, required=True)
 @click.option(
     "--out", type=click.Path(path_type=Path), required=True, help="Folder to write; made whole or not at all."
@@ -71,13 +71,13 @@ def prepare(
     except KeyboardInterrupt:
         click.echo("stopped; the same command goes on where it was", err=True)
         return 130
-    print_prepared(report)
+    print_prepare_report(report)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(report), default=str))
     return 0
 
 
-def print_prepared(report: "PrepareReport") -> None:
+def print_prepare_report(report: "PrepareReport") -> None:
     meta = report.meta
     for name, split in meta.splits.items():
         click.echo(

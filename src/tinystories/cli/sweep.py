@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tinystories.cli.command import SETTINGS, json_option
-from tinystories.cli.train import dotted_overrides, ensure_prepared
+from tinystories.cli.common import CONTEXT_SETTINGS, json_option
+from tinystories.cli.train import ensure_prepared, parse_overrides
 from tinystories.config import PRESETS, Config, read_toml
 from tinystories.errors import UserError
 from tinystories.train.distributed import World
 
 if TYPE_CHECKING:
-    from tinystories.train.space import Space
+    from tinystories.train.search_space import SearchSpace
     from tinystories.train.study import Plan
 
 
-@click.command(context_settings=SETTINGS | {"ignore_unknown_options": True, "allow_extra_args": True})
+@click.command(context_settings=CONTEXT_SETTINGS | {"ignore_unknown_options": True, "allow_extra_args": True})
 @click.option(
     "--config", "config_file", default="nano", show_default=True, help=f"TOML file, or a preset: {', '.join(PRESETS)}."
 )
@@ -51,7 +51,7 @@ def sweep(
     resume: bool,
     show: bool,
     as_json: bool,
-    **plan: Any,
+    **plan_options: Any,
 ) -> int:
     """Search settings for the fewest bits per byte: many trainings, each a run directory of its own.
 
@@ -75,65 +75,65 @@ def sweep(
     Trials are compared by the bits per byte of the whole validation set after their last step. Ctrl-C saves them and
     says how to go on. The sweep folder holds results.csv, sweep.png, best.toml, sweep.db (Optuna's) and trial-NNNN.
     """
-    from tinystories.train.study import agreed, read_plan
-    from tinystories.train.sweep import require_runnable
+    from tinystories.train.study import merge_plan, read_plan
+    from tinystories.train.sweep import check_runnable
 
     if World.from_environment().size > 1:
         raise UserError("a sweep starts its processes itself: start it without torchrun, with --workers N")
     out = out or Path("runs") / f"{Path(config_file).stem}-sweep"
-    stored = read_plan(out)
-    if show and stored is not None:
-        return tell(out, as_json)
+    stored_plan = read_plan(out)
+    if show and stored_plan is not None:
+        return print_results(out, as_json)
     if show:
         raise UserError(f"--out {out} holds no sweep to show")
-    if stored is not None and not resume:
+    if stored_plan is not None and not resume:
         raise UserError(f"--out {out} already holds a sweep; add --resume to go on, or name another directory")
-    overrides = dotted_overrides(context) | ({"data.dir": str(data)} if data else {})
-    given = context.get_parameter_source("config_file") is not click.core.ParameterSource.DEFAULT
-    space = read_space_of(config_file, overrides) if stored is None or overrides or given else None
-    if space is not None and (stored is None or space.texts):
-        space.example()
-    asked = {name: value for name, value in plan.items() if value is not None}
-    agreed_plan = agreed(stored, space, asked, out)
-    example = agreed_plan.space.example()
-    if data is None and agreed_plan.space.data_folders(example) == [example.data.dir]:
-        ensure_prepared(example)
-    require_runnable(agreed_plan, example)
-    return search(out, agreed_plan, example, workers, as_json)
+    overrides = parse_overrides(context) | ({"data.dir": str(data)} if data else {})
+    has_config_flag = context.get_parameter_source("config_file") is not click.core.ParameterSource.DEFAULT
+    space = load_search_space(config_file, overrides) if stored_plan is None or overrides or has_config_flag else None
+    if space is not None and (stored_plan is None or space.texts):
+        space.find_valid_config()
+    requested = {name: value for name, value in plan_options.items() if value is not None}
+    merged_plan = merge_plan(stored_plan, space, requested, out)
+    example_config = merged_plan.space.find_valid_config()
+    if data is None and merged_plan.space.data_dirs(example_config) == [example_config.data.dir]:
+        ensure_prepared(example_config)
+    check_runnable(merged_plan, example_config)
+    return run_search(out, merged_plan, example_config, workers, as_json)
 
 
-def read_space_of(config_file: str, overrides: dict[str, str]) -> "Space":
-    from tinystories.train.space import read_space
+def load_search_space(config_file: str, overrides: dict[str, str]) -> "SearchSpace":
+    from tinystories.train.search_space import parse_search_space
 
-    return read_space(read_toml(config_file), config_file, overrides)
+    return parse_search_space(read_toml(config_file), config_file, overrides)
 
 
-def search(out: Path, plan: "Plan", example: Config, workers: int, as_json: bool) -> int:
+def run_search(out: Path, plan: "Plan", example_config: Config, workers: int, as_json: bool) -> int:
     """Run the trials and tell what they found; returns the exit code."""
-    from tinystories.train.sweep import Stopped, sweep
+    from tinystories.train.sweep import SweepInterrupted, run_sweep
 
     try:
-        sweep(out, plan, example, workers)
-    except Stopped as stop:
+        run_sweep(out, plan, example_config, workers)
+    except SweepInterrupted as stop:
         click.echo(f"{stop}; saved. Go on with: tinystories sweep --out {out} --resume", err=True)
         return 128 + stop.signal
-    return tell(out, as_json)
+    return print_results(out, as_json)
 
 
-def tell(out: Path, as_json: bool) -> int:
+def print_results(out: Path, as_json: bool) -> int:
     """Print the table of a sweep and what to do next."""
-    from tinystories.train.results import at_the_end, best_of, read_results, table
-    from tinystories.train.study import open_study, plan_of
+    from tinystories.train.results import at_boundary, find_best, format_table, read_results
+    from tinystories.train.study import load_plan, open_study
 
     study = open_study(out)
-    plan = plan_of(study)
+    plan = load_plan(study)
     assert plan is not None, "the plan was read before"
     results = read_results(study, plan.space, out)
-    best = best_of(results)
-    click.echo(table(results, list(plan.space.texts)))
+    best = find_best(results)
+    click.echo(format_table(results, list(plan.space.texts)))
     files = [name for name in ("results.csv", "sweep.png", "best.toml") if (out / name).exists()]
     click.echo(f"\n{out}: {', '.join(files)}")
-    for name in at_the_end(best, plan.space.domains) if best else []:
+    for name in at_boundary(best, plan.space.domains) if best else []:
         click.echo(f"the best {name} lies at an end of {plan.space.texts[name]}: there may be a better one beyond")
     if best is None:
         click.echo("no trial is complete yet")

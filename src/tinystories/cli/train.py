@@ -8,8 +8,8 @@ from typing import get_type_hints
 
 import click
 
-from tinystories.cli.command import SETTINGS, json_option
-from tinystories.cli.prepare import print_prepared
+from tinystories.cli.common import CONTEXT_SETTINGS, json_option
+from tinystories.cli.prepare import print_prepare_report
 from tinystories.config import PRESETS, Config, load_config
 from tinystories.errors import UserError
 from tinystories.train.distributed import World
@@ -24,15 +24,15 @@ class SettingsCommand(click.Command):
             rows = []
             for field in dataclasses.fields(getattr(defaults, section)):
                 value = getattr(getattr(defaults, section), field.name)
-                shown = " | ".join(value) if isinstance(value, tuple) else str(value)
-                shown = str(value).lower() if isinstance(value, bool) else shown or "empty"
-                rows.append((f"--{section}.{field.name}", f"{field.metadata['help']}  [{shown}]"))
+                default_text = " | ".join(value) if isinstance(value, tuple) else str(value)
+                default_text = str(value).lower() if isinstance(value, bool) else default_text or "empty"
+                rows.append((f"--{section}.{field.name}", f"{field.metadata['help']}  [{default_text}]"))
             with formatter.section(f"Settings of [{section}], with the values of preset nano"):
                 formatter.write_dl(rows)
 
 
 @click.command(
-    cls=SettingsCommand, context_settings=SETTINGS | {"ignore_unknown_options": True, "allow_extra_args": True}
+    cls=SettingsCommand, context_settings=CONTEXT_SETTINGS | {"ignore_unknown_options": True, "allow_extra_args": True}
 )
 @click.option(
     "--config", "config_file", default="nano", show_default=True, help=f"TOML file, or a preset: {', '.join(PRESETS)}."
@@ -61,37 +61,37 @@ def train(
     It also holds loss.png, samples.md, metrics.jsonl and config.toml.
     """
     out = out or Path("runs") / Path(config_file).stem
-    overrides = dotted_overrides(context)
-    saved = out / "config.toml"
-    given = context.get_parameter_source("config_file") is not click.core.ParameterSource.DEFAULT
-    source = saved if resume and not given and saved.exists() else config_file
+    overrides = parse_overrides(context)
+    saved_config = out / "config.toml"
+    has_config_flag = context.get_parameter_source("config_file") is not click.core.ParameterSource.DEFAULT
+    source = saved_config if resume and not has_config_flag and saved_config.exists() else config_file
     config = load_config(source, overrides | ({"data.dir": str(data)} if data else {}))
     if print_config:
         from tinystories.config import to_toml
 
         click.echo(to_toml(config), nl=False)
         return 0
-    if resume and not saved.exists() and World.from_environment().first:
+    if resume and not saved_config.exists() and World.from_environment().is_main:
         click.echo(f"there is no run in {out} yet: a new one begins", err=True)
     if data is None:
         ensure_prepared(config)
-    return train_run(config, out, resume=resume, as_json=as_json)
+    return run_training(config, out, resume=resume, as_json=as_json)
 
 
-def train_run(config: Config, out: Path, *, resume: bool, as_json: bool = False) -> int:
+def run_training(config: Config, out: Path, *, resume: bool, as_json: bool = False) -> int:
     """Train and say what to do next; returns the exit code."""
     from tinystories.train.loop import Interrupted
     from tinystories.train.run import train
 
-    first = World.from_environment().first
+    is_main = World.from_environment().is_main
     try:
         report = train(config, out, resume=resume)
     except Interrupted as stop:
-        if not first:
+        if not is_main:
             return 0  # else torchrun would end the first, which still has something to say
         click.echo(f"{stop}; saved. Go on with: tinystories train --out {out} --resume", err=True)
-        return 128 + stop.signal
-    if not first:
+        return 128 + stop.signum
+    if not is_main:
         return 0
     if report is not None:
         click.echo(f"{report.bits_per_byte:.4f} bits per byte on {report.stories:,} validation stories", err=True)
@@ -123,27 +123,27 @@ def ensure_prepared(config: Config) -> None:
 
     click.echo(f"{folder} is not there yet: preparing {config.data.source} ({config.data.tokenizer})", err=True)
     report = prepare_data(config.data.source, folder, val=config.data.val or None, tokenizer=config.data.tokenizer)
-    print_prepared(report)
+    print_prepare_report(report)
 
 
-def dotted_overrides(context: click.Context) -> dict[str, str]:
+def parse_overrides(context: click.Context) -> dict[str, str]:
     """`--train.steps 40` and `--train.steps=40` as {"train.steps": "40"}, of the arguments that are no options."""
     overrides: dict[str, str] = {}
-    rest = list(context.args)
-    while rest:
-        flag = rest.pop(0)
+    remaining = list(context.args)
+    while remaining:
+        flag = remaining.pop(0)
         if not flag.startswith("--") or "." not in flag:
-            raise UserError(f"unexpected argument {flag}; {meant(flag, context.command)}")
+            raise UserError(f"unexpected argument {flag}; {suggest_fix(flag, context.command)}")
         name, equals, value = flag[2:].partition("=")
         if not equals:
-            if not rest:
+            if not remaining:
                 raise UserError(f"--{name} needs a value")
-            value = rest.pop(0)
+            value = remaining.pop(0)
         overrides[name] = value
     return overrides
 
 
-def meant(argument: str, command: click.Command) -> str:
+def suggest_fix(argument: str, command: click.Command) -> str:
     """What an argument that is neither an option nor a setting may have been meant for."""
     word = argument.removeprefix("--").partition("=")[0]
     if word in PRESETS:
@@ -153,5 +153,5 @@ def meant(argument: str, command: click.Command) -> str:
     for section in get_type_hints(Config):
         flags += [f"--{section}.{field.name}" for field in dataclasses.fields(getattr(defaults, section))]
     settings = {flag.removeprefix("--").rpartition(".")[2]: flag for flag in reversed(flags)}
-    near = difflib.get_close_matches(word, settings, n=1, cutoff=0.7)
-    return f"did you mean {settings[near[0]]}?" if near else "settings look like --train.steps 40"
+    matches = difflib.get_close_matches(word, settings, n=1, cutoff=0.7)
+    return f"did you mean {settings[matches[0]]}?" if matches else "settings look like --train.steps 40"

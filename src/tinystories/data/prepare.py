@@ -12,21 +12,21 @@ from pathlib import Path
 
 import numpy as np
 
-from tinystories.data import vocabulary
-from tinystories.data.draft import Draft, write_json, write_whole
-from tinystories.data.duplicates import Role, Sorted, Sorter, digests_of, held_out
-from tinystories.data.encoder import Encode, bulk_encoder
-from tinystories.data.meter import meter
-from tinystories.data.prepared import FORMAT, SPLITS, Meta, SplitMeta
-from tinystories.data.reader import Batch, Errors, ReadOptions
-from tinystories.data.request import Request, finished, refused
-from tinystories.data.sources import Names, Source, resolve
+from tinystories.data import build_tokenizer
+from tinystories.data.dataset import FORMAT_VERSION, SPLITS, DatasetMeta, SplitMeta
+from tinystories.data.dedup import Assignment, Role, SplitAssigner, hash_stories, is_held_out
+from tinystories.data.encoder import EncodeFn, make_bulk_encoder
+from tinystories.data.progress import track_progress
+from tinystories.data.reader import DecodeErrors, ReadOptions, StoryBatch
+from tinystories.data.sources import Source, SourceNames, resolve_source
+from tinystories.data.spec import PrepareSpec, disk_error_message, existing_output
+from tinystories.data.staging import StagingDir, write_atomic, write_json
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.errors import UserError
 
 log = logging.getLogger(__name__)
 
-EXAMPLES = 200  # stories on which a fast encoder must agree before it is trusted
+N_EXAMPLES = 200  # stories on which a fast encoder must agree before it is trusted
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,20 +34,20 @@ class PrepareReport:
     """What a call of `prepare` did."""
 
     out: Path
-    meta: Meta
+    meta: DatasetMeta
     up_to_date: bool  # there was nothing to do
     seconds: float
     mb_per_s: float  # 10^6 bytes of source read per second, all work included; 0 when up to date
 
 
 def prepare(
-    source: Names,
+    source: SourceNames,
     out: Path | str,
     *,
-    val: Names | None = None,
+    val: SourceNames | None = None,
     tokenizer: str = "gpt2",
     text_field: str = "text",
-    errors: Errors = "strict",
+    errors: DecodeErrors = "strict",
     keep_duplicates: bool = False,
     val_fraction: float | None = None,
     progress: bool = True,
@@ -60,139 +60,148 @@ def prepare(
     A second run with nothing changed does nothing; a run after an interrupted one goes on from its draft, the folder
     `OUT.draft`. `out` appears whole or not at all. Memory is constant but for 16 bytes per story.
     """
-    began = time.monotonic()
+    started_at = time.monotonic()
     out = Path(out)
-    request = Request(
-        source=resolve(source),
-        val=resolve(val) if val is not None else None,
+    spec = PrepareSpec(
+        source=resolve_source(source),
+        val=resolve_source(val) if val is not None else None,
         tokenizer=tokenizer,
         options=ReadOptions(text_field, errors),
         keep_duplicates=keep_duplicates,
         val_fraction=val_fraction,
     )
-    if meta := finished(out, request):
-        return PrepareReport(out=out, meta=meta, up_to_date=True, seconds=time.monotonic() - began, mb_per_s=0.0)
-    draft_folder = out.with_name(out.name + ".draft")
+    if meta := existing_output(out, spec):
+        return PrepareReport(out=out, meta=meta, up_to_date=True, seconds=time.monotonic() - started_at, mb_per_s=0.0)
+    staging_path = out.with_name(out.name + ".draft")
     try:
-        with Draft(draft_folder, request.as_json()) as draft:
-            before = draft.journal.read
-            run = Run(request, draft)
-            run.read_all(progress)
-            meta = run.finish()
-            draft.publish(out)
+        with StagingDir(staging_path, spec.to_json_dict()) as staging:
+            bytes_before = staging.journal.read
+            job = PrepareJob(spec, staging)
+            job.read_all(progress)
+            meta = job.finalize()
+            staging.publish(out)
     except OSError as error:
-        raise UserError(refused(error, draft_folder, request)) from None
-    seconds = time.monotonic() - began
-    rate = (draft.journal.read - before) / seconds / 1e6
+        raise UserError(disk_error_message(error, staging_path, spec)) from None
+    seconds = time.monotonic() - started_at
+    rate = (staging.journal.read - bytes_before) / seconds / 1e6
     return PrepareReport(out=out, meta=meta, up_to_date=False, seconds=seconds, mb_per_s=rate)
 
 
-class Run:
+class PrepareJob:
     """One preparation: reads the sources, sorts, encodes and appends to the draft."""
 
-    def __init__(self, request: Request, draft: Draft) -> None:
-        self.request, self.draft = request, draft
-        self.stages = self._stages()
-        self.sorter = Sorter(keep_duplicates=request.keep_duplicates, val_fraction=request.held_out)
-        for split, seen in self.sorter.seen.items():
-            seen.add(np.frombuffer(draft.digests(split), "<u8").reshape(-1, 2))
-        self.tokenizer = self._tokenizer()
+    def __init__(self, spec: PrepareSpec, staging: StagingDir) -> None:
+        self.spec, self.staging = spec, staging
+        self.stages = self._plan_stages()
+        self.assigner = SplitAssigner(keep_duplicates=spec.keep_duplicates, val_fraction=spec.resolved_val_fraction)
+        for split, hash_set in self.assigner.hash_sets.items():
+            hash_set.add(np.frombuffer(staging.read_digests(split), "<u8").reshape(-1, 2))
+        self.tokenizer = self._load_or_build_tokenizer()
         self.dtype = np.dtype("<u2" if self.tokenizer.vocab_size <= 1 << 16 else "<u4")
 
-    def _stages(self) -> list[tuple[Source, Role]]:
+    def _plan_stages(self) -> list[tuple[Source, Role]]:
         """The sources to read, in order, each at the commit that the draft began with."""
-        known = iter(self.draft.journal.revisions)
-        source = self.request.source.pinned(next(known, ""))
-        val = self.request.val.pinned(next(known, "")) if self.request.val else source
-        self.draft.journal.revisions = [source.revision, val.revision]
-        own = val.validation() or (val if self.request.val else None)
-        return [(own, "val"), (source, "train")] if own else [(source, "both")]
+        pinned_revisions = iter(self.staging.journal.revisions)
+        source = self.spec.source.pin_revision(next(pinned_revisions, ""))
+        val = self.spec.val.pin_revision(next(pinned_revisions, "")) if self.spec.val else source
+        self.staging.journal.revisions = [source.revision, val.revision]
+        val_source = val.get_validation_split() or (val if self.spec.val else None)
+        return [(val_source, "val"), (source, "train")] if val_source else [(source, "both")]
 
-    def _tokenizer(self) -> Tokenizer:
+    def _load_or_build_tokenizer(self) -> Tokenizer:
         """The draft's; built now if it has none yet."""
-        file = self.draft.data / "tokenizer.json"
-        if file.exists():
-            return Tokenizer.load(file)
-        tokenizer = vocabulary.build(self.request.tokenizer, self._train_stories)
-        write_whole(file, tokenizer.text)
+        path = self.staging.data_dir / "tokenizer.json"
+        if path.exists():
+            return Tokenizer.load(path)
+        tokenizer = build_tokenizer.build_from_spec(self.spec.tokenizer, self._iter_train_stories)
+        write_atomic(path, tokenizer.json_text)
         return tokenizer
 
-    def _train_stories(self) -> Iterator[str]:
+    def _iter_train_stories(self) -> Iterator[str]:
         source, role = self.stages[-1]
-        for batch in source.batches(self.request.options):
-            val = held_out(digests_of(batch.stories), self.request.held_out if role == "both" else 0.0)
-            yield from (story.decode() for story in itertools.compress(batch.stories, ~val))
+        for batch in source.read_batches(self.spec.options):
+            is_val = is_held_out(
+                hash_stories(batch.stories), self.spec.resolved_val_fraction if role == "both" else 0.0
+            )
+            yield from (story.decode() for story in itertools.compress(batch.stories, ~is_val))
 
     def read_all(self, progress: bool) -> None:
         """Read the stages to their ends; a batch is encoded and written while the next one is read and sorted."""
-        journal = self.draft.journal
-        total = sum(source.bytes_total for source, _ in self.stages)
-        encode: Encode | None = None
-        with meter(total, journal.read, show=progress) as shown, ThreadPoolExecutor(1) as writer:
-            written: Future[None] | None = None
+        journal = self.staging.journal
+        total_bytes = sum(source.total_bytes for source, _ in self.stages)
+        encode: EncodeFn | None = None
+        with (
+            track_progress(total_bytes, journal.read, show=progress) as progress_meter,
+            ThreadPoolExecutor(1) as writer,
+        ):
+            pending_write: Future[None] | None = None
             for stage, (source, role) in enumerate(self.stages[journal.stage :], journal.stage):
-                for batch in source.batches(self.request.options, journal.position if stage == journal.stage else None):
-                    chosen = self.sorter.sort(role, batch.stories)
-                    encode = encode or bulk_encoder(self.tokenizer, batch.stories[:EXAMPLES])
-                    if written:
-                        written.result()
-                    written = writer.submit(self.write, encode, stage, batch, chosen)
-                    shown.advance(batch.read)
-            if written:
-                written.result()
+                for batch in source.read_batches(
+                    self.spec.options, journal.position if stage == journal.stage else None
+                ):
+                    assignment = self.assigner.assign(role, batch.stories)
+                    encode = encode or make_bulk_encoder(self.tokenizer, batch.stories[:N_EXAMPLES])
+                    if pending_write:
+                        pending_write.result()
+                    pending_write = writer.submit(self.write_batch, encode, stage, batch, assignment)
+                    progress_meter.advance(batch.bytes_read)
+            if pending_write:
+                pending_write.result()
 
-    def write(self, encode: Encode, stage: int, batch: Batch, chosen: Sorted) -> None:
+    def write_batch(self, encode: EncodeFn, stage: int, batch: StoryBatch, assignment: Assignment) -> None:
         """Encode and append a batch, then move the journal behind it."""
-        journal = self.draft.journal
-        for split, stories in chosen.stories.items():
-            self._append(split, stories, encode)
-            self.draft.append(f"{split}.digests", chosen.digests[split].tobytes())
+        journal = self.staging.journal
+        for split, stories in assignment.stories.items():
+            self._append_stories(split, stories, encode)
+            self.staging.append(f"{split}.digests", assignment.digests[split].tobytes())
         journal.stage, journal.position = stage, batch.position
-        journal.read += batch.read
-        counts = Counter(journal.counts) + chosen.dropped + Counter(empty=batch.empty)
+        journal.read += batch.bytes_read
+        counts = Counter(journal.counts) + assignment.dropped + Counter(empty=batch.n_empty)
         journal.counts = dict(counts)
-        self.draft.save()
+        self.staging.save()
 
-    def _append(self, split: str, stories: list[bytes], encode: Encode) -> None:
+    def _append_stories(self, split: str, stories: list[bytes], encode: EncodeFn) -> None:
         ids, counts = encode(stories)
         assert ids.size == 0 or int(ids.max()) < self.tokenizer.vocab_size
-        ends = np.cumsum(counts) - counts  # where each story begins in ids: an END goes before it
-        lengths = np.fromiter(map(len, stories), np.int64, len(stories))
+        end_positions = np.cumsum(counts) - counts  # where each story begins in ids: an END goes before it
+        byte_lengths = np.fromiter(map(len, stories), np.int64, len(stories))
         index = np.empty((len(stories), 2), "<u8")
-        index[:, 0] = self._size(split) + ends + np.arange(len(stories))
-        index[:, 1] = self.draft.journal.text_bytes.get(split, 0) + np.cumsum(lengths) - lengths
-        self.draft.append(f"data/{split}.bin", np.insert(ids.astype(self.dtype), ends, self.tokenizer.end_id).tobytes())
-        self.draft.append(f"data/{split}.idx", index.tobytes())
-        self.draft.journal.text_bytes[split] = self.draft.journal.text_bytes.get(split, 0) + int(lengths.sum())
+        index[:, 0] = self._count_tokens(split) + end_positions + np.arange(len(stories))
+        index[:, 1] = self.staging.journal.text_bytes.get(split, 0) + np.cumsum(byte_lengths) - byte_lengths
+        self.staging.append(
+            f"data/{split}.bin", np.insert(ids.astype(self.dtype), end_positions, self.tokenizer.end_id).tobytes()
+        )
+        self.staging.append(f"data/{split}.idx", index.tobytes())
+        self.staging.journal.text_bytes[split] = self.staging.journal.text_bytes.get(split, 0) + int(byte_lengths.sum())
 
-    def _size(self, split: str) -> int:
+    def _count_tokens(self, split: str) -> int:
         """Ids written so far."""
-        return self.draft.journal.sizes.get(f"data/{split}.bin", 0) // self.dtype.itemsize
+        return self.staging.journal.sizes.get(f"data/{split}.bin", 0) // self.dtype.itemsize
 
-    def finish(self) -> Meta:
+    def finalize(self) -> DatasetMeta:
         """Close both splits with their last END and describe them in meta.json."""
         splits = {}
         for split in SPLITS:
-            rows = self.draft.journal.sizes.get(f"data/{split}.idx", 0) // 16
-            size = self.draft.journal.text_bytes.get(split, 0)
-            last = np.array([self._size(split), size], "<u8")
-            self.draft.append(f"data/{split}.idx", last.tobytes())
-            self.draft.append(f"data/{split}.bin", np.array([self.tokenizer.end_id], self.dtype).tobytes())
-            with (self.draft.data / f"{split}.bin").open("rb") as file:
+            n_stories = self.staging.journal.sizes.get(f"data/{split}.idx", 0) // 16
+            n_bytes = self.staging.journal.text_bytes.get(split, 0)
+            final_entry = np.array([self._count_tokens(split), n_bytes], "<u8")
+            self.staging.append(f"data/{split}.idx", final_entry.tobytes())
+            self.staging.append(f"data/{split}.bin", np.array([self.tokenizer.end_id], self.dtype).tobytes())
+            with (self.staging.data_dir / f"{split}.bin").open("rb") as file:
                 sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            splits[split] = SplitMeta(stories=rows, tokens=self._size(split), bytes=size, sha256=sha256)
+            splits[split] = SplitMeta(stories=n_stories, tokens=self._count_tokens(split), bytes=n_bytes, sha256=sha256)
         if splits["train"].stories == 0:
-            raise UserError(f"{self.request.source.name}: no story to train on is left of it; give a file with stories")
+            raise UserError(f"{self.spec.source.name}: no story to train on is left of it; give a file with stories")
         if splits["val"].stories == 0 and len(self.stages) == 2:
             raise UserError(f"{self.stages[0][0].name}: no story to validate on; give a file with stories")
         if splits["val"].stories == 0:
             log.warning("no story was held out for validation; give one by --val")
-        counts = self.draft.journal.counts
-        meta = Meta(
-            format=FORMAT,
-            **self.request.described(),
-            revision=self.draft.journal.revisions[0],
-            val_revision=self.draft.journal.revisions[1],
+        counts = self.staging.journal.counts
+        meta = DatasetMeta(
+            format=FORMAT_VERSION,
+            **self.spec.to_meta_fields(),
+            revision=self.staging.journal.revisions[0],
+            val_revision=self.staging.journal.revisions[1],
             tokenizer_sha256=self.tokenizer.sha256,
             vocab_size=self.tokenizer.vocab_size,
             end_id=self.tokenizer.end_id,
@@ -202,5 +211,5 @@ class Run:
             also_in_val=counts.get("also_in_val", 0),
             empty=counts.get("empty", 0),
         )
-        write_json(self.draft.data / "meta.json", dataclasses.asdict(meta))
+        write_json(self.staging.data_dir / "meta.json", dataclasses.asdict(meta))
         return meta

@@ -4,24 +4,26 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from tinystories.data.files import FileSource, story_files
-from tinystories.data.hub import HubSource, repository
-from tinystories.data.reader import Errors, ReadOptions
+from tinystories.data.file_source import FileSource, find_story_files
+from tinystories.data.hub_source import HubSource, parse_hub_name
+from tinystories.data.reader import DecodeErrors, ReadOptions
 
-SAMPLE = Path(__file__).parent / "sample" / "stories.txt"
+SAMPLE_PATH = Path(__file__).parent / "sample" / "stories.txt"
 
 
 Source = FileSource | HubSource
-Names = str | Path | Sequence[str | Path]
+SourceNames = str | Path | Sequence[str | Path]
 
 
-def named_sources() -> dict[str, Source]:
+def get_named_sources() -> dict[str, Source]:
     """The collections known by a name. Rows 0 to 9,999 of tinystories-clean are its test set, unused here."""
-    v2 = {split: f"TinyStoriesV2-GPT4-{file}.txt" for split, file in (("train", "train"), ("validation", "valid"))}
+    v2_files = {
+        split: f"TinyStoriesV2-GPT4-{file}.txt" for split, file in (("train", "train"), ("validation", "valid"))
+    }
     sources: tuple[Source, ...] = (
-        FileSource("sample", (SAMPLE,), held_out=0.1),
+        FileSource("sample", (SAMPLE_PATH,), val_fraction=0.1),
         HubSource(name="tinystories", repo="roneneldan/TinyStories"),
-        HubSource(name="tinystories-v2", repo="roneneldan/TinyStories", data_files=v2),
+        HubSource(name="tinystories-v2", repo="roneneldan/TinyStories", data_files=v2_files),
         HubSource(
             name="tinystories-clean",
             repo="karpathy/tinystories-gpt4-clean",
@@ -32,33 +34,33 @@ def named_sources() -> dict[str, Source]:
     return {source.name: source for source in sources}
 
 
-def resolve(source: Names) -> Source:
+def resolve_source(source: SourceNames) -> Source:
     """The source of that name (`design.md`: a known name, hf:OWNER/NAME[@REVISION], or files); touches no network."""
     names = [source] if isinstance(source, str | Path) else list(source)
-    known = named_sources()
-    if len(names) == 1 and (name := str(names[0])) in known:
-        return known[name]
+    named = get_named_sources()
+    if len(names) == 1 and (name := str(names[0])) in named:
+        return named[name]
     if len(names) == 1 and (name := str(names[0])).startswith("hf:"):
-        repo, revision = repository(name)
+        repo, revision = parse_hub_name(name)
         return HubSource(name=name, repo=repo, revision=revision)
-    paths = tuple(path for name in names for path in story_files(Path(name), known))
+    paths = tuple(path for name in names for path in find_story_files(Path(name), named))
     return FileSource(" ".join(map(str, names)), paths)
 
 
-def stories(
-    source: Names,
+def iter_stories(
+    source: SourceNames,
     *,
     split: Literal["train", "val"] = "train",
     text_field: str = "text",
-    errors: Errors = "strict",
+    errors: DecodeErrors = "strict",
 ) -> Iterator[str]:
     """Every story of a source in order: stripped, with plain newlines, empty ones left out.
 
     `split` chooses between those that a Hub source has itself; files are read whole for either.
     """
-    chosen = resolve(source).pinned()
+    resolved = resolve_source(source).pin_revision()
     if split == "val":
-        chosen = chosen.validation() or chosen
-    for batch in chosen.batches(ReadOptions(text_field, errors)):
+        resolved = resolved.get_validation_split() or resolved
+    for batch in resolved.read_batches(ReadOptions(text_field, errors)):
         for story in batch.stories:
             yield story.decode()

@@ -13,7 +13,7 @@ Precision = Literal["fp32", "bf16"]
 NATIVE_BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # the last is ARM's; x86 and ARM names do not clash
 
 
-def pick_device(name: str | torch.device = "auto") -> torch.device:
+def select_device(name: str | torch.device = "auto") -> torch.device:
     """`auto` is CUDA, else MPS, else the CPU; any other name is taken at its word or refused."""
     if name == "auto":
         if torch.cuda.is_available():
@@ -34,7 +34,7 @@ def pick_device(name: str | torch.device = "auto") -> torch.device:
     return device
 
 
-def pick_precision(device: torch.device, name: str = "auto") -> Precision:
+def select_precision(device: torch.device, name: str = "auto") -> Precision:
     """`auto` is bf16 on CUDA devices that have it, fp32 everywhere else."""
     if name == "fp32":
         return "fp32"
@@ -45,21 +45,21 @@ def pick_precision(device: torch.device, name: str = "auto") -> Precision:
     if name == "auto":
         return "fp32"
     # Without native support a CPU emulates bf16: a product that takes a tenth of a second in fp32 takes minutes.
-    if device.type == "cpu" and has_native_bf16(cpu_description()):
+    if device.type == "cpu" and has_native_bf16(read_cpu_info()):
         return "bf16"
     raise UserError(f"precision bf16: this {device.type} device has no native bf16; use fp32 or auto")
 
 
-def has_native_bf16(description: str) -> bool:
+def has_native_bf16(cpu_info: str) -> bool:
     """Whether a text like /proc/cpuinfo (x86 `flags`, ARM `Features`) lists bf16 instructions."""
     return any(
         NATIVE_BF16_FLAGS & set(line.partition(":")[2].split())
-        for line in description.splitlines()
+        for line in cpu_info.splitlines()
         if line.lower().startswith(("flags", "features"))
     )
 
 
-def cpu_description() -> str:
+def read_cpu_info() -> str:
     """/proc/cpuinfo; empty where there is none, so that bf16 is refused rather than guessed."""
     path = Path("/proc/cpuinfo")
     return path.read_text(errors="replace") if sys.platform == "linux" and path.exists() else ""

@@ -46,25 +46,25 @@ class Engine(Protocol):
         ...
 
 
-def checked_ids(ids: Ids, vocab_size: int) -> npt.NDArray[np.int64]:
+def validate_ids(ids: Ids, vocab_size: int) -> npt.NDArray[np.int64]:
     """The ids as an array; `UserError` unless each is in 0..vocab_size-1."""
     array = np.asarray(ids, dtype=np.int64)
     if array.size and not (array.min() >= 0 and array.max() < vocab_size):
-        wrong = next(int(i) for i in array if not 0 <= i < vocab_size)
+        bad_id = next(int(i) for i in array if not 0 <= i < vocab_size)
         raise UserError(
-            f"token id {wrong} is outside the model's vocabulary of {vocab_size}; use the tokenizer of the model"
+            f"token id {bad_id} is outside the model's vocabulary of {vocab_size}; use the tokenizer of the model"
         )
     return array
 
 
-def checked_context(ids: Ids, config: ModelConfig) -> npt.NDArray[np.int64]:
+def validate_context(ids: Ids, config: ModelConfig) -> npt.NDArray[np.int64]:
     """As `checked_ids`, for the 1..n_ctx ids of a prefill."""
     if not 1 <= len(ids) <= config.n_ctx:
         raise UserError(f"{len(ids)} token ids do not fit: the model takes 1 to {config.n_ctx} (model.n_ctx)")
-    return checked_ids(ids, config.vocab_size)
+    return validate_ids(ids, config.vocab_size)
 
 
-def checked_sequences(sequences: Sequence[Ids], config: ModelConfig) -> list[npt.NDArray[np.int64]]:
+def validate_sequences(sequences: Sequence[Ids], config: ModelConfig) -> list[npt.NDArray[np.int64]]:
     """As `checked_ids`, for the sequences of 2..n_ctx+1 ids whose log-probabilities are wanted."""
     for ids in sequences:
         if not 2 <= len(ids) <= config.n_ctx + 1:
@@ -72,19 +72,19 @@ def checked_sequences(sequences: Sequence[Ids], config: ModelConfig) -> list[npt
                 f"a sequence of {len(ids)} token ids cannot be scored: it needs 2 to {config.n_ctx + 1}"
                 " (model.n_ctx + 1); score longer ones by windows"
             )
-    return [checked_ids(ids, config.vocab_size) for ids in sequences]
+    return [validate_ids(ids, config.vocab_size) for ids in sequences]
 
 
-def check_slot(slot: int, n_slots: int) -> None:
+def validate_slot(slot: int, n_slots: int) -> None:
     if not 0 <= slot < n_slots:
         raise UserError(f"slot {slot} does not exist: the engine has {n_slots}, counted from 0")
 
 
-def checked_step(slots: Sequence[int], ids: Ids, lengths: Sequence[int], config: ModelConfig) -> npt.NDArray[np.int64]:
+def validate_step(slots: Sequence[int], ids: Ids, lengths: Sequence[int], config: ModelConfig) -> npt.NDArray[np.int64]:
     """As `checked_ids`, for one id more in each of several slots, of which an engine has len(lengths)."""
-    array = checked_ids(ids, config.vocab_size)
+    array = validate_ids(ids, config.vocab_size)
     assert len(set(slots)) == len(slots) == len(array), "one id for each of different slots"
     for slot in slots:
-        check_slot(slot, len(lengths))
+        validate_slot(slot, len(lengths))
         assert 0 < lengths[slot] < config.n_ctx, "a slot must be prefilled and have room"
     return array

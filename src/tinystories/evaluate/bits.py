@@ -12,13 +12,13 @@ import numpy.typing as npt
 
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.engine.protocol import Engine, Ids
-from tinystories.engine.windows import sliding_logprobs
+from tinystories.engine.sliding_window import sliding_window_logprobs
 from tinystories.errors import UserError
 
-BLOCK = 512  # stories scored together; the engine sorts them by length
-RESAMPLES = 1000  # of the bootstrap
+BATCH_STORIES = 512  # stories scored together; the engine sorts them by length
+BOOTSTRAP_RESAMPLES = 1000  # of the bootstrap
 
-Scores = npt.NDArray[np.float64]
+StoryScores = npt.NDArray[np.float64]
 EncodedStory = tuple[Ids, int]  # END text END, and the UTF-8 bytes of the text
 
 
@@ -35,26 +35,26 @@ class BitsReport:
     seconds: float
 
 
-def encoded(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[EncodedStory]:
+def encode_stories(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[EncodedStory]:
     """Stories given as text."""
     texts = iter(texts)
-    while block := list(itertools.islice(texts, BLOCK)):
-        for text, ids in zip(block, tokenizer.encode_batch(block), strict=True):
+    while batch := list(itertools.islice(texts, BATCH_STORIES)):
+        for text, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
             yield [tokenizer.end_id, *ids, tokenizer.end_id], len(text.encode())
 
 
-def prepared(
+def read_prepared_stories(
     tokens: npt.NDArray[np.integer[Any]], index: npt.NDArray[np.integer[Any]], limit: int = 0
 ) -> Iterator[EncodedStory]:
     """Stories of a prepared split (`data.prepared.open_split`): all, or `limit` of them, evenly spaced."""
     n_stories = len(index) - 1
-    chosen = range(n_stories) if not 0 < limit < n_stories else (i * n_stories // limit for i in range(limit))
-    for i in chosen:
+    selected = range(n_stories) if not 0 < limit < n_stories else (i * n_stories // limit for i in range(limit))
+    for i in selected:
         start, stop = int(index[i, 0]), int(index[i + 1, 0])
         yield tokens[start : stop + 1], int(index[i + 1, 1] - index[i, 1])
 
 
-def bits_per_byte(
+def evaluate_bits_per_byte(
     engine: Engine, stories: Iterable[EncodedStory], progress: Callable[[int], None] | None = None
 ) -> BitsReport:
     """Score every story on its own, after its opening END; `progress` is told how many stories are done.
@@ -62,55 +62,57 @@ def bits_per_byte(
     Memory does not grow with the number of stories, but for three numbers of each. `UserError` when there is nothing
     to score.
     """
-    began = time.perf_counter()
-    return report(scores(engine, stories, progress), time.perf_counter() - began)
+    started_at = time.perf_counter()
+    return summarize(score_stories(engine, stories, progress), time.perf_counter() - started_at)
 
 
-def scores(engine: Engine, stories: Iterable[EncodedStory], progress: Callable[[int], None] | None = None) -> Scores:
+def score_stories(
+    engine: Engine, stories: Iterable[EncodedStory], progress: Callable[[int], None] | None = None
+) -> StoryScores:
     """Nats, scored tokens and bytes (3 rows) of each story (a column).
 
     Stories longer than the context are scored by windows that slide by half of it.
     """
-    blocks = [np.empty((3, 0))]
+    score_batches = [np.empty((3, 0))]
     done = 0
     stories = iter(stories)
-    while block := list(itertools.islice(stories, BLOCK)):
-        logprobs = sliding_logprobs(engine, [ids for ids, _ in block])
-        rows = zip(logprobs, block, strict=True)
-        blocks.append(np.array([(-logprob.sum(), len(logprob), n_bytes) for logprob, (_, n_bytes) in rows]).T)
-        done += len(block)
+    while batch := list(itertools.islice(stories, BATCH_STORIES)):
+        logprobs = sliding_window_logprobs(engine, [ids for ids, _ in batch])
+        rows = zip(logprobs, batch, strict=True)
+        score_batches.append(np.array([(-logprob.sum(), len(logprob), n_bytes) for logprob, (_, n_bytes) in rows]).T)
+        done += len(batch)
         if progress is not None:
             progress(done)
-    return np.concatenate(blocks, axis=1)
+    return np.concatenate(score_batches, axis=1)
 
 
-def report(scores: Scores, seconds: float) -> BitsReport:
+def summarize(scores: StoryScores, seconds: float) -> BitsReport:
     """The sums over all stories."""
-    nats, tokens, sizes = scores
-    if not sizes.sum():
+    nats, tokens, byte_counts = scores
+    if not byte_counts.sum():
         raise UserError("there are no stories to evaluate; give data that holds some")
-    total, n_bytes = float(nats.sum()), int(sizes.sum())
-    if not math.isfinite(total):
+    total_nats, n_bytes = float(nats.sum()), int(byte_counts.sum())
+    if not math.isfinite(total_nats):
         raise UserError(
             "the model gives probabilities that are not finite; its weights are damaged, use another checkpoint"
         )
     return BitsReport(
-        bits_per_byte=total / math.log(2) / n_bytes,
-        nats_per_token=total / int(tokens.sum()),
+        bits_per_byte=total_nats / math.log(2) / n_bytes,
+        nats_per_token=total_nats / int(tokens.sum()),
         tokens=int(tokens.sum()),
         bytes=n_bytes,
         stories=len(nats),
-        interval=bootstrap(nats / math.log(2), sizes.astype(np.int64)),
+        interval=bootstrap_interval(nats / math.log(2), byte_counts.astype(np.int64)),
         seconds=seconds,
     )
 
 
-def bootstrap(bits: npt.NDArray[np.float64], n_bytes: npt.NDArray[np.int64]) -> tuple[float, float]:
+def bootstrap_interval(bits: npt.NDArray[np.float64], n_bytes: npt.NDArray[np.int64]) -> tuple[float, float]:
     """95 % interval of sum(bits) / sum(bytes) by resampling stories (Efron's percentile method), from a fixed seed."""
     rng = np.random.default_rng(0)
-    ratios = np.empty(RESAMPLES)
-    for i in range(RESAMPLES):
-        drawn = rng.integers(0, len(bits), len(bits))
-        ratios[i] = bits[drawn].sum() / max(1, n_bytes[drawn].sum())
+    ratios = np.empty(BOOTSTRAP_RESAMPLES)
+    for i in range(BOOTSTRAP_RESAMPLES):
+        resample = rng.integers(0, len(bits), len(bits))
+        ratios[i] = bits[resample].sum() / max(1, n_bytes[resample].sum())
     low, high = np.quantile(ratios, [0.025, 0.975])
     return float(low), float(high)

@@ -4,20 +4,26 @@ import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tinystories.data.prepared import open_split, read_meta
-from tinystories.data.reader import Errors
-from tinystories.data.sources import stories
+from tinystories.data.dataset import open_split, read_meta
+from tinystories.data.reader import DecodeErrors
+from tinystories.data.sources import iter_stories
 from tinystories.errors import UserError
-from tinystories.evaluate.bits import BitsReport, EncodedStory, bits_per_byte, encoded, prepared
+from tinystories.evaluate.bits import (
+    BitsReport,
+    EncodedStory,
+    encode_stories,
+    evaluate_bits_per_byte,
+    read_prepared_stories,
+)
 from tinystories.generate.storyteller import Storyteller
 
 
 def evaluate_model(
-    teller: Storyteller,
+    storyteller: Storyteller,
     data: str,
     *,
     text_field: str = "text",
-    errors: Errors = "strict",
+    errors: DecodeErrors = "strict",
     limit: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> BitsReport:
@@ -27,17 +33,19 @@ def evaluate_model(
 
     `UserError` where a prepared folder was made with another tokeniser than the model's.
     """
-    return bits_per_byte(teller.engine, chosen_stories(teller, data, text_field, errors, limit), progress)
+    return evaluate_bits_per_byte(
+        storyteller.engine, load_stories(storyteller, data, text_field, errors, limit), progress
+    )
 
 
-def chosen_stories(
-    teller: Storyteller, data: str, text_field: str, errors: Errors, limit: int
+def load_stories(
+    storyteller: Storyteller, data: str, text_field: str, errors: DecodeErrors, limit: int
 ) -> Iterator[EncodedStory]:
     if (Path(data) / "meta.json").is_file():
-        if read_meta(data).tokenizer_sha256 != teller.tokenizer.sha256:
+        if read_meta(data).tokenizer_sha256 != storyteller.tokenizer.sha256:
             raise UserError(
                 f"{data} was prepared with another tokenizer than the model's; evaluate on the text files instead"
             )
-        return prepared(*open_split(data, "val"), limit)
-    texts = stories(data, text_field=text_field, errors=errors, split="val")
-    return encoded(itertools.islice(texts, limit or None), teller.tokenizer)
+        return read_prepared_stories(*open_split(data, "val"), limit)
+    texts = iter_stories(data, text_field=text_field, errors=errors, split="val")
+    return encode_stories(itertools.islice(texts, limit or None), storyteller.tokenizer)

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack, overload
 
 from tinystories.config import SamplingConfig
 from tinystories.data.tokenizer import END, Tokenizer
-from tinystories.engine.choice import load_engine
 from tinystories.engine.protocol import Engine
-from tinystories.engine.windows import sliding_logprobs
+from tinystories.engine.select import load_engine
+from tinystories.engine.sliding_window import sliding_window_logprobs
 from tinystories.errors import UserError
-from tinystories.generate.stories import Request, Story, require_text, stream, tell
+from tinystories.generate.batching import Request, Story, check_text, generate_all, stream_all
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 N_SLOTS = 8  # stories told at once
 
 
-class Options(TypedDict, total=False):
+class GenerationOptions(TypedDict, total=False):
     """How to tell; see `Request` and `SamplingConfig`. What is not given is the model's own setting."""
 
     max_tokens: int
@@ -56,7 +56,7 @@ class Storyteller:
         self.engine = engine
         self.tokenizer = tokenizer
         self.settings = settings
-        self._telling = threading.Lock()
+        self._lock = threading.Lock()
 
     @classmethod
     def load(
@@ -74,7 +74,7 @@ class Storyteller:
 
         With `shortlist` it writes only the ids that `tinystories pack --shortlist` chose, and scores nothing.
         """
-        files, chosen = load_engine(
+        files, loaded_engine = load_engine(
             model,
             engine=engine,
             device=device,
@@ -83,30 +83,32 @@ class Storyteller:
             threads=threads,
             shortlist=shortlist,
         )
-        return cls(chosen, files.tokenizer(), files.sampling)
+        return cls(loaded_engine, files.tokenizer(), files.sampling)
 
     @overload
-    def generate(self, prompt: str = "", *, num: None = None, **options: Unpack[Options]) -> Story: ...
+    def generate(self, prompt: str = "", *, num: None = None, **options: Unpack[GenerationOptions]) -> Story: ...
 
     @overload
-    def generate(self, prompt: str = "", *, num: int, **options: Unpack[Options]) -> list[Story]: ...
+    def generate(self, prompt: str = "", *, num: int, **options: Unpack[GenerationOptions]) -> list[Story]: ...
 
-    def generate(self, prompt: str = "", *, num: int | None = None, **options: Unpack[Options]) -> Story | list[Story]:
+    def generate(
+        self, prompt: str = "", *, num: int | None = None, **options: Unpack[GenerationOptions]
+    ) -> Story | list[Story]:
         """A story that begins with the prompt; with `num` a list of so many, which differ but for greedy settings."""
         if num is not None and num < 1:
             raise UserError(f"num={num} must be at least 1")
-        first = self.request(prompt, options)
+        first = self.build_request(prompt, options)
         requests = (dataclasses.replace(first, number=number) for number in range(num or 1))
-        with self.alone():
-            stories = tell(self.engine, self.tokenizer, requests)
+        with self._exclusive():
+            stories = generate_all(self.engine, self.tokenizer, requests)
         return stories[0] if num is None else stories
 
-    def stream(self, prompt: str = "", **options: Unpack[Options]) -> Generator[str, None, None]:
+    def stream(self, prompt: str = "", **options: Unpack[GenerationOptions]) -> Generator[str, None, None]:
         """The text that follows the prompt, piece by piece; together the same as `generate` gives for the same seed."""
-        return self.pieces(self.request(prompt, options))
+        return self._stream_request(self.build_request(prompt, options))
 
-    def pieces(self, request: Request) -> Generator[str, None, None]:
-        with self.alone(), contextlib.closing(stream(self.engine, self.tokenizer, [request])) as events:
+    def _stream_request(self, request: Request) -> Generator[str, None, None]:
+        with self._exclusive(), contextlib.closing(stream_all(self.engine, self.tokenizer, [request])) as events:
             for _, item in events:
                 if isinstance(item, str):
                     yield item
@@ -116,38 +118,40 @@ class Storyteller:
 
         In the engine's precision: int8 where `load` was left to choose on a CPU; `precision="fp32"` is exact.
         """
-        require_text(text, "the text")
+        check_text(text, "the text")
         ids = [self.tokenizer.end_id, *self.tokenizer.encode(text), self.tokenizer.end_id]
-        (logprobs,) = sliding_logprobs(self.engine, [ids])
-        shown = [self.tokenizer.bytes_of[token].decode("utf-8", "replace") for token in ids[1:-1]]
+        (logprobs,) = sliding_window_logprobs(self.engine, [ids])
+        token_texts = [self.tokenizer.token_bytes[token].decode("utf-8", "replace") for token in ids[1:-1]]
         return [
             TokenScore(id=token, text=piece, logprob=float(logprob))
-            for token, piece, logprob in zip(ids[1:], [*shown, END], logprobs, strict=True)
+            for token, piece, logprob in zip(ids[1:], [*token_texts, END], logprobs, strict=True)
         ]
 
-    def request(self, prompt: str, options: Options) -> Request:
+    def build_request(self, prompt: str, options: GenerationOptions) -> Request:
         """The options laid over the model's own settings."""
-        given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-        for name in given:
-            if name not in Options.__annotations__:
-                near = difflib.get_close_matches(name, Options.__annotations__, n=1)
-                raise UserError(f"unknown option {name}" + (f"; did you mean {near[0]}?" if near else ""))
-        sampling = {field.name for field in dataclasses.fields(SamplingConfig)} & given.keys()
-        settings = dataclasses.replace(self.settings, **{name: given.pop(name) for name in sampling})
-        stop = given.pop("stop", ())
-        given.setdefault("seed", secrets.randbits(32))
+        overrides: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+        for name in overrides:
+            if name not in GenerationOptions.__annotations__:
+                close_matches = difflib.get_close_matches(name, GenerationOptions.__annotations__, n=1)
+                raise UserError(
+                    f"unknown option {name}" + (f"; did you mean {close_matches[0]}?" if close_matches else "")
+                )
+        sampling_names = {field.name for field in dataclasses.fields(SamplingConfig)} & overrides.keys()
+        settings = dataclasses.replace(self.settings, **{name: overrides.pop(name) for name in sampling_names})
+        stop = overrides.pop("stop", ())
+        overrides.setdefault("seed", secrets.randbits(32))
         return Request(
-            prompt=prompt, settings=settings, stop=(stop,) if isinstance(stop, str) else tuple(stop), **given
+            prompt=prompt, settings=settings, stop=(stop,) if isinstance(stop, str) else tuple(stop), **overrides
         )
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
+    def _exclusive(self) -> Iterator[None]:
         """The engine's slots belong to one call at a time: an open stream would go on with another story's memory."""
-        if not self._telling.acquire(blocking=False):
+        if not self._lock.acquire(blocking=False):
             raise UserError(
                 "a stream of this storyteller is still open; close() it first, or load a second storyteller"
             )
         try:
             yield
         finally:
-            self._telling.release()
+            self._lock.release()

@@ -9,15 +9,15 @@ import numpy as np
 import numpy.typing as npt
 
 from tinystories import checkpoint
-from tinystories.data.sources import SAMPLE
+from tinystories.data.sources import SAMPLE_PATH
 from tinystories.data.tokenizer import END
 from tinystories.errors import UserError
-from tinystories.interop import gguf, hf_folder, llama2c, onnx_graph
-from tinystories.interop.place import require_place, writing
-from tinystories.interop.portable import Portable
+from tinystories.interop import gguf, hf_folder, llama2c, onnx_format
+from tinystories.interop.destination import check_destination, translate_write_errors
+from tinystories.interop.model_bundle import ModelBundle
 
 Logits = npt.NDArray[Any]
-MOST_IDS = 64  # of the text that an export is compared on
+MAX_IDS = 64  # of the text that an export is compared on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,37 +31,37 @@ class Format:
     `hint(path)`: what to do with the file next.
     """
 
-    divergence: dict[str, float]
-    write: Callable[[Portable, Path, str], Logits | None]
+    max_divergence: dict[str, float]
+    write: Callable[[ModelBundle, Path, str], Logits | None]
     logits: Callable[[Path, list[int]], Logits]
-    companions: Callable[[Path], list[Path]] = lambda _: []
-    hint: Callable[[Path], str] = lambda _: ""
+    sidecars: Callable[[Path], list[Path]] = lambda _: []
+    next_steps: Callable[[Path], str] = lambda _: ""
     is_folder: bool = False
 
 
-LARGEST = 1e-4  # difference of logits in fp32, for logits up to 10
+FP32_TOLERANCE = 1e-4  # difference of logits in fp32, for logits up to 10
 
 FORMATS = {
-    "hf": Format({"f32": 0}, hf_folder.write, hf_folder.logits, hint=hf_folder.hint, is_folder=True),
+    "hf": Format({"f32": 0}, hf_folder.write, hf_folder.logits, next_steps=hf_folder.next_steps, is_folder=True),
     "gguf": Format(
-        {"f32": 0, "f16": 1e-4, "q8_0": 0.01, "q4_0": 0.5}, gguf.write, gguf.logits, gguf.companions, gguf.hint
+        {"f32": 0, "f16": 1e-4, "q8_0": 0.01, "q4_0": 0.5}, gguf.write, gguf.logits, gguf.sidecars, gguf.next_steps
     ),
-    "llama2c": Format({"f32": 0, "q8_0": 0.01}, llama2c.write, llama2c.logits, llama2c.companions, llama2c.hint),
-    "onnx": Format({"f32": 0}, onnx_graph.write, onnx_graph.logits, onnx_graph.companions, onnx_graph.hint),
+    "llama2c": Format({"f32": 0, "q8_0": 0.01}, llama2c.write, llama2c.logits, llama2c.sidecars, llama2c.next_steps),
+    "onnx": Format({"f32": 0}, onnx_format.write, onnx_format.logits, onnx_format.sidecars, onnx_format.next_steps),
 }
 
 
 @dataclasses.dataclass(frozen=True)
-class Exported:
+class ExportResult:
     """What came of it: the files, and how far their logits are from the model's on `n_ids` ids of a story."""
 
     paths: list[Path]
-    largest: float
-    divergence: float
+    max_difference: float
+    kl_divergence: float
     n_ids: int
 
 
-def export(model: Portable, name: str, out: Path, *, precision: str = "", force: bool = False) -> Exported:
+def export(model: ModelBundle, name: str, out: Path, *, precision: str = "", force: bool = False) -> ExportResult:
     """Write the model in the format of that name to `out`; nothing is left there unless it reads back the same.
 
     `UserError` where the format cannot hold the model, where something is in the way (see `require_place`), and where
@@ -69,57 +69,61 @@ def export(model: Portable, name: str, out: Path, *, precision: str = "", force:
     """
     if name not in FORMATS:
         raise UserError(f"format {name} is not known; use one of {', '.join(FORMATS)}")
-    form = FORMATS[name]
-    precision = precision.lower() or next(iter(form.divergence))
-    if precision not in form.divergence:
-        raise UserError(f"format {name} has no precision {precision}; use {', '.join(form.divergence)}")
+    export_format = FORMATS[name]
+    precision = precision.lower() or next(iter(export_format.max_divergence))
+    if precision not in export_format.max_divergence:
+        raise UserError(f"format {name} has no precision {precision}; use {', '.join(export_format.max_divergence)}")
     checkpoint.require_name(out)
-    companions = form.companions(out)
-    if out.name.lower() in (path.name.lower() for path in companions):
+    sidecars = export_format.sidecars(out)
+    if out.name.lower() in (path.name.lower() for path in sidecars):
         raise UserError(f"{out} is the name of a file that goes beside it; choose another --out")
-    with writing(out):
-        for path in (out, *companions):
-            require_place(path, folder=form.is_folder, force=force, source=model.folder)
-        with checkpoint.beside(out) as draft:
-            order = form.write(model, draft / out.name, precision)
-            ids = sample_ids(model)
-            if order is None:
-                theirs = form.logits(draft / out.name, ids)
+    with translate_write_errors(out):
+        for path in (out, *sidecars):
+            check_destination(path, is_folder=export_format.is_folder, force=force, source=model.folder)
+        with checkpoint.temp_sibling(out) as staging_dir:
+            id_permutation = export_format.write(model, staging_dir / out.name, precision)
+            ids = encode_sample_story(model)
+            if id_permutation is None:
+                file_logits = export_format.logits(staging_dir / out.name, ids)
             else:
-                theirs = form.logits(draft / out.name, order[ids].tolist())[:, order]
-            largest, divergence = differences(model.logits(ids), theirs)
-            require_likeness(form, precision, largest, divergence)
-            paths = [out.parent / path.name for path in sorted(draft.iterdir())]
-            assert set(paths) <= {out, *companions}
+                file_logits = export_format.logits(staging_dir / out.name, id_permutation[ids].tolist())[
+                    :, id_permutation
+                ]
+            max_difference, kl_divergence = compare_logits(model.logits(ids), file_logits)
+            check_agreement(export_format, precision, max_difference, kl_divergence)
+            paths = [out.parent / path.name for path in sorted(staging_dir.iterdir())]
+            assert set(paths) <= {out, *sidecars}
             for path in paths:
-                checkpoint.put(draft / path.name, path)
-        for path in companions:
+                checkpoint.atomic_replace(staging_dir / path.name, path)
+        for path in sidecars:
             if path not in paths:
                 path.unlink(missing_ok=True)
-    return Exported(paths, largest, divergence, len(ids))
+    return ExportResult(paths, max_difference, kl_divergence, len(ids))
 
 
-def sample_ids(model: Portable) -> list[int]:
+def encode_sample_story(model: ModelBundle) -> list[int]:
     """The beginning of a story, END in front."""
-    story = SAMPLE.read_text(encoding="utf-8").split(END, 1)[0].strip()
+    story = SAMPLE_PATH.read_text(encoding="utf-8").split(END, 1)[0].strip()
     ids = [model.tokenizer.end_id, *model.tokenizer.encode(story)]
-    return ids[: min(MOST_IDS, model.config.n_ctx)]
+    return ids[: min(MAX_IDS, model.config.n_ctx)]
 
 
-def differences(ours: Logits, theirs: Logits) -> tuple[float, float]:
+def compare_logits(model_logits: Logits, file_logits: Logits) -> tuple[float, float]:
     """Largest difference of logits (for logits up to 10; else relative), and mean KL divergence in nats."""
-    if ours.shape != theirs.shape:
-        raise UserError(f"the file gives logits of shape {theirs.shape}, not {ours.shape}")
+    if model_logits.shape != file_logits.shape:
+        raise UserError(f"the file gives logits of shape {file_logits.shape}, not {model_logits.shape}")
     with np.errstate(invalid="ignore"):  # what is not a number is found out by the caller
-        largest = float(np.abs(ours - theirs).max() / max(1, np.abs(ours).max() / 10))
-        p, q = (x - np.logaddexp.reduce(x.astype(np.float64), axis=1)[:, None] for x in (ours, theirs))
-        return largest, float((np.exp(p) * (p - q)).sum(axis=1).mean())
+        max_difference = float(np.abs(model_logits - file_logits).max() / max(1, np.abs(model_logits).max() / 10))
+        p, q = (x - np.logaddexp.reduce(x.astype(np.float64), axis=1)[:, None] for x in (model_logits, file_logits))
+        return max_difference, float((np.exp(p) * (p - q)).sum(axis=1).mean())
 
 
-def require_likeness(form: Format, precision: str, largest: float, divergence: float) -> None:
-    rounded = form.divergence[precision]
-    if not (divergence <= rounded if rounded else largest <= LARGEST):  # also where they are not numbers
+def check_agreement(export_format: Format, precision: str, max_difference: float, kl_divergence: float) -> None:
+    max_divergence = export_format.max_divergence[precision]
+    if not (
+        kl_divergence <= max_divergence if max_divergence else max_difference <= FP32_TOLERANCE
+    ):  # also where they are not numbers
         raise UserError(
-            f"the file does not say what the model says (logits differ by up to {largest:.2g}, divergence"
-            f" {divergence:.2g}); nothing was written"
+            f"the file does not say what the model says (logits differ by up to {max_difference:.2g}, divergence"
+            f" {kl_divergence:.2g}); nothing was written"
         )

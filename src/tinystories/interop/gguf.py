@@ -10,58 +10,65 @@ from typing import Any
 
 import numpy as np
 
-from tinystories.config import ModelConfig, SamplingConfig, build
+from tinystories.config import ModelConfig, SamplingConfig, build_dataclass
 from tinystories.data.tokenizer import END
-from tinystories.engine.cpu.plan import EMBEDDING, HEAD
-from tinystories.errors import UserError, naming, shown
-from tinystories.interop import gguf_vocabulary
-from tinystories.interop.gguf_file import GgufFile, package
-from tinystories.interop.gguf_tensors import QKV_BIAS, TOP, Array, kind_of, tensors_of, weights_of
-from tinystories.interop.portable import MOST_CONTEXT, Portable
+from tinystories.engine.cpu.runtime import EMBEDDING, LM_HEAD
+from tinystories.errors import UserError, error_context, quoted
+from tinystories.interop import gguf_tokenizer
+from tinystories.interop.gguf_reader import GgufFile, import_gguf
+from tinystories.interop.gguf_tensors import (
+    QKV_BIAS_NAME,
+    TOP_NAMES,
+    Array,
+    from_gguf_tensors,
+    select_tensor_type,
+    to_gguf_tensors,
+)
+from tinystories.interop.model_bundle import MAX_CONTEXT, ModelBundle
 
 ARCHITECTURES = ("qwen3", "llama", "gpt2")
-PRECISIONS = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0"}
-LARGEST_F16 = 65504.0
+FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0"}
+MAX_F16 = 65504.0
 # Of an architecture's settings, those that are ours, and the values by which others change nothing.
-SETTINGS = (
+KNOWN_KEYS = (
     *("block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size"),
     *("attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length"),
     *("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon", "rope.freq_base", "rope.dimension_count"),
 )
-NEUTRAL = {"expert_count": 0, "expert_used_count": 0, "attention.causal": True, "rope.scaling.type": "none"}
-SAMPLING = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
+NEUTRAL_VALUES = {"expert_count": 0, "expert_used_count": 0, "attention.causal": True, "rope.scaling.type": "none"}
+SAMPLING_KEYS = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
 
 
-def write(model: Portable, path: Path, precision: str) -> None:
+def write(model: ModelBundle, path: Path, precision: str) -> None:
     """The file with its tokenizer, and a Modelfile for Ollama beside it.
 
     In q8_0 and q4_0 the tensors are of the types that llama.cpp's own quantiser chooses (see `kind_of`).
     """
 
-    def describe(writer: Any) -> None:
+    def add_metadata(writer: Any) -> None:
         writer.add_name(str(model.provenance.get("name") or path.stem))
-        for key, add in (("license", writer.add_license), ("description", writer.add_description)):
+        for key, add_value in (("license", writer.add_license), ("description", writer.add_description)):
             if isinstance(text := model.provenance.get(key), str):
-                add(text)
-        for ours, theirs in SAMPLING.items():
-            getattr(writer, f"add_sampling_{theirs}")(getattr(model.sampling, ours))
+                add_value(text)
+        for field_name, gguf_key in SAMPLING_KEYS.items():
+            getattr(writer, f"add_sampling_{gguf_key}")(getattr(model.sampling, field_name))
         writer.add_sampling_penalty_repeat(model.sampling.repetition_penalty)
         writer.add_sampling_penalty_last_n(-1)
-        gguf_vocabulary.add_to(writer, model.tokenizer, model.config.vocab_size)
+        gguf_tokenizer.write_tokenizer(writer, model.tokenizer, model.config.vocab_size)
 
-    write_gguf(model.config, model.weights, path, precision, describe)
-    companions(path)[0].write_text(modelfile(model, path.with_suffix("").name, path.name), encoding="utf-8")
+    write_gguf(model.config, model.weights, path, precision, add_metadata)
+    sidecars(path)[0].write_text(render_modelfile(model, path.with_suffix("").name, path.name), encoding="utf-8")
 
 
-def companions(path: Path) -> list[Path]:
+def sidecars(path: Path) -> list[Path]:
     return [path.with_suffix(".Modelfile")]
 
 
-def hint(path: Path) -> str:
-    file, recipe = shlex.quote(str(path)), shlex.quote(companions(path)[0].name)
+def next_steps(path: Path) -> str:
+    file, modelfile_name = shlex.quote(str(path)), shlex.quote(sidecars(path)[0].name)
     return (
         f'next: llama-completion -m {file} -no-cnv -p "Once upon a time"\n'
-        f'or, in its folder: ollama create stories -f {recipe}; ollama run stories "Once upon a time"'
+        f'or, in its folder: ollama create stories -f {modelfile_name}; ollama run stories "Once upon a time"'
     )
 
 
@@ -70,30 +77,34 @@ def logits(path: Path, ids: list[int]) -> Array:
     return read(path, None).logits(ids)
 
 
-def read(path: Path, tokenizer: Path | None) -> Portable:
+def read(path: Path, tokenizer: Path | None) -> ModelBundle:
     """A model of llama.cpp's architectures qwen3, llama and gpt2, in any precision that the `gguf` package reads."""
     file = GgufFile(path)
     architecture = file.get("general.architecture", str)
     if architecture not in ARCHITECTURES:
-        raise UserError(f"{path} is of architecture {shown(architecture)}; only qwen3, llama and gpt2 can be read")
-    with naming(path):
-        config = config_of(file, architecture)
-        model = Portable(
+        raise UserError(f"{path} is of architecture {quoted(architecture)}; only qwen3, llama and gpt2 can be read")
+    with error_context(path):
+        config = read_config(file, architecture)
+        model = ModelBundle(
             config=config,
-            weights=weights_of(file, config),
-            tokenizer=gguf_vocabulary.read(file, tokenizer),
-            sampling=sampling_of(file),
+            weights=from_gguf_tensors(file, config),
+            tokenizer=gguf_tokenizer.read(file, tokenizer),
+            sampling=read_sampling(file),
             provenance={"imported_from": path.name, "format": f"GGUF {architecture}"}
-            | {key: text for key in ("name", "license") if isinstance(text := file.values.get(f"general.{key}"), str)},
+            | {
+                key: text for key in ("name", "license") if isinstance(text := file.metadata.get(f"general.{key}"), str)
+            },
         )
         model.check()
     return model
 
 
-def why_not(config: ModelConfig) -> str | None:
+def unsupported_reason(config: ModelConfig) -> str | None:
     """Why llama.cpp cannot run a model; None if it can."""
-    gpt2 = config.learned_positions and config.activation == "gelu_tanh" and config.scaled_scores and not config.window
-    if config.architecture == "classic" and not gpt2:
+    is_gpt2 = (
+        config.learned_positions and config.activation == "gelu_tanh" and config.scaled_scores and not config.window
+    )
+    if config.architecture == "classic" and not is_gpt2:
         return "has no model like this classic one: its gpt2 has learned positions, tanh-GELU, scaled scores, no window"
     return None
 
@@ -103,22 +114,22 @@ def write_gguf(
     weights: Mapping[str, Array],
     path: Path,
     precision: str = "f32",
-    describe: Callable[[Any], None] = lambda writer: writer.add_tokenizer_model("no_vocab"),
+    add_metadata: Callable[[Any], None] = lambda writer: writer.add_tokenizer_model("no_vocab"),
 ) -> None:
     """The model; `describe(writer)` adds what is known of it besides (without: it is given ids and gives ids)."""
-    if reason := why_not(config):
+    if reason := unsupported_reason(config):
         raise UserError(f"llama.cpp {reason}; use --format hf or onnx")
-    gguf = package()
-    modern = config.architecture == "modern"
-    writer = gguf.GGUFWriter(path, ("qwen3" if config.qk_norm else "llama") if modern else "gpt2")
-    describe(writer)
+    gguf = import_gguf()
+    is_modern = config.architecture == "modern"
+    writer = gguf.GGUFWriter(path, ("qwen3" if config.qk_norm else "llama") if is_modern else "gpt2")
+    add_metadata(writer)
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.n_ctx)
     writer.add_embedding_length(config.n_embd)
     writer.add_block_count(config.n_layer)
     writer.add_feed_forward_length(config.n_ff)
     writer.add_head_count(config.n_head)
-    if modern:
+    if is_modern:
         writer.add_head_count_kv(config.kv_heads)
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
@@ -127,13 +138,13 @@ def write_gguf(
         writer.add_layer_norm_rms_eps(config.norm_eps)
     else:
         writer.add_layer_norm_eps(config.norm_eps)
-    writer.add_file_type(gguf.LlamaFileType[PRECISIONS[precision]])
+    writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[precision]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    for name, tensor in tensors_of(config, weights):
-        kind = gguf.GGMLQuantizationType[kind_of(config, name, tensor.shape, precision)]
-        if kind.name != "F32" and np.abs(tensor).max() > LARGEST_F16:
+    for name, tensor in to_gguf_tensors(config, weights):
+        tensor_type = gguf.GGMLQuantizationType[select_tensor_type(config, name, tensor.shape, precision)]
+        if tensor_type.name != "F32" and np.abs(tensor).max() > MAX_F16:
             raise UserError(f"weights of {name} are too large for {precision}; use --precision f32")
-        writer.add_tensor(name, gguf.quants.quantize(tensor, kind), raw_dtype=kind)
+        writer.add_tensor(name, gguf.quants.quantize(tensor, tensor_type), raw_dtype=tensor_type)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -142,75 +153,77 @@ def write_gguf(
         writer.close()
 
 
-def config_of(file: GgufFile, architecture: str) -> ModelConfig:
+def read_config(file: GgufFile, architecture: str) -> ModelConfig:
     """`UserError` where a setting is missing, impossible, or one that our architectures do not have."""
 
-    def whole(key: str, default: int | None = None) -> int:
+    def get_int(key: str, default: int | None = None) -> int:
         return file.get(f"{architecture}.{key}", int, default)
 
-    for name in file.values:
+    for name in file.metadata:
         key = name.removeprefix(f"{architecture}.")
-        neutral = key in NEUTRAL and file.get(name, type(NEUTRAL[key])) == NEUTRAL[key]
-        if key != name and key not in SETTINGS and not neutral:
-            raise UserError(f"{shown(name)} is set, which our architectures do not have")
+        is_neutral = key in NEUTRAL_VALUES and file.get(name, type(NEUTRAL_VALUES[key])) == NEUTRAL_VALUES[key]
+        if key != name and key not in KNOWN_KEYS and not is_neutral:
+            raise UserError(f"{quoted(name)} is set, which our architectures do not have")
     n_head, n_embd, n_layer, n_ctx = (
-        whole(key) for key in ("attention.head_count", "embedding_length", "block_count", "context_length")
+        get_int(key) for key in ("attention.head_count", "embedding_length", "block_count", "context_length")
     )
-    if TOP[EMBEDDING] not in file.tensors or n_layer > len(file.tensors) or n_ctx > MOST_CONTEXT:
+    if TOP_NAMES[EMBEDDING] not in file.tensors or n_layer > len(file.tensors) or n_ctx > MAX_CONTEXT:
         raise UserError(f"{n_layer:,} blocks, a context of {n_ctx:,} and {len(file.tensors):,} tensors cannot be")
-    n_kv_head, usual = whole("attention.head_count_kv", n_head), n_embd // max(n_head, 1)
+    n_kv_head, default_head_dim = get_int("attention.head_count_kv", n_head), n_embd // max(n_head, 1)
     sizes: dict[str, Any] = {
-        "vocab_size": file.tensors[TOP[EMBEDDING]].shape[0],
+        "vocab_size": file.tensors[TOP_NAMES[EMBEDDING]].shape[0],
         "n_ctx": n_ctx,
         "n_layer": n_layer,
         "n_head": n_head,
         "n_kv_head": 0 if n_kv_head == n_head else n_kv_head,
         "n_embd": n_embd,
-        "n_ff": whole("feed_forward_length"),
-        "tied": TOP[HEAD] not in file.tensors,
+        "n_ff": get_int("feed_forward_length"),
+        "tied": TOP_NAMES[LM_HEAD] not in file.tensors,
     }
     if architecture == "gpt2":
-        biases = (QKV_BIAS.format(i) for i in range(n_layer))
+        bias_names = (QKV_BIAS_NAME.format(i) for i in range(n_layer))
         sizes |= {
             "architecture": "classic",
             "learned_positions": True,
             "activation": "gelu_tanh",
-            "qkv_bias": any(file.weight(name).any() for name in biases if name in file.tensors),
+            "qkv_bias": any(file.load_tensor(name).any() for name in bias_names if name in file.tensors),
             "norm_eps": file.get("gpt2.attention.layer_norm_epsilon", float),
         }
     else:
-        head_dim = whole("attention.key_length", usual)
+        head_dim = get_int("attention.key_length", default_head_dim)
         sizes |= {
             "architecture": "modern",
-            "head_size": 0 if head_dim == usual else head_dim,
+            "head_size": 0 if head_dim == default_head_dim else head_dim,
             "qk_norm": architecture == "qwen3",
             "rope_base": file.get(f"{architecture}.rope.freq_base", float, 10000.0),
             "norm_eps": file.get(f"{architecture}.attention.layer_norm_rms_epsilon", float),
         }
-    config = build(ModelConfig, sizes, str(file.path))
+    config = build_dataclass(ModelConfig, sizes, str(file.path))
     for key in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
-        if whole(key, config.head_dim) != config.head_dim:
-            raise UserError(f"{architecture}.{key}={whole(key)}, but heads of {config.head_dim} have no other width")
+        if get_int(key, config.head_dim) != config.head_dim:
+            raise UserError(f"{architecture}.{key}={get_int(key)}, but heads of {config.head_dim} have no other width")
     return config
 
 
-def sampling_of(file: GgufFile) -> SamplingConfig:
+def read_sampling(file: GgufFile) -> SamplingConfig:
     """The file's own settings, where it has some; ours for the rest."""
-    names = SAMPLING | {"repetition_penalty": "penalty_repeat"}
-    found = {ours: file.values.get(f"general.sampling.{theirs}") for ours, theirs in names.items()}
-    return build(SamplingConfig, {name: value for name, value in found.items() if value is not None}, str(file.path))
+    names = SAMPLING_KEYS | {"repetition_penalty": "penalty_repeat"}
+    file_settings = {ours: file.metadata.get(f"general.sampling.{theirs}") for ours, theirs in names.items()}
+    return build_dataclass(
+        SamplingConfig, {name: value for name, value in file_settings.items() if value is not None}, str(file.path)
+    )
 
 
-def modelfile(model: Portable, name: str, file: str) -> str:
+def render_modelfile(model: ModelBundle, name: str, file: str) -> str:
     """What Ollama must know besides (https://github.com/ollama/ollama/blob/main/docs/modelfile.mdx)."""
     sampling = model.sampling
     settings = {
         "num_ctx": model.config.n_ctx,
-        **{key: getattr(sampling, key) for key in SAMPLING},
+        **{key: getattr(sampling, key) for key in SAMPLING_KEYS},
         "repeat_penalty": sampling.repetition_penalty,
         "repeat_last_n": -1,  # all of the story, as ours
         "stop": f'"{END}"',
     }
-    lines = (f"PARAMETER {key} {value}" for key, value in settings.items())
-    head = f'# ollama create {name} -f {name}.Modelfile\nFROM ./{file}\nTEMPLATE "{{{{ .Prompt }}}}"\n'
-    return head + "\n".join(lines) + "\n"
+    parameters = (f"PARAMETER {key} {value}" for key, value in settings.items())
+    header = f'# ollama create {name} -f {name}.Modelfile\nFROM ./{file}\nTEMPLATE "{{{{ .Prompt }}}}"\n'
+    return header + "\n".join(parameters) + "\n"

@@ -7,22 +7,22 @@ import numpy as np
 import numpy.typing as npt
 
 from tinystories.config import ModelConfig
-from tinystories.engine.cpu.plan import EMBEDDING, HEAD, POSITIONS
+from tinystories.engine.cpu.runtime import EMBEDDING, LM_HEAD, POSITION_EMBEDDING
 from tinystories.engine.cpu.weights import expected_shapes
-from tinystories.errors import UserError, shown
-from tinystories.interop.gguf_file import GgufFile
-from tinystories.interop.llama2c import halved, interleaved
+from tinystories.errors import UserError, quoted
+from tinystories.interop.gguf_reader import GgufFile
+from tinystories.interop.llama2c import permute_rope, unpermute_rope
 
 Array = npt.NDArray[Any]
 
-TOP = {
+TOP_NAMES = {
     EMBEDDING: "token_embd.weight",
-    POSITIONS: "position_embd.weight",
+    POSITION_EMBEDDING: "position_embd.weight",
     "norm.weight": "output_norm.weight",
     "norm.bias": "output_norm.bias",
-    HEAD: "output.weight",
+    LM_HEAD: "output.weight",
 }
-LAYER = {
+LAYER_NAMES = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
     "self_attn.q_proj": "attn_q",
@@ -35,74 +35,74 @@ LAYER = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-ONE = {f"self_attn.{name}_proj": "attn_qkv" for name in "qkv"}  # in gpt2
-QKV_BIAS = "blk.{}.attn_qkv.bias"
+FUSED_QKV_NAMES = {f"self_attn.{name}_proj": "attn_qkv" for name in "qkv"}  # in gpt2
+QKV_BIAS_NAME = "blk.{}.attn_qkv.bias"
 
 
-def sources(config: ModelConfig) -> dict[str, list[str]]:
+def build_tensor_map(config: ModelConfig) -> dict[str, list[str]]:
     """Of each of llama.cpp's tensors the weights that make it, one under another; none: zeros."""
-    classic = config.architecture == "classic"
-    found: dict[str, list[str]] = {}
-    if classic and not config.qkv_bias:
-        found |= {QKV_BIAS.format(i): [] for i in range(config.n_layer)}
+    is_classic = config.architecture == "classic"
+    tensor_map: dict[str, list[str]] = {}
+    if is_classic and not config.qkv_bias:
+        tensor_map |= {QKV_BIAS_NAME.format(i): [] for i in range(config.n_layer)}
     for name in expected_shapes(config):
-        theirs = TOP.get(name)
-        if theirs is None:
+        gguf_name = TOP_NAMES.get(name)
+        if gguf_name is None:
             _, layer, rest = name.split(".", 2)
-            stem, kind = rest.rsplit(".", 1)
-            theirs = f"blk.{layer}.{(LAYER | ONE if classic else LAYER)[stem]}.{kind}"
-        found.setdefault(theirs, []).append(name)
-    return found
+            stem, suffix = rest.rsplit(".", 1)
+            gguf_name = f"blk.{layer}.{(LAYER_NAMES | FUSED_QKV_NAMES if is_classic else LAYER_NAMES)[stem]}.{suffix}"
+        tensor_map.setdefault(gguf_name, []).append(name)
+    return tensor_map
 
 
-def tensors_of(config: ModelConfig, weights: Mapping[str, Array]) -> Iterator[tuple[str, Array]]:
+def to_gguf_tensors(config: ModelConfig, weights: Mapping[str, Array]) -> Iterator[tuple[str, Array]]:
     """llama.cpp's names and tensors, fp32."""
-    for theirs, ours in sources(config).items():
-        parts = [np.ascontiguousarray(weights[name], np.float32) for name in ours]
-        if is_rotated(config, ours):
-            parts = [interleaved(part, config.head_dim) for part in parts]
-        yield theirs, np.concatenate(parts) if parts else np.zeros(3 * config.n_embd, np.float32)
+    for gguf_name, names in build_tensor_map(config).items():
+        parts = [np.ascontiguousarray(weights[name], np.float32) for name in names]
+        if is_rope_permuted(config, names):
+            parts = [permute_rope(part, config.head_dim) for part in parts]
+        yield gguf_name, np.concatenate(parts) if parts else np.zeros(3 * config.n_embd, np.float32)
 
 
-def weights_of(file: GgufFile, config: ModelConfig) -> dict[str, Array]:
+def from_gguf_tensors(file: GgufFile, config: ModelConfig) -> dict[str, Array]:
     """Our names and weights, fp32. `UserError` where a tensor is missing, unknown, or of another shape."""
-    shapes, tensors = expected_shapes(config), sources(config)
-    if unknown := file.tensors.keys() - tensors.keys():
-        raise UserError(f"tensor {shown(min(unknown))} has no place in our architectures")
+    shapes, tensor_map = expected_shapes(config), build_tensor_map(config)
+    if unknown := file.tensors.keys() - tensor_map.keys():
+        raise UserError(f"tensor {quoted(min(unknown))} has no place in our architectures")
     weights: dict[str, Array] = {}
-    for theirs, ours in tensors.items():
-        if not ours:
+    for gguf_name, names in tensor_map.items():
+        if not names:
             continue
-        if theirs not in file.tensors:
-            raise UserError(f"tensor {theirs!r} is missing; convert the model again")
-        rows = [shapes[name][0] for name in ours]
-        wanted = (sum(rows), *shapes[ours[0]][1:])
-        if file.tensors[theirs].shape != wanted:
-            raise UserError(f"tensor {theirs!r} is {file.tensors[theirs].shape}, not {wanted}")
-        weight = file.weight(theirs)
-        if is_rotated(config, ours):
-            weight = halved(weight, config.head_dim)
-        weights |= zip(ours, np.split(weight, np.cumsum(rows)[:-1]), strict=True)
+        if gguf_name not in file.tensors:
+            raise UserError(f"tensor {gguf_name!r} is missing; convert the model again")
+        row_counts = [shapes[name][0] for name in names]
+        expected_shape = (sum(row_counts), *shapes[names[0]][1:])
+        if file.tensors[gguf_name].shape != expected_shape:
+            raise UserError(f"tensor {gguf_name!r} is {file.tensors[gguf_name].shape}, not {expected_shape}")
+        weight = file.load_tensor(gguf_name)
+        if is_rope_permuted(config, names):
+            weight = unpermute_rope(weight, config.head_dim)
+        weights |= zip(names, np.split(weight, np.cumsum(row_counts)[:-1]), strict=True)
     return weights
 
 
-def is_rotated(config: ModelConfig, names: list[str]) -> bool:
+def is_rope_permuted(config: ModelConfig, names: list[str]) -> bool:
     """Whether rows stand in another order in the file: `llama` rotates neighbours, `qwen3` halves as we do."""
-    modern = config.architecture == "modern"
-    return modern and not config.qk_norm and names[0].endswith(("q_proj.weight", "k_proj.weight"))
+    is_modern = config.architecture == "modern"
+    return is_modern and not config.qk_norm and names[0].endswith(("q_proj.weight", "k_proj.weight"))
 
 
-def kind_of(config: ModelConfig, theirs: str, shape: tuple[int, ...], precision: str) -> str:
+def select_tensor_type(config: ModelConfig, gguf_name: str, shape: tuple[int, ...], precision: str) -> str:
     """Type of a tensor, as llama.cpp's quantiser chooses it.
 
     Vectors and positions stay in f32. Rows that are no whole blocks of 32 stay in f16. In q4_0 the head (tied: the
     embedding) has 8 bits; llama.cpp gives it 6 where rows are whole blocks of 256, which the `gguf` package cannot
     write.
     """
-    if precision == "f32" or len(shape) == 1 or theirs == TOP[POSITIONS]:
+    if precision == "f32" or len(shape) == 1 or gguf_name == TOP_NAMES[POSITION_EMBEDDING]:
         return "F32"
     if precision == "f16" or shape[1] % 32:
         return "F16"
-    if theirs == TOP[EMBEDDING if config.tied else HEAD]:
+    if gguf_name == TOP_NAMES[EMBEDDING if config.tied else LM_HEAD]:
         return "Q8_0"
     return precision.upper()

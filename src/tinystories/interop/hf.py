@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 import numpy as np
 import numpy.typing as npt
 
-from tinystories.config import ModelConfig, build, checked
-from tinystories.engine.cpu.plan import EMBEDDING, HEAD, POSITIONS
+from tinystories.config import ModelConfig, build_dataclass, validate
+from tinystories.engine.cpu.runtime import EMBEDDING, LM_HEAD, POSITION_EMBEDDING
 from tinystories.engine.cpu.weights import expected_shapes
-from tinystories.errors import UserError, shown
-from tinystories.interop.portable import DEEPEST, MOST_CONTEXT
-from tinystories.positions import sinusoid_table
+from tinystories.errors import UserError, quoted
+from tinystories.interop.model_bundle import MAX_CONTEXT, MAX_LAYERS
+from tinystories.position_tables import build_sinusoid_table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 
 # Their settings that are ours by another name; by `model_type`.
-GPT = {"vocab_size": "vocab_size", "layer_norm_epsilon": "norm_eps", "tie_word_embeddings": "tied"}
-LLAMA = {
+GPT_SETTINGS = {"vocab_size": "vocab_size", "layer_norm_epsilon": "norm_eps", "tie_word_embeddings": "tied"}
+LLAMA_SETTINGS = {
     "vocab_size": "vocab_size",
     "max_position_embeddings": "n_ctx",
     "num_hidden_layers": "n_layer",
@@ -39,16 +39,16 @@ LLAMA = {
     "rms_norm_eps": "norm_eps",
     "tie_word_embeddings": "tied",
 }
-SETTINGS = {
-    "gpt2": GPT
+SETTINGS_BY_TYPE = {
+    "gpt2": GPT_SETTINGS
     | {"n_positions": "n_ctx", "n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd", "n_inner": "n_ff"},
-    "gpt_neo": GPT
+    "gpt_neo": GPT_SETTINGS
     | {"max_position_embeddings": "n_ctx", "num_layers": "n_layer", "num_heads": "n_head"}
     | {"hidden_size": "n_embd", "intermediate_size": "n_ff"},
-    "llama": LLAMA,
-    "qwen3": LLAMA,
+    "llama": LLAMA_SETTINGS,
+    "qwen3": LLAMA_SETTINGS,
 }
-FIELDS = {"kv_heads": "n_kv_head", "head_dim": "head_size"}  # to be set, where ours is a property
+PROPERTY_FIELDS = {"kv_heads": "n_kv_head", "head_dim": "head_size"}  # to be set, where ours is a property
 # What transformers takes for a setting that config.json leaves out.
 GPT_DEFAULTS = {"layer_norm_epsilon": 1e-5, "tie_word_embeddings": True, "activation_function": "gelu_new"}
 LLAMA_DEFAULTS = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False}
@@ -59,7 +59,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen3": LLAMA_DEFAULTS | {"num_key_value_heads": 32, "head_dim": 128},
 }
 # Settings that must have one of these values; the first is meant where there is none.
-ONLY: dict[str, tuple[Any, ...]] = {
+REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
     "attention_bias": (False,),
     "hidden_act": ("silu", "swish"),
@@ -72,23 +72,25 @@ ONLY: dict[str, tuple[Any, ...]] = {
 ACTIVATIONS = {"relu": "relu", "gelu_new": "gelu_tanh", "gelu": "gelu_erf", "gelu_pytorch_tanh": "gelu_tanh"}
 
 # Modules of GPT-2 and GPT-Neo; Llama and Qwen3 have our names.
-PREFIX = {"gpt2": "transformer.", "gpt_neo": "transformer.", "llama": "model.", "qwen3": "model."}
-TOP = {"embed_tokens": "wte", "embed_positions": "wpe", "norm": "ln_f"}
-GPT_LAYER = {
+NAME_PREFIX = {"gpt2": "transformer.", "gpt_neo": "transformer.", "llama": "model.", "qwen3": "model."}
+TOP_NAMES = {"embed_tokens": "wte", "embed_positions": "wpe", "norm": "ln_f"}
+GPT_LAYER_NAMES = {
     "input_layernorm": "ln_1",
     "post_attention_layernorm": "ln_2",
     "mlp.up_proj": "mlp.c_fc",
     "mlp.down_proj": "mlp.c_proj",
 }
-LAYER = {
-    "gpt2": GPT_LAYER
+LAYER_NAMES = {
+    "gpt2": GPT_LAYER_NAMES
     | {f"self_attn.{name}_proj": "attn.c_attn" for name in "qkv"}
     | {"self_attn.o_proj": "attn.c_proj"},
-    "gpt_neo": GPT_LAYER
+    "gpt_neo": GPT_LAYER_NAMES
     | {f"self_attn.{name}_proj": f"attn.attention.{name}_proj" for name in "qkv"}
     | {"self_attn.o_proj": "attn.attention.out_proj"},
 }
-TABLES = re.compile(r"\.attn\.(attention\.)?(masked_)?bias$|rotary_emb\.inv_freq$")  # masks, frequencies: no weights
+BUFFER_NAMES = re.compile(
+    r"\.attn\.(attention\.)?(masked_)?bias$|rotary_emb\.inv_freq$"
+)  # masks, frequencies: no weights
 
 
 def from_transformers(
@@ -99,46 +101,48 @@ def from_transformers(
     Positions that are our sinusoids, and biases of q, k and v that are all zero, are left out. `UserError` where
     something is missing, unknown, or not to be held exactly.
     """
-    config = config_from(settings)
-    kind, shapes = settings["model_type"], expected_shapes(config)
-    places = places_of(kind, config)
-    if not any(name.startswith(PREFIX[kind]) for name in weights):  # saved without its head
-        places = {name.removeprefix(PREFIX[kind]): ours for name, ours in places.items()}
-    found = {name for name in weights if not TABLES.search(name)}
-    if config.tied and HEAD in found:
-        found.remove(HEAD)
-        embedding = next(name for name, ours in places.items() if ours == [EMBEDDING])
-        if embedding in weights and not np.array_equal(weights[HEAD], weights[embedding]):
-            raise UserError(f"{HEAD} is not {embedding}, as tie_word_embeddings in config.json says")
+    config = parse_config(settings)
+    model_type, shapes = settings["model_type"], expected_shapes(config)
+    name_map = build_name_map(model_type, config)
+    if not any(name.startswith(NAME_PREFIX[model_type]) for name in weights):  # saved without its head
+        name_map = {name.removeprefix(NAME_PREFIX[model_type]): ours for name, ours in name_map.items()}
+    weight_names = {name for name in weights if not BUFFER_NAMES.search(name)}
+    if config.tied and LM_HEAD in weight_names:
+        weight_names.remove(LM_HEAD)
+        embedding = next(name for name, ours in name_map.items() if ours == [EMBEDDING])
+        if embedding in weights and not np.array_equal(weights[LM_HEAD], weights[embedding]):
+            raise UserError(f"{LM_HEAD} is not {embedding}, as tie_word_embeddings in config.json says")
     ours: dict[str, npt.NDArray[np.float32]] = {}
-    for name in sorted(places.keys() | found):
-        if name not in found or name not in places:
-            raise UserError(f"weight {shown(name)} is {'unknown' if name in found else 'missing'}")
-        array, parts, flipped = weights[name], places[name], is_transposed(kind, name)
+    for name in sorted(name_map.keys() | weight_names):
+        if name not in weight_names or name not in name_map:
+            raise UserError(f"weight {quoted(name)} is {'unknown' if name in weight_names else 'missing'}")
+        array, parts, transposed = weights[name], name_map[name], is_transposed(model_type, name)
         shape = (sum(shapes[part][0] for part in parts), *shapes[parts[0]][1:])
-        expected = shape[::-1] if flipped else shape
+        expected = shape[::-1] if transposed else shape
         if array.shape != expected or not np.issubdtype(array.dtype, np.floating):
             raise UserError(f"weight {name} is {array.dtype} {array.shape}, not floating-point numbers {expected}")
-        for part, piece in zip(parts, np.split(array.T if flipped else array, len(parts)), strict=True):
+        for part, piece in zip(parts, np.split(array.T if transposed else array, len(parts)), strict=True):
             with np.errstate(over="ignore"):  # `Portable.check` refuses what comes of it
                 ours[part] = np.ascontiguousarray(piece, dtype=np.float32)
-    return without_padding(config, ours)
+    return drop_explicit_tables(config, ours)
 
 
-def for_transformers(config: ModelConfig, weights: Mapping[str, Array]) -> tuple[dict[str, Any], dict[str, Array]]:
+def to_hf_config_and_weights(
+    config: ModelConfig, weights: Mapping[str, Array]
+) -> tuple[dict[str, Any], dict[str, Array]]:
     """The settings of their config.json, and weights by their names; a tied head is left out. See `from_transformers`.
 
     `weights`: by their names in `model.safetensors`. `UserError` where transformers has no such model.
     """
-    settings = settings_for(config)
-    kind = settings["model_type"]
+    settings = build_hf_config(config)
+    model_type = settings["model_type"]
     if config.architecture == "classic":
-        config, weights = with_padding(config, weights, kind)
-    named = {}
-    for name, ours in places_of(kind, config).items():
-        array = np.concatenate([weights[part] for part in ours]) if len(ours) > 1 else weights[ours[0]]
-        named[name] = np.ascontiguousarray(array.T if is_transposed(kind, name) else array)
-    return settings, named
+        config, weights = add_explicit_tables(config, weights, model_type)
+    hf_weights = {}
+    for name, names in build_name_map(model_type, config).items():
+        array = np.concatenate([weights[part] for part in names]) if len(names) > 1 else weights[names[0]]
+        hf_weights[name] = np.ascontiguousarray(array.T if is_transposed(model_type, name) else array)
+    return settings, hf_weights
 
 
 def to_transformers(config: ModelConfig, weights: "Mapping[str, Tensor]") -> Any:
@@ -148,112 +152,116 @@ def to_transformers(config: ModelConfig, weights: "Mapping[str, Tensor]") -> Any
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    settings, named = for_transformers(config, {name: weight.cpu().numpy() for name, weight in weights.items()})
+    settings, hf_weights = to_hf_config_and_weights(
+        config, {name: weight.cpu().numpy() for name, weight in weights.items()}
+    )
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
-    tensors = {name: torch.from_numpy(array) for name, array in named.items()}
+    tensors = {name: torch.from_numpy(array) for name, array in hf_weights.items()}
     if config.tied:
-        tensors[HEAD] = tensors[theirs(settings["model_type"], EMBEDDING)]
+        tensors[LM_HEAD] = tensors[hf_name(settings["model_type"], EMBEDDING)]
     model.load_state_dict(tensors, strict=True)
     return model.eval()
 
 
-def config_from(settings: Mapping[str, Any]) -> ModelConfig:
+def parse_config(settings: Mapping[str, Any]) -> ModelConfig:
     """The config of all the weights that theirs has: `without_padding` makes it smaller."""
-    kind = settings.get("model_type")
-    if not isinstance(kind, str) or kind not in SETTINGS:
-        raise UserError(f"config.json: model_type={shown(kind)} is not one of {', '.join(SETTINGS)}")
-    for name, allowed in ONLY.items():
+    model_type = settings.get("model_type")
+    if not isinstance(model_type, str) or model_type not in SETTINGS_BY_TYPE:
+        raise UserError(f"config.json: model_type={quoted(model_type)} is not one of {', '.join(SETTINGS_BY_TYPE)}")
+    for name, allowed in REQUIRED_VALUES.items():
         if (value := settings.get(name, allowed[0])) not in allowed:
-            raise UserError(f"config.json: {name}={shown(value)} is not supported, only {allowed[0]!r}")
-    given, hints = DEFAULTS[kind] | dict(settings), get_type_hints(ModelConfig)
-    values: dict[str, Any] = {"architecture": "classic" if kind in LAYER else "modern"}
-    for name, ours in SETTINGS[kind].items():
-        field, value = FIELDS.get(ours, ours), given.get(name)
-        if value is None and ours in FIELDS:
+            raise UserError(f"config.json: {name}={quoted(value)} is not supported, only {allowed[0]!r}")
+    hf_settings, field_types = DEFAULTS[model_type] | dict(settings), get_type_hints(ModelConfig)
+    values: dict[str, Any] = {"architecture": "classic" if model_type in LAYER_NAMES else "modern"}
+    for name, attribute in SETTINGS_BY_TYPE[model_type].items():
+        field, value = PROPERTY_FIELDS.get(attribute, attribute), hf_settings.get(name)
+        if value is None and attribute in PROPERTY_FIELDS:
             value = 0  # as many as n_head; n_embd / n_head
-        elif value is None and ours == "n_ff" and kind in LAYER:
+        elif value is None and attribute == "n_ff" and model_type in LAYER_NAMES:
             value = 4 * values["n_embd"]
         elif value is None:
             raise UserError(f"config.json: {name} is missing")
-        values[field] = checked(value, hints[field], "config.json", name)
-    if values["n_layer"] > DEEPEST or values["n_ctx"] > MOST_CONTEXT:  # before anything is made for each of them
+        values[field] = validate(value, field_types[field], "config.json", name)
+    if values["n_layer"] > MAX_LAYERS or values["n_ctx"] > MAX_CONTEXT:  # before anything is made for each of them
         raise UserError(f"config.json: {values['n_layer']:,} layers and a context of {values['n_ctx']:,} cannot be")
-    if kind in LAYER:
-        values |= classic_from(kind, given, values["n_layer"])
+    if model_type in LAYER_NAMES:
+        values |= parse_classic(model_type, hf_settings, values["n_layer"])
     else:
-        values |= modern_from(kind, given, values)
-    config = build(ModelConfig, values, "config.json", "model.")
+        values |= parse_modern(model_type, hf_settings, values)
+    config = build_dataclass(ModelConfig, values, "config.json", "model.")
     if config.vocab_size == 0:
         raise UserError("config.json: vocab_size=0 must be positive")
     return config
 
 
-def classic_from(kind: str, given: Mapping[str, Any], n_layer: int) -> dict[str, Any]:
-    values: dict[str, Any] = {"learned_positions": True, "qkv_bias": kind == "gpt2"}
-    name = given["activation_function"]
+def parse_classic(model_type: str, hf_settings: Mapping[str, Any], n_layer: int) -> dict[str, Any]:
+    values: dict[str, Any] = {"learned_positions": True, "qkv_bias": model_type == "gpt2"}
+    name = hf_settings["activation_function"]
     if not isinstance(name, str) or name not in ACTIVATIONS:
-        raise UserError(f"config.json: activation_function={shown(name)} is not one of {', '.join(ACTIVATIONS)}")
+        raise UserError(f"config.json: activation_function={quoted(name)} is not one of {', '.join(ACTIVATIONS)}")
     values["activation"] = ACTIVATIONS[name]
-    if kind == "gpt2":
-        return values | {"scaled_scores": given.get("scale_attn_weights", True)}
-    types = given.get("attention_types") or [[["global", "local"], 12]]
+    if model_type == "gpt2":
+        return values | {"scaled_scores": hf_settings.get("scale_attn_weights", True)}
+    types = hf_settings.get("attention_types") or [[["global", "local"], 12]]
     try:
-        each = (which for group, times in types for _ in range(min(times, n_layer + 1)) for which in group)
-        layers = list(itertools.islice(each, n_layer + 1))
+        layer_types = (which for group, times in types for _ in range(min(times, n_layer + 1)) for which in group)
+        layers = list(itertools.islice(layer_types, n_layer + 1))
     except (TypeError, ValueError):
         layers = []
-    if given.get("attention_layers", layers) != layers or len(layers) != n_layer:
-        raise UserError(f"config.json: attention_types={shown(types)} do not describe {n_layer} layers")
+    if hf_settings.get("attention_layers", layers) != layers or len(layers) != n_layer:
+        raise UserError(f"config.json: attention_types={quoted(types)} do not describe {n_layer} layers")
     window = 0
     if layers == ["local" if i % 2 else "global" for i in range(n_layer)] and n_layer > 1:
-        window = checked(given.get("window_size", 256), int, "config.json", "window_size")
+        window = validate(hf_settings.get("window_size", 256), int, "config.json", "window_size")
         if window < 1:
             raise UserError(f"config.json: window_size={window} must be positive")
     elif layers != ["global"] * n_layer:
-        raise UserError(f"config.json: attention_types={shown(types)} are not supported, only global and local in turn")
+        raise UserError(
+            f"config.json: attention_types={quoted(types)} are not supported, only global and local in turn"
+        )
     return values | {"scaled_scores": False, "window": window}
 
 
-def modern_from(kind: str, given: Mapping[str, Any], sizes: Mapping[str, Any]) -> dict[str, Any]:
-    rope = given.get("rope_scaling") or given.get("rope_parameters") or {}
-    plain = isinstance(rope, Mapping) and rope.keys() <= {"rope_type", "type", "rope_theta"}
-    if not plain or rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise UserError(f"config.json: rope_parameters={shown(rope)} are not supported, only rope_theta")
-    if given.get("partial_rotary_factor") not in (None, 1):
+def parse_modern(model_type: str, hf_settings: Mapping[str, Any], sizes: Mapping[str, Any]) -> dict[str, Any]:
+    rope = hf_settings.get("rope_scaling") or hf_settings.get("rope_parameters") or {}
+    is_default_rope = isinstance(rope, Mapping) and rope.keys() <= {"rope_type", "type", "rope_theta"}
+    if not is_default_rope or rope.get("rope_type", rope.get("type", "default")) != "default":
+        raise UserError(f"config.json: rope_parameters={quoted(rope)} are not supported, only rope_theta")
+    if hf_settings.get("partial_rotary_factor") not in (None, 1):
         raise UserError("config.json: partial_rotary_factor is not supported")
-    layers = given.get("layer_types")
+    layers = hf_settings.get("layer_types")
     if layers is not None and layers != ["full_attention"] * sizes["n_layer"]:
-        raise UserError(f"config.json: layer_types={shown(layers)} are not supported, only full_attention")
-    base = rope.get("rope_theta", given.get("rope_theta", 10000.0))
-    own_size = sizes["head_size"] * sizes["n_head"] != sizes["n_embd"]
+        raise UserError(f"config.json: layer_types={quoted(layers)} are not supported, only full_attention")
+    base = rope.get("rope_theta", hf_settings.get("rope_theta", 10000.0))
+    has_own_head_size = sizes["head_size"] * sizes["n_head"] != sizes["n_embd"]
     return {
-        "qk_norm": kind == "qwen3",
-        "rope_base": checked(base, float, "config.json", "rope_theta"),
+        "qk_norm": model_type == "qwen3",
+        "rope_base": validate(base, float, "config.json", "rope_theta"),
         "n_kv_head": sizes["n_kv_head"] if sizes["n_kv_head"] != sizes["n_head"] else 0,
-        "head_size": sizes["head_size"] if own_size else 0,
+        "head_size": sizes["head_size"] if has_own_head_size else 0,
     }
 
 
-def settings_for(config: ModelConfig) -> dict[str, Any]:
-    kind = kind_for(config)
-    settings = {name: getattr(config, ours) for name, ours in SETTINGS[kind].items()}
-    settings |= {"model_type": kind, "bos_token_id": None, "eos_token_id": None}
-    if kind in LAYER:
+def build_hf_config(config: ModelConfig) -> dict[str, Any]:
+    model_type = select_model_type(config)
+    settings = {name: getattr(config, ours) for name, ours in SETTINGS_BY_TYPE[model_type].items()}
+    settings |= {"model_type": model_type, "bos_token_id": None, "eos_token_id": None}
+    if model_type in LAYER_NAMES:
         settings["activation_function"] = next(name for name, ours in ACTIVATIONS.items() if ours == config.activation)
-    if kind == "gpt2":
+    if model_type == "gpt2":
         settings["scale_attn_weights"] = config.scaled_scores
-    elif kind == "gpt_neo":
-        in_turn, last = divmod(config.n_layer, 2)
+    elif model_type == "gpt_neo":
+        n_pairs, n_unpaired = divmod(config.n_layer, 2)
         pair = ["global", "local" if config.window else "global"]
-        settings["attention_types"] = [[pair, in_turn], [["global"], last]]
+        settings["attention_types"] = [[pair, n_pairs], [["global"], n_unpaired]]
         settings |= {"window_size": config.window} if config.window else {}
     else:
         settings |= {"rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base}}
-        settings |= {"attention_bias": False} | ({"mlp_bias": False} if kind == "llama" else {})
+        settings |= {"attention_bias": False} | ({"mlp_bias": False} if model_type == "llama" else {})
     return settings
 
 
-def kind_for(config: ModelConfig) -> str:
+def select_model_type(config: ModelConfig) -> str:
     """The `model_type` that can hold such a model."""
     if config.architecture == "modern":
         if not config.qk_norm and config.n_embd % config.n_head:
@@ -269,50 +277,52 @@ def kind_for(config: ModelConfig) -> str:
     return "gpt2"
 
 
-def theirs(kind: str, name: str) -> str:
+def hf_name(model_type: str, name: str) -> str:
     """Their name of one of our weights."""
-    if name == HEAD:
+    if name == LM_HEAD:
         return name
-    if kind not in LAYER:
-        return PREFIX[kind] + name
+    if model_type not in LAYER_NAMES:
+        return NAME_PREFIX[model_type] + name
     module, _, part = name.rpartition(".")
-    if module in TOP:
-        return f"{PREFIX[kind]}{TOP[module]}.{part}"
-    _, layer, rest = module.split(".", 2)
-    return f"{PREFIX[kind]}h.{layer}.{LAYER[kind][rest]}.{part}"
+    if module in TOP_NAMES:
+        return f"{NAME_PREFIX[model_type]}{TOP_NAMES[module]}.{part}"
+    _, layer, submodule = module.split(".", 2)
+    return f"{NAME_PREFIX[model_type]}h.{layer}.{LAYER_NAMES[model_type][submodule]}.{part}"
 
 
-def places_of(kind: str, config: ModelConfig) -> dict[str, list[str]]:
+def build_name_map(model_type: str, config: ModelConfig) -> dict[str, list[str]]:
     """Their name of each weight, and what of ours it is made of: GPT-2 has q, k and v in one."""
-    places: dict[str, list[str]] = {}
+    name_map: dict[str, list[str]] = {}
     for name in expected_shapes(config):
-        places.setdefault(theirs(kind, name), []).append(name)
-    return places
+        name_map.setdefault(hf_name(model_type, name), []).append(name)
+    return name_map
 
 
-def is_transposed(kind: str, name: str) -> bool:
+def is_transposed(model_type: str, name: str) -> bool:
     """Whether their matrix is (inner, outer), as those of GPT-2's blocks are."""
-    return kind == "gpt2" and re.match(r"(transformer\.)?h\.", name) is not None
+    return model_type == "gpt2" and re.match(r"(transformer\.)?h\.", name) is not None
 
 
-def with_padding(
-    config: ModelConfig, weights: Mapping[str, Array], kind: str
+def add_explicit_tables(
+    config: ModelConfig, weights: Mapping[str, Array], model_type: str
 ) -> tuple[ModelConfig, Mapping[str, Array]]:
     """`classic` with all the weights that theirs has: sinusoids as positions, in GPT-2 zeros as biases of q, k, v."""
-    config = dataclasses.replace(config, learned_positions=True, qkv_bias=kind == "gpt2")
-    padding = {
-        name: sinusoid_table(*shape) if name == POSITIONS else np.zeros(shape, np.float32)
+    config = dataclasses.replace(config, learned_positions=True, qkv_bias=model_type == "gpt2")
+    tables = {
+        name: build_sinusoid_table(*shape) if name == POSITION_EMBEDDING else np.zeros(shape, np.float32)
         for name, shape in expected_shapes(config).items()
         if name not in weights
     }
-    return config, {**weights, **padding}
+    return config, {**weights, **tables}
 
 
-def without_padding(
+def drop_explicit_tables(
     config: ModelConfig, weights: dict[str, npt.NDArray[np.float32]]
 ) -> tuple[ModelConfig, dict[str, npt.NDArray[np.float32]]]:
     """What `with_padding` adds, taken away again."""
-    if config.learned_positions and np.array_equal(weights[POSITIONS], sinusoid_table(config.n_ctx, config.n_embd)):
+    if config.learned_positions and np.array_equal(
+        weights[POSITION_EMBEDDING], build_sinusoid_table(config.n_ctx, config.n_embd)
+    ):
         config = dataclasses.replace(config, learned_positions=False)
     if config.qkv_bias and not any(weight.any() for name, weight in weights.items() if is_qkv_bias(name)):
         config = dataclasses.replace(config, qkv_bias=False)

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from tinystories import checkpoint
-from tinystories.data.deadline import within
-from tinystories.data.hub import CONTACT_SECONDS, repository
-from tinystories.data.tokenizer import one_line
+from tinystories.data.hub_source import CONNECT_TIMEOUT_SECONDS, parse_hub_name
+from tinystories.data.timeout import call_with_timeout
+from tinystories.data.tokenizer import sanitize
 from tinystories.errors import UserError
 
 log = logging.getLogger(__name__)
 
-DESCRIPTIONS = {
+METADATA_FILES = {
     "config.json",
     "generation.json",
     "generation_config.json",
@@ -32,8 +32,8 @@ DESCRIPTIONS = {
     "tokenizer_config.json",
     "vocab.json",
 }
-WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")  # the first that a repository has
-EXPORT_EXTRA = 'pip install "tinystories-gpt[export]"'
+WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")  # the first that a repository has
+INSTALL_COMMAND = 'pip install "tinystories-gpt[export]"'
 
 
 def download(source: str) -> Path:
@@ -43,86 +43,90 @@ def download(source: str) -> Path:
     answer within CONTACT_SECONDS, an earlier download serves, with a warning. `UserError` where there is none, where
     the repository or revision does not exist, is private or gated, holds no weights, or where the disk is full.
     """
-    repo, revision = repository(source)
-    hub = client()
-    api = hub.HfApi()
-    with errors(source, api.endpoint):
+    repo, revision = parse_hub_name(source)
+    hf_hub = import_huggingface_hub()
+    api = hf_hub.HfApi()
+    with translate_errors(source, api.endpoint):
         try:
-            info = within(
-                CONTACT_SECONDS,
+            info = call_with_timeout(
+                CONNECT_TIMEOUT_SECONDS,
                 lambda: api.model_info(
-                    repo, revision=revision or None, files_metadata=True, timeout=CONTACT_SECONDS / 2
+                    repo, revision=revision or None, files_metadata=True, timeout=CONNECT_TIMEOUT_SECONDS / 2
                 ),
             )
         except Exception as error:
-            if is_an_answer(error):
+            if is_hub_refusal(error):
                 raise
-            found = hub.try_to_load_from_cache(repo, "config.json", revision=revision or None)
-            if not isinstance(found, str):
+            cached_config = hf_hub.try_to_load_from_cache(repo, "config.json", revision=revision or None)
+            if not isinstance(cached_config, str):
                 raise
             log.warning("%s: the Hub does not answer (%s); an earlier download is used", source, type(error).__name__)
-            return Path(found).parent
-        files = usable(source, info.siblings)
-        require_space(source, hub, repo, [f for f in files if not cached(hub, repo, f.rfilename, info.sha)])
+            return Path(cached_config).parent
+        files = select_files(source, info.siblings)
+        check_disk_space(source, hf_hub, repo, [f for f in files if not is_cached(hf_hub, repo, f.rfilename, info.sha)])
         names = [file.rfilename for file in files]  # as patterns each matches itself alone: they hold no * ? [ /
-        folder = Path(hub.snapshot_download(repo, revision=revision or None, allow_patterns=names))
+        folder = Path(hf_hub.snapshot_download(repo, revision=revision or None, allow_patterns=names))
     if folder.name != info.sha:
         raise UserError(f"{source} was changed while it was downloaded; run the same again")
     for file in files:
-        verify(source, folder / file.rfilename, file)
+        verify_hash(source, folder / file.rfilename, file)
     return folder
 
 
-def usable(source: str, files: Sequence[Any]) -> list[Any]:
+def select_files(source: str, files: Sequence[Any]) -> list[Any]:
     """Those of a listing to download: descriptions and one kind of weights, from the top folder only."""
-    plain = [file for file in files if re.fullmatch(r"[\w.-]+", file.rfilename)]
-    kinds = ([file for file in plain if fnmatchcase(file.rfilename, kind)] for kind in WEIGHTS)
-    weights = next(filter(None, kinds), [])
+    top_level_files = [file for file in files if re.fullmatch(r"[\w.-]+", file.rfilename)]
+    files_by_pattern = (
+        [file for file in top_level_files if fnmatchcase(file.rfilename, kind)] for kind in WEIGHT_PATTERNS
+    )
+    weights = next(filter(None, files_by_pattern), [])
     names = [file.rfilename for file in weights]
     if not weights:
-        there = ", ".join(one_line(file.rfilename) for file in files[:10]) or "nothing"
-        raise UserError(f"{source} holds none of {', '.join(WEIGHTS)} in its top folder; it holds {there}")
+        listing = ", ".join(sanitize(file.rfilename) for file in files[:10]) or "nothing"
+        raise UserError(f"{source} holds none of {', '.join(WEIGHT_PATTERNS)} in its top folder; it holds {listing}")
     if len(weights) > 1 and names[0].endswith(".gguf"):
         raise UserError(
             f"{source} holds several models; download one of these files, then: tinystories import FILE"
             f" ({', '.join(names)})"
         )
-    return [file for file in plain if file.rfilename in DESCRIPTIONS] + weights
+    return [file for file in top_level_files if file.rfilename in METADATA_FILES] + weights
 
 
-def cached(hub: Any, repo: str, name: str, commit: str) -> bool:
-    return isinstance(hub.try_to_load_from_cache(repo, name, revision=commit), str)
+def is_cached(hf_hub: Any, repo: str, name: str, commit: str) -> bool:
+    return isinstance(hf_hub.try_to_load_from_cache(repo, name, revision=commit), str)
 
 
-def require_space(source: str, hub: Any, repo: str, files: Sequence[Any]) -> None:
+def check_disk_space(source: str, hf_hub: Any, repo: str, files: Sequence[Any]) -> None:
     """`UserError` where the cache's disk has no room for the files; says how much there is to download."""
-    needed = sum(file.size or 0 for file in files)
+    needed_bytes = sum(file.size or 0 for file in files)
     if not files:
         return
-    place = Path(hub.constants.HF_HUB_CACHE)
-    free = shutil.disk_usage(next(folder for folder in (place, *place.absolute().parents) if folder.exists())).free
-    if needed > free:
+    cache_dir = Path(hf_hub.constants.HF_HUB_CACHE)
+    free_bytes = shutil.disk_usage(
+        next(folder for folder in (cache_dir, *cache_dir.absolute().parents) if folder.exists())
+    ).free
+    if needed_bytes > free_bytes:
         raise UserError(
-            f"{source} has {needed / 1e6:,.1f} MB to download, {place} only {free / 1e6:,.1f} MB left;"
+            f"{source} has {needed_bytes / 1e6:,.1f} MB to download, {cache_dir} only {free_bytes / 1e6:,.1f} MB left;"
             " free space, or set HF_HUB_CACHE to another folder"
         )
-    log.info("downloading %s: %d files, %.1f MB", repo, len(files), needed / 1e6)
+    log.info("downloading %s: %d files, %.1f MB", repo, len(files), needed_bytes / 1e6)
 
 
-def verify(source: str, path: Path, listed: Any) -> None:
+def verify_hash(source: str, path: Path, remote_file: Any) -> None:
     """`UserError` unless the file is what the Hub lists; what is not leaves the cache."""
-    if listed.lfs is not None:
-        right = checkpoint.sha256(path) == listed.lfs.sha256
+    if remote_file.lfs is not None:
+        matches = checkpoint.sha256(path) == remote_file.lfs.sha256
     else:
         data = path.read_bytes()
-        right = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() == listed.blob_id
-    if not right:
+        matches = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() == remote_file.blob_id
+    if not matches:
         path.resolve().unlink()
         path.unlink(missing_ok=True)
         raise UserError(f"{source}: {path.name} arrived damaged (its hash is not the listed one); run the same again")
 
 
-def model_folder(model: str | Path | None) -> Path:
+def resolve_model_folder(model: str | Path | None) -> Path:
     """The folder that a MODEL names: a directory itself, or that of hf:OWNER/NAME[@REVISION] once downloaded.
 
     None is the storyteller that comes with the package.
@@ -130,11 +134,11 @@ def model_folder(model: str | Path | None) -> Path:
     `UserError` as from `download`, and where that is another program's model.
     """
     if model is None:
-        return checkpoint.BUNDLED
+        return checkpoint.BUNDLED_MODEL
     if not str(model).startswith("hf:"):
         return Path(model)
     folder = download(str(model))
-    if not checkpoint.is_ours(folder):
+    if not checkpoint.is_native_model(folder):
         raise UserError(
             f"{model} is a model of another program; make a model directory of it first:"
             f" tinystories import {model} --out DIR"
@@ -142,28 +146,31 @@ def model_folder(model: str | Path | None) -> Path:
     return folder
 
 
-def require_pushable(repo: str) -> None:
+def check_pushable(repo: str) -> None:
     """`UserError` where a repository is not named OWNER/NAME, and without a token that may write."""
-    name, at, revision = repo.partition("@")
+    name, separator, revision = repo.partition("@")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or ".." in name:
         raise UserError(f"{repo} is not of the form OWNER/NAME, such as me/small-stories")
-    if at:
+    if separator:
         raise UserError(f"{repo}: a push goes to the main branch; leave @{revision} out")
-    if not client().get_token():
+    if not import_huggingface_hub().get_token():
         raise UserError(
             "a push needs a token that may write: set HF_TOKEN to one made at https://huggingface.co/settings/tokens,"
             " or run: hf auth login"
         )
 
 
-def contents(folder: Path, repo: str, license: str = "") -> dict[str, Path | bytes]:
+def collect_files(folder: Path, repo: str, license: str = "") -> dict[str, Path | bytes]:
     """What is pushed of a model directory, by name: its own files and the model card, nothing else that lies there."""
-    from tinystories.interop.card import card
-    from tinystories.interop.portable import Portable
+    from tinystories.interop.model_bundle import ModelBundle
+    from tinystories.interop.model_card import build_model_card
 
-    files = checkpoint.read_model(folder)
-    text = card(Portable.read(folder), repo, license)
-    return {"README.md": text.encode(), **{name: folder / name for name in ("config.json", *files.sums)}}
+    model_files = checkpoint.read_model(folder)
+    card_text = build_model_card(ModelBundle.read(folder), repo, license)
+    return {
+        "README.md": card_text.encode(),
+        **{name: folder / name for name in ("config.json", *model_files.checksums)},
+    }
 
 
 def push(files: Mapping[str, Path | bytes], repo: str, *, private: bool = True, message: str = "") -> str:
@@ -171,31 +178,33 @@ def push(files: Mapping[str, Path | bytes], repo: str, *, private: bool = True, 
 
     `UserError` without a token that may write there, without network, and where it should be private but is public.
     """
-    require_pushable(repo)
-    hub = client()
-    api = hub.HfApi()
-    with errors(repo, api.endpoint):
-        within(CONTACT_SECONDS, lambda: api.create_repo(repo, private=private, exist_ok=True))
-        if private and not within(CONTACT_SECONDS, lambda: api.model_info(repo)).private:
+    check_pushable(repo)
+    hf_hub = import_huggingface_hub()
+    api = hf_hub.HfApi()
+    with translate_errors(repo, api.endpoint):
+        call_with_timeout(CONNECT_TIMEOUT_SECONDS, lambda: api.create_repo(repo, private=private, exist_ok=True))
+        if private and not call_with_timeout(CONNECT_TIMEOUT_SECONDS, lambda: api.model_info(repo)).private:
             raise UserError(f"{repo} is there already and public; push with --public, or name another repository")
-        operations = [hub.CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in files.items()]
-        done = api.create_commit(repo, operations, commit_message=message or "A model of TinyStories GPT")
-    return str(done.commit_url)
+        operations = [
+            hf_hub.CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in files.items()
+        ]
+        commit = api.create_commit(repo, operations, commit_message=message or "A model of TinyStories GPT")
+    return str(commit.commit_url)
 
 
-def client() -> Any:
+def import_huggingface_hub() -> Any:
     """The package huggingface_hub, told to leave messages to us and to show its progress on terminals only."""
     try:
         import huggingface_hub
     except ImportError:
-        raise UserError(f"the Hub needs huggingface_hub: {EXPORT_EXTRA}") from None
+        raise UserError(f"the Hub needs huggingface_hub: {INSTALL_COMMAND}") from None
     huggingface_hub.logging.set_verbosity(logging.CRITICAL)
     if not sys.stderr.isatty():
         huggingface_hub.utils.disable_progress_bars()
     return huggingface_hub
 
 
-def is_an_answer(error: Exception) -> bool:
+def is_hub_refusal(error: Exception) -> bool:
     """Whether the Hub itself refused, rather than could not be reached."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -205,7 +214,7 @@ def is_an_answer(error: Exception) -> bool:
 
 
 @contextlib.contextmanager
-def errors(name: str, endpoint: str) -> Iterator[None]:
+def translate_errors(name: str, endpoint: str) -> Iterator[None]:
     """Whatever goes wrong in the client, as a `UserError` about the repository of that name."""
     from huggingface_hub import errors as theirs
 
@@ -221,7 +230,7 @@ def errors(name: str, endpoint: str) -> Iterator[None]:
     except theirs.RevisionNotFoundError:
         raise UserError(f"{name}: {repo} has no such revision; see {endpoint}/{repo}/commits/main") from None
     except theirs.HFValidationError as error:
-        raise UserError(f"{name} is no name of a repository: {one_line(error)}") from None
+        raise UserError(f"{name} is no name of a repository: {sanitize(error)}") from None
     except Exception as error:
         status = error.response.status_code if isinstance(error, theirs.HfHubHTTPError) else 0
         if status in (401, 403):
@@ -237,5 +246,5 @@ def errors(name: str, endpoint: str) -> Iterator[None]:
             raise UserError(f"{name}: {error.filename}: {error.strerror}") from None
         raise UserError(
             f"{name}: {endpoint}/{repo} was tried and does not answer as it should ({type(error).__name__}:"
-            f" {one_line(error)[:200]}); run the same again to go on"
+            f" {sanitize(error)[:200]}); run the same again to go on"
         ) from None

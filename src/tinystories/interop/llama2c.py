@@ -18,33 +18,40 @@ from tinystories.config import ModelConfig
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.engine.cpu.weights import expected_shapes
 from tinystories.errors import UserError
-from tinystories.interop.llama2c_run import logits as logits  # how the file is read to be compared
-from tinystories.interop.portable import DEEPEST, Portable
-from tinystories.interop.vocabulary import BYTES, LONGEST, pieces_of, relabelled, sentencepiece, with_end
+from tinystories.interop.llama2c_reference import logits as logits  # how the file is read to be compared
+from tinystories.interop.model_bundle import MAX_LAYERS, ModelBundle
+from tinystories.interop.tokenizer_conversion import (
+    BYTE_PIECES,
+    MAX_PIECE_CHARS,
+    build_sentencepiece_bpe,
+    extract_pieces,
+    permute_ids,
+    set_end_token,
+)
 
 Array = npt.NDArray[Any]
 
 MAGIC = 0x616B3432
-SIZES = struct.Struct("<7i")  # dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, max_seq_len
-HEADER = 256  # bytes, of versions 1 and 2
-GROUP = 64  # weights that share a scale, unless the widths of the model are no multiples of it
-MOST = 2**24  # of anything that the header counts
-BOS = 1  # what run.c starts with and stops at
-FIRST_BYTE = 3  # the piece of byte 0; run.c counts on it
+SIZES_STRUCT = struct.Struct("<7i")  # dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, max_seq_len
+HEADER_BYTES = 256  # bytes, of versions 1 and 2
+GROUP_SIZE = 64  # weights that share a scale, unless the widths of the model are no multiples of it
+MAX_COUNT = 2**24  # of anything that the header counts
+BOS_ID = 1  # what run.c starts with and stops at
+FIRST_BYTE_ID = 3  # the piece of byte 0; run.c counts on it
 NORMS = ("input_layernorm", "post_attention_layernorm")
 ATTENTION = tuple(f"self_attn.{name}_proj" for name in "qkvo")
 FEED_FORWARD = tuple(f"mlp.{name}_proj" for name in ("gate", "down", "up"))  # w1, w2, w3
-BY_VERSION = {  # the order in the file; of what stands in every layer, that of all layers together
+TENSOR_ORDER = {  # the order in the file; of what stands in every layer, that of all layers together
     0: ("embed_tokens", NORMS[0], *ATTENTION, NORMS[1], *FEED_FORWARD, "norm", "rope", "lm_head"),
     1: (*NORMS, "norm", "embed_tokens", *ATTENTION, *FEED_FORWARD, "lm_head"),
     2: (*NORMS, "norm", "embed_tokens", *ATTENTION, *FEED_FORWARD, "lm_head"),
 }
 
 
-def tensors(config: ModelConfig, version: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+def iter_tensors(config: ModelConfig, version: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Our names and the shapes, in the order of the file; "rope" is the table that run.c skips."""
     shapes = expected_shapes(config)
-    for part in BY_VERSION[version]:
+    for part in TENSOR_ORDER[version]:
         if part == "rope":
             yield "rope", (2, config.n_ctx, config.head_dim // 2)
         elif f"{part}.weight" in shapes:
@@ -54,97 +61,102 @@ def tensors(config: ModelConfig, version: int) -> Iterator[tuple[str, tuple[int,
                 yield f"layers.{i}.{part}.weight", shapes[f"layers.{i}.{part}.weight"]
 
 
-def length_of(config: ModelConfig, version: int, group: int) -> int:
+def total_bytes(config: ModelConfig, version: int, group_size: int) -> int:
     """Bytes of the tensors in the file, counted without a list of them."""
-    if not group:
+    if not group_size:
         return 4 * (config.n_params + (config.n_ctx * config.head_dim if version == 0 else 0))
     norms = config.n_embd * (2 * config.n_layer + 1)
-    return 4 * norms + bytes_of((1, config.n_params - norms), group)
+    return 4 * norms + tensor_bytes((1, config.n_params - norms), group_size)
 
 
-def bytes_of(shape: tuple[int, ...], group: int) -> int:
+def tensor_bytes(shape: tuple[int, ...], group_size: int) -> int:
     """Of one tensor in the file; `group` weights share a scale, 0: fp32."""
     count = math.prod(shape)
-    return count + 4 * (count // group) if group and len(shape) == 2 else 4 * count
+    return count + 4 * (count // group_size) if group_size and len(shape) == 2 else 4 * count
 
 
-def write(model: Portable, path: Path, precision: str) -> Array:
+def write(model: ModelBundle, path: Path, precision: str) -> Array:
     """Write the checkpoint, X.tokenizer.bin beside X.bin, and where that one does not say all, X.tokenizer.json.
 
     Returns the file's id of each of ours: END becomes 1 and the bytes 3 to 258, as run.c has it. `UserError` where
     llama2.c cannot hold the model.
     """
     config = model.config
-    require_llama2c(config)
-    pieces, scores = pieces_of(model.tokenizer)
+    check_supported(config)
+    pieces, scores = extract_pieces(model.tokenizer)
     pieces += [b"<unk>"] * (config.vocab_size - len(pieces))
     scores += [0.0] * (config.vocab_size - len(scores))
-    order = arrangement(pieces, model.tokenizer.end_id)
-    back = np.argsort(order)
-    pieces_file, tokenizer_file = companions(path)
+    id_permutation = build_id_permutation(pieces, model.tokenizer.end_id)
+    inverse_permutation = np.argsort(id_permutation)
+    pieces_file, tokenizer_file = sidecars(path)
     with pieces_file.open("wb") as file:
-        write_table([b"\n<s>\n" if i == BOS else standard(pieces[k]) for i, k in enumerate(back)], scores, back, file)
-    if model.tokenizer.lossless or (order != np.arange(len(order))).any():
-        relabelled(model.tokenizer, order.tolist()).save(tokenizer_file)
+        write_tokenizer_bin(
+            [b"\n<s>\n" if i == BOS_ID else canonical_piece(pieces[k]) for i, k in enumerate(inverse_permutation)],
+            scores,
+            inverse_permutation,
+            file,
+        )
+    if model.tokenizer.is_lossless or (id_permutation != np.arange(len(id_permutation))).any():
+        permute_ids(model.tokenizer, id_permutation.tolist()).save(tokenizer_file)
     version = 0 if precision == "f32" else 2
     with path.open("wb") as file:
-        group = write_header(config, version, file)
-        for name, shape in tensors(config, version):
-            weight = rope_table(shape) if name == "rope" else np.asarray(model.weights[name], np.float32)
+        group_size = write_header(config, version, file)
+        for name, shape in iter_tensors(config, version):
+            weight = build_rope_table(shape) if name == "rope" else np.asarray(model.weights[name], np.float32)
             if name in ("embed_tokens.weight", "lm_head.weight"):
-                weight = weight[back]
+                weight = weight[inverse_permutation]
             elif name.endswith(("q_proj.weight", "k_proj.weight")):
-                weight = interleaved(weight, config.head_dim)
-            if group and weight.ndim == 2:
-                for part in rounded(weight, group):
+                weight = permute_rope(weight, config.head_dim)
+            if group_size and weight.ndim == 2:
+                for part in quantize_q80(weight, group_size):
                     file.write(part.tobytes())
             else:
                 file.write(weight.astype("<f4").tobytes())
-    return order
+    return id_permutation
 
 
-def companions(path: Path) -> list[Path]:
+def sidecars(path: Path) -> list[Path]:
     return [path.with_suffix(suffix) for suffix in (".tokenizer.bin", ".tokenizer.json")]
 
 
-def hint(path: Path) -> str:
-    file, pieces = shlex.quote(str(path)), shlex.quote(str(companions(path)[0]))
+def next_steps(path: Path) -> str:
+    file, tokenizer_path = shlex.quote(str(path)), shlex.quote(str(sidecars(path)[0]))
     return (
-        f'next, in llama2.c: ./run {file} -z {pieces} -i "Once upon a time" (q8_0: ./runq)\n'
+        f'next, in llama2.c: ./run {file} -z {tokenizer_path} -i "Once upon a time" (q8_0: ./runq)\n'
         "how run.c reads prompts with a tokenizer of gpt2 or bpe:N is in docs/interop.md"
     )
 
 
-def require_llama2c(config: ModelConfig) -> None:
+def check_supported(config: ModelConfig) -> None:
     """`UserError` that names every setting which llama2.c does not have."""
-    needed = {"architecture": "modern", "qk_norm": False, "norm_eps": 1e-5, "rope_base": 10000.0}
-    wrong = {name: value for name, value in needed.items() if getattr(config, name) != value}
+    required_values = {"architecture": "modern", "qk_norm": False, "norm_eps": 1e-5, "rope_base": 10000.0}
+    mismatches = {name: value for name, value in required_values.items() if getattr(config, name) != value}
     if config.architecture == "classic":
-        wrong = {"architecture": "modern", "qk_norm": False}
+        mismatches = {"architecture": "modern", "qk_norm": False}
     if config.head_dim * config.n_head != config.n_embd:
-        wrong["head_size"] = 0
-    if wrong:
-        flags = " ".join(f"--model.{name} {str(value).lower()}" for name, value in wrong.items())
+        mismatches["head_size"] = 0
+    if mismatches:
+        flags = " ".join(f"--model.{name} {str(value).lower()}" for name, value in mismatches.items())
         raise UserError(f"llama2.c cannot hold this model; train one with: tinystories train {flags}")
 
 
 def write_header(config: ModelConfig, version: int, file: BinaryIO) -> int:
     """Returns how many weights share a scale; 0: none, they are fp32."""
     sign = -1 if version == 0 and not config.tied else 1
-    sizes = SIZES.pack(
+    sizes = SIZES_STRUCT.pack(
         *(config.n_embd, config.n_ff, config.n_layer, config.n_head, config.kv_heads),
         *(sign * config.vocab_size, config.n_ctx),
     )
     if version == 0:
         file.write(sizes)
         return 0
-    group = math.gcd(GROUP, config.n_embd, config.n_ff)  # runq.c takes whole groups of every row only
-    start = struct.pack("<Ii", MAGIC, version) + sizes + struct.pack("<?i", config.tied, group)
-    file.write(start.ljust(HEADER, b"\0"))
-    return group
+    group_size = math.gcd(GROUP_SIZE, config.n_embd, config.n_ff)  # runq.c takes whole groups of every row only
+    header = struct.pack("<Ii", MAGIC, version) + sizes + struct.pack("<?i", config.tied, group_size)
+    file.write(header.ljust(HEADER_BYTES, b"\0"))
+    return group_size
 
 
-def rope_table(shape: tuple[int, ...]) -> Array:
+def build_rope_table(shape: tuple[int, ...]) -> Array:
     """Cosines and sines, which run.c skips. By torch where it is installed: then the bytes are those of export.py."""
     _, T, half = shape
     exponents = np.arange(0, 2 * half, 2, dtype=np.float32) / np.float32(2 * half)
@@ -153,112 +165,112 @@ def rope_table(shape: tuple[int, ...]) -> Array:
         import torch
     except ImportError:
         return np.stack([np.cos(angles), np.sin(angles)])
-    exact = torch.from_numpy(angles)
-    return torch.stack([exact.cos(), exact.sin()]).numpy()
+    torch_angles = torch.from_numpy(angles)
+    return torch.stack([torch_angles.cos(), torch_angles.sin()]).numpy()
 
 
-def interleaved(weight: Array, head_dim: int) -> Array:
+def permute_rope(weight: Array, head_dim: int) -> Array:
     """Rows of q or k from our order (halves of a head) to llama2.c's (pairs)."""
     return weight.reshape(-1, 2, head_dim // 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def halved(weight: Array, head_dim: int) -> Array:
+def unpermute_rope(weight: Array, head_dim: int) -> Array:
     """The inverse of `interleaved`."""
     return weight.reshape(-1, head_dim // 2, 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def rounded(weight: Array, group: int) -> tuple[Array, Array]:
+def quantize_q80(weight: Array, group_size: int) -> tuple[Array, Array]:
     """8-bit whole numbers from -127 to 127 and the scale of each group (`quantize_q80` in export.py)."""
-    groups = weight.reshape(-1, group)
+    groups = weight.reshape(-1, group_size)
     scales = np.abs(groups).max(axis=1).astype("<f4") / np.float32(127)
-    safe = np.where(scales > 0, scales, np.float32(1))
-    return np.rint(groups / safe[:, None]).astype(np.int8), scales
+    nonzero_scales = np.where(scales > 0, scales, np.float32(1))
+    return np.rint(groups / nonzero_scales[:, None]).astype(np.int8), scales
 
 
-def arrangement(pieces: list[bytes], end_id: int) -> Array:
+def build_id_permutation(pieces: list[bytes], end_id: int) -> Array:
     """The id in the file of each of ours: END is 1, bytes have theirs, the rest follows in its order."""
-    id_of = {piece: i for i, piece in reversed(list(enumerate(pieces)))}
-    fixed = {BOS: end_id}
-    for byte, name in enumerate(BYTES):
-        ours = id_of.get(name.encode(), id_of.get(bytes([byte])))
-        if ours is not None and FIRST_BYTE + byte < len(pieces) and ours not in fixed.values():
-            fixed[FIRST_BYTE + byte] = ours
-    taken = set(fixed.values())
-    rest = iter([i for i in range(len(pieces)) if i not in taken])
-    back = [fixed[i] if i in fixed else next(rest) for i in range(len(pieces))]
-    return np.argsort(back)
+    piece_ids = {piece: i for i, piece in reversed(list(enumerate(pieces)))}
+    fixed_ids = {BOS_ID: end_id}
+    for byte, name in enumerate(BYTE_PIECES):
+        our_id = piece_ids.get(name.encode(), piece_ids.get(bytes([byte])))
+        if our_id is not None and FIRST_BYTE_ID + byte < len(pieces) and our_id not in fixed_ids.values():
+            fixed_ids[FIRST_BYTE_ID + byte] = our_id
+    used_ids = set(fixed_ids.values())
+    remaining_ids = iter([i for i in range(len(pieces)) if i not in used_ids])
+    inverse_permutation = [fixed_ids[i] if i in fixed_ids else next(remaining_ids) for i in range(len(pieces))]
+    return np.argsort(inverse_permutation)
 
 
-def standard(piece: bytes) -> bytes:
+def canonical_piece(piece: bytes) -> bytes:
     return b"\n</s>\n" if piece == b"</s>" else piece  # tokenizer.py writes it so
 
 
-def write_table(pieces: list[bytes], scores: list[float], back: Array, file: BinaryIO) -> None:
+def write_tokenizer_bin(pieces: list[bytes], scores: list[float], inverse_permutation: Array, file: BinaryIO) -> None:
     file.write(struct.pack("<i", max(map(len, pieces))))
-    for piece, ours in zip(pieces, back, strict=True):
-        file.write(struct.pack("<fi", scores[ours], len(piece)) + piece)
+    for piece, our_id in zip(pieces, inverse_permutation, strict=True):
+        file.write(struct.pack("<fi", scores[our_id], len(piece)) + piece)
 
 
-def read(path: Path, tokenizer: Path | None) -> Portable:
+def read(path: Path, tokenizer: Path | None) -> ModelBundle:
     """A checkpoint of any version; without `tokenizer`, what `write` put beside it.
 
     `UserError` where the file is none, or its length is not what its header says.
     """
     try:
         with path.open("rb") as file:
-            config, version, group, offset = header_of(file.read(HEADER), path)
+            config, version, group_size, offset = parse_header(file.read(HEADER_BYTES), path)
         length = path.stat().st_size
-        wanted = offset + length_of(config, version, group)
-        if length != wanted:
-            raise UserError(f"{path} has {length:,} bytes, but its header asks for {wanted:,}; copy it again")
-        memory = np.asarray(np.memmap(path, np.uint8, "r"))
+        expected_length = offset + total_bytes(config, version, group_size)
+        if length != expected_length:
+            raise UserError(f"{path} has {length:,} bytes, but its header asks for {expected_length:,}; copy it again")
+        file_bytes = np.asarray(np.memmap(path, np.uint8, "r"))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     weights: dict[str, Array] = {}
-    for name, shape in tensors(config, version):
-        size = bytes_of(shape, group)
-        weight = decoded(memory[offset : offset + size], shape, group)
-        offset += size
+    for name, shape in iter_tensors(config, version):
+        n_bytes = tensor_bytes(shape, group_size)
+        weight = dequantize(file_bytes[offset : offset + n_bytes], shape, group_size)
+        offset += n_bytes
         if name.endswith(("q_proj.weight", "k_proj.weight")):
-            weight = halved(weight, config.head_dim)
+            weight = unpermute_rope(weight, config.head_dim)
         if name != "rope":
             weights[name] = weight
     provenance = {"imported_from": path.name, "format": f"llama2.c version {version}"}
-    words = read_tokenizer(tokenizer or companion(path), config.vocab_size)
-    return Portable(config=config, weights=weights, tokenizer=words, provenance=provenance)
+    loaded_tokenizer = read_tokenizer(tokenizer or find_sidecar(path), config.vocab_size)
+    return ModelBundle(config=config, weights=weights, tokenizer=loaded_tokenizer, provenance=provenance)
 
 
-def decoded(data: Array, shape: tuple[int, ...], group: int) -> Array:
+def dequantize(data: Array, shape: tuple[int, ...], group_size: int) -> Array:
     """fp32 numbers of a tensor's bytes."""
-    if not group or len(shape) == 1:
+    if not group_size or len(shape) == 1:
         return data.view("<f4").reshape(shape)
     count = math.prod(shape)
     with np.errstate(invalid="ignore", over="ignore"):  # damaged scales; Portable.check refuses what comes of them
-        numbers = data[:count].view(np.int8).reshape(-1, group) * data[count:].view("<f4")[:, None]
-    return numbers.reshape(shape)
+        values = data[:count].view(np.int8).reshape(-1, group_size) * data[count:].view("<f4")[:, None]
+    return values.reshape(shape)
 
 
-def header_of(start: bytes, path: Path) -> tuple[ModelConfig, int, int, int]:
+def parse_header(header: bytes, path: Path) -> tuple[ModelConfig, int, int, int]:
     """Sizes, version, weights per scale (0: fp32), and where the weights begin."""
-    version, group, offset, tied = 0, 0, SIZES.size, True
+    version, group_size, offset, tied = 0, 0, SIZES_STRUCT.size, True
     try:
-        if struct.unpack_from("<I", start)[0] == MAGIC:
-            version, *sizes = struct.unpack_from("<8i", start, 4)
+        if struct.unpack_from("<I", header)[0] == MAGIC:
+            version, *sizes = struct.unpack_from("<8i", header, 4)
             if version not in (1, 2):
                 raise UserError(f"{path} is of llama2.c's version {version}; only 0, 1 and 2 are known")
-            tied, group = start[36] != 0, struct.unpack_from("<i", start, 37)[0] if version == 2 else 0
-            offset = HEADER
+            tied, group_size = header[36] != 0, struct.unpack_from("<i", header, 37)[0] if version == 2 else 0
+            offset = HEADER_BYTES
         else:
-            sizes = list(SIZES.unpack_from(start))
+            sizes = list(SIZES_STRUCT.unpack_from(header))
             tied, sizes[5] = sizes[5] > 0, abs(sizes[5])
     except (struct.error, IndexError):
         raise UserError(f"{path} is too short for a llama2.c checkpoint") from None
     C, F, n_layer, n_head, n_kv_head, V, T = sizes
-    sound = all(0 < size <= MOST for size in sizes) and n_layer <= DEEPEST
-    if not sound or C % n_head or n_head % n_kv_head or C // n_head % 2:
+    is_plausible = all(0 < size <= MAX_COUNT for size in sizes) and n_layer <= MAX_LAYERS
+    if not is_plausible or C % n_head or n_head % n_kv_head or C // n_head % 2:
         raise UserError(f"{path} is not a llama2.c checkpoint: its header says {', '.join(map(str, sizes))}")
-    if version == 2 and (group <= 0 or C % group):
-        raise UserError(f"{path}: groups of {group} weights do not divide its matrices of width {C}")
+    if version == 2 and (group_size <= 0 or C % group_size):
+        raise UserError(f"{path}: groups of {group_size} weights do not divide its matrices of width {C}")
     config = ModelConfig(
         architecture="modern",
         n_embd=C,
@@ -273,11 +285,11 @@ def header_of(start: bytes, path: Path) -> tuple[ModelConfig, int, int, int]:
         norm_eps=1e-5,
         rope_base=10000.0,
     )
-    return config, version, group, offset
+    return config, version, group_size, offset
 
 
-def companion(path: Path) -> Path:
-    for file in reversed(companions(path)):
+def find_sidecar(path: Path) -> Path:
+    for file in reversed(sidecars(path)):
         if file.is_file():
             return file
     raise UserError(f"{path} brings no tokenizer; name llama2.c's tokenizer.bin by --tokenizer")
@@ -291,14 +303,14 @@ def read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
         raise UserError(f"tokenizer {path} cannot be read: {error.strerror or error}") from None
     if data[:1] == b"{":
         try:
-            return with_end(data.decode(), BOS, str(path))
+            return set_end_token(data.decode(), BOS_ID, str(path))
         except UnicodeDecodeError:
             raise UserError(f"tokenizer {path} is not UTF-8 text") from None
-    pieces, scores = read_table(data, vocab_size, path)
-    return sentencepiece([piece.strip(b"\n") or piece for piece in pieces], scores, BOS, where=str(path))
+    pieces, scores = parse_tokenizer_bin(data, vocab_size, path)
+    return build_sentencepiece_bpe([piece.strip(b"\n") or piece for piece in pieces], scores, BOS_ID, where=str(path))
 
 
-def read_table(data: bytes, vocab_size: int, path: Path) -> tuple[list[bytes], list[float]]:
+def parse_tokenizer_bin(data: bytes, vocab_size: int, path: Path) -> tuple[list[bytes], list[float]]:
     """Pieces and scores of a tokenizer.bin."""
     pieces: list[bytes] = []
     scores: list[float] = []
@@ -308,7 +320,7 @@ def read_table(data: bytes, vocab_size: int, path: Path) -> tuple[list[bytes], l
             raise UserError(f"tokenizer {path} ends within piece {len(pieces)}; copy it again")
         score, length = struct.unpack_from("<fi", data, offset)
         offset += 8
-        if not 0 < length <= 4 * LONGEST or offset + length > len(data):
+        if not 0 < length <= 4 * MAX_PIECE_CHARS or offset + length > len(data):
             raise UserError(f"tokenizer {path}: piece {len(pieces)} of {length:,} bytes cannot be; it is damaged")
         pieces.append(data[offset : offset + length])
         scores.append(score)

@@ -8,31 +8,35 @@ from typing import Any
 from tinystories import checkpoint
 from tinystories.errors import UserError
 from tinystories.interop import hub
-from tinystories.interop.place import writing
+from tinystories.interop.destination import translate_write_errors
 
-TABLE = Path(__file__).with_suffix(".json")
+REGISTRY_PATH = Path(__file__).with_suffix(".json")
 
 
-def table(path: Path = TABLE) -> dict[str, dict[str, Any]]:
+def read_registry(path: Path = REGISTRY_PATH) -> dict[str, dict[str, Any]]:
     """name -> {"text", "repository" (OWNER/NAME), "revision" (a commit), "sha256" (of config.json)}."""
-    found: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    registry: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    return registry
 
 
-def fetch(name: str, out: Path, known: dict[str, dict[str, Any]]) -> None:
+def fetch(name: str, out: Path, registry: dict[str, dict[str, Any]]) -> None:
     """Download published weights as the model directory `out`, whole or not at all.
 
     config.json must have the hash of the table, and names those of all other files. `UserError` where the name is not
     known, a file is another one, or as from `hub.download`.
     """
-    if name not in known:
-        what = f"known: {', '.join(known)}" if known else "nothing has been published yet; hf:OWNER/NAME always works"
-        raise UserError(f"no published weights are named {name}; {what}")
-    entry = known[name]
+    if name not in registry:
+        available = (
+            f"known: {', '.join(registry)}"
+            if registry
+            else "nothing has been published yet; hf:OWNER/NAME always works"
+        )
+        raise UserError(f"no published weights are named {name}; {available}")
+    entry = registry[name]
     folder = hub.download(f"hf:{entry['repository']}@{entry['revision']}")
     if checkpoint.sha256(folder / "config.json") != entry["sha256"]:
         raise UserError(f"{entry['repository']}: config.json is not the published one; nothing was written")
     files = checkpoint.read_model(folder)
-    with writing(out), checkpoint.whole(out) as draft:
-        for file in ("config.json", *files.sums):
-            shutil.copyfile(folder / file, draft / file)
+    with translate_write_errors(out), checkpoint.atomic_directory(out) as staging_dir:
+        for file in ("config.json", *files.checksums):
+            shutil.copyfile(folder / file, staging_dir / file)

@@ -7,11 +7,11 @@ from torch import Tensor
 from tinystories.config import ModelConfig
 
 
-def visible(positions: Int[Tensor, "B T"], horizon: int, window: int = 0) -> Bool[Tensor, "B 1 T S"]:
+def causal_mask(positions: Int[Tensor, "B T"], kv_len: int, window: int = 0) -> Bool[Tensor, "B 1 T S"]:
     """True where a token may look: at positions up to its own below the horizon, the last `window` of them (0: all)."""
-    seen, own = torch.arange(horizon, device=positions.device), positions[..., None]
-    mask = seen <= own
-    return (mask & (seen > own - window) if window else mask)[:, None]
+    key_positions, query_positions = torch.arange(kv_len, device=positions.device), positions[..., None]
+    mask = key_positions <= query_positions
+    return (mask & (key_positions > query_positions - window) if window else mask)[:, None]
 
 
 class KVCache:
@@ -33,16 +33,16 @@ class KVCache:
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.length = torch.zeros(batch, device=device, dtype=torch.long)
-        self.horizon = config.n_ctx
+        self.kv_len = config.n_ctx
 
-    def rows(self, start: int, stop: int) -> "KVCache":
+    def view_rows(self, start: int, stop: int) -> "KVCache":
         """Rows start..stop-1 as a cache of their own that shares this one's memory."""
         view = object.__new__(KVCache)
         view.k, view.v = self.k[:, start:stop], self.v[:, start:stop]
-        view.length, view.horizon = self.length[start:stop], self.horizon
+        view.length, view.kv_len = self.length[start:stop], self.kv_len
         return view
 
-    def positions(self, n_tokens: int) -> Int[Tensor, "B T"]:
+    def next_positions(self, n_tokens: int) -> Int[Tensor, "B T"]:
         """Positions that the next `n_tokens` tokens of each row will take."""
         return self.length[:, None] + torch.arange(n_tokens, device=self.length.device)
 
@@ -50,10 +50,10 @@ class KVCache:
         self, layer: int, k: Float[Tensor, "B Hkv T D"], v: Float[Tensor, "B Hkv T D"], positions: Int[Tensor, "B T"]
     ) -> tuple[Float[Tensor, "B Hkv S D"], Float[Tensor, "B Hkv S D"]]:
         """Store one layer's new keys and values; returns everything attention may look at."""
-        row = torch.arange(k.shape[0], device=k.device)[:, None]
-        self.k[layer][row, :, positions] = k.transpose(1, 2).to(self.k.dtype)
-        self.v[layer][row, :, positions] = v.transpose(1, 2).to(self.v.dtype)
-        return self.k[layer, :, :, : self.horizon], self.v[layer, :, :, : self.horizon]
+        rows = torch.arange(k.shape[0], device=k.device)[:, None]
+        self.k[layer][rows, :, positions] = k.transpose(1, 2).to(self.k.dtype)
+        self.v[layer][rows, :, positions] = v.transpose(1, 2).to(self.v.dtype)
+        return self.k[layer, :, :, : self.kv_len], self.v[layer, :, :, : self.kv_len]
 
     def advance(self, n_tokens: int) -> None:
         self.length += n_tokens

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tinystories.config import ModelConfig
-from tinystories.model.cache import KVCache, visible
+from tinystories.model.cache import KVCache, causal_mask
 from tinystories.model.norm import RMSNorm
-from tinystories.model.positions import rotary_tables, rotate, sinusoid_table
-from tinystories.model.recompute import gated_silu, gelu, relu, remade
+from tinystories.model.positional_encoding import apply_rope, build_rope_tables, build_sinusoid_table
+from tinystories.model.recompute import gated_silu, gelu, recompute_in_backward, relu
 
-Rotation = tuple[Tensor, Tensor]
+CosSin = tuple[Tensor, Tensor]
 
 
 def build_norm(config: ModelConfig, width: int) -> nn.Module:
@@ -31,7 +31,7 @@ def build_norm(config: ModelConfig, width: int) -> nn.Module:
     return RMSNorm(width, eps=config.norm_eps)
 
 
-def joined(x: Float[Tensor, "B T C"], *projections: nn.Linear) -> tuple[Tensor, ...]:
+def fused_linear(x: Float[Tensor, "B T C"], *projections: nn.Linear) -> tuple[Tensor, ...]:
     """What several projections make of x, by one product with all their weights. All have biases, or none."""
     weight = torch.cat([project.weight for project in projections])
     biases = tuple(project.bias for project in projections if project.bias is not None)
@@ -44,22 +44,22 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        classic = config.architecture == "classic"
+        is_classic = config.architecture == "classic"
         self.head_dim = config.head_dim
-        self.grouped = config.kv_heads < config.n_head
+        self.enable_gqa = config.kv_heads < config.n_head
         self.scale = None if config.scaled_scores else 1.0  # None: one over the root of D
         self.q_proj = nn.Linear(config.n_embd, config.n_head * config.head_dim, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.n_embd, config.kv_heads * config.head_dim, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.n_embd, config.kv_heads * config.head_dim, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=classic)
-        normed = config.qk_norm and not classic
-        self.q_norm = build_norm(config, config.head_dim) if normed else nn.Identity()
-        self.k_norm = build_norm(config, config.head_dim) if normed else nn.Identity()
+        self.o_proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=is_classic)
+        use_qk_norm = config.qk_norm and not is_classic
+        self.q_norm = build_norm(config, config.head_dim) if use_qk_norm else nn.Identity()
+        self.k_norm = build_norm(config, config.head_dim) if use_qk_norm else nn.Identity()
 
     def forward(
         self,
         x: Float[Tensor, "B T C"],
-        rotation: Rotation | None,
+        cos_sin: CosSin | None,
         cache: KVCache | None,
         layer: int,
         positions: Int[Tensor, "B T"] | None,
@@ -68,12 +68,12 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         projections = self.q_proj, self.k_proj, self.v_proj
         # Many rows: one wide product is faster than three narrow ones. Few rows (a cache): copying weights would cost.
-        q, k, v = joined(x, *projections) if cache is None else [project(x) for project in projections]
+        q, k, v = fused_linear(x, *projections) if cache is None else [project(x) for project in projections]
         q_BHTD = self.q_norm(q.view(B, T, -1, self.head_dim)).transpose(1, 2)
         k_BHTD = self.k_norm(k.view(B, T, -1, self.head_dim)).transpose(1, 2)
         v_BHTD = v.view(B, T, -1, self.head_dim).transpose(1, 2)
-        if rotation is not None:
-            q_BHTD, k_BHTD = rotate(q_BHTD, *rotation), rotate(k_BHTD, *rotation)
+        if cos_sin is not None:
+            q_BHTD, k_BHTD = apply_rope(q_BHTD, *cos_sin), apply_rope(k_BHTD, *cos_sin)
         if cache is not None and positions is not None:
             k_BHTD, v_BHTD = cache.write(layer, k_BHTD, v_BHTD, positions)
         y_BHTD = F.scaled_dot_product_attention(
@@ -83,7 +83,7 @@ class Attention(nn.Module):
             attn_mask=mask,
             is_causal=mask is None,
             scale=self.scale,
-            enable_gqa=self.grouped,
+            enable_gqa=self.enable_gqa,
         )
         return self.o_proj(y_BHTD.transpose(1, 2).reshape(B, T, -1))
 
@@ -98,12 +98,12 @@ class ClassicMLP(nn.Module):
         self.down_proj = nn.Linear(config.n_ff, config.n_embd)
 
     def forward(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
-        inner = self.up_proj(x)
+        hidden = self.up_proj(x)
         if self.activation == "relu":
-            return self.down_proj(relu(inner))
-        active = gelu(inner, self.activation)
-        with remade(active, partial(gelu, inner.detach(), self.activation)):
-            return self.down_proj(active)
+            return self.down_proj(relu(hidden))
+        activated = gelu(hidden, self.activation)
+        with recompute_in_backward(activated, partial(gelu, hidden.detach(), self.activation)):
+            return self.down_proj(activated)
 
 
 class SwiGLU(nn.Module):
@@ -117,9 +117,9 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
         gate, up = self.gate_proj(x), self.up_proj(x)
-        product = gated_silu(gate, up)
-        with remade(product, partial(gated_silu, gate.detach(), up.detach())):
-            return self.down_proj(product)
+        hidden = gated_silu(gate, up)
+        with recompute_in_backward(hidden, partial(gated_silu, gate.detach(), up.detach())):
+            return self.down_proj(hidden)
 
 
 class Block(nn.Module):
@@ -136,7 +136,7 @@ class Block(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "B T C"],
-        rotation: Rotation | None,
+        cos_sin: CosSin | None,
         cache: KVCache | None,
         layer: int,
         positions: Int[Tensor, "B T"] | None,
@@ -144,10 +144,10 @@ class Block(nn.Module):
     ) -> Float[Tensor, "B T C"]:
         attention, mlp, norm_1, norm_2 = self.self_attn, self.mlp, self.input_layernorm, self.post_attention_layernorm
         normed = norm_1(x)
-        with remade(normed, partial(norm_1, x.detach())):
-            x = x + self.dropout(attention(normed, rotation, cache, layer, positions, mask))
+        with recompute_in_backward(normed, partial(norm_1, x.detach())):
+            x = x + self.dropout(attention(normed, cos_sin, cache, layer, positions, mask))
         normed = norm_2(x)
-        with remade(normed, partial(norm_2, x.detach())):
+        with recompute_in_backward(normed, partial(norm_2, x.detach())):
             return x + self.dropout(mlp(normed))
 
 
@@ -172,9 +172,9 @@ class GPT(nn.Module):
         if config.learned_positions:
             self.embed_positions = nn.Embedding(config.n_ctx, config.n_embd)
         elif config.architecture == "classic":
-            self.register_buffer("sinusoid", sinusoid_table(config.n_ctx, config.n_embd), persistent=False)
+            self.register_buffer("sinusoid", build_sinusoid_table(config.n_ctx, config.n_embd), persistent=False)
         else:
-            cos, sin = rotary_tables(config.n_ctx, config.head_dim, config.rope_base)
+            cos, sin = build_rope_tables(config.n_ctx, config.head_dim, config.rope_base)
             self.register_buffer("rope_cos", cos, persistent=False)
             self.register_buffer("rope_sin", sin, persistent=False)
         self.reset_parameters()
@@ -212,26 +212,26 @@ class GPT(nn.Module):
         """
         T = tokens.shape[1]
         assert self.config.n_ctx >= T, "more tokens than the context holds"
-        positions = cache.positions(T) if cache is not None else None
-        horizon = T if cache is None else cache.horizon
-        mask = local = None if positions is None else visible(positions, horizon)  # None: causal
-        if 0 < self.config.window < horizon:
-            own = torch.arange(T, device=tokens.device)[None] if positions is None else positions
-            local = visible(own, horizon, self.config.window)
+        positions = cache.next_positions(T) if cache is not None else None
+        kv_len = T if cache is None else cache.kv_len
+        mask = local_mask = None if positions is None else causal_mask(positions, kv_len)  # None: causal
+        if 0 < self.config.window < kv_len:
+            query_positions = torch.arange(T, device=tokens.device)[None] if positions is None else positions
+            local_mask = causal_mask(query_positions, kv_len, self.config.window)
         x = self.embed_tokens(tokens)
-        rotation = None
+        cos_sin = None
         if self.config.architecture == "classic":
             table = self.embed_positions.weight if self.config.learned_positions else self.sinusoid
             x = x + (table[:T] if positions is None else table[positions])
         elif positions is None:
-            rotation = (self.rope_cos[:T], self.rope_sin[:T])
+            cos_sin = (self.rope_cos[:T], self.rope_sin[:T])
         else:
-            rotation = (self.rope_cos[positions][:, None], self.rope_sin[positions][:, None])
-        if rotation is not None:
-            rotation = (rotation[0].to(x.dtype), rotation[1].to(x.dtype))
+            cos_sin = (self.rope_cos[positions][:, None], self.rope_sin[positions][:, None])
+        if cos_sin is not None:
+            cos_sin = (cos_sin[0].to(x.dtype), cos_sin[1].to(x.dtype))
         x = self.dropout(x)
         for i, layer in enumerate(self.layers):
-            x = layer(x, rotation, cache, i, positions, local if self.config.window_of(i) else mask)
+            x = layer(x, cos_sin, cache, i, positions, local_mask if self.config.layer_window(i) else mask)
         if cache is not None:
             cache.advance(T)
         return self.norm(x)

@@ -7,27 +7,27 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
 
-class RootMeanSquareNorm(torch.autograd.Function):
+class RMSNormFunction(torch.autograd.Function):
     """x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang and Sennrich 2019, arXiv 1910.07467)."""
 
     @staticmethod
     def forward(
         ctx: FunctionCtx, x: Float[Tensor, "*rest C"], weight: Float[Tensor, " C"], eps: float
     ) -> Float[Tensor, "*rest C"]:
-        scale = torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(eps).rsqrt_()[..., None]
-        ctx.save_for_backward(x, weight, scale)
-        return (x * scale).mul_(weight)
+        inv_rms = torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(eps).rsqrt_()[..., None]
+        ctx.save_for_backward(x, weight, inv_rms)
+        return (x * inv_rms).mul_(weight)
 
     @staticmethod
     @once_differentiable
     def backward(
         ctx: FunctionCtx, grad: Float[Tensor, "*rest C"]
     ) -> tuple[Float[Tensor, "*rest C"], Float[Tensor, " C"], None]:
-        x, weight, scale = ctx.saved_tensors  # type: ignore[attr-defined]
-        grad_normed = (grad * x).mul_(scale)
+        x, weight, inv_rms = ctx.saved_tensors  # type: ignore[attr-defined]
+        grad_normed = (grad * x).mul_(inv_rms)
         grad_weight = grad_normed.reshape(-1, x.shape[-1]).sum(0)
-        along_x = (grad_normed @ weight)[..., None] * scale.square() / -x.shape[-1]
-        return (grad * weight).mul_(scale).addcmul_(x, along_x), grad_weight, None
+        along_x = (grad_normed @ weight)[..., None] * inv_rms.square() / -x.shape[-1]
+        return (grad * weight).mul_(inv_rms).addcmul_(x, along_x), grad_weight, None
 
 
 class RMSNorm(nn.RMSNorm):
@@ -35,6 +35,6 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Float[Tensor, "*rest C"]) -> Float[Tensor, "*rest C"]:
         if x.device.type == "cpu" and x.dtype == torch.float32:
-            normed: Tensor = RootMeanSquareNorm.apply(x, self.weight, self.eps)
+            normed: Tensor = RMSNormFunction.apply(x, self.weight, self.eps)
             return normed
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)

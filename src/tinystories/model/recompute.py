@@ -10,52 +10,52 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
 
-class Remade:
+class Rematerialized:
     """Stands in the graph for views of one tensor; makes it once more when the first of them is asked for."""
 
-    def __init__(self, tensor: Tensor, make: Callable[[], Tensor]) -> None:
-        self.storage = tensor.untyped_storage().data_ptr()
-        self.make = make
-        self.asked_for = 0
-        self.again: Tensor | None = None
+    def __init__(self, tensor: Tensor, recompute: Callable[[], Tensor]) -> None:
+        self.storage_ptr = tensor.untyped_storage().data_ptr()
+        self.recompute = recompute
+        self.n_pending = 0
+        self.recomputed: Tensor | None = None
 
-    def pack(self, saved: Tensor) -> "Tensor | View":
-        if saved.untyped_storage().data_ptr() != self.storage:
+    def pack(self, saved: Tensor) -> "Tensor | SavedView":
+        if saved.untyped_storage().data_ptr() != self.storage_ptr:
             return saved
-        self.asked_for += 1
-        return View(self, saved)
+        self.n_pending += 1
+        return SavedView(self, saved)
 
 
-class View:
+class SavedView:
     """What is kept of a saved tensor: where it lies in the storage of the remade one."""
 
-    def __init__(self, remade: Remade, saved: Tensor) -> None:
-        self.remade = remade
-        self.place = (saved.shape, saved.stride(), saved.storage_offset())
+    def __init__(self, source: Rematerialized, saved: Tensor) -> None:
+        self.source = source
+        self.layout = (saved.shape, saved.stride(), saved.storage_offset())
 
-    def tensor(self) -> Tensor:
-        remade = self.remade
-        again = remade.make() if remade.again is None else remade.again
-        remade.asked_for -= 1
-        remade.again = again if remade.asked_for > 0 else None
-        return again.as_strided(*self.place)
-
-
-def unpack(kept: "Tensor | View") -> Tensor:
-    return kept.tensor() if isinstance(kept, View) else kept
+    def materialize(self) -> Tensor:
+        source = self.source
+        recomputed = source.recompute() if source.recomputed is None else source.recomputed
+        source.n_pending -= 1
+        source.recomputed = recomputed if source.n_pending > 0 else None
+        return recomputed.as_strided(*self.layout)
 
 
-def remade(tensor: Tensor, make: Callable[[], Tensor]) -> contextlib.AbstractContextManager[object]:
+def unpack(saved: "Tensor | SavedView") -> Tensor:
+    return saved.materialize() if isinstance(saved, SavedView) else saved
+
+
+def recompute_in_backward(tensor: Tensor, recompute: Callable[[], Tensor]) -> contextlib.AbstractContextManager[object]:
     """`with remade(y, make):` operations inside that would keep `y` for their backward pass call `make` there instead.
 
     `make` must give y again, contiguous as y is. Compiled code decides for itself what it keeps.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return contextlib.nullcontext()
-    return torch.autograd.graph.saved_tensors_hooks(Remade(tensor, make).pack, unpack)
+    return torch.autograd.graph.saved_tensors_hooks(Rematerialized(tensor, recompute).pack, unpack)
 
 
-class Relu(torch.autograd.Function):
+class ReLUFunction(torch.autograd.Function):
     """max(x, 0), whose backward pass writes over the gradient it is given: for an output that one product uses."""
 
     @staticmethod
@@ -75,7 +75,7 @@ def relu(x: Float[Tensor, "*rest F"]) -> Float[Tensor, "*rest F"]:
     """max(x, 0), to be used once."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return F.relu(x)
-    y: Tensor = Relu.apply(x)
+    y: Tensor = ReLUFunction.apply(x)
     return y
 
 
@@ -84,7 +84,7 @@ def gelu(x: Float[Tensor, "*rest F"], kind: str) -> Float[Tensor, "*rest F"]:
     return F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
 
 
-class GatedSilu(torch.autograd.Function):
+class GatedSiLUFunction(torch.autograd.Function):
     """silu(gate) * up, keeping nothing but its inputs."""
 
     @staticmethod
@@ -103,5 +103,5 @@ def gated_silu(gate: Float[Tensor, "*rest F"], up: Float[Tensor, "*rest F"]) -> 
     """silu(gate) * up."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return F.silu(gate) * up
-    product: Tensor = GatedSilu.apply(gate, up)
+    product: Tensor = GatedSiLUFunction.apply(gate, up)
     return product

@@ -18,7 +18,7 @@ class Display:
     def __init__(self, steps: int, step: int, *, quiet: bool = False) -> None:
         self.console = Console(stderr=True, quiet=quiet)
         self.steps = steps
-        self.bar = Progress(
+        self.progress = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
             BarColumn(bar_width=20),
@@ -29,29 +29,29 @@ class Display:
             disable=not self.console.is_terminal,
             speed_estimate_period=120,
         )
-        self.task = self.bar.add_task("train", total=steps, completed=step, text="")
+        self.task_id = self.progress.add_task("train", total=steps, completed=step, text="")
 
     def __enter__(self) -> "Display":
-        self.bar.start()
+        self.progress.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.bar.stop()
+        self.progress.stop()
 
-    def update(self, step: int, text: str, *, line: bool) -> None:
+    def update(self, step: int, text: str, *, log_line: bool) -> None:
         """Show the newest figures; where there is no terminal, print them if `line`."""
-        self.bar.update(self.task, completed=step, text=text)
-        if line and not self.console.is_terminal:
-            remaining = self.bar.tasks[0].time_remaining
+        self.progress.update(self.task_id, completed=step, text=text)
+        if log_line and not self.console.is_terminal:
+            remaining = self.progress.tasks[0].time_remaining
             eta = f"  ETA {remaining / 60:.0f} min" if remaining is not None else ""
             log.info("step %d/%d  %s%s", step, self.steps, text, eta)
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         """A line of its own, above the bar."""
         if self.console.is_terminal:
-            self.bar.console.print(text, markup=False, highlight=False)
+            self.progress.console.print(text, markup=False, highlight=False)
         else:
             log.info(text)
 
@@ -59,9 +59,9 @@ class Display:
 class SweepDisplay:
     """A bar for the trials of a sweep and one for each that is under way; plain lines where there is no terminal."""
 
-    def __init__(self, trials: int, finished: int) -> None:
+    def __init__(self, n_trials: int, n_finished: int) -> None:
         self.console = Console(stderr=True)
-        self.bar = Progress(
+        self.progress = Progress(
             TextColumn("{task.description}"),
             MofNCompleteColumn(),
             BarColumn(bar_width=20),
@@ -69,35 +69,35 @@ class SweepDisplay:
             console=self.console,
             disable=not self.console.is_terminal,
         )
-        self.all = self.bar.add_task("trials", total=trials, completed=finished, text="")
-        self.tasks: dict[int, TaskID] = {}
+        self.overall_task_id = self.progress.add_task("trials", total=n_trials, completed=n_finished, text="")
+        self.task_ids: dict[int, TaskID] = {}
 
     def __enter__(self) -> "SweepDisplay":
-        self.bar.start()
+        self.progress.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.bar.stop()
+        self.progress.stop()
 
-    def begin(self, number: int, steps: int) -> None:
-        self.tasks[number] = self.bar.add_task(f"trial {number}, step", total=steps, text="")
+    def start_trial(self, number: int, steps: int) -> None:
+        self.task_ids[number] = self.progress.add_task(f"trial {number}, step", total=steps, text="")
 
-    def update(self, number: int, step: int, text: str) -> None:
-        self.bar.update(self.tasks[number], completed=step, text=text)
+    def update_trial(self, number: int, step: int, text: str) -> None:
+        self.progress.update(self.task_ids[number], completed=step, text=text)
 
-    def end(self, number: int) -> None:
-        if number in self.tasks:
-            self.bar.remove_task(self.tasks.pop(number))
+    def remove_trial(self, number: int) -> None:
+        if number in self.task_ids:
+            self.progress.remove_task(self.task_ids.pop(number))
 
-    def finished(self, trials: int, text: str) -> None:
+    def update_finished(self, n_finished: int, text: str) -> None:
         """Show how many trials have finished, and the best of them."""
-        self.bar.update(self.all, completed=trials, text=text)
+        self.progress.update(self.overall_task_id, completed=n_finished, text=text)
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         """A line of its own, above the bars."""
         if self.console.is_terminal:
-            self.bar.console.print(text, markup=False, highlight=False)
+            self.progress.console.print(text, markup=False, highlight=False)
         else:
             log.info(text)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # commands import this file, and --help need not wait for Num
     import numpy.typing as npt
     import torch
 
-PATIENCE = datetime.timedelta(minutes=10)  # with a rank that says nothing; one that dies is noticed at once
+TIMEOUT = datetime.timedelta(minutes=10)  # with a rank that says nothing; one that dies is noticed at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,16 +48,18 @@ class World:
         except ValueError:
             rank, size, local_rank, local_size = -1, 0, -1, 0
         if not (0 <= local_rank < local_size <= size and local_rank <= rank < size):
-            given = " ".join(f"{name}={text}" for name, text in zip(names, texts, strict=True))
-            raise UserError(f"{given} is no place in a group of processes; start them with torchrun, or unset these")
+            variables = " ".join(f"{name}={text}" for name, text in zip(names, texts, strict=True))
+            raise UserError(
+                f"{variables} is no place in a group of processes; start them with torchrun, or unset these"
+            )
         return World(rank, size, local_rank, local_size)
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the rank that writes and talks."""
         return self.rank == 0
 
-    def share(self, batch_size: int) -> int:
+    def batch_size_per_rank(self, batch_size: int) -> int:
         """Rows of a step for each rank. `UserError` where they cannot be shared out evenly."""
         if batch_size % self.size:
             raise UserError(
@@ -66,29 +68,29 @@ class World:
             )
         return batch_size // self.size
 
-    def highest(self, value: int) -> int:
+    def all_reduce_max(self, value: int) -> int:
         """The largest of what the ranks give."""
         if self.size == 1:
             return value
         import torch
         from torch import distributed
 
-        agreed = torch.tensor(value)
-        distributed.all_reduce(agreed, distributed.ReduceOp.MAX)
-        return int(agreed)
+        tensor = torch.tensor(value)
+        distributed.all_reduce(tensor, distributed.ReduceOp.MAX)
+        return int(tensor)
 
-    def of_first(self, value: int) -> int:
+    def broadcast(self, value: int) -> int:
         """What rank 0 gives."""
         if self.size == 1:
             return value
         import torch
         from torch import distributed
 
-        agreed = torch.tensor(value)
-        distributed.broadcast(agreed, 0)
-        return int(agreed)
+        tensor = torch.tensor(value)
+        distributed.broadcast(tensor, 0)
+        return int(tensor)
 
-    def summed(self, values: "npt.NDArray[np.float64]") -> "npt.NDArray[np.float64]":
+    def all_reduce_sum(self, values: "npt.NDArray[np.float64]") -> "npt.NDArray[np.float64]":
         """The sum over all ranks of arrays of one shape."""
         if self.size == 1:
             return values
@@ -99,14 +101,14 @@ class World:
         distributed.all_reduce(total)
         return total.numpy()
 
-    def add_up(self, value: "torch.Tensor") -> None:
+    def all_reduce_(self, value: "torch.Tensor") -> None:
         """Sum a tensor over all ranks in place, on its device, without waiting for it."""
         if self.size > 1:
             from torch import distributed
 
             distributed.all_reduce(value)
 
-    def device(self, name: str) -> str:
+    def resolve_device(self, name: str) -> str:
         """The device of this rank where `name` leaves it open which one of a machine's GPUs."""
         import torch
 
@@ -120,11 +122,11 @@ class World:
         return f"cuda:{self.local_rank}"
 
 
-ALONE = World()
+SINGLE = World()
 
 
 @contextlib.contextmanager
-def connected(world: World, device: "torch.device") -> Iterator[None]:
+def process_group(world: World, device: "torch.device") -> Iterator[None]:
     """While it lasts, the ranks can talk: by NCCL between GPUs, by gloo between CPUs and for what is not on a GPU.
 
     A rank that is lost makes the others raise `Lost`.
@@ -135,38 +137,40 @@ def connected(world: World, device: "torch.device") -> Iterator[None]:
     import torch
     from torch import distributed
 
-    logging.getLogger().setLevel(logging.INFO if world.first else logging.ERROR)
+    logging.getLogger().setLevel(logging.INFO if world.is_main else logging.ERROR)
     backend = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     try:
-        distributed.init_process_group(backend, timeout=PATIENCE, rank=world.rank, world_size=world.size)
+        distributed.init_process_group(backend, timeout=TIMEOUT, rank=world.rank, world_size=world.size)
         yield
     except RuntimeError as error:
         if isinstance(error, distributed.DistError) or "gloo" in str(error):
-            raise Lost from error
+            raise PeerLost from error
         raise
     distributed.destroy_process_group()
 
 
-class Lost(Exception):
+class PeerLost(Exception):
     """Another rank has ended, or cannot be reached."""
 
 
-def objective(module: "torch.nn.Module", world: World, device: "torch.device") -> Any:
+def wrap_ddp(module: "torch.nn.Module", world: World, device: "torch.device") -> Any:
     """The module, with gradients averaged over the ranks as its backward pass goes (DistributedDataParallel)."""
     if world.size == 1:
         return module
     from torch.nn.parallel import DistributedDataParallel
 
-    ids = [device] if device.type == "cuda" else None
+    device_ids = [device] if device.type == "cuda" else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # the option has another name from torch 2.13 on
-        return DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return DistributedDataParallel(
+            module, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
 
 
-def is_first_to_say(text: str) -> bool:
+def claim_error_message(text: str) -> bool:
     """Whether no other rank has said the same: what stops all of them is told once."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return True

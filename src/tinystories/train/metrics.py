@@ -13,37 +13,37 @@ class Metrics:
     nothing is read or written: for the ranks that leave that to the first.
     """
 
-    def __init__(self, run: Path | None, *, resume_bytes: int = 0, tensorboard: bool = False) -> None:
-        self.path = run / "metrics.jsonl" if run else Path(os.devnull)
+    def __init__(self, run_dir: Path | None, *, resume_bytes: int = 0, tensorboard: bool = False) -> None:
+        self.path = run_dir / "metrics.jsonl" if run_dir else Path(os.devnull)
         truncate(self.path, resume_bytes)
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
         self.records: list[dict[str, Any]] = [json.loads(line) for line in lines]
         self.file = self.path.open("a", encoding="utf-8")
-        self.writer = None
-        if run and tensorboard:
+        self.tensorboard_writer = None
+        if run_dir and tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            first = self.records[-1]["step"] + 1 if self.records else 0
-            self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=first)
+            first_step = self.records[-1]["step"] + 1 if self.records else 0
+            self.tensorboard_writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
 
     def write(self, record: dict[str, Any]) -> None:
         self.records.append(record)
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
-        if self.writer is not None:
+        if self.tensorboard_writer is not None:
             for key, value in record.items():
                 if key != "step" and isinstance(value, int | float):
-                    self.writer.add_scalar(key, value, record["step"])
+                    self.tensorboard_writer.add_scalar(key, value, record["step"])
 
-    def size(self) -> int:
+    def flush_and_get_size(self) -> int:
         self.file.flush()
         os.fsync(self.file.fileno())
         return self.path.stat().st_size
 
     def close(self) -> None:
         self.file.close()
-        if self.writer is not None:
-            self.writer.close()
+        if self.tensorboard_writer is not None:
+            self.tensorboard_writer.close()
 
 
 def truncate(path: Path, size: int) -> None:
@@ -53,7 +53,7 @@ def truncate(path: Path, size: int) -> None:
             file.truncate(size)
 
 
-def draw(records: list[dict[str, Any]], path: Path, title: str) -> None:
+def plot_curves(records: list[dict[str, Any]], path: Path, title: str) -> None:
     """Training and validation loss in bits per byte over tokens, with the learning rate below, as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -62,11 +62,11 @@ def draw(records: list[dict[str, Any]], path: Path, title: str) -> None:
     val = [r for r in records if "val_bits_per_byte" in r]
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-    loss.plot(
+    loss_axis, lr_axis = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    loss_axis.plot(
         [r["tokens"] for r in train], [r["bits_per_byte"] for r in train], lw=0.8, color="#9ecae1", label="training"
     )
-    loss.plot(
+    loss_axis.plot(
         [r["tokens"] for r in val],
         [r["val_bits_per_byte"] for r in val],
         "o-",
@@ -76,21 +76,21 @@ def draw(records: list[dict[str, Any]], path: Path, title: str) -> None:
     )
     if val:
         last = val[-1]
-        loss.annotate(
+        loss_axis.annotate(
             f"{last['val_bits_per_byte']:.3f}",
             (last["tokens"], last["val_bits_per_byte"]),
             (0, 6),
             textcoords="offset points",
             ha="right",
         )
-        near = min(r["val_bits_per_byte"] for r in val)
-        loss.set_ylim(0.9 * min([near, *(r["bits_per_byte"] for r in train)]), 2.5 * near)
-    loss.set(ylabel="bits per byte", title=title)
-    loss.grid(alpha=0.3)
-    loss.legend()
-    rate.plot([r["tokens"] for r in train], [r["learning_rate"] for r in train], lw=1, color="#636363")
-    rate.set(xlabel="training tokens", ylabel="learning rate")
-    rate.grid(alpha=0.3)
-    draft = path.with_name("." + path.name)
-    figure.savefig(draft, format="png")
-    os.replace(draft, path)
+        best_val = min(r["val_bits_per_byte"] for r in val)
+        loss_axis.set_ylim(0.9 * min([best_val, *(r["bits_per_byte"] for r in train)]), 2.5 * best_val)
+    loss_axis.set(ylabel="bits per byte", title=title)
+    loss_axis.grid(alpha=0.3)
+    loss_axis.legend()
+    lr_axis.plot([r["tokens"] for r in train], [r["learning_rate"] for r in train], lw=1, color="#636363")
+    lr_axis.set(xlabel="training tokens", ylabel="learning rate")
+    lr_axis.grid(alpha=0.3)
+    temp_path = path.with_name("." + path.name)
+    figure.savefig(temp_path, format="png")
+    os.replace(temp_path, path)

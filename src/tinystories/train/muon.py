@@ -16,7 +16,7 @@ from torch import Tensor
 # for singular values from 0.01. Five for values from 0.001 train no better (docs/log.md). The inputs are taken a
 # hundredth smaller, so that rounding never leaves the safe range.
 POLAR_EXPRESS = ((8.094, -23.623, 17.448), (3.638, -2.723, 0.537), (2.663, -1.979, 0.453))
-SAFETY = 1.01
+SAFETY_FACTOR = 1.01
 EPSILON = 1e-7
 
 Quintics = Sequence[tuple[float, float, float]]
@@ -51,9 +51,9 @@ class Muon(torch.optim.Optimizer):
                 if weight.grad is not None:
                     by_shape[tuple(weight.shape)].append(weight)
             for (outer, inner), weights in by_shape.items():
-                self.update(weights, group, group["lr"] * max(1.0, outer / inner) ** 0.5)
+                self.update_weights(weights, group, group["lr"] * max(1.0, outer / inner) ** 0.5)
 
-    def update(self, weights: list[Tensor], group: dict[str, Any], rate: float) -> None:
+    def update_weights(self, weights: list[Tensor], group: dict[str, Any], lr: float) -> None:
         """Move matrices of one shape together: their products are batched."""
         directions = []
         for weight in weights:
@@ -63,25 +63,25 @@ class Muon(torch.optim.Optimizer):
                 state["momentum_buffer"] = torch.zeros_like(weight)
             if group["beta2"] and "row_squares" not in state:  # nor has a run that began without even rows
                 state["row_squares"] = weight.new_zeros(weight.shape[0])
-            mean = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
-            directions.append(torch.lerp(gradient, mean, group["momentum"]))
+            momentum_buffer = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
+            directions.append(torch.lerp(gradient, momentum_buffer, group["momentum"]))
         updates = orthogonalized(torch.stack(directions), group["quintics"])
         if group["beta2"]:
-            squares = updates.square().mean(dim=2)
-            running = [self.state[weight]["row_squares"] for weight in weights]
-            torch._foreach_lerp_(running, list(squares), 1 - group["beta2"])
-            updates = with_even_rows(updates, torch.stack(running))
+            row_mean_squares = updates.square().mean(dim=2)
+            running_mean_squares = [self.state[weight]["row_squares"] for weight in weights]
+            torch._foreach_lerp_(running_mean_squares, list(row_mean_squares), 1 - group["beta2"])
+            updates = normalize_rows(updates, torch.stack(running_mean_squares))
         for weight, update in zip(weights, updates, strict=True):
-            weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
+            weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-lr)
 
 
-def with_even_rows(
-    updates: Float[Tensor, "n outer inner"], squares: Float[Tensor, "n outer"]
+def normalize_rows(
+    updates: Float[Tensor, "n outer inner"], mean_squares: Float[Tensor, "n outer"]
 ) -> Float[Tensor, "n outer inner"]:
     """Each row divided by the root of its mean of squares, each matrix brought back to the norm it had."""
-    even = updates / (squares.sqrt() + EPSILON)[..., None]
-    norms = [matrices.norm(dim=(1, 2), keepdim=True) for matrices in (updates, even)]
-    return even * (norms[0] / norms[1].clamp(min=EPSILON))
+    normalized = updates / (mean_squares.sqrt() + EPSILON)[..., None]
+    norms = [matrices.norm(dim=(1, 2), keepdim=True) for matrices in (updates, normalized)]
+    return normalized * (norms[0] / norms[1].clamp(min=EPSILON))
 
 
 def orthogonalized(
@@ -96,7 +96,7 @@ def orthogonalized(
     x = matrices.mT if tall else matrices
     if matrices.device.type == "cuda":
         x = x.bfloat16()
-    x = x / (x.norm(dim=(1, 2), keepdim=True) * SAFETY + EPSILON)
+    x = x / (x.norm(dim=(1, 2), keepdim=True) * SAFETY_FACTOR + EPSILON)
     for a, b, c in quintics:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

@@ -21,47 +21,51 @@ def build_optimizers(model: GPT, config: OptimConfig, sharded: bool = False) -> 
     assert isinstance(config.learning_rate, float), "`auto` is settled before"
     assert isinstance(config.muon_rate, float), "`auto` is settled before"
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    inner = [w for name, w in weights.items() if config.kind == "muon" and w.ndim == 2 and name.startswith("layers.")]
-    taken = {id(w) for w in inner}
-    rest = [w for w in weights.values() if id(w) not in taken]
+    block_matrices = [
+        w for name, w in weights.items() if config.kind == "muon" and w.ndim == 2 and name.startswith("layers.")
+    ]
+    block_matrix_ids = {id(w) for w in block_matrices}
+    other_weights = [w for w in weights.values() if id(w) not in block_matrix_ids]
     groups = [
-        {"params": [w for w in rest if w.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [w for w in rest if w.ndim < 2], "weight_decay": 0.0},
+        {"params": [w for w in other_weights if w.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [w for w in other_weights if w.ndim < 2], "weight_decay": 0.0},
     ]
     # PyTorch's sharding restores the step counts to the CPU, where fused AdamW does not look for them on CUDA.
-    fused = rest[0].device.type == "cpu" or (rest[0].device.type == "cuda" and not sharded)
+    fused = other_weights[0].device.type == "cpu" or (other_weights[0].device.type == "cuda" and not sharded)
     betas = config.beta1, config.beta2
-    build: Callable[..., torch.optim.Optimizer] = make_sharded if sharded else make
+    build: Callable[..., torch.optim.Optimizer] = build_sharded if sharded else build_unsharded
     optimizers = [
         build(torch.optim.AdamW, groups, lr=config.learning_rate, betas=betas, eps=config.eps, fused=fused),
     ]
-    if inner:
-        rates = {"lr": config.muon_rate, "momentum": config.momentum, "weight_decay": config.weight_decay}
-        optimizers.append(build(Muon, inner, **rates))
+    if block_matrices:
+        muon_settings = {"lr": config.muon_rate, "momentum": config.momentum, "weight_decay": config.weight_decay}
+        optimizers.append(build(Muon, block_matrices, **muon_settings))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]
     return optimizers
 
 
-def make(kind: type[torch.optim.Optimizer], params: Any, **settings: Any) -> torch.optim.Optimizer:
-    return kind(params, **settings)
+def build_unsharded(
+    optimizer_class: type[torch.optim.Optimizer], params: Any, **settings: Any
+) -> torch.optim.Optimizer:
+    return optimizer_class(params, **settings)
 
 
-def make_sharded(kind: type[torch.optim.Optimizer], params: Any, **settings: Any) -> torch.optim.Optimizer:
+def build_sharded(optimizer_class: type[torch.optim.Optimizer], params: Any, **settings: Any) -> torch.optim.Optimizer:
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
-    return ZeroRedundancyOptimizer(params, kind, **settings)
+    return ZeroRedundancyOptimizer(params, optimizer_class, **settings)
 
 
-def gather(optimizers: Optimizers) -> None:
+def consolidate_state(optimizers: Optimizers) -> None:
     """Bring sharded state together on rank 0, as `optimizer_tensors` needs it there. All ranks must call it."""
     for optimizer in optimizers:
         if hasattr(optimizer, "consolidate_state_dict"):
             optimizer.consolidate_state_dict(0)
 
 
-def optimizer_tensors(model: GPT, optimizers: Optimizers) -> dict[str, torch.Tensor]:
+def flatten_optimizer_state(model: GPT, optimizers: Optimizers) -> dict[str, torch.Tensor]:
     """The optimizers' state by name ("exp_avg/layers.0...."), for safetensors."""
     names = {id(weight): name for name, weight in model.named_parameters()}
     tensors = {}
@@ -73,18 +77,18 @@ def optimizer_tensors(model: GPT, optimizers: Optimizers) -> dict[str, torch.Ten
     return tensors
 
 
-def restore_optimizers(model: GPT, optimizers: Optimizers, tensors: dict[str, torch.Tensor]) -> None:
+def load_optimizer_state(model: GPT, optimizers: Optimizers, tensors: dict[str, torch.Tensor]) -> None:
     """The inverse of `optimizer_tensors`, onto the devices of the weights; a sharded optimizer takes its share."""
-    by_name: dict[str, dict[str, torch.Tensor]] = {}
+    state_by_name: dict[str, dict[str, torch.Tensor]] = {}
     for full_name, value in tensors.items():
         key, _, name = full_name.partition("/")
-        by_name.setdefault(name, {})[key] = value
+        state_by_name.setdefault(name, {})[key] = value
     names = {id(weight): name for name, weight in model.named_parameters()}
     for optimizer in optimizers:
         weights = [weight for group in optimizer.param_groups for weight in group["params"]]
         index_of = {id(weight): index for index, weight in enumerate(weights)}
         groups = [group | {"params": [index_of[id(w)] for w in group["params"]]} for group in optimizer.param_groups]
-        states = {i: by_name.pop(names[id(w)]) for i, w in enumerate(weights) if names[id(w)] in by_name}
+        states = {i: state_by_name.pop(names[id(w)]) for i, w in enumerate(weights) if names[id(w)] in state_by_name}
         optimizer.load_state_dict({"state": states, "param_groups": groups})
-    if by_name:
-        raise KeyError(f"state of unknown weights {sorted(by_name)[:3]}")
+    if state_by_name:
+        raise KeyError(f"state of unknown weights {sorted(state_by_name)[:3]}")

@@ -24,17 +24,17 @@ class Batch:
     n_targets: int
 
     @staticmethod
-    def of(rows: PackedRows, step: int, batch_size: int, world: World, pinned: bool = False) -> "Batch":
+    def from_rows(rows: PackedRows, step: int, batch_size: int, world: World, pin_memory: bool = False) -> "Batch":
         """`pinned`: in memory that CUDA copies from while the host goes on. PyTorch keeps such memory for the next
         batch, and does not give it out again before the copy is done.
         """
-        inputs, targets = rows.batch(step, batch_size, world.rank, world.size)
-        ids = torch.empty((2, *inputs.shape), dtype=torch.int32, pin_memory=pinned)
+        inputs, targets = rows.get_batch(step, batch_size, world.rank, world.size)
+        ids = torch.empty((2, *inputs.shape), dtype=torch.int32, pin_memory=pin_memory)
         ids[0].copy_(torch.from_numpy(inputs))
         ids[1].copy_(torch.from_numpy(targets))
-        return Batch(ids, rows.n_targets(step, batch_size))
+        return Batch(ids, rows.count_targets(step, batch_size))
 
-    def on(self, device: torch.device) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
+    def to_device(self, device: torch.device) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
         """Inputs and targets as int64 on a device, without waiting for the copy."""
         inputs, targets = self.ids.to(device, non_blocking=True).long()
         return inputs, targets
@@ -47,13 +47,13 @@ class Prefetch:
     same step. Only the thread may call `make` meanwhile: it need not be safe for two at once.
     """
 
-    def __init__(self, make: Callable[[int], Batch], first: int, stop: int) -> None:
-        self.make, self.step, self.stop = make, first, stop
+    def __init__(self, make_batch: Callable[[int], Batch], first_step: int, stop_step: int) -> None:
+        self.make_batch, self.next_step, self.stop_step = make_batch, first_step, stop_step
         self.pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
-        self.coming: Future[Batch] | None = None
+        self.future: Future[Batch] | None = None
 
     def __enter__(self) -> "Prefetch":
-        self.order()
+        self.submit_next()
         return self
 
     def __exit__(
@@ -61,14 +61,14 @@ class Prefetch:
     ) -> None:
         self.pool.shutdown(cancel_futures=True)
 
-    def order(self) -> None:
+    def submit_next(self) -> None:
         """Have the batch of `step` made."""
-        self.coming = self.pool.submit(self.make, self.step) if self.step < self.stop else None
+        self.future = self.pool.submit(self.make_batch, self.next_step) if self.next_step < self.stop_step else None
 
-    def take(self, step: int) -> Batch:
-        assert step == self.step, f"step {self.step} comes next, not {step}"
-        assert self.coming is not None, "inside `with`, and before `stop`"
-        batch = self.coming.result()
-        self.step += 1
-        self.order()
+    def get(self, step: int) -> Batch:
+        assert step == self.next_step, f"step {self.next_step} comes next, not {step}"
+        assert self.future is not None, "inside `with`, and before `stop`"
+        batch = self.future.result()
+        self.next_step += 1
+        self.submit_next()
         return batch

@@ -10,19 +10,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinystories.train.space import Choices, Domain, Space
-from tinystories.train.trial import Outcome, folder_of, measured, write_whole
+from tinystories.train.search_space import Categorical, Domain, SearchSpace
+from tinystories.train.trial import Outcome, read_outcome, trial_dir, write_atomic
 
 if TYPE_CHECKING:
     from optuna.study import Study
 
-RANKS = ("complete", "pruned", "unfinished", "failed", "invalid")  # the order of the table
-NEAR = 0.03  # of a range: the best value lies at its end
-CROWD = 4  # complete trials from which on the plot leaves out what is far worse than most
+STATE_ORDER = ("complete", "pruned", "unfinished", "failed", "invalid")  # the order of the table
+BOUNDARY_FRACTION = 0.03  # of a range: the best value lies at its end
+MIN_TRIALS_TO_CLIP = 4  # complete trials from which on the plot leaves out what is far worse than most
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
+class TrialResult:
     """A trial: its searched settings and what came of it."""
 
     number: int
@@ -35,42 +35,42 @@ class Result:
         return math.inf if bits is None else bits
 
 
-def read_results(study: "Study", space: Space, folder: Path) -> list[Result]:
+def read_results(study: "Study", space: SearchSpace, folder: Path) -> list[TrialResult]:
     """All trials of a sweep, the best first; those that are no measure of their settings last."""
     domains = {domain.name: domain for domain in space.domains}
-    found = []
+    results = []
     for trial in study.get_trials(deepcopy=False):
-        settings = {name: domains[name].value(stored) for name, stored in trial.params.items() if name in domains}
-        told = trial.user_attrs.get("outcome") if trial.state.is_finished() else None
-        outcome = Outcome(**told) if told else measured(folder_of(folder, trial.number))
-        found.append(Result(trial.number, settings, outcome))
-    return sorted(found, key=lambda result: (RANKS.index(result.outcome.state), result.bits, result.number))
+        settings = {name: domains[name].decode(stored) for name, stored in trial.params.items() if name in domains}
+        stored_outcome = trial.user_attrs.get("outcome") if trial.state.is_finished() else None
+        outcome = Outcome(**stored_outcome) if stored_outcome else read_outcome(trial_dir(folder, trial.number))
+        results.append(TrialResult(trial.number, settings, outcome))
+    return sorted(results, key=lambda result: (STATE_ORDER.index(result.outcome.state), result.bits, result.number))
 
 
-def best_of(results: Sequence[Result]) -> Result | None:
+def find_best(results: Sequence[TrialResult]) -> TrialResult | None:
     """The complete trial with the fewest bits per byte."""
     return results[0] if results and results[0].outcome.state == "complete" else None
 
 
-def write_results(folder: Path, space: Space, results: Sequence[Result]) -> None:
+def write_results(folder: Path, space: SearchSpace, results: Sequence[TrialResult]) -> None:
     """Bring results.csv and best.toml up to date."""
-    rows = io.StringIO()
-    writer = csv.writer(rows)
+    buffer = io.StringIO()
+    writer = csv.writer(buffer)
     names = list(space.texts)
     writer.writerow(["trial", "state", "bits_per_byte", "step", "tokens", "seconds", *names, "reason"])
     for result in results:
         outcome = result.outcome
         bits = "" if outcome.bits_per_byte is None else outcome.bits_per_byte
-        settings = [shown(result.settings.get(name, ""), digits=0) for name in names]
-        figures = [outcome.step, outcome.tokens, outcome.seconds]
-        writer.writerow([result.number, outcome.state, bits, *figures, *settings, outcome.reason])
-    write_whole(folder / "results.csv", rows.getvalue())
-    best = best_of(results)
+        settings = [format_setting(result.settings.get(name, ""), digits=0) for name in names]
+        totals = [outcome.step, outcome.tokens, outcome.seconds]
+        writer.writerow([result.number, outcome.state, bits, *totals, *settings, outcome.reason])
+    write_atomic(folder / "results.csv", buffer.getvalue())
+    best = find_best(results)
     if best is not None:
-        write_whole(folder / "best.toml", (folder_of(folder, best.number) / "config.toml").read_text(encoding="utf-8"))
+        write_atomic(folder / "best.toml", (trial_dir(folder, best.number) / "config.toml").read_text(encoding="utf-8"))
 
 
-def shown(value: Any, digits: int = 4) -> str:
+def format_setting(value: Any, digits: int = 4) -> str:
     """A setting's value as it would be typed; with `digits`, floats are rounded for a table."""
     if isinstance(value, bool):
         return str(value).lower()
@@ -79,35 +79,35 @@ def shown(value: Any, digits: int = 4) -> str:
     return "|".join(value) if isinstance(value, tuple) else str(value)
 
 
-def table(results: Sequence[Result], names: Sequence[str]) -> str:
+def format_table(results: Sequence[TrialResult], names: Sequence[str]) -> str:
     """Aligned columns, the best trial first, and below them why the others are not complete."""
     rows = [["trial", "bits/byte", *names, "tokens", "seconds", "state"]]
     for result in results:
         outcome = result.outcome
         bits = "" if outcome.bits_per_byte is None else f"{outcome.bits_per_byte:.4f}"
-        settings = [shown(result.settings.get(name, "")) for name in names]
-        figures = [f"{outcome.tokens:,}", f"{outcome.seconds:,.1f}"]
-        rows.append([str(result.number), bits, *settings, *figures, outcome.state])
+        settings = [format_setting(result.settings.get(name, "")) for name in names]
+        totals = [f"{outcome.tokens:,}", f"{outcome.seconds:,.1f}"]
+        rows.append([str(result.number), bits, *settings, *totals, outcome.state])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     reasons = [f"trial {r.number} {r.outcome.state}: {r.outcome.reason}" for r in results if r.outcome.reason]
     return "\n".join([*lines, *[""] * bool(reasons), *reasons])
 
 
-def at_the_end(best: Result, domains: Sequence[Domain]) -> list[str]:
+def at_boundary(best: TrialResult, domains: Sequence[Domain]) -> list[str]:
     """Settings whose best value lies at an end of its range, so that a better one may lie beyond."""
-    found = []
+    names = []
     for domain in domains:
-        if isinstance(domain, Choices):
+        if isinstance(domain, Categorical):
             continue
         scale = math.log if domain.log else float
         low, high, value = (scale(number) for number in (domain.low, domain.high, best.settings[domain.name]))
-        if min(value - low, high - value) <= NEAR * (high - low):
-            found.append(domain.name)
-    return found
+        if min(value - low, high - value) <= BOUNDARY_FRACTION * (high - low):
+            names.append(domain.name)
+    return names
 
 
-def draw(results: Sequence[Result], domains: Sequence[Domain], path: Path, title: str) -> None:
+def plot_results(results: Sequence[TrialResult], domains: Sequence[Domain], path: Path, title: str) -> None:
     """Bits per byte against each searched setting, as a PNG; none before there are any.
 
     What is far worse than most stands at the upper edge.
@@ -115,8 +115,8 @@ def draw(results: Sequence[Result], domains: Sequence[Domain], path: Path, title
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    measures = [result for result in results if math.isfinite(result.bits)]
-    if not measures:
+    finite_results = [result for result in results if math.isfinite(result.bits)]
+    if not finite_results:
         return
     columns = min(3, len(domains))
     rows = math.ceil(len(domains) / columns)
@@ -124,9 +124,9 @@ def draw(results: Sequence[Result], domains: Sequence[Domain], path: Path, title
     FigureCanvasAgg(figure)
     figure.suptitle(title)
     panels = figure.subplots(rows, columns, sharey=True, squeeze=False)
-    ceiling = upper_edge(measures)
+    ceiling = clip_threshold(finite_results)
     for panel, domain in zip(panels.flat, domains, strict=False):
-        draw_panel(panel, measures, domain, ceiling, best_of(results))
+        plot_panel(panel, finite_results, domain, ceiling, find_best(results))
     for panel in panels.flat[len(domains) :]:
         panel.set_visible(False)
     for panel in panels[:, 0]:
@@ -134,56 +134,58 @@ def draw(results: Sequence[Result], domains: Sequence[Domain], path: Path, title
     handles, labels = panels[0, 0].get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    draft = path.with_name("." + path.name)
-    figure.savefig(draft, format="png")
-    os.replace(draft, path)
+    temp_path = path.with_name("." + path.name)
+    figure.savefig(temp_path, format="png")
+    os.replace(temp_path, path)
 
 
-def upper_edge(measures: Sequence[Result]) -> float:
+def clip_threshold(finite_results: Sequence[TrialResult]) -> float:
     """The most bits per byte that are drawn where they belong."""
-    complete = [result.bits for result in measures if result.outcome.state == "complete"]
-    if len(complete) < CROWD:
+    complete = [result.bits for result in finite_results if result.outcome.state == "complete"]
+    if len(complete) < MIN_TRIALS_TO_CLIP:
         return math.inf
-    best, middle = min(complete), statistics.median(complete)
-    return best + 3 * max(middle - best, 0.01 * best)
+    best, median = min(complete), statistics.median(complete)
+    return best + 3 * max(median - best, 0.01 * best)
 
 
-def draw_panel(panel: Any, measures: Sequence[Result], domain: Domain, ceiling: float, best: Result | None) -> None:
-    def place(result: Result) -> tuple[float, float]:
+def plot_panel(
+    panel: Any, finite_results: Sequence[TrialResult], domain: Domain, ceiling: float, best: TrialResult | None
+) -> None:
+    def to_point(result: TrialResult) -> tuple[float, float]:
         value = result.settings[domain.name]
-        x = domain.values.index(value) if isinstance(domain, Choices) else value
+        x = domain.values.index(value) if isinstance(domain, Categorical) else value
         return x, min(result.bits, ceiling)
 
-    complete = [r for r in measures if r.outcome.state == "complete"]
-    kinds = [
+    complete = [r for r in finite_results if r.outcome.state == "complete"]
+    groups = [
         ("complete", [r for r in complete if r.bits <= ceiling], {"marker": "o", "color": "#08519c"}),
         (
             "not complete",
-            [r for r in measures if r not in complete and r.bits <= ceiling],
+            [r for r in finite_results if r not in complete and r.bits <= ceiling],
             {"marker": "x", "color": "#969696"},
         ),
-        ("worse than shown", [r for r in measures if r.bits > ceiling], {"marker": "^", "color": "#9ecae1"}),
+        ("worse than shown", [r for r in finite_results if r.bits > ceiling], {"marker": "^", "color": "#9ecae1"}),
     ]
-    for label, group, style in kinds:
+    for label, group, style in groups:
         if not group:
             continue
-        places = [place(result) for result in group]
-        panel.scatter([x for x, _ in places], [y for _, y in places], s=22, alpha=0.8, label=label, **style)
+        points = [to_point(result) for result in group]
+        panel.scatter([x for x, _ in points], [y for _, y in points], s=22, alpha=0.8, label=label, **style)
     if best is not None:
-        x, y = place(best)
+        x, y = to_point(best)
         panel.scatter(
             [x], [y], s=120, marker="o", facecolors="none", edgecolors="#d94801", linewidths=1.6, label="best"
         )
         panel.annotate(f"{best.bits:.3f}", (x, y), (0, -14), textcoords="offset points", ha="center", color="#d94801")
-    if isinstance(domain, Choices):
+    if isinstance(domain, Categorical):
         panel.set_xticks(range(len(domain.texts)), domain.texts)
         panel.set_xlim(-0.5, len(domain.texts) - 0.5)
     elif domain.log:
         panel.set_xscale("log")
-        pad = (domain.high / domain.low) ** NEAR
+        pad = (domain.high / domain.low) ** BOUNDARY_FRACTION
         panel.set_xlim(domain.low / pad, domain.high * pad)
     else:
-        pad = NEAR * (domain.high - domain.low)
+        pad = BOUNDARY_FRACTION * (domain.high - domain.low)
         panel.set_xlim(domain.low - pad, domain.high + pad)
     panel.set_xlabel(domain.name)
     panel.margins(y=0.15)

@@ -14,13 +14,13 @@ from tinystories.config import Config, SamplingConfig, load_config, to_toml
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.errors import UserError
 from tinystories.model import GPT
-from tinystories.train.optim import Optimizers, optimizer_tensors, restore_optimizers
+from tinystories.train.optim import Optimizers, flatten_optimizer_state, load_optimizer_state
 
 log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
-class Clock:
+class TrainState:
     """Where a run stands. `step` counts finished optimizer steps; all else is derived or for people."""
 
     step: int = 0
@@ -37,9 +37,9 @@ class Clock:
     data_sha256: str = ""  # of train.bin
 
 
-def save(
-    run: Path,
-    clock: Clock,
+def save_checkpoint(
+    run_dir: Path,
+    train_state: TrainState,
     config: Config,
     model: GPT,
     optimizers: Optimizers,
@@ -47,64 +47,66 @@ def save(
     provenance: dict[str, Any],
 ) -> Path:
     """Write the checkpoint of this step, make the run directory that model, and drop what is no longer kept."""
-    folder = checkpoint.folder_of(run, clock.step)
+    checkpoint_dir = checkpoint.checkpoint_folder(run_dir, train_state.step)
     try:
-        with checkpoint.whole(folder, folder.with_name(folder.name + checkpoint.DRAFT)) as draft:
-            checkpoint.write_model(draft, model, tokenizer, SamplingConfig(), provenance)
-            state = draft / "state"
-            state.mkdir()
-            save_file(optimizer_tensors(model, optimizers), state / "optimizer.safetensors")
-            (state / "config.toml").write_text(to_toml(config), encoding="utf-8")
-            record = dataclasses.asdict(clock) | {
-                "optimizer_sha256": checkpoint.sha256(state / "optimizer.safetensors")
+        with checkpoint.atomic_directory(
+            checkpoint_dir, checkpoint_dir.with_name(checkpoint_dir.name + checkpoint.TEMP_SUFFIX)
+        ) as staging_dir:
+            checkpoint.write_model(staging_dir, model, tokenizer, SamplingConfig(), provenance)
+            state_dir = staging_dir / "state"
+            state_dir.mkdir()
+            save_file(flatten_optimizer_state(model, optimizers), state_dir / "optimizer.safetensors")
+            (state_dir / "config.toml").write_text(to_toml(config), encoding="utf-8")
+            record = dataclasses.asdict(train_state) | {
+                "optimizer_sha256": checkpoint.sha256(state_dir / "optimizer.safetensors")
             }
-            checkpoint.write_json(state / "clock.json", record)
-        checkpoint.publish(folder, run)
+            checkpoint.write_json(state_dir / "clock.json", record)
+        checkpoint.publish(checkpoint_dir, run_dir)
     except OSError as error:
         raise UserError(
-            f"{folder} could not be written ({error.strerror}); the checkpoints before it are whole:"
+            f"{checkpoint_dir} could not be written ({error.strerror}); the checkpoints before it are whole:"
             " free some space, then add --resume"
         ) from None
-    prune(run, clock.best_step, config.train.keep_checkpoints)
-    return folder
+    prune_checkpoints(run_dir, train_state.best_step, config.train.keep_checkpoints)
+    return checkpoint_dir
 
 
-def prune(run: Path, best_step: int, keep: int) -> None:
+def prune_checkpoints(run_dir: Path, best_step: int, keep: int) -> None:
     """Remove checkpoints that are neither among the newest `keep` nor the best, and drafts that were left behind."""
-    for step, folder in checkpoint.checkpoints(run)[:-keep]:
+    for step, folder in checkpoint.list_checkpoints(run_dir)[:-keep]:
         if step != best_step:
             shutil.rmtree(folder)
-    for draft in (run / "checkpoints").glob("*" + checkpoint.DRAFT):
-        shutil.rmtree(draft)
+    for staging_dir in (run_dir / "checkpoints").glob("*" + checkpoint.TEMP_SUFFIX):
+        shutil.rmtree(staging_dir)
 
 
-def latest(run: Path) -> Path | None:
+def find_latest_checkpoint(run_dir: Path) -> Path | None:
     """The newest checkpoint that is whole and undamaged; says so when it has to pass over one.
 
     None where there is no checkpoint at all; `UserError` where there are some and all are damaged.
     """
-    found = checkpoint.checkpoints(run)
-    for _, folder in reversed(found):
+    checkpoints = checkpoint.list_checkpoints(run_dir)
+    for _, folder in reversed(checkpoints):
         try:
             checkpoint.read_model(folder)
-            read_clock(folder)
+            read_train_state(folder)
         except UserError as error:
             log.warning("passing over a damaged checkpoint: %s", error)
             continue
         return folder
-    if found:
-        raise UserError(f"{run}/checkpoints: every checkpoint is damaged; remove {run} to train anew")
+    if checkpoints:
+        raise UserError(f"{run_dir}/checkpoints: every checkpoint is damaged; remove {run_dir} to train anew")
     return None
 
 
-def read_clock(folder: Path) -> Clock:
+def read_train_state(folder: Path) -> TrainState:
     """The clock of a checkpoint, after checking its optimizer state against the checksum."""
     record = checkpoint.read_json(folder / "state" / "clock.json")
     path = folder / "state" / "optimizer.safetensors"
     if not path.is_file() or checkpoint.sha256(path) != record.pop("optimizer_sha256", None):
         raise UserError(f"{path} is missing or does not match its checksum")
     try:
-        return Clock(**record)
+        return TrainState(**record)
     except TypeError as error:
         raise UserError(f"{folder}/state/clock.json cannot be read: {error}") from None
 
@@ -113,29 +115,31 @@ def read_config(folder: Path) -> Config:
     return load_config(folder / "state" / "config.toml")
 
 
-def begin_with(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
+def initialize_from(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
     """Give a new run the weights of a model directory, whose context and dropout may be others.
 
     `UserError` where its tokenizer or another setting of its shape is not the run's.
     """
-    files = checkpoint.read_model(folder)
-    if files.tokenizer().sha256 != tokenizer.sha256:
+    source = checkpoint.read_model(folder)
+    if source.tokenizer().sha256 != tokenizer.sha256:
         raise UserError(f"{folder} has another tokenizer than the data; prepare them with --tokenizer {folder}")
-    theirs, ours = dataclasses.asdict(files.config), dataclasses.asdict(model.config)
-    for name in theirs.keys() - {"n_ctx", "dropout"}:
-        if theirs[name] != ours[name]:
-            raise UserError(f"model.{name} is {ours[name]}, but {folder} has {theirs[name]}; set it to that")
-    if files.is_packed:
+    source_settings, model_settings = dataclasses.asdict(source.config), dataclasses.asdict(model.config)
+    for name in source_settings.keys() - {"n_ctx", "dropout"}:
+        if source_settings[name] != model_settings[name]:
+            raise UserError(
+                f"model.{name} is {model_settings[name]}, but {folder} has {source_settings[name]}; set it to that"
+            )
+    if source.is_int8_only:
         raise UserError(f"{folder} has packed weights alone, which are rounded; train on from the model they come from")
-    checkpoint.load_weights(files, model)
+    checkpoint.load_weights(source, model)
 
 
-def restore(folder: Path, model: GPT, optimizers: Optimizers) -> Clock:
+def restore_checkpoint(folder: Path, model: GPT, optimizers: Optimizers) -> TrainState:
     """Bring model and optimizers to the state of a checkpoint; returns its clock."""
     checkpoint.load_weights(checkpoint.read_model(folder), model)
     path = folder / "state" / "optimizer.safetensors"
     try:
-        restore_optimizers(model, optimizers, load_file(path))
+        load_optimizer_state(model, optimizers, load_file(path))
     except (OSError, SafetensorError, KeyError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
-    return read_clock(folder)
+    return read_train_state(folder)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinystories.config import Config
 from tinystories.errors import UserError
-from tinystories.train.space import Space
+from tinystories.train.search_space import SearchSpace
 
 if TYPE_CHECKING:
     from optuna.pruners import BasePruner
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
     from optuna.study import Study
 
 DATABASE = "sweep.db"
-NAME = "sweep"  # of the only study in the file
-PATIENCE = 60.0  # seconds to wait for another reader or writer of the file
+STUDY_NAME = "sweep"  # of the only study in the file
+DATABASE_TIMEOUT = 60.0  # seconds to wait for another reader or writer of the file
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What a sweep is asked for, stored with it. On resuming, only the number of trials may change."""
 
-    space: Space
+    space: SearchSpace
     trials: int = 20  # in all
     sampler: str = "tpe"
     prune: str = "none"
@@ -39,9 +39,9 @@ class Plan:
     @staticmethod
     def from_json(text: str) -> "Plan":
         values = json.loads(text)
-        return Plan(**values | {"space": Space(**values["space"])})
+        return Plan(**values | {"space": SearchSpace(**values["space"])})
 
-    def flat(self) -> dict[str, Any]:
+    def flatten(self) -> dict[str, Any]:
         """Everything that decides which trials come, by the name a user knows it by."""
         fixed = {
             f"{section}.{key}": value for section, table in self.space.base.items() for key, value in table.items()
@@ -50,22 +50,22 @@ class Plan:
         return fixed | dict(self.space.texts) | options
 
 
-def agreed(stored: Plan | None, space: Space | None, asked: Mapping[str, Any], folder: Path) -> Plan:
+def merge_plan(stored: Plan | None, space: SearchSpace | None, requested: Mapping[str, Any], folder: Path) -> Plan:
     """The plan of this sitting. What is asked for must not contradict what the sweep in `folder` was begun with."""
     if stored is None:
         assert space is not None, "a new sweep needs settings"
-        plan = Plan(space, **asked)
+        plan = Plan(space, **requested)
         if plan.sampler == "grid":
             size = len(space.grid())
-            plan = dataclasses.replace(plan, trials=min(size, asked.get("trials", size)))
+            plan = dataclasses.replace(plan, trials=min(size, requested.get("trials", size)))
         return Plan.from_json(plan.to_json())
-    plan = dataclasses.replace(stored, space=space or stored.space, **asked)
+    plan = dataclasses.replace(stored, space=space or stored.space, **requested)
     plan = Plan.from_json(plan.to_json())
-    before, now = stored.flat(), plan.flat()
-    for name in [*now, *before]:
-        if before.get(name) != now.get(name):
+    stored_settings, new_settings = stored.flatten(), plan.flatten()
+    for name in [*new_settings, *stored_settings]:
+        if stored_settings.get(name) != new_settings.get(name):
             raise UserError(
-                f"{folder} was begun with {name} {before.get(name, 'not given')}, not {now.get(name, 'left out')};"
+                f"{folder} was begun with {name} {stored_settings.get(name, 'not given')}, not {new_settings.get(name, 'left out')};"
                 " resume without settings, or name another --out"
             )
     if plan.sampler == "grid":
@@ -78,13 +78,13 @@ def read_plan(folder: Path) -> Plan | None:
     if folder.is_file():
         raise UserError(f"--out {folder} is a file; name a directory")
     if (folder / DATABASE).exists():
-        return plan_of(open_study(folder))
+        return load_plan(open_study(folder))
     if folder.exists() and any(path.name != ".lock" for path in folder.iterdir()):
         raise UserError(f"--out {folder} holds something else than a sweep; name another directory")
     return None
 
 
-def plan_of(study: "Study") -> Plan | None:
+def load_plan(study: "Study") -> Plan | None:
     text = study.user_attrs.get("plan")
     return Plan.from_json(text) if text else None
 
@@ -100,13 +100,13 @@ def open_study(folder: Path) -> "Study":
     path = (folder / DATABASE).absolute()
     url = URL.create("sqlite", database=str(path)).render_as_string(hide_password=False)
     try:
-        storage = optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": PATIENCE}})
-        return optuna.create_study(storage=storage, study_name=NAME, direction="minimize", load_if_exists=True)
+        storage = optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": DATABASE_TIMEOUT}})
+        return optuna.create_study(storage=storage, study_name=STUDY_NAME, direction="minimize", load_if_exists=True)
     except (DatabaseError, RuntimeError) as error:  # no database; or one of another version of Optuna
         raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}; name another --out") from None
 
 
-def sampler_of(plan: Plan, number: int) -> "BaseSampler":
+def make_sampler(plan: Plan, number: int) -> "BaseSampler":
     """The sampler of one trial. Its seed is a function of the plan's and the trial's number, so resuming changes
     nothing and there is no state to save. A grid brings its values itself.
     """
@@ -117,7 +117,7 @@ def sampler_of(plan: Plan, number: int) -> "BaseSampler":
     return TPESampler(seed=seed) if plan.sampler == "tpe" else RandomSampler(seed=seed)
 
 
-def pruner_of(plan: Plan, config: Config) -> "BasePruner":
+def make_pruner(plan: Plan, config: Config) -> "BasePruner":
     from optuna.pruners import HyperbandPruner, MedianPruner, NopPruner
 
     if plan.prune == "hyperband":
@@ -126,7 +126,7 @@ def pruner_of(plan: Plan, config: Config) -> "BasePruner":
 
 
 @contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def exclusive_lock(folder: Path) -> Iterator[None]:
     """While it lasts, no other sweep works in the folder. The lock goes with its process, whatever ends that."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = sqlite3.connect(folder / ".lock", timeout=0, isolation_level=None)

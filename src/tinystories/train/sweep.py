@@ -9,25 +9,35 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinystories.config import Config
-from tinystories.data.prepared import open_split
+from tinystories.data.dataset import open_split
 from tinystories.errors import UserError
 from tinystories.train import signals
 from tinystories.train.display import SweepDisplay
-from tinystories.train.results import Result, best_of, draw, read_results, shown, write_results
-from tinystories.train.study import Plan, alone, open_study, pruner_of, sampler_of
-from tinystories.train.trial import Outcome, Process, folder_of, measured, place, read_records, stop_left_over
+from tinystories.train.results import TrialResult, find_best, format_setting, plot_results, read_results, write_results
+from tinystories.train.study import Plan, exclusive_lock, make_pruner, make_sampler, open_study
+from tinystories.train.trial import (
+    Outcome,
+    TrialProcess,
+    prepare_dir,
+    read_outcome,
+    read_records,
+    stop_orphans,
+    trial_dir,
+)
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial, Trial
 
 log = logging.getLogger(__name__)
 
-PAUSE = 0.1  # seconds between looks at the trials
-PICTURE_PAUSE = 10.0  # seconds at least between two drawings of sweep.png: each takes a good part of one
-STILLBORN = 3  # trials in a row that fail before their first step: then something is wrong that all of them share
+POLL_INTERVAL = 0.1  # seconds between looks at the trials
+PLOT_INTERVAL = 10.0  # seconds at least between two drawings of sweep.png: each takes a good part of one
+MAX_FAILED_STARTS = (
+    3  # trials in a row that fail before their first step: then something is wrong that all of them share
+)
 
 
-class Stopped(Exception):
+class SweepInterrupted(Exception):
     """The sweep was asked to stop; its trials are saved. `signal` is the signal's number."""
 
     def __init__(self, number: int, finished: int, trials: int) -> None:
@@ -36,17 +46,17 @@ class Stopped(Exception):
 
 
 @dataclasses.dataclass
-class Running:
+class RunningTrial:
     """A trial under way."""
 
     trial: "Trial"
-    process: Process
+    process: TrialProcess
     config: Config
     values: dict[str, Any]
     n_records: int = 0  # lines of metrics.jsonl seen
 
 
-class Sweep:
+class SweepRunner:
     """One sitting of a sweep: starts trials, looks at them until there are as many as planned."""
 
     def __init__(self, folder: Path, plan: Plan, config: Config, workers: int, display: SweepDisplay) -> None:
@@ -54,63 +64,63 @@ class Sweep:
         self.folder, self.plan, self.workers, self.display = folder, plan, workers, display
         self.study = open_study(folder)
         self.study.set_user_attr("plan", plan.to_json())
-        self.study.pruner = pruner_of(plan, config)
-        self.left_over = [trial for trial in self.unfinished() if trial.number < plan.trials]
-        self.running: list[Running] = []
-        self.stillborn = 0
+        self.study.pruner = make_pruner(plan, config)
+        self.orphans = [trial for trial in self.unfinished_trials() if trial.number < plan.trials]
+        self.running: list[RunningTrial] = []
+        self.failed_starts = 0
         self.stop_signal = 0
-        self.drawn = time.monotonic()
+        self.plotted_at = time.monotonic()
 
-    def unfinished(self) -> list["FrozenTrial"]:
+    def unfinished_trials(self) -> list["FrozenTrial"]:
         from optuna.trial import TrialState
 
         return self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
 
     def run(self) -> None:
         """Raises `Stopped` after a signal, once all trials have saved."""
-        stopped = stop_left_over(folder_of(self.folder, trial.number) for trial in self.left_over)
-        if stopped:
-            log.info("stopped %d trials that an earlier sweep had left running; they go on", stopped)
+        n_stopped = stop_orphans(trial_dir(self.folder, trial.number) for trial in self.orphans)
+        if n_stopped:
+            log.info("stopped %d trials that an earlier sweep had left running; they go on", n_stopped)
         try:
             try:
-                while not self.stop_signal and self.fill():
-                    time.sleep(PAUSE)
-                    self.look()
+                while not self.stop_signal and self.start_workers():
+                    time.sleep(POLL_INTERVAL)
+                    self.poll()
             finally:
                 self.stop_all()
-                self.write(last=True)
+                self.update_outputs(last=True)
         except KeyboardInterrupt:
             for running in self.running:
                 running.process.kill()
             raise
         if self.stop_signal:
-            finished = len(self.study.get_trials(deepcopy=False)) - len(self.unfinished())
-            raise Stopped(self.stop_signal, finished, self.plan.trials)
+            n_finished = len(self.study.get_trials(deepcopy=False)) - len(self.unfinished_trials())
+            raise SweepInterrupted(self.stop_signal, n_finished, self.plan.trials)
 
     def stop_all(self) -> None:
         for running in self.running:
             running.process.stop()
         while self.running:
-            time.sleep(PAUSE)
-            self.look()
+            time.sleep(POLL_INTERVAL)
+            self.poll()
 
-    def fill(self) -> bool:
+    def start_workers(self) -> bool:
         """Start trials until all workers have one; False when none is left to wait for."""
         while len(self.running) < self.workers and not self.stop_signal:
             trial = self.next_trial()
             if trial is None:
                 break
-            self.begin(trial)
+            self.start_trial(trial)
         return bool(self.running)
 
     def next_trial(self) -> "Trial | None":
         """One that an earlier sitting has left unfinished, or else a new one."""
         from optuna.trial import Trial, TrialState
 
-        if self.left_over:
-            left = self.left_over.pop(0)
-            self.study.sampler = sampler_of(self.plan, left.number)
-            return Trial(self.study, left._trial_id)
+        if self.orphans:
+            orphan = self.orphans.pop(0)
+            self.study.sampler = make_sampler(self.plan, orphan.number)
+            return Trial(self.study, orphan._trial_id)
         trials = self.study.get_trials(deepcopy=False)
         waiting = [trial for trial in trials if trial.state == TrialState.WAITING]  # a kill came before its start
         number = waiting[0].number if waiting else len(trials)
@@ -118,68 +128,70 @@ class Sweep:
             return None
         if self.plan.sampler == "grid" and not waiting:
             self.study.enqueue_trial(self.plan.space.grid()[number])
-        self.study.sampler = sampler_of(self.plan, number)
+        self.study.sampler = make_sampler(self.plan, number)
         return self.study.ask()
 
-    def begin(self, trial: "Trial") -> None:
+    def start_trial(self, trial: "Trial") -> None:
         """Start the process of a trial; it may also be over at once."""
         values = {domain.name: domain.suggest(trial) for domain in self.plan.space.domains}
         try:
-            config = self.plan.space.config(values)
+            config = self.plan.space.build_config(values)
         except UserError as error:
-            self.finish(trial, values, Outcome("invalid", reason=str(error), settings_to_blame=True))
+            self.finish_trial(trial, values, Outcome("invalid", reason=str(error), settings_to_blame=True))
             return
-        folder = folder_of(self.folder, trial.number)
-        place(folder, config)
-        found = measured(folder)
-        if found.state == "complete":  # a kill came before it was told
-            self.finish(trial, values, found)
+        folder = trial_dir(self.folder, trial.number)
+        prepare_dir(folder, config)
+        outcome = read_outcome(folder)
+        if outcome.state == "complete":  # a kill came before it was told
+            self.finish_trial(trial, values, outcome)
             return
-        taken = {running.process.slot for running in self.running}
-        slot = next(i for i in range(self.workers) if i not in taken)
-        self.display.begin(trial.number, config.train.steps)
-        process = Process(folder, slot, self.workers, config.train.device)
-        self.running.append(Running(trial, process, config, values))
+        used_slots = {running.process.slot for running in self.running}
+        slot = next(i for i in range(self.workers) if i not in used_slots)
+        self.display.start_trial(trial.number, config.train.steps)
+        process = TrialProcess(folder, slot, self.workers, config.train.device)
+        self.running.append(RunningTrial(trial, process, config, values))
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """Take in what the trials have measured since the last look, and those that have ended."""
         for running in list(self.running):
-            ended = running.process.ended()  # before its last lines are read
-            self.report(running)
+            ended = running.process.has_ended()  # before its last lines are read
+            self.report_evaluations(running)
             if not ended:
                 continue
             self.running.remove(running)
-            outcome = running.process.outcome()
+            outcome = running.process.final_outcome()
             if outcome is None:
-                self.display.end(running.trial.number)
+                self.display.remove_trial(running.trial.number)
                 continue
-            failed_at_once = outcome.state == "failed" and not running.process.began()
-            self.stillborn = self.stillborn + 1 if failed_at_once else 0
-            self.finish(running.trial, running.values, outcome)
-            if self.stillborn == STILLBORN:
+            failed_at_once = outcome.state == "failed" and not running.process.has_started()
+            self.failed_starts = self.failed_starts + 1 if failed_at_once else 0
+            self.finish_trial(running.trial, running.values, outcome)
+            if self.failed_starts == MAX_FAILED_STARTS:
                 raise UserError(
-                    f"{STILLBORN} trials in a row failed before their first step, the last: {outcome.reason};"
+                    f"{MAX_FAILED_STARTS} trials in a row failed before their first step, the last: {outcome.reason};"
                     " mend what they share, and sweep in another --out"
                 )
 
-    def report(self, running: Running) -> None:
+    def report_evaluations(self, running: RunningTrial) -> None:
         """Hand new evaluations to Optuna, and stop a trial that is worse than others were."""
         records = read_records(running.process.folder)
-        new, running.n_records = records[running.n_records :], len(records)
+        new_records, running.n_records = records[running.n_records :], len(records)
         trial = running.trial
-        known = self.study.get_trials(deepcopy=False)[trial.number].intermediate_values if new else {}
-        for record in new:
+        reported_values = self.study.get_trials(deepcopy=False)[trial.number].intermediate_values if new_records else {}
+        for record in new_records:
             bits = record.get("val_bits_per_byte")
             text = f"{bits:.4f} bits per byte" if bits is not None else f"loss {record.get('loss', 0):.3f}"
-            self.display.update(trial.number, record["step"], text)
-            if bits is None or record.get("final") or record["step"] in known:
+            self.display.update_trial(trial.number, record["step"], text)
+            if bits is None or record.get("final") or record["step"] in reported_values:
                 continue
             trial.report(bits, record["step"])
-            if not running.process.pruned and trial.should_prune():
-                running.process.pruned = f"{bits:.4f} bits per byte at step {record['step']}, worse than most others"
+            if not running.process.prune_reason and trial.should_prune():
+                running.process.prune_reason = (
+                    f"{bits:.4f} bits per byte at step {record['step']}, worse than most others"
+                )
                 running.process.stop()
 
-    def finish(self, trial: "Trial", values: dict[str, Any], outcome: Outcome) -> None:
+    def finish_trial(self, trial: "Trial", values: dict[str, Any], outcome: Outcome) -> None:
         """Store what came of a trial, and say so.
 
         Optuna calls it pruned where its settings are to blame, so that the sampler keeps away from them: what has
@@ -191,46 +203,46 @@ class Sweep:
         if outcome.state == "complete":
             self.study.tell(trial, outcome.bits_per_byte)
         else:
-            learnt = outcome.state == "pruned" or outcome.settings_to_blame
-            self.study.tell(trial, state=TrialState.PRUNED if learnt else TrialState.FAIL)
-        self.display.end(trial.number)
-        best = best_of(self.write())
-        settings = "  ".join(f"{name} {shown(value)}" for name, value in values.items())
-        what = f"{outcome.state} ({outcome.reason})"
+            is_informative = outcome.state == "pruned" or outcome.settings_to_blame
+            self.study.tell(trial, state=TrialState.PRUNED if is_informative else TrialState.FAIL)
+        self.display.remove_trial(trial.number)
+        best = find_best(self.update_outputs())
+        settings = "  ".join(f"{name} {format_setting(value)}" for name, value in values.items())
+        result_text = f"{outcome.state} ({outcome.reason})"
         if outcome.state == "complete":
-            what = f"{outcome.bits_per_byte:.4f} bits per byte in {outcome.seconds:,.0f} s"
-        ranked = f"  (best: {best.bits:.4f}, trial {best.number})" if best else ""
-        self.display.say(f"trial {trial.number} of {self.plan.trials}  {settings}: {what}{ranked}")
+            result_text = f"{outcome.bits_per_byte:.4f} bits per byte in {outcome.seconds:,.0f} s"
+        best_text = f"  (best: {best.bits:.4f}, trial {best.number})" if best else ""
+        self.display.print_line(f"trial {trial.number} of {self.plan.trials}  {settings}: {result_text}{best_text}")
 
-    def write(self, *, last: bool = False) -> list[Result]:
+    def update_outputs(self, *, last: bool = False) -> list[TrialResult]:
         """Bring the files and the display up to date."""
         space = self.plan.space
         results = read_results(self.study, space, self.folder)
         write_results(self.folder, space, results)
-        if last or time.monotonic() - self.drawn >= PICTURE_PAUSE:
+        if last or time.monotonic() - self.plotted_at >= PLOT_INTERVAL:
             title = f"{self.folder.resolve().name}: {len(results)} trials"
-            draw(results, space.domains, self.folder / "sweep.png", title)
-            self.drawn = time.monotonic()
-        best = best_of(results)
-        finished = sum(result.outcome.state != "unfinished" for result in results)
-        self.display.finished(finished, f"best {best.bits:.4f} (trial {best.number})" if best else "")
+            plot_results(results, space.domains, self.folder / "sweep.png", title)
+            self.plotted_at = time.monotonic()
+        best = find_best(results)
+        n_finished = sum(result.outcome.state != "unfinished" for result in results)
+        self.display.update_finished(n_finished, f"best {best.bits:.4f} (trial {best.number})" if best else "")
         return results
 
 
-def sweep(folder: Path, plan: Plan, config: Config, workers: int) -> None:
+def run_sweep(folder: Path, plan: Plan, config: Config, workers: int) -> None:
     """Run the trials of a plan that are not finished yet. `config` is one of its space.
 
     Raises `Stopped` after SIGINT or SIGTERM, once the trials have saved.
     """
-    with alone(folder), SweepDisplay(plan.trials, 0) as display:
-        search = Sweep(folder, plan, config, workers, display)
-        with signals.taken_by(stopping(search)):
-            search.run()
+    with exclusive_lock(folder), SweepDisplay(plan.trials, 0) as display:
+        runner = SweepRunner(folder, plan, config, workers, display)
+        with signals.handle_signals(make_signal_handler(runner)):
+            runner.run()
 
 
-def require_runnable(plan: Plan, config: Config) -> None:
+def check_runnable(plan: Plan, config: Config) -> None:
     """Refuse at once what would make every trial fail. `config` is one of the space."""
-    for folder in plan.space.data_folders(config):
+    for folder in plan.space.data_dirs(config):
         if len(open_split(folder, "val")[1]) < 2:
             raise UserError(f"{folder} has no validation stories to compare trials by; prepare it with --val")
     if plan.prune != "none" and config.train.eval_every >= config.train.steps:
@@ -240,13 +252,13 @@ def require_runnable(plan: Plan, config: Config) -> None:
         )
 
 
-def stopping(search: Sweep) -> Callable[[int], None]:
+def make_signal_handler(runner: SweepRunner) -> Callable[[int], None]:
     """The first signal lets the trials save; the second one ends them at once."""
 
-    def ask(number: int) -> None:
-        if search.stop_signal:
+    def on_signal(number: int) -> None:
+        if runner.stop_signal:
             raise KeyboardInterrupt
-        search.stop_signal = number
+        runner.stop_signal = number
         log.info("stopping: the trials finish their steps and save; once more to stop at once")
 
-    return ask
+    return on_signal

@@ -1,0 +1,134 @@
+"""How every command runs: what people can mend becomes one line on stderr and an exit code. Options that many have."""
+
+import errno
+import functools
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from tinystories.errors import UserError
+from tinystories.train.distributed import claim_error_message
+
+CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+PRECISION_CHOICES = ["auto", "fp32", "bf16", "int8", "int4"]
+TRAIN_EXTRA_HINT = 'this command needs more packages; install them with: pip install "tinystories-gpt[train]"'
+
+errors_option = click.option(
+    "--errors",
+    type=click.Choice(["strict", "replace"]),
+    default="strict",
+    show_default=True,
+    help="What to do with bytes that are not UTF-8: stop, or put U+FFFD in their place.",
+)
+
+
+def model_argument(
+    name: str = "model", *, bundled: bool = False
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """MODEL, a directory or hf:OWNER/NAME[@REVISION]; the command is given the directory, once all options are read.
+
+    With `bundled` it may be left out, and is the storyteller that comes with the package.
+    """
+
+    def decorator(command: Callable[..., None]) -> Callable[..., None]:
+        @click.argument(name, required=not bundled)
+        @functools.wraps(command)
+        def wrapper(**kwargs: Any) -> None:
+            from tinystories.interop.hub import resolve_model_folder
+
+            kwargs[name] = resolve_model_folder(kwargs[name])
+            command(**kwargs)
+
+        return wrapper
+
+    return decorator
+
+
+def engine_option(help_text: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    choice = click.Choice(["auto", "cpu", "torch"])
+    return click.option("--engine", type=choice, default="auto", show_default=True, help=help_text)
+
+
+device_option = click.option(
+    "--device", default="auto", show_default=True, help="Of the torch engine: auto, cpu, cuda, cuda:1, mps."
+)
+precision_option = click.option(
+    "--precision",
+    type=click.Choice(PRECISION_CHOICES),
+    default="auto",
+    show_default=True,
+    help="Of the weights. cpu: int8 (auto), int4 or fp32; torch: fp32, or bf16 where the hardware has it (auto).",
+)
+threads_option = click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    help="Of the CPU engine.  [default: as many as there are cores, at most 16]",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print a JSON object last.")
+
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk or a quota
+
+SAMPLING_OPTIONS = (
+    click.option("--temperature", type=float, help="0: always the likeliest token."),
+    click.option("--top-k", type=int, help="Only the K likeliest tokens (0: off)."),
+    click.option("--top-p", type=float, help="Only the likeliest tokens that make up P (1: off)."),
+    click.option("--min-p", type=float, help="Only tokens at least P times as likely as the likeliest (0: off)."),
+    click.option("--repetition-penalty", type=float, help="Above 1: tokens already used become less likely (1: off)."),
+)
+
+
+def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The settings of `SamplingConfig`, each None unless given."""
+    for option in reversed(SAMPLING_OPTIONS):
+        command = option(command)
+    return command
+
+
+def run(command: click.Command, argv: list[str] | None = None, name: str = "tinystories") -> int:
+    """Run a command and turn what people can mend into one line on stderr; returns the exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for logger_name in ("httpx", "httpx2"):
+        logging.getLogger(logger_name).setLevel(logging.WARNING)
+    original_stdout = sys.stdout
+    try:
+        result = command.main(argv, prog_name=name, standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except UserError as error:
+        if claim_error_message(str(error)):
+            rank = os.environ.get("RANK", "0")
+            click.echo(f"error: {error}" if rank == "0" else f"error: rank {rank}: {error}", err=True)
+        return 2
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return 2
+    except click.ClickException as error:
+        context = error.ctx if isinstance(error, click.UsageError) else None
+        command_path = context.command_path if context else name
+        click.echo(f"error: {error.format_message()} (see {command_path} --help)", err=True)
+        return 2
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("stopped", err=True)
+        return 130
+    except SystemExit:
+        if sys.stdout is original_stdout:
+            raise
+        discard_stdout()  # its reader has left, as `head` does; click puts another in its place then, and exits
+        return 0
+    except OSError as error:
+        if error.errno not in DISK_FULL_ERRNOS:
+            raise
+        discard_stdout()
+        click.echo(f"error: {error.filename or 'the output'} cannot be written: {error.strerror}", err=True)
+        return 1
+    except ModuleNotFoundError as error:
+        click.echo(f"error: {error.name} is not installed; {TRAIN_EXTRA_HINT}", err=True)
+        return 2
+
+
+def discard_stdout() -> None:
+    """What is left in the buffer of standard output cannot be written, and would be an error again at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

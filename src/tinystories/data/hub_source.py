@@ -1,0 +1,175 @@
+"""Stories from the Hugging Face Hub, streamed by `datasets` at one commit."""
+
+import contextlib
+import dataclasses
+import logging
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from tinystories.data.arrow import ROWS_PER_BATCH, select_text_column
+from tinystories.data.reader import ReadOptions, StoryBatch, batch_texts, decode_text, read_txt
+from tinystories.data.timeout import call_with_timeout
+from tinystories.data.tokenizer import sanitize
+from tinystories.errors import UserError
+
+CONNECT_TIMEOUT_SECONDS = 20.0  # for the Hub's first answer
+STALL_TIMEOUT_SECONDS = 180.0  # without any data later on; `datasets` itself tries again for 100
+
+
+def parse_hub_name(name: str) -> tuple[str, str]:
+    """OWNER/NAME and REVISION (empty: the latest) of hf:OWNER/NAME[@REVISION]. `UserError` for another form."""
+    match = re.fullmatch(r"hf:([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", name)
+    if match is None or ".." in name:
+        raise UserError(f"{name} is not of the form hf:OWNER/NAME or hf:OWNER/NAME@REVISION")
+    return match[1], match[2] or ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class HubSource:
+    """One split of a dataset on the Hub. Rows of its `text_field`, or .txt files with END between stories."""
+
+    name: str  # as in errors and meta.json
+    repo: str
+    revision: str = ""  # as asked for; after `pinned` the commit
+    split: str = "train"
+    rows: tuple[int, int | None] = (0, None)  # first and one past the last of the split's rows
+    data_files: dict[str, str] | None = None  # split -> file, where the repository does not say so itself
+    val_rows: tuple[int, int | None] | None = None  # validation rows of the same split
+    val_fraction = 0.005
+
+    @property
+    def total_bytes(self) -> int:
+        """Not known before all is read."""
+        return 0
+
+    def fingerprint(self) -> list[Any]:
+        """What was asked for; the commit it meant is recorded, but later ones do not make prepared data stale."""
+        return [self.repo, self.revision, self.split, self.rows, self.data_files]
+
+    def pin_revision(self, revision: str = "") -> "HubSource":
+        """The same at a fixed commit: of `revision`, else of its own, else the latest.
+
+        Raises `UserError` within CONTACT_SECONDS when the Hub does not answer or does not know the dataset.
+        """
+        huggingface_hub = self._import_client()
+        api = huggingface_hub.HfApi()
+        revision = revision or self.revision
+        try:
+            info = call_with_timeout(
+                CONNECT_TIMEOUT_SECONDS,
+                lambda: api.dataset_info(self.repo, revision=revision or None, timeout=CONNECT_TIMEOUT_SECONDS / 2),
+            )
+        except huggingface_hub.errors.RevisionNotFoundError:
+            raise UserError(f"{self.name}: {self.repo} has no revision {revision}") from None
+        except huggingface_hub.errors.RepositoryNotFoundError:
+            raise UserError(f"{self.name}: no dataset {self.repo} on the Hub (a private one needs HF_TOKEN)") from None
+        except Exception as error:  # whatever httpx, the Hub or a proxy makes of it
+            raise UserError(
+                f"{self.name}: {api.endpoint}/datasets/{self.repo} was tried and does not answer"
+                f" ({type(error).__name__}); go on with prepared data (--data DIR), a local file, or `sample`"
+            ) from None
+        return dataclasses.replace(self, revision=info.sha)
+
+    def get_validation_split(self) -> "HubSource | None":
+        """Its own validation split, if it has one. Of a pinned source only."""
+        if self.val_rows is not None:
+            return dataclasses.replace(self, name=f"{self.name} (validation)", rows=self.val_rows, val_rows=None)
+        with self._wrap_errors():
+            splits = call_with_timeout(STALL_TIMEOUT_SECONDS, lambda: list(self._load_builder().config.data_files))
+        if "validation" not in splits:
+            return None
+        return dataclasses.replace(self, name=f"{self.name} (validation)", split="validation")
+
+    def read_batches(self, options: ReadOptions, position: Any = None) -> Iterator[StoryBatch]:
+        """`position` is [number of the .txt file, position in it] or [state of `datasets`, rows after it, row]."""
+        from datasets.packaged_modules.text.text import Text
+
+        with self._wrap_errors():
+            builder = call_with_timeout(STALL_TIMEOUT_SECONDS, self._load_builder)
+            if self.split not in builder.config.data_files:
+                known_splits = ", ".join(map(str, builder.config.data_files))
+                raise UserError(f"{self.name}: no split {self.split!r}; splits: {known_splits}")
+            if isinstance(builder, Text):
+                batch_iterator = self._read_txt_batches(builder, options, position)
+            else:
+                rows = HubRows(self, builder.as_streaming_dataset(self.split).with_format("arrow"), options, position)
+                batch_iterator = batch_texts(rows, rows)
+            while (batch := call_with_timeout(STALL_TIMEOUT_SECONDS, lambda: next(batch_iterator, None))) is not None:
+                yield batch
+
+    def _read_txt_batches(self, builder: Any, options: ReadOptions, position: Any) -> Iterator[StoryBatch]:
+        from datasets.utils.file_utils import xopen
+
+        start_index, file_position = position or (0, None)
+        files = builder.config.data_files[self.split]
+        for file_index, url in enumerate(files[start_index:], start_index):
+            with xopen(url, "rb") as file:
+                for batch in read_txt(
+                    f"{self.name}: {url}", file, options, file_position if file_index == start_index else None
+                ):
+                    yield dataclasses.replace(batch, position=[file_index, batch.position])
+
+    def _load_builder(self) -> Any:
+        import datasets
+
+        return datasets.load_dataset_builder(self.repo, revision=self.revision, data_files=self.data_files)
+
+    def _import_client(self) -> Any:
+        """The package huggingface_hub; it and `datasets` are told to leave messages to us."""
+        try:
+            import datasets
+            import huggingface_hub
+        except ImportError:
+            raise UserError(f"{self.name} needs datasets: pip install 'tinystories-gpt[train]'") from None
+        for package in (datasets, huggingface_hub):
+            package.logging.set_verbosity(logging.CRITICAL)
+        datasets.disable_progress_bars()
+        return huggingface_hub
+
+    @contextlib.contextmanager
+    def _wrap_errors(self) -> Iterator[None]:
+        """Whatever goes wrong in the clients, as a `UserError`."""
+        try:
+            yield
+        except (UserError, GeneratorExit):
+            raise
+        except Exception as error:
+            raise UserError(
+                f"{self.name}: streaming {self.repo}@{self.revision} failed ({type(error).__name__}:"
+                f" {sanitize(error)[:200]}); run the same again to go on"
+            ) from None
+
+
+class HubRows:
+    """The texts of a streamed dataset's column and how far they were read."""
+
+    def __init__(self, source: HubSource, dataset: Any, options: ReadOptions, position: Any) -> None:
+        self.source, self.dataset, self.options = source, dataset, options
+        self.dataset_state: dict[str, Any] | None
+        self.rows_after_state: int
+        self.row_index: int
+        self.dataset_state, self.rows_after_state, self.row_index = position or (None, 0, 0)
+        self.bytes_read = 0
+
+    @property
+    def position(self) -> list[Any]:
+        return [self.dataset_state, self.rows_after_state, self.row_index]
+
+    def __iter__(self) -> Iterator[str]:
+        first_row, end_row = self.source.rows
+        if self.dataset_state is not None:
+            self.dataset.load_state_dict(self.dataset_state)
+        for table in self.dataset.iter(ROWS_PER_BATCH):
+            for value in select_text_column(self.source.name, table, self.options)[self.rows_after_state :]:
+                if end_row is not None and self.row_index >= end_row:
+                    return
+                data = value.as_py() or b""
+                self.rows_after_state, self.row_index, self.bytes_read = (
+                    self.rows_after_state + 1,
+                    self.row_index + 1,
+                    self.bytes_read + len(data),
+                )
+                if self.row_index > first_row:
+                    yield decode_text(f"{self.source.name} row {self.row_index - 1}", data, self.options)
+            self.dataset_state, self.rows_after_state = self.dataset.state_dict(), 0

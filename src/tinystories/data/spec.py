@@ -1,0 +1,91 @@
+"""What `prepare` is asked for: whether it is done already, and what to say when the disk refuses it."""
+
+import dataclasses
+import errno
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from tinystories.data import build_tokenizer
+from tinystories.data.dataset import FORMAT_VERSION, DatasetMeta, read_meta
+from tinystories.data.reader import ReadOptions
+from tinystories.data.sources import Source
+from tinystories.data.staging import read_json
+from tinystories.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class PrepareSpec:
+    """What is asked for."""
+
+    source: Source
+    val: Source | None
+    tokenizer: str
+    options: ReadOptions
+    keep_duplicates: bool
+    val_fraction: float | None
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """All that decides the result, for telling whether two requests are the same."""
+        values = {
+            "format": FORMAT_VERSION,
+            "source": self.source.fingerprint(),
+            "val": self.val.fingerprint() if self.val else self.resolved_val_fraction,
+            "tokenizer": build_tokenizer.fingerprint_spec(self.tokenizer),
+            "options": dataclasses.asdict(self.options),
+            "keep_duplicates": self.keep_duplicates,
+        }
+        normalized: dict[str, Any] = json.loads(json.dumps(values))
+        return normalized
+
+    @property
+    def resolved_val_fraction(self) -> float:
+        return self.source.val_fraction if self.val_fraction is None else self.val_fraction
+
+    def to_meta_fields(self) -> dict[str, Any]:
+        """The same for people: the part of meta.json that is known beforehand."""
+        return {
+            "source": self.source.name,
+            "val_source": self.val.name if self.val else "",
+            "text_field": self.options.text_field,
+            "errors": self.options.errors,
+            "keep_duplicates": self.keep_duplicates,
+            "tokenizer": self.tokenizer,
+            "fingerprint": hashlib.sha256(json.dumps(self.to_json_dict(), sort_keys=True).encode()).hexdigest(),
+        }
+
+
+def existing_output(out: Path, spec: PrepareSpec) -> DatasetMeta | None:
+    """The meta of `out` if it is what is asked for, None if nothing is there; anything else is an error."""
+    if not out.exists():
+        return None
+    if not out.is_dir():
+        raise UserError(f"--out {out} is a file; name a folder")
+    if not any(out.iterdir()):
+        return None
+    if not (out / "meta.json").exists():
+        raise UserError(f"--out {out} holds something else; name an empty or new folder")
+    meta = read_meta(out)
+    expected = spec.to_meta_fields()
+    if meta.fingerprint != expected.pop("fingerprint"):
+        differences = [
+            f"{key}={getattr(meta, key)!r}" for key, value in expected.items() if getattr(meta, key) != value
+        ]
+        description = ", ".join(differences) or "other contents of its files"
+        raise UserError(f"--out {out} was prepared with {description}; name another --out or remove it")
+    return meta
+
+
+def disk_error_message(error: OSError, staging_path: Path, spec: PrepareSpec) -> str:
+    """What to say when the disk takes no more."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"{error.filename or staging_path} cannot be written: {error.strerror}"
+    total_bytes = spec.source.total_bytes + (spec.val.total_bytes if spec.val else 0)
+    bytes_read = (read_json(staging_path / "journal.json") or {}).get("read", 0)
+    staged_bytes = sum(path.stat().st_size for path in staging_path.rglob("*") if path.is_file())
+    needed_bytes = (
+        staged_bytes / bytes_read * (total_bytes - bytes_read) if bytes_read else 0.7 * total_bytes
+    )  # 2 bytes for 3 or 4 of text, and the index
+    needed_text = f"about {max(needed_bytes, 1e6) / 1e6:,.0f} MB more are needed; " if total_bytes else ""
+    return f"{staging_path}: the disk is full; {needed_text}free some space and run the same again: it goes on where it stopped"
