@@ -1,14 +1,14 @@
-# Each target needs python3 (>= 3.11), make and a package index; .venv is made when it is not there.
+# Each target needs python3 (>= 3.11), make and a package index; .venv is created on first use.
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 TS := $(VENV)/bin/tinystories
-# Tests run side by side, one thread each.
+# Tests run in parallel, one thread each.
 WORKERS := --numprocesses=auto --maxprocesses=8
-# numba cannot cache hooked functions: engine/cpu is left out.
+# Numba cannot cache functions that the import hook wraps, so engine/cpu is left out.
 HOOK := --jaxtyping-packages=tinystories.model,tinystories.engine.native_step,tinystories.engine.cuda_graph,tinystories.engine.torch_engine,beartype.beartype
 
-# Of gpu-kit and gpu-rehearsal; stand-ins are made of what is not given.
+# Options of gpu-kit and gpu-rehearsal; whatever is not given is replaced by a stand-in.
 KIT := $(if $(NANOGPT),--nanogpt "$(NANOGPT)") $(if $(DATA),--data "$(DATA)")
 
 .PHONY: help install demo storyteller test test-slow test-interop test-gpu gpu-kit gpu-rehearsal check format dist clean
@@ -16,7 +16,7 @@ KIT := $(if $(NANOGPT),--nanogpt "$(NANOGPT)") $(if $(DATA),--data "$(DATA)")
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
 
-install: $(VENV)/installed  ## make .venv and install the package with all extras
+install: $(VENV)/installed  ## create .venv and install the package with all extras
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or later is needed: make PYTHON=python3.12 ..."; exit 1; }
@@ -26,23 +26,23 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-demo: install  ## read a story, then train a tiny model for half a minute (no network after the install)
-	@echo "== 1. A story by the storyteller that comes with the package"
-	$(TS) generate --seed 36
-	@echo; echo "== 2. Your own: the 172 stories that come with the package, as tokens"
+demo: install  ## read a story, then train a tiny model for half a minute (offline after the install)
+	@echo "== 1. A story by the bundled storyteller"
+	$(TS) generate --seed 33
+	@echo; echo "== 2. Your own: tokenize the 172 bundled stories"
 	$(TS) prepare sample --tokenizer bpe:1024 --out data/demo
-	@echo; echo "== 3. Half a minute of training"
+	@echo; echo "== 3. Train for half a minute"
 	$(TS) train --config nano --data data/demo --out runs/demo --resume --model.dropout 0.1 \
 	  --train.steps 90 --train.batch_size 8 --train.micro_batch 8 --train.eval_every 45 --train.sample_tokens 60
-	@echo; echo "== 4. Its story (it has read 172 stories for half a minute: expect the sound of one, not the sense)"
+	@echo; echo "== 4. Its story (trained on 172 stories for half a minute: expect the sound of one, not the sense)"
 	$(TS) generate runs/demo --prompt "Once upon a time" --max-tokens 150 --seed 4
 	@echo; echo "The loss curve is in runs/demo/loss.png. Three commands to try next:"
 	@echo "  $(TS) generate runs/demo --prompt 'The little bear' --temperature 0.6"
 	@echo "  $(TS) train --config small --out runs/small     # downloads TinyStories; an hour on 2 cores"
 	@echo "  $(TS) prepare YOUR_STORIES.txt --tokenizer bpe:2048 --out data/mine   # then train --data data/mine"
 
-storyteller: install  ## train the bundled storyteller again: TRAIN=train.txt VAL=valid.txt (hours; goes on where it stopped)
-	@test -f "$(TRAIN)" -a -f "$(VAL)" || { echo "make storyteller TRAIN=train.txt VAL=valid.txt (texts, stories divided by <|endoftext|>)"; exit 1; }
+storyteller: install  ## retrain the bundled storyteller: TRAIN=train.txt VAL=valid.txt (hours; resumes if interrupted)
+	@test -f "$(TRAIN)" -a -f "$(VAL)" || { echo "make storyteller TRAIN=train.txt VAL=valid.txt (text files, stories separated by <|endoftext|>)"; exit 1; }
 	$(TS) prepare "$(TRAIN)" --val "$(VAL)" --tokenizer bpe:4096 --out data/storyteller
 	$(TS) train --config storyteller --data data/storyteller --out runs/storyteller --resume --train.compile on
 	$(TS) train --config storyteller --data data/storyteller --out runs/storyteller-512 --resume --train.compile on \
@@ -56,36 +56,36 @@ test: install  ## fast tests: no network, no GPU
 	OMP_NUM_THREADS=1 $(PY) -m pytest $(WORKERS) $(HOOK) -m "not compile and not slow and not gpu and not interop"
 	OMP_NUM_THREADS=1 $(PY) -m pytest $(WORKERS) -m "compile and not slow and not gpu and not interop"
 
-test-slow: install  ## the tests that take minutes
+test-slow: install  ## tests that take minutes
 	$(PY) -m pytest -m "slow and not gpu and not interop" --timeout=3600
 	$(MAKE) gpu-rehearsal
 
-test-interop: install  ## install the peers that take long to build, and run the tests marked interop
+test-interop: install  ## install llama.cpp and other slow-to-build packages, then run the tests marked interop
 	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt llama-cpp-python lm_eval transformer_lens
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m interop
 
-test-gpu: install  ## the tests that need a CUDA device
+test-gpu: install  ## tests that need a CUDA device
 	$(PY) -m pytest -m gpu
 
-gpu-kit: install  ## what a borrowed GPU needs, in gpu-kit/: NANOGPT=nanoGPT/model.py DATA=stories (docs/gpu.md)
+gpu-kit: install  ## put everything a borrowed GPU needs into gpu-kit/: NANOGPT=nanoGPT/model.py DATA=stories (docs/gpu.md)
 	$(PY) benchmarks/gpu_kit.py $(KIT)
 
-gpu-rehearsal: install  ## both plans of benchmarks/gpu.py on the CPU at toy size, as the borrowed machine would run them
+gpu-rehearsal: install  ## run both plans of benchmarks/gpu.py on the CPU at toy size, as the borrowed machine would
 	$(PY) benchmarks/gpu_rehearsal.py $(KIT)
 
-check: install  ## lint, types, import order
+check: install  ## lint, type-check and check the import order
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(PY) -m pytest tests/test_architecture.py
 
-format: install  ## apply ruff's formatting
+format: install  ## format the code with ruff
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-dist: install  ## build the wheel and the source archive
+dist: install  ## build the wheel and the source distribution
 	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt build
 	$(PY) -m build
 
-clean:  ## remove what the demo made
+clean:  ## remove the output of the demo and of dist
 	rm -rf runs/demo data/demo build dist

@@ -1,8 +1,8 @@
-"""What each choice of the recipe is worth: the preset, and the preset with one thing changed, for the same tokens.
+"""Ablation of the training recipe: the preset, and the preset with one thing changed, for the same number of tokens.
 
-Every run trains from scratch in a process of its own with one thread; finished ones are not run again. Prints a table
-of bits per byte on the validation stories (docs/evaluation.md) and how much is lost or won against the recipe, means
-over the seeds; one JSON line; draws ablation.png. Seconds are of training steps.
+Every run trains from scratch in its own single-threaded process; finished runs are not repeated. Prints a table of bits
+per byte on the validation stories (docs/evaluation.md) and the change from the recipe, averaged over the seeds, and one
+JSON line; draws ablation.png. Seconds count training steps only.
 
     tinystories prepare train.txt --val valid.txt --tokenizer bpe:4096 --out data/bpe4096
     python benchmarks/ablation.py --data data/bpe4096 --out runs/ablation --tokens 1024000
@@ -32,7 +32,7 @@ from tinystories.train.learning_rate import resolve_auto_rates
 
 @dataclass(frozen=True)
 class Variant:
-    """The recipe with other settings, or with a part of the program replaced."""
+    """The recipe with other settings, or with part of the program patched."""
 
     description: str
     settings: dict[str, Any] = field(default_factory=dict)
@@ -42,41 +42,41 @@ class Variant:
 VARIANTS = {
     "recipe": Variant("the recipe"),
     "adamw": Variant("AdamW for all weights", {"optim.kind": "adamw"}),
-    "windows": Variant("random windows of the stream instead of packed stories", patch="windows"),
+    "windows": Variant("random windows of the token stream instead of packed stories", patch="windows"),
     "classic": Variant("classic architecture", {"model.architecture": "classic", "model.n_ff": "4x"}),
-    "embedding-rate": Variant("a third of AdamW's rate", {"optim.learning_rate": "/3"}),
+    "embedding-rate": Variant("a third of AdamW's learning rate", {"optim.learning_rate": "/3"}),
     "cosine": Variant(
-        "cosine to a tenth instead of a line to zero", {"schedule.kind": "cosine", "schedule.floor": 0.1}
+        "cosine decay to a tenth instead of linear decay to zero", {"schedule.kind": "cosine", "schedule.floor": 0.1}
     ),
-    "plain-muon": Variant("plain Muon: Jordan's quintic, uneven rows, fixed momentum", patch="plain_muon"),
-    "batch-2x": Variant("twice the batch (rates follow)", {"train.batch_size": "*2"}),
-    "no-qk-norm": Variant("no norm on queries and keys", {"model.qk_norm": "false"}),
-    "zero-init": Variant("blocks that add nothing at first", patch="zero_init"),
+    "plain-muon": Variant("plain Muon: Jordan's quintic, no row norm, fixed momentum", patch="plain_muon"),
+    "batch-2x": Variant("twice the batch size (learning rates follow)", {"train.batch_size": "*2"}),
+    "no-qk-norm": Variant("no QK norm", {"model.qk_norm": "false"}),
+    "zero-init": Variant("zero-initialized block outputs", patch="zero_init"),
     "no-decay": Variant("no weight decay", {"optim.weight_decay": 0.0}),
     "dropout": Variant("dropout 0.1", {"model.dropout": 0.1}),
-    "uneven-rows": Variant("Muon without even rows", patch="uneven_rows"),
+    "uneven-rows": Variant("Muon without row normalization", patch="uneven_rows"),
     "jordan": Variant("Muon with Jordan's quintic", patch="jordan"),
     "five-quintics": Variant("Muon with five iterations, for singular values from 0.001", patch="five_quintics"),
     "two-quintics": Variant("Muon with two iterations, for singular values from 0.03", patch="two_quintics"),
     "fixed-momentum": Variant("Muon with fixed momentum", patch="fixed_momentum"),
     "no-clip": Variant("no gradient clipping", {"optim.grad_clip": 0.0}),
-    "beta2": Variant("AdamW's second beta 0.95 instead of 0.99, or the reverse", {"optim.beta2": "other"}),
+    "beta2": Variant("AdamW's beta2 0.95 instead of 0.99, or the reverse", {"optim.beta2": "other"}),
 }
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["--patched"]:  # one run in this process
+    if sys.argv[1:2] == ["--patched"]:  # train one variant in this process
         globals()[sys.argv[2]]()
         tinystories_main(sys.argv[3:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder made by `tinystories prepare`")
-    parser.add_argument("--out", type=Path, required=True, help="where the runs go")
-    parser.add_argument("--config", default="small", help="preset or file")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the runs")
+    parser.add_argument("--config", default="small", help="preset or TOML file")
     parser.add_argument("--tokens", type=int, default=1_024_000)
-    parser.add_argument("--seeds", default="1", help="several with commas")
-    parser.add_argument("--variants", default=",".join(VARIANTS), help="some of them, with commas")
-    parser.add_argument("--compile", default="auto", choices=["auto", "on", "off"], help="of all runs")
-    parser.add_argument("--workers", type=int, default=2, help="runs side by side, one thread each")
+    parser.add_argument("--seeds", default="1", help="comma-separated")
+    parser.add_argument("--variants", default=",".join(VARIANTS), help="comma-separated subset of the variants")
+    parser.add_argument("--compile", default="auto", choices=["auto", "on", "off"], help="torch.compile for all runs")
+    parser.add_argument("--workers", type=int, default=2, help="runs in parallel, one thread each")
     options = parser.parse_args()
     runs_by_variant = {
         name: [f"{name}_seed{seed}" for seed in options.seeds.split(",")] for name in options.variants.split(",")
@@ -105,7 +105,7 @@ def build_command(options: argparse.Namespace, run: str) -> list[str]:
 
 
 def resolve_setting(config_name: str, key: str, value: Any) -> Any:
-    """A setting that depends on the recipe's own."""
+    """Return the value of a setting, which may be relative to the recipe's ("*2", "/3", "4x", "other")."""
     config = resolve_auto_rates(load_config(config_name))
     section, _, name = key.partition(".")
     recipe_value = getattr(getattr(config, section), name)
@@ -122,7 +122,7 @@ def resolve_setting(config_name: str, key: str, value: Any) -> Any:
 
 
 def zero_init() -> None:
-    """What a block writes to the residual stream is zero until it has learnt something."""
+    """Initialize the output projections of each block to zero, so that blocks start as the identity."""
     original_reset = GPT.reset_parameters
 
     @torch.no_grad()
@@ -163,7 +163,7 @@ def plain_muon() -> None:
 
 
 def windows() -> None:
-    """nanoGPT's batches: windows anywhere in the stream of all stories."""
+    """Use nanoGPT's batches: windows at random positions of the concatenated stories."""
 
     def rows(self: loader.PackedRows, indices: loader.Ints) -> tuple[loader.Ints, loader.Ints]:
         spans = []
@@ -178,7 +178,7 @@ def windows() -> None:
 
 
 def report(options: argparse.Namespace, runs_by_variant: dict[str, list[str]]) -> None:
-    """The table, the picture and the JSON line."""
+    """Print the table and the JSON line; draw the plot."""
     results = {}
     for name, runs in runs_by_variant.items():
         scores = [final_record(options.out / run)["val_bits_per_byte"] for run in runs]
@@ -198,8 +198,13 @@ def report(options: argparse.Namespace, runs_by_variant: dict[str, list[str]]) -
         options.out / "ablation.png",
         {VARIANTS[n].description: results[n]["bits_per_byte"] - recipe for n in ranked_names},
     )
-    facts = {"benchmark": "ablation", "config": options.config, "tokens": options.tokens, "torch": torch.__version__}
-    print(json.dumps(facts | {"results": results}))
+    environment = {
+        "benchmark": "ablation",
+        "config": options.config,
+        "tokens": options.tokens,
+        "torch": torch.__version__,
+    }
+    print(json.dumps(environment | {"results": results}))
 
 
 def draw(path: Path, changes: dict[str, float]) -> None:

@@ -1,11 +1,11 @@
 """Decoding speed of one stream, greedy: this project's engines against Hugging Face `generate`.
 
-All run the same weights (random ones; speed does not depend on them) in one process, taking turns: `classic` is
-GPT2LMHeadModel with ReLU and the sinusoid table as `wpe`. On a CPU the CPU engine takes part in its three precisions.
-The ids of all that compute in fp32 must be equal. Prints a table and, last, one JSON line. Needs `transformers`.
-`tinystories bench decode --peers` compares with more programs on CPUs; this one also runs on CUDA (--device cuda).
+All run the same random weights (speed does not depend on their values) in one process, interleaved: `classic` is
+GPT2LMHeadModel with ReLU and the sinusoidal table as `wpe`. On a CPU, the CPU engine runs in its three precisions.
+Everything that computes in fp32 must generate equal ids. Prints a table, then one JSON line. Needs `transformers`.
+`tinystories bench decode --peers` compares with more programs on CPUs; this script also runs on CUDA (--device cuda).
 
-    python benchmarks/decode.py                                   seed-89m, 200 tokens, 5 runs of each
+    python benchmarks/decode.py                                   seed-89m, 200 tokens, 5 runs each
     python benchmarks/decode.py --preset nano --vocab 512 --tokens 20 --runs 2
 """
 
@@ -40,7 +40,9 @@ GREEDY = SamplingConfig(temperature=0.0)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="seed-89m", help="preset or TOML file; its sizes, as classic architecture")
+    parser.add_argument(
+        "--preset", default="seed-89m", help="preset or TOML file; its sizes are used with the classic architecture"
+    )
     parser.add_argument("--vocab", type=int, default=50257)
     parser.add_argument("--prompt-tokens", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=200)
@@ -56,7 +58,7 @@ def main() -> None:
         base_config, architecture="classic", n_kv_head=0, tied=False, vocab_size=options.vocab, dropout=0.0
     )
     if options.prompt_tokens + options.tokens > config.n_ctx:
-        parser.error(f"prompt and tokens do not fit the context of {config.n_ctx}")
+        parser.error(f"--prompt-tokens plus --tokens must be at most the context length, {config.n_ctx}")
     model = GPT(config).eval()
     prompt = torch.randint(config.vocab_size, (options.prompt_tokens,)).tolist()
     decoders = {
@@ -71,9 +73,9 @@ def main() -> None:
             decoders[f"cpu {precision}"] = make_engine_decoder(engine, prompt, options.tokens)
     seconds, ids = time_interleaved(decoders, options.runs)
     for name in ids.keys() - {"cpu int8", "cpu int4"}:
-        assert ids[name] == ids["hugging_face"], f"{name} and Hugging Face disagree about the ids"
+        assert ids[name] == ids["hugging_face"], f"{name} and Hugging Face generated different ids"
 
-    rates = {name: [options.tokens / s for s in taken] for name, taken in seconds.items()}
+    rates = {name: [options.tokens / s for s in times] for name, times in seconds.items()}
     medians = {name: statistics.median(values) for name, values in rates.items()}
     round_ratios = {
         name: [b / a for a, b in zip(s, seconds["hugging_face"], strict=True)] for name, s in seconds.items()
@@ -84,12 +86,12 @@ def main() -> None:
         row = [medians[name], min(values), max(values)]
         print(f"{name:14}{row[0]:10.1f}{row[1]:8.1f}{row[2]:8.1f}", end="")
         print(f"{ratios[name]:8.2f}{min(round_ratios[name]):8.2f}{max(round_ratios[name]):8.2f}")
-    facts = {"tokens_per_s": medians, "ratio": ratios, "runs": rates, "parameters": config.n_params}
-    print(json.dumps({"benchmark": "decode", **vars(options), **facts, **software_versions()}))
+    measurements = {"tokens_per_s": medians, "ratio": ratios, "runs": rates, "parameters": config.n_params}
+    print(json.dumps({"benchmark": "decode", **vars(options), **measurements, **software_versions()}))
 
 
 def build_cpu_weights(model: GPT) -> dict[str, dict[str, Any]]:
-    """The weights in the three forms of the CPU engine, as from a model directory of them."""
+    """Return the weights in each precision of the CPU engine, as if loaded from a model directory."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save_file(state_dict_to_save(model), folder / "model.safetensors")
@@ -138,7 +140,7 @@ def make_hf_decoder(model: GPT, device: str, prompt: list[int], n_tokens: int) -
 def time_interleaved(
     decoders: dict[str, Callable[[], list[int]]], runs: int
 ) -> tuple[dict[str, list[float]], dict[str, list[int]]]:
-    """Seconds of each run, A/B/A/B after one warm-up of each, and the ids of the last."""
+    """Run the decoders interleaved (A/B/A/B) after a warmup run each; return the seconds per run and the last ids."""
     seconds: dict[str, list[float]] = {name: [] for name in decoders}
     ids: dict[str, list[int]] = {}
     for i in range(runs + 1):

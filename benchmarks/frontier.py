@@ -1,10 +1,10 @@
-"""The best bits per byte at any number of epochs: how far a model gets on few stories before it learns them by heart.
+"""Best bits per byte for each number of epochs: how far a model gets on a small dataset before it overfits.
 
-Trains one size for several numbers of epochs, with several dropouts, weight decays and schedules: `line` falls to zero
-as the presets do; `flat` keeps its rate after the warm-up, and is there for its averages. Of each run the weights of
-its last checkpoints are averaged as well, evenly spaced over the last quarter of the steps (Izmailov et al. 2018, arXiv
-1803.05407), and scored. Each run trains in a process of its own with one thread; finished ones are not run again, and
-interrupted ones go on. Prints a table of bits per byte on all validation stories and one JSON line; draws frontier.png.
+Trains one model size for several numbers of epochs, dropouts, weight decays and schedules: `line` decays linearly to
+zero, like the presets; `flat` keeps the learning rate after the warmup, for weight averaging. The last checkpoints of
+each run, evenly spaced over the last quarter of the steps, are also averaged and scored (Izmailov et al. 2018, arXiv
+1803.05407). Each run trains in its own single-threaded process; finished runs are not repeated, interrupted ones
+resume. Prints a table of bits per byte on all validation stories and one JSON line; draws frontier.png.
 
     tinystories prepare train.txt --val valid.txt --tokenizer bpe:4096 --out data/bpe4096
     python benchmarks/frontier.py --data data/bpe4096 --out runs/frontier --shape 6x240 --heads 6 --epochs 2,4,8
@@ -31,8 +31,8 @@ from tinystories.engine.torch_engine import TorchEngine
 from tinystories.evaluate.bits import evaluate_bits_per_byte, read_prepared_stories
 from tinystories.model import GPT
 
-CHECKPOINTS = 64  # in a run; those of its last quarter are kept
-AVERAGE_COUNTS = (4, 8, 16)  # the last so many checkpoints
+CHECKPOINTS = 64  # per run; those of its last quarter are kept
+AVERAGE_COUNTS = (4, 8, 16)  # how many of the last checkpoints to average
 SCHEDULES: dict[str, dict[str, Any]] = {"line": {}, "flat": {"schedule.decay": 0.0, "schedule.kind": "wsd"}}
 
 
@@ -51,16 +51,16 @@ class GridPoint:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder made by `tinystories prepare`")
-    parser.add_argument("--out", type=Path, required=True, help="where the runs go")
-    parser.add_argument("--config", default="small", help="preset or file with all the rest")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the runs")
+    parser.add_argument("--config", default="small", help="preset or TOML file with all other settings")
     parser.add_argument("--shape", default="6x240", help="layers x width")
     parser.add_argument("--heads", type=int, default=6)
-    parser.add_argument("--epochs", default="2,4,8", help="several with commas, as in the options below")
+    parser.add_argument("--epochs", default="2,4,8", help="comma-separated, as are the three options below")
     parser.add_argument("--dropout", default="0.1")
     parser.add_argument("--decay", default="0.1", help="weight decay")
     parser.add_argument("--schedule", default="line", help=" or ".join(SCHEDULES))
-    parser.add_argument("--compile", default="auto", choices=["auto", "on", "off"], help="of all runs")
-    parser.add_argument("--workers", type=int, default=2, help="runs side by side, one thread each")
+    parser.add_argument("--compile", default="auto", choices=["auto", "on", "off"], help="torch.compile for all runs")
+    parser.add_argument("--workers", type=int, default=2, help="runs in parallel, one thread each")
     options = parser.parse_args()
     grid = [[float(value) for value in text.split(",")] for text in (options.epochs, options.dropout, options.decay)]
     points = [GridPoint(*values) for values in itertools.product(*grid, options.schedule.split(","))]  # type: ignore[arg-type]
@@ -93,7 +93,7 @@ def build_command(options: argparse.Namespace, point: GridPoint) -> list[str]:
 
 
 def score_averages(run: Path, data: Path) -> dict[str, float]:
-    """Bits per byte of the means of the last checkpoints' weights, by their number; kept beside the run."""
+    """Return bits per byte of the averaged last checkpoints, by their number; cached in averages.json of the run."""
     path = run / "averages.json"
     if not path.exists():
         folders = [folder for _, folder in sorted(list_checkpoints(run))]
@@ -108,7 +108,7 @@ def score_averages(run: Path, data: Path) -> dict[str, float]:
 
 @torch.no_grad()
 def average_weights(folders: list[Path]) -> GPT:
-    """The model whose weights are the means of those of several checkpoints."""
+    """Return a model whose weights are the means of those of several checkpoints."""
     model, source = (GPT(read_model(folders[0]).config) for _ in range(2))
     for weight in model.parameters():
         weight.zero_()
@@ -120,7 +120,7 @@ def average_weights(folders: list[Path]) -> GPT:
 
 
 def report(options: argparse.Namespace, points: list[GridPoint]) -> None:
-    """The table, the picture and the JSON line."""
+    """Print the table and the JSON line; draw the plot."""
     results: list[dict[str, Any]] = []
     print(f"\n{options.shape}, {options.config}; averages of the last {AVERAGE_COUNTS} of {CHECKPOINTS} checkpoints")
     print(f"{'run':44} {'tokens':>12} {'seconds':>8} {'train':>7} {'val':>7}  averages")
@@ -133,19 +133,25 @@ def report(options: argparse.Namespace, points: list[GridPoint]) -> None:
         )
         train = [record["bits_per_byte"] for record in read_records(run) if "loss" in record][-20:]
         train_score = sum(train) / len(train)
-        row = f"{point.name:44} {last_record['tokens']:12,} {elapsed:8,.0f} {train_score:7.4f} {last_record['val_bits_per_byte']:7.4f}"
-        print(row, " ", "  ".join(f"{score:.4f}" for score in average_scores.values()))
+        tokens, score = last_record["tokens"], last_record["val_bits_per_byte"]
+        row = f"{point.name:44} {tokens:12,} {elapsed:8,.0f} {train_score:7.4f} {score:7.4f}"
+        print(row, " ", "  ".join(f"{average:.4f}" for average in average_scores.values()))
         results.append(
-            {"run": point.name, "tokens": last_record["tokens"], "seconds": round(elapsed, 1), "train_bits_per_byte": train_score,
-             "bits_per_byte": last_record["val_bits_per_byte"], "averages": average_scores}
+            {"run": point.name, "tokens": tokens, "seconds": round(elapsed, 1), "train_bits_per_byte": train_score,
+             "bits_per_byte": score, "averages": average_scores}
         )  # fmt: skip
     draw(options.out, points)
-    facts = {"benchmark": "frontier", "config": options.config, "shape": options.shape, "torch": torch.__version__}
-    print(json.dumps(facts | {"results": results}))
+    environment = {
+        "benchmark": "frontier",
+        "config": options.config,
+        "shape": options.shape,
+        "torch": torch.__version__,
+    }
+    print(json.dumps(environment | {"results": results}))
 
 
 def draw(folder: Path, points: list[GridPoint]) -> None:
-    """Bits per byte against the epochs: the end of each run, one line for each way of training."""
+    """Plot final bits per byte against epochs, one line per combination of dropout, weight decay and schedule."""
     import matplotlib as mpl
 
     mpl.use("agg")

@@ -1,15 +1,15 @@
-"""A GPU for a quarter of an hour: a plan of steps under one time budget, the most valuable first.
+"""Use a GPU for 15 minutes: run a plan of steps under one time budget, the most valuable first.
 
-    python benchmarks/gpu.py measure --budget 210 --out OUT    proves and times the CUDA half
-    python benchmarks/gpu.py train --budget 420 --out OUT      trains candidates for the bundled storyteller
-    python benchmarks/gpu.py unpack OUT --to models            at home: model directories of what came back
+    python benchmarks/gpu.py measure --budget 210 --out OUT    test and time the CUDA code
+    python benchmarks/gpu.py train --budget 420 --out OUT      train candidates for the bundled storyteller
+    python benchmarks/gpu.py unpack OUT --to models            afterward: turn the returned files into model directories
 
-Runs from a copy of the tree, with PyTorch and what the folder gpu-kit/ holds (`make gpu-kit`); docs/gpu.md has the
-whole procedure. Each step is a process of its own with a limit of its own. A step is skipped where less of the budget
-is left than its floor. JSON lines that a step prints are kept at once, with card, driver, clocks, commit and command,
-so that a kill loses what is running and nothing else. What is done is not done again by a second call with the same
---work, nor where gpu-kit/records.jsonl says so. --out holds at most 8 files of 16 MiB: the records, the logs, and the
-weights, best first. --toy is the same on a CPU with toy sizes (`make gpu-rehearsal`).
+Runs from a copy of the source tree, with PyTorch and the contents of gpu-kit/ (`make gpu-kit`); docs/gpu.md describes
+the whole procedure. Each step runs in its own process with its own time limit. A step is skipped if less of the budget
+is left than its minimum. JSON lines that a step prints are saved immediately, with GPU, driver, clocks, commit and
+command, so a kill loses only the running step. A second call with the same --work skips finished steps, as does one
+with their records in gpu-kit/records.jsonl. --out gets at most 8 files of 16 MiB: the records, the logs, and the
+weights, best first. --toy runs the same on a CPU at toy sizes (`make gpu-rehearsal`).
 """
 
 import argparse
@@ -31,18 +31,18 @@ from typing import Any
 from gpu_plans import GPU, GRACE_SECONDS, KIT, ROOT, TOY, PlanConfig, Step, measure_plan, train_plan
 
 MIB = 2**20
-MAX_BUNDLED_PARAMETERS = 15e6  # of what can be bundled; larger models are teachers
-MAX_FILES, MAX_FILE_BYTES, MAX_TOTAL_BYTES = 8, 16 * MIB, 64 * MIB  # of what comes back
+MAX_BUNDLED_PARAMETERS = 15e6  # larger models serve only as teachers
+MAX_FILES, MAX_FILE_BYTES, MAX_TOTAL_BYTES = 8, 16 * MIB, 64 * MIB  # limits of what is copied back
 
 
 class Session:
-    """The budget, the records, and the folders of a call."""
+    """The time budget, records and folders of one call."""
 
     def __init__(self, plan: str, config: PlanConfig, budget: float, work: Path, out: Path) -> None:
         self.plan, self.config, self.work, self.out = plan, config, work, out
         self.deadline = time.monotonic() + budget
         self.lock = threading.Lock()
-        self.outcomes: dict[str, str] = {}  # of this call: step -> done, done before, failed, cut, skipped
+        self.outcomes: dict[str, str] = {}  # step -> done, done before, failed, cut, skipped
         self.processes: list[subprocess.Popen[str]] = []
         (work / "logs").mkdir(parents=True, exist_ok=True)
         out.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ class Session:
             "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor"),
             "TINYSTORIES_CACHE": str(work / "cache"),
         }
-        # Steps run side by side: with all cores for each of them their threads would wait for one another.
+        # Steps run in parallel; using all cores in each would oversubscribe the CPU.
         self.environment["OMP_NUM_THREADS"] = "1" if config.device == "cpu" else "2"
         self.records = [*read_records(KIT / "records.jsonl"), *read_records(work / "records.jsonl")]
 
@@ -61,9 +61,9 @@ class Session:
         return self.deadline - time.monotonic()
 
     def record(self, step: Step, **values: Any) -> None:
-        """Keep it on the disk before anything else happens."""
-        facts = {"plan": self.plan, "step": step.name, **query_device(), "commit": self.commit}
-        entry = facts | {"command": step.command, "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())} | values
+        """Append a record, and sync it to disk before returning."""
+        context = {"plan": self.plan, "step": step.name, **query_device(), "commit": self.commit}
+        entry = context | {"command": step.command, "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())} | values
         with self.lock, (self.work / "records.jsonl").open("a", encoding="utf-8") as file:
             self.records.append(entry)
             file.write(json.dumps(entry) + "\n")
@@ -74,12 +74,12 @@ class Session:
         return any(e["step"] == step.name and e.get("outcome") == "done" for e in self.records)
 
     def results(self, benchmark: str) -> list[dict[str, Any]]:
-        """What steps have printed as JSON, of one kind."""
+        """Return the JSON objects that steps printed for one benchmark."""
         printed = [entry["result"] for entry in self.records if "result" in entry]
         return [result for result in printed if result.get("benchmark") == benchmark]
 
     def run(self, steps: list[Step]) -> None:
-        """Steps side by side, each to its end or its limit; then pack what there is."""
+        """Run steps in parallel, each until it ends or hits its limit; then pack the outputs so far."""
         threads = [threading.Thread(target=self.run_step, args=(step,)) for step in steps]
         for thread in threads:
             thread.start()
@@ -98,7 +98,7 @@ class Session:
         print(f"[{self.seconds_left():4.0f} s left] {step.name}: {self.outcomes[step.name]}", flush=True)
 
     def execute(self, step: Step) -> str:
-        """Run a step, keep each JSON line that it prints, and end it at its limit; returns the outcome."""
+        """Run a step, record each JSON line that it prints, and stop it at its limit. Return the outcome."""
         start_time, limit = time.monotonic(), max(0.0, min(step.limit, self.seconds_left()))
         process = subprocess.Popen(
             [sys.executable, *shlex.split(step.command)], cwd=ROOT, env=self.environment, text=True, errors="replace",
@@ -138,7 +138,7 @@ SOFT_SIGNAL, HARD_SIGNAL = signal.SIGINT, signal.SIGKILL
 
 
 def kill_process_group(process: subprocess.Popen[str], signal_number: signal.Signals) -> None:
-    """A step with all that it has started."""
+    """Signal a step and all processes that it started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal_number)
 
@@ -151,7 +151,7 @@ def parse_json_object(line: str) -> dict[str, Any] | None:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file of records; a last line that a kill has cut is left out."""
+    """Read a file of records; a last line that a kill truncated is ignored."""
     if not path.exists():
         return []
     return [
@@ -162,7 +162,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def read_commit() -> str:
-    """Of this tree: from git, or as the kit says (a copy of a tree has no history)."""
+    """Return the commit of this tree, from git or from the kit (a copy of a tree has no history)."""
     command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
     with contextlib.suppress(OSError):
         completed = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -173,7 +173,7 @@ def read_commit() -> str:
 
 
 def query_device() -> dict[str, str]:
-    """Card, driver and clocks at this moment."""
+    """Return the current GPU, driver, clocks and power draw."""
     names = ("name", "driver_version", "clocks.sm", "clocks.mem", "power.draw")
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         command = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader"]
@@ -183,7 +183,7 @@ def query_device() -> dict[str, str]:
 
 
 def install_kit(work: Path) -> Path:
-    """The kit's wheels, unpacked for this interpreter; returns the folder for PYTHONPATH."""
+    """Install the kit's wheels into a folder under `work`, and return it for PYTHONPATH."""
     site = work / "site"
     wheels = sorted((KIT / "wheels").glob("*.whl"))
     if wheels and not site.exists():
@@ -195,7 +195,7 @@ def install_kit(work: Path) -> Path:
 
 
 def pack_outputs(session: Session) -> None:
-    """Fill --out: records, logs, then weights from the best to the worst, while they fit."""
+    """Fill --out with the records, the logs, and the weights, best first, as long as they fit."""
     out, work = session.out, session.work
     for file in out.glob("[0-9]-*"):
         file.unlink()
@@ -215,7 +215,7 @@ def pack_outputs(session: Session) -> None:
 
 
 def copy_in_chunks(file: Path, out: Path, name: str) -> None:
-    """Copy a file in parts that may come back, or leave it out where they do not all fit."""
+    """Copy a file in chunks of the allowed size, or skip it if they do not all fit."""
     size = file.stat().st_size
     n_chunks = -(-size // MAX_FILE_BYTES)
     existing = list(out.iterdir())
@@ -227,7 +227,7 @@ def copy_in_chunks(file: Path, out: Path, name: str) -> None:
 
 
 def unpack(folder: Path, to: Path) -> None:
-    """Model directories of the weights that came back: TO/RANK-NAME-int8 and, from fp16, TO/RANK-NAME."""
+    """Turn returned weights into model directories: TO/RANK-NAME-int8 and, from fp16, TO/RANK-NAME."""
     sys.path.insert(0, str(ROOT / "src"))
     import numpy as np
     from safetensors.numpy import load_file
@@ -266,25 +266,23 @@ def main() -> int:
     commands = parser.add_subparsers(dest="plan", required=True, metavar="measure|train|unpack")
     plans: dict[str, Callable[[Session], Iterator[list[Step]]]] = {"measure": measure_plan, "train": train_plan}
     for name in plans:
-        subparser = commands.add_parser(name, help=f"the plan `{name}`")
+        subparser = commands.add_parser(name, help=f"run the plan `{name}`")
+        subparser.add_argument("--budget", type=float, required=True, help="total seconds: the time left minus 90")
+        subparser.add_argument("--out", type=Path, required=True, help="folder whose files are copied back")
         subparser.add_argument(
-            "--budget", type=float, required=True, help="seconds for all of it: what is left less 90"
-        )
-        subparser.add_argument("--out", type=Path, required=True, help="folder whose files come back")
-        subparser.add_argument(
-            "--work", type=Path, default=ROOT / "runs" / "gpu", help="folder of runs, logs and caches"
+            "--work", type=Path, default=ROOT / "runs" / "gpu", help="folder for runs, logs and caches"
         )
         subparser.add_argument("--toy", action="store_true", help="toy sizes on a CPU")
-    subparser = commands.add_parser("unpack", help="make model directories of what came back")
-    subparser.add_argument("folder", type=Path, help="what --out was filled with")
-    subparser.add_argument("--to", type=Path, required=True, help="folder of the model directories")
+    subparser = commands.add_parser("unpack", help="turn the returned files into model directories")
+    subparser.add_argument("folder", type=Path, help="the returned files of --out")
+    subparser.add_argument("--to", type=Path, required=True, help="folder for the model directories")
     options = parser.parse_args()
     if options.plan == "unpack":
         unpack(options.folder, options.to)
         return 0
     for required in ("data/meta.json", "nanogpt/model.py"):
         if not (KIT / required).exists():
-            print(f"error: {KIT / required} is missing; make the kit: make gpu-kit", file=sys.stderr)
+            print(f"error: {KIT / required} is missing; create the kit with: make gpu-kit", file=sys.stderr)
             return 2
     session = Session(options.plan, TOY if options.toy else GPU, options.budget, options.work, options.out)
     try:

@@ -1,12 +1,12 @@
-"""Fills gpu-kit/ with what `benchmarks/gpu.py` needs on a borrowed machine without a network, and prints its size.
+"""Fill gpu-kit/ with what `benchmarks/gpu.py` needs on a borrowed machine without a network, and print its size.
 
     python benchmarks/gpu_kit.py --nanogpt nanoGPT/model.py --data stories
 
-It holds nanoGPT's model.py, the stories as token files (bpe:4096, learned from them), wheels for Python 3.12 of what
-the machine lacks (benchmarks/gpu_machine.txt lists what it has), and the commit. DATA is a folder with train.txt,
-valid.txt and, where there is more to train on, train-more.txt; the first half of valid.txt goes along, to choose by,
-and the second half stays here, to report. Without --nanogpt and --data stand-ins are made: a small model with that
-interface, and the stories that come with the package. What travels, the tree with the kit, must stay under 64 MiB.
+It contains nanoGPT's model.py, the stories as token files (bpe:4096, trained on them), Python 3.12 wheels that the
+machine lacks (benchmarks/gpu_machine.txt lists what it has), and the commit hash. DATA is a folder with train.txt,
+valid.txt and optionally train-more.txt; the first half of valid.txt is the kit's validation split, for model selection,
+and the second half stays here as the test set. --nanogpt and --data default to stand-ins: a small model with the same
+interface, and the bundled stories. The source tree and the kit together must stay under 64 MiB.
 """
 
 import argparse
@@ -25,11 +25,11 @@ from tinystories.errors import UserError
 ROOT = Path(__file__).resolve().parents[1]
 MIB = 2**20
 MAX_KIT_BYTES = 64 * MIB
-WHEELS = ("array-api-compat", "tomli-w")  # `make gpu-rehearsal` fails where one is missing
+WHEELS = ("array-api-compat", "tomli-w")  # `make gpu-rehearsal` fails if one is missing
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
-# nanoGPT's interface with a model of one product: for rehearsals.
+# nanoGPT's interface with a single-layer model, for rehearsals.
 STUB_MODEL = '''\
-"""In place of nanoGPT's model.py: its interface, and as little of a model as there can be."""
+"""Stand-in for nanoGPT's model.py: the same interface with a minimal model."""
 
 from dataclasses import dataclass
 
@@ -67,18 +67,18 @@ class GPT(nn.Module):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nanogpt", type=Path, help="model.py of a nanoGPT checkout  [default: a stand-in]")
-    parser.add_argument("--data", type=Path, help="folder of stories  [default: those that come with the package]")
-    parser.add_argument("--vocab", type=int, default=4096, help="ids of the tokenizer")
-    parser.add_argument("--out", type=Path, default=ROOT / "gpu-kit", help="replaced")
+    parser.add_argument("--data", type=Path, help="folder of stories  [default: the bundled stories]")
+    parser.add_argument("--vocab", type=int, default=4096, help="vocabulary size")
+    parser.add_argument("--out", type=Path, default=ROOT / "gpu-kit", help="folder of the kit, replaced if it exists")
     options = parser.parse_args()
     for path, requirement in ((options.nanogpt, "model.py of nanoGPT"), (options.data, "a folder with train.txt")):
         if path is not None and not path.exists():
-            raise UserError(f"{path} does not exist; name {requirement}, or leave it out for a stand-in")
+            raise UserError(f"{path} does not exist; expected {requirement}, or omit the option to use a stand-in")
     kit = options.out
     records = (kit / "records.jsonl").read_bytes() if (kit / "records.jsonl").exists() else None
     shutil.rmtree(kit, ignore_errors=True)
     (kit / "nanogpt").mkdir(parents=True)
-    if records is not None:  # of an earlier call on such a machine: what is done is not done again
+    if records is not None:  # records of an earlier machine: finished steps are skipped
         (kit / "records.jsonl").write_bytes(records)
     model = options.nanogpt.read_text(encoding="utf-8") if options.nanogpt else STUB_MODEL
     (kit / "nanogpt" / "model.py").write_text(model, encoding="utf-8")
@@ -86,11 +86,10 @@ def main() -> None:
     download_wheels(kit / "wheels")
     (kit / "commit").write_text(describe_commit() + "\n", encoding="utf-8")
     tree_bytes, kit_bytes = sum(map(file_size, list_tree_files())), sum(map(file_size, kit.rglob("*")))
-    print(
-        f"{kit}: {kit_bytes / MIB:.1f} MiB; with the tree {(tree_bytes + kit_bytes) / MIB:.1f} MiB of at most {MAX_KIT_BYTES // MIB}"
-    )
-    if tree_bytes + kit_bytes > MAX_KIT_BYTES:
-        raise UserError(f"{kit} and the tree are too large to travel; leave something out of --data")
+    total_bytes = tree_bytes + kit_bytes
+    print(f"{kit}: {kit_bytes / MIB:.1f} MiB; {total_bytes / MIB:.1f} of {MAX_KIT_BYTES // MIB} MiB with the tree")
+    if total_bytes > MAX_KIT_BYTES:
+        raise UserError(f"{kit} and the source tree exceed {MAX_KIT_BYTES // MIB} MiB; use a smaller --data")
 
 
 def prepare_stories(data: Path | None, out: Path, vocab: int) -> None:
@@ -100,7 +99,7 @@ def prepare_stories(data: Path | None, out: Path, vocab: int) -> None:
         return
     train = [str(path) for name in ("train.txt", "train-more.txt") if (path := data / name).exists()]
     if not train or not (data / "valid.txt").exists():
-        raise UserError(f"{data} must hold train.txt and valid.txt (stories divided by {END})")
+        raise UserError(f"{data} must contain train.txt and valid.txt (stories separated by {END})")
     stories = [text.strip() for text in (data / "valid.txt").read_text(encoding="utf-8").split(END) if text.strip()]
     with tempfile.TemporaryDirectory() as folder:
         first_half = Path(folder) / "valid-first-half.txt"
@@ -130,7 +129,7 @@ def describe_commit() -> str:
 
 
 def list_tree_files() -> list[Path]:
-    """Files of the tree that git does not ignore."""
+    """Return the files of the source tree that git does not ignore."""
     completed = subprocess.run(
         ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         capture_output=True, text=True, check=False,

@@ -1,4 +1,4 @@
-"""The two plans of benchmarks/gpu.py: which steps, with which sizes, under which limits, in which order."""
+"""The two plans of benchmarks/gpu.py: their steps in order, with sizes and time limits."""
 
 import dataclasses
 import itertools
@@ -12,35 +12,35 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 KIT = ROOT / "gpu-kit"
-GRACE_SECONDS = 5.0  # seconds that a step has to save itself, once it was told to stop
+GRACE_SECONDS = 5.0  # time that a step has to save its state after it is interrupted
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
     name: str
-    command: str  # as in a shell, after `python`
+    command: str  # shell words after `python`
     limit: float  # seconds
-    min_seconds: float = 0.0  # seconds of the budget under which it is not begun
+    min_seconds: float = 0.0  # skipped if fewer seconds of the budget are left
 
 
 @dataclasses.dataclass(frozen=True)
 class PlanConfig:
-    """What differs between a GPU and the rehearsal on a CPU: options as on a command line."""
+    """What differs between a GPU and the rehearsal on a CPU; strings are command-line options."""
 
     device: str
     pytest: str
-    training: str  # of benchmarks/train.py
-    compile_jobs: int  # variants of it that are compiled at the same time
-    generation: str  # of benchmarks/streams.py
-    profile: str  # of benchmarks/profile_training.py
+    training: str  # for benchmarks/train.py
+    compile_jobs: int  # variants compiled in parallel
+    generation: str  # for benchmarks/streams.py
+    profile: str  # for benchmarks/profile_training.py
     precisions: tuple[str, ...]
     seeds: tuple[int, ...]
-    short_run: str  # of the runs that compare precisions
+    short_run: str  # for the runs that compare precisions
     candidate: str  # for the bundled storyteller: at most 15M parameters
-    teacher: str  # of the chain of teachers
+    teacher: str  # for the chain of teachers
     weight_decays: tuple[str, ...]
-    epochs: tuple[int, int]  # of candidates; of what the best of them leads to
-    budget_shares: tuple[float, float]  # of the budget: for the candidates and each link; for the last student
+    epochs: tuple[int, int]  # maximum for the candidates; for the final run
+    budget_shares: tuple[float, float]  # fractions: the candidates and each teacher; the student
 
 
 GPU = PlanConfig(
@@ -84,12 +84,13 @@ TOY = PlanConfig(
 
 
 def measure_plan(session: "Session") -> Iterator[list[Step]]:
-    """Steps side by side in a list; those whose times count are alone in theirs."""
+    """Yield lists of steps that run in parallel; a step whose timing matters is alone in its list."""
     config, kit = session.config, KIT
     device, data = f"--device {config.device}", f"--data {kit}/data"
     train = f"benchmarks/train.py --nanogpt {kit}/nanogpt/model.py {device} {config.training}"
     compile_all = f"{train} --first-steps --compile-jobs {config.compile_jobs}"
-    # Without our options and errors of warnings, which are those of other versions; tests/interop needs other programs.
+    # Without our addopts and warnings-as-errors, which are meant for other library versions. The machine lacks the
+    # programs that tests/interop needs.
     pytest = "-m pytest -o addopts= -W default -p no:cacheprovider -q --ignore=tests/interop"
     concurrent_steps = [
         Step("tests", f"{pytest} {config.pytest}", limit=120, min_seconds=20),
@@ -115,9 +116,10 @@ def measure_plan(session: "Session") -> Iterator[list[Step]]:
 
 
 def train_plan(session: "Session") -> Iterator[list[Step]]:
-    """Candidates with several weight decays side by side; then the best decay for as long as there is time. Where
-    training knows teachers (`train.teacher`), the time goes into a chain of them first, and the last part into a
-    student of their mean.
+    """Train candidates with several weight decays in parallel, then one long run with the best weight decay.
+
+    If training supports distillation (`train.teacher`), train a chain of teachers instead of the long run, and finally
+    a student of their mean.
     """
     config, budget = session.config, session.seconds_left()
     stage_seconds, student_seconds = (share * budget for share in config.budget_shares)
@@ -162,5 +164,5 @@ def make_timed_step(session: "Session", name: str, seconds: float, epochs: int, 
 
 
 def has_teachers() -> bool:
-    """Whether training can learn from other models' probabilities."""
+    """Whether this version supports distillation, that is, has the setting `train.teacher`."""
     return "teacher: " in (ROOT / "src" / "tinystories" / "config.py").read_text(encoding="utf-8")

@@ -1,11 +1,11 @@
-"""Runs both plans of benchmarks/gpu.py on the CPU at toy sizes, as the borrowed machine would: everything but the GPU.
+"""Run both plans of benchmarks/gpu.py on the CPU at toy sizes, as the borrowed machine would.
 
-From a copy of the tree with a kit of its own, in an environment of this Python with only those distributions that the
-machine has (benchmarks/gpu_machine.txt) and the kit's wheels. One step is cut by its limit on purpose. Then a second
-call must find all done, what would come back must keep to the limits, and the weights are unpacked and tell a story.
-The last line says what ran: `measure 6 of 6 steps, train 3 of 3, cut on purpose 1, skipped 0`; anything else fails.
+Uses a copy of the source tree with its own kit, and a virtual environment with only the distributions of that machine
+(benchmarks/gpu_machine.txt) and the kit's wheels. One step exceeds its limit on purpose. Afterward, a second call must
+skip everything, the files to copy back must respect the limits, and the weights must unpack and generate a story. The
+last line summarizes what ran: `measure 6 of 6 steps, train 3 of 3, cut on purpose 1, skipped 0`; anything else fails.
 
-    python benchmarks/gpu_rehearsal.py --nanogpt nanoGPT/model.py --data stories     both optional, as for gpu_kit.py
+    python benchmarks/gpu_rehearsal.py --nanogpt nanoGPT/model.py --data stories     both optional, see gpu_kit.py
 """
 
 import argparse
@@ -28,7 +28,7 @@ from script import run_main
 from tinystories.errors import UserError
 
 CUT_STEP = "cut on purpose"
-BUDGETS = {"measure": 1500, "train": 240}  # seconds; no step needs all of it on the slowest machine
+BUDGETS = {"measure": 1500, "train": 240}  # seconds, generous even for a slow machine
 FILE_NAME_PATTERN = re.compile(r"[A-Za-z0-9._-]+")
 
 
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def build_environment(folder: Path) -> Path:
-    """A virtual environment in which links stand for the machine's distributions; returns its Python."""
+    """Create a virtual environment with symlinks to the machine's distributions, and return its Python."""
     venv.create(folder, with_pip=False, symlinks=True)
     (site,) = folder.glob("lib/python*/site-packages")
     lines = (ROOT / "benchmarks" / "gpu_machine.txt").read_text(encoding="utf-8").splitlines()
@@ -74,12 +74,12 @@ def make_kit(options: argparse.Namespace, tree: Path) -> None:
     if options.data is None:
         command += ["--vocab", "300"]
     if subprocess.run(command, check=False).returncode:
-        raise UserError("the kit could not be made")
+        raise UserError("gpu_kit.py failed; its error is printed above")
 
 
 def run_plan(python: Path, tree: Path, plan: str, out: Path) -> dict[str, str]:
-    """The outcome of each step of a plan."""
-    shutil.rmtree(out, ignore_errors=True)  # as it is emptied there before each command
+    """Run a plan, and return the outcome of each step."""
+    shutil.rmtree(out, ignore_errors=True)  # the borrowed machine also empties it before each command
     command = [str(python), "benchmarks/gpu.py", plan, "--toy", "--budget", str(BUDGETS[plan]), "--out", str(out)]
     inherited = ("PATH", "HOME", "LANG", "TMPDIR")
     environment = {name: os.environ[name] for name in inherited if name in os.environ}
@@ -96,8 +96,10 @@ def run_plan(python: Path, tree: Path, plan: str, out: Path) -> dict[str, str]:
         for log in (tree / "runs" / "gpu" / "logs").glob("*.log"):
             if log.stem in unexpected:
                 print(f"--- {log.stem}\n{log.read_text(errors='replace')[-4000:]}", file=sys.stderr)
-        what = ", ".join(unexpected) or "the end"
-        raise UserError(f"{plan} ended with exit code {completed.returncode}; not as expected: {what}")
+        steps = ", ".join(unexpected) or "none"
+        raise UserError(
+            f"{plan} ended with exit code {completed.returncode}; steps with an unexpected outcome: {steps}"
+        )
     return outcomes
 
 
@@ -106,10 +108,10 @@ def expected_outcome(step: str) -> str:
 
 
 def check_second_call(first: dict[str, str], second: dict[str, str]) -> None:
-    """What was done is not done again; what was cut is tried again."""
+    """Check that a second call skips finished steps and retries those that were cut."""
     expected_outcomes = {step: "done before" if outcome == "done" else outcome for step, outcome in first.items()}
     if second != expected_outcomes:
-        raise UserError(f"a second call did {second}, not {expected_outcomes}")
+        raise UserError(f"the second call returned {second}, expected {expected_outcomes}")
 
 
 def check_limits(out: Path) -> None:
@@ -122,19 +124,19 @@ def check_limits(out: Path) -> None:
         and max(sizes) <= MAX_FILE_BYTES
         and sum(sizes) <= MAX_TOTAL_BYTES
     ):
-        raise UserError(f"these would not come back: {[path.name for path in files]}")
+        raise UserError(f"these files would not be copied back: {[path.name for path in files]}")
     records: list[dict[str, Any]] = [json.loads(line) for line in (out / "records.jsonl").read_text().splitlines()]
     if not any(record["step"] == CUT_STEP and "result" in record for record in records):
-        raise UserError("what the step that was cut had printed is not in the records")
+        raise UserError("the records lack the output of the step that was cut")
 
 
 def generate_stories(tree: Path, out: Path, models: Path) -> None:
-    """Unpack the weights, and have each model write a few words."""
+    """Unpack the weights, and generate a few words with each model."""
     unpack = [sys.executable, str(tree / "benchmarks" / "gpu.py"), "unpack", str(out), "--to", str(models)]
     subprocess.run(unpack, check=True)
     folders = sorted(models.iterdir())
     if len(folders) < 2:
-        raise UserError(f"only {len(folders)} models came back")
+        raise UserError(f"only {len(folders)} models were copied back")
     for folder in folders:
         words = ["generate", str(folder), "--max-tokens", "8", "--engine", "torch", "--device", "cpu"]
         subprocess.run([sys.executable, "-m", "tinystories", *words], check=True, stdout=subprocess.DEVNULL)

@@ -1,10 +1,10 @@
 """Memory of training: peak resident size of two whole optimizer steps, this project against nanoGPT's model.
 
-Each measurement is a process of its own (Linux: VmHWM of /proc/self/status), with random tokens and AdamW for both. The
-second step is the one that counts: only then the optimizer's moments lie beside the activations. Prints a table, ratios
-and one JSON line. nanoGPT at 64 x 256 needs 20 GB: --peer-micro-batch measures it at smaller ones.
+Each measurement runs in its own process (Linux: VmHWM of /proc/self/status), with random tokens and AdamW for both. The
+second step sets the peak: only then do the optimizer's moments exist along with the activations. Prints a table with
+ratios and one JSON line. nanoGPT at 64 x 256 needs 20 GB: --peer-micro-batch measures it at smaller sizes.
 
-nanoGPT's model.py is not part of this project: name the one of a checkout.
+nanoGPT's model.py is not part of this project: pass the path to a checkout.
 
     python benchmarks/memory.py --nanogpt nanoGPT/model.py --config seed-89m --micro-batch 16,64
 """
@@ -32,11 +32,13 @@ from tinystories.train.optim import build_optimizers
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nanogpt", type=Path, required=True, help="model.py of a nanoGPT checkout")
-    parser.add_argument("--config", default="seed-89m", help="preset; nanoGPT has its layers, width, heads")
+    parser.add_argument("--config", default="seed-89m", help="preset; nanoGPT uses its layers, width and heads")
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--vocab", type=int, default=50257)
-    parser.add_argument("--micro-batch", default="16,64", help="rows of a pass, several with commas")
-    parser.add_argument("--peer-micro-batch", help="other rows for nanoGPT")
+    parser.add_argument("--micro-batch", default="16,64", help="rows per pass, comma-separated")
+    parser.add_argument(
+        "--peer-micro-batch", help="rows per pass for nanoGPT, comma-separated  [default: --micro-batch]"
+    )
     parser.add_argument("--one", help=argparse.SUPPRESS)  # one measurement in this process: who,rows
     options = parser.parse_args()
     if options.one:
@@ -72,9 +74,8 @@ def measure_in_subprocess(options: argparse.Namespace, implementation: str, rows
     ]
     completed = subprocess.run(command, capture_output=True, text=True, check=False)
     if completed.returncode:
-        sys.exit(
-            f"{implementation} with {rows} rows ended with {completed.returncode} (out of memory?): {completed.stderr[-300:]}"
-        )
+        reason = f"exit code {completed.returncode} (out of memory?): {completed.stderr[-300:]}"
+        sys.exit(f"{implementation} with {rows} rows failed with {reason}")
     result: dict[str, Any] = json.loads(completed.stdout.splitlines()[-1])
     return result
 

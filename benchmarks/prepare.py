@@ -1,12 +1,12 @@
-"""Speed and memory of `prepare` with GPT-2's table, against plain uses of tiktoken and of `tokenizers`.
+"""Speed and memory of `prepare` with GPT-2's tokenizer, against simple loops over tiktoken and `tokenizers`.
 
-Makes large files of real stories, shuffled and repeated. Every run is a process of its own, from its start to the bytes
-on the disk (fsync). One run on the largest file gives the peak memory of the process and its children; then the three
-take turns. The peers read a slice of the file (they are slower) and write 16-bit ids, without validation split, index,
-resume, checksums or places of bad bytes. Prints a table and, last, one JSON line. Needs tiktoken's table
-(TIKTOKEN_CACHE_DIR).
+Builds large files of real stories, shuffled and repeated. Each run is a separate process, timed from its start until
+the bytes are on disk (fsync). One run on the largest file measures the peak memory of the process and its children;
+then the three programs are timed interleaved. The competitors read a slice of the file (they are slower) and write
+16-bit ids, without validation split, index, resume, checksums or positions of invalid bytes. Prints a table, then one
+JSON line. Needs tiktoken's vocabulary (TIKTOKEN_CACHE_DIR).
 
-    python benchmarks/prepare.py                                   1,000 MB, then 3 runs of each over 500 MB
+    python benchmarks/prepare.py                                   1,000 MB, then 3 runs each on 500 MB
     python benchmarks/prepare.py --megabytes 20 --runs 1 --slice 10 --memory-megabytes 40
 """
 
@@ -69,9 +69,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="../shared/data/train.txt", help="stories to repeat")
     parser.add_argument("--megabytes", type=int, default=500)
-    parser.add_argument("--slice", type=int, default=50, help="megabytes that the peers read")
+    parser.add_argument("--slice", type=int, default=50, help="megabytes that the competitors read")
     parser.add_argument(
-        "--memory-megabytes", type=int, default=1000, help="size for the peak of memory; 0: not measured"
+        "--memory-megabytes", type=int, default=1000, help="file size for the peak memory; 0: do not measure it"
     )
     parser.add_argument("--runs", type=int, default=3)
     options = parser.parse_args()
@@ -87,9 +87,8 @@ def main() -> None:
             else None
         )
         if not memory_megabytes:
-            measure_process(
-                "ours", files[options.slice], folder
-            )  # warms the page cache and makes the tokenizer of the peer
+            # Warms the page cache and writes the tokenizer.json that `tokenizers` needs.
+            measure_process("ours", files[options.slice], folder)
         rates: dict[str, list[float]] = {name: [] for name in sizes}
         for _ in range(options.runs):
             for name, size in sizes.items():
@@ -99,7 +98,7 @@ def main() -> None:
 
 
 def write_repeated(path: Path, texts: list[str], megabytes: int) -> Path:
-    """A file of that size: all stories in a random order, again and again."""
+    """Write a file of about that size: all stories in random order, repeatedly."""
     order, size = random.Random(1), 0
     texts = list(texts)
     with path.open("w", encoding="utf-8", newline="\n") as file:
@@ -113,7 +112,7 @@ def write_repeated(path: Path, texts: list[str], megabytes: int) -> Path:
 
 
 def measure_process(name: str, source: Path, folder: Path) -> tuple[float, float]:
-    """Seconds of one process from start to end, and the peak of resident megabytes of it and its children."""
+    """Run one process; return its seconds, and the peak resident megabytes of it and its children."""
     out, tokenizer = folder / f"{name}-out", folder / "tokenizer.json"
     if name == "ours":
         code = OUR_SCRIPT.format(source=str(source), out=str(out))
@@ -142,7 +141,7 @@ def resident_bytes(process: psutil.Popen) -> int:
     try:
         for member in (process, *process.children(recursive=True)):
             total += member.memory_info().rss
-    except psutil.Error:  # it has just ended
+    except psutil.Error:  # the process has just exited
         pass
     return total
 
@@ -158,7 +157,7 @@ def report(
         print(f"{name:12}{sizes[name]:6}{medians[name]:8.1f}{min(values):8.1f}{max(values):8.1f}{ratio}")
     if peak is not None:
         print(f"peak memory over {options.memory_megabytes} MB: {peak:.0f} MB")
-    facts = {
+    measurements = {
         "mb_per_s": medians,
         "ratios": ratios,
         "rates": rates,
@@ -167,7 +166,7 @@ def report(
         "cores": os.cpu_count(),
         "machine": platform.processor() or platform.machine(),
     }
-    print(json.dumps({"benchmark": "prepare", **vars(options), **facts}))
+    print(json.dumps({"benchmark": "prepare", **vars(options), **measurements}))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Where the time of a training step goes, and whether the host ever waits for the device inside the loop.
+"""Where the time of a training step goes, and how often the host waits for the device inside the loop.
 
-Trains a preset on prepared data as `tinystories train` does and profiles some steps after a warm-up (compilation, the
-optimizers' state, the allocator's memory). Prints a table of the operations that take longest and a JSON line: the
-device's busy share of the time, and how often a step called what waits for a device. A step waits once, for the
-results of the step before it (`cudaEventSynchronize`); any other wait is a stall.
+Trains a preset on prepared data like `tinystories train`, and profiles some steps after a warmup (compilation,
+optimizer state, memory allocator). Prints a table of the slowest operations and a JSON line: the fraction of time the
+device is busy, and the blocking calls per step. A step waits once, for the results of the previous step
+(`cudaEventSynchronize`); any other wait is a stall.
 
     python benchmarks/profile_training.py --config storyteller --data data/tinystories-bpe4096 --device cuda
 """
@@ -25,23 +25,23 @@ from tinystories.train.display import Display
 from tinystories.train.loop import Trainer
 from tinystories.train.metrics import Metrics
 
-# Calls of the CUDA runtime during which the host waits. A copy is one only where its memory is not pinned: PyTorch then
-# waits for the stream as well, so it is not counted twice.
+# CUDA runtime calls that block the host. Copies are not listed: one that blocks (from unpinned memory) is followed by a
+# stream synchronization, which is.
 BLOCKING_CALLS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 WARM_UP_STEPS = 8
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="storyteller", help="preset or file")
+    parser.add_argument("--config", default="storyteller", help="preset or TOML file")
     parser.add_argument("--data", type=Path, required=True, help="folder made by `tinystories prepare`")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--steps", type=int, default=20, help="that are profiled")
-    parser.add_argument("--rows", type=int, default=20, help="of the table of operations")
+    parser.add_argument("--steps", type=int, default=20, help="steps to profile")
+    parser.add_argument("--rows", type=int, default=20, help="rows of the table of operations")
     options, overrides = parser.parse_known_args()
     settings = parse_settings(overrides)
     steps = WARM_UP_STEPS + options.steps
-    postponed = ("log_every", "eval_every", "checkpoint_every")  # fall due at the end, after what is profiled
+    postponed = ("log_every", "eval_every", "checkpoint_every")  # postponed until after the profiled steps
     settings |= {"data.dir": str(options.data), "train.device": options.device}
     settings |= {f"train.{name}": str(steps + 1) for name in ("steps", *postponed)}
     with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,7 @@
-"""Size against quality: bits per byte of models in several precisions, and the megabytes that each would ship with.
+"""Size against quality: bits per byte of models in several precisions, and the size in megabytes of each.
 
 A point is a model directory in one precision of the CPU engine, scored on all validation stories; its size is that of
-the packed weights (fp32: model.safetensors) and the tokenizer. Scores that are on record already may be drawn too.
+the quantized weights (fp32: model.safetensors) plus the tokenizer. Previously recorded scores can be added to the plot.
 Prints a table and one JSON line; draws --out.
 
     python benchmarks/sizes.py runs/small runs/storyteller --val stories/valid.txt --out sizes.png
@@ -21,13 +21,18 @@ from tinystories.evaluate.report import evaluate_model
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", help="model directories, perhaps as LABEL=DIRECTORY")
-    parser.add_argument("--val", required=True, help="stories they have not seen")
-    parser.add_argument("--precisions", default="int8,int4", help="of int8, int4, fp32")
+    parser.add_argument("models", nargs="+", help="model directories, optionally as LABEL=DIRECTORY")
+    parser.add_argument("--val", required=True, help="validation stories")
+    parser.add_argument("--precisions", default="int8,int4", help="comma-separated: int8, int4, fp32")
     parser.add_argument(
-        "--recorded", nargs=2, action="append", default=[], metavar=("LABEL", "MB,BITS"), help="a point from a record"
+        "--recorded",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("LABEL", "MB,BITS"),
+        help="add a recorded point to the plot",
     )
-    parser.add_argument("--out", type=Path, default=Path("sizes.png"), help="picture")
+    parser.add_argument("--out", type=Path, default=Path("sizes.png"), help="file of the plot")
     options = parser.parse_args()
     points = []
     for model_spec in options.models:
@@ -51,7 +56,7 @@ def model_megabytes(files: ModelFiles, precision: str) -> float:
 
 
 def draw(path: Path, points: list[tuple[str, str, float, float]]) -> None:
-    """One colour for each precision."""
+    """Plot bits per byte against size, one color per precision."""
     import matplotlib as mpl
 
     mpl.use("agg")
@@ -65,7 +70,7 @@ def draw(path: Path, points: list[tuple[str, str, float, float]]) -> None:
             offset = (6, 4) if precision == "recorded" else (6, -10)
             axes.annotate(label, (size, score), textcoords="offset points", xytext=offset, fontsize=8)
     axes.set(xlabel="megabytes, tokenizer included", ylabel="bits per byte on validation stories")
-    axes.set_xlim(0, 1.35 * max(point[2] for point in points))  # labels stand to the right
+    axes.set_xlim(0, 1.35 * max(point[2] for point in points))  # room for the labels on the right
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)

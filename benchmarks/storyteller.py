@@ -1,17 +1,17 @@
-"""How good the storyteller is: bits per byte of its packed weights, and what 200 of its stories are like.
+"""How good the storyteller is: bits per byte of its quantized weights, and statistics of 200 generated stories.
 
-Scores the model on all validation stories as it is shipped (and, with --precision, as others would run it). Then tells
-200 stories with its own settings, seeds 0 to 199, half of them without an opening, and counts: how many end by
-themselves within 400 tokens, loop (6 words three times), copy (13 words in a row that stand in the training stories),
-begin alike, and which names occur; the same counts of 200 validation stories stand beside. Prints a table and one JSON
-line; --out keeps the stories.
+Scores the model on all validation stories as it is shipped (with --precision: in other precisions). Then generates 200
+stories with its default settings, seeds 0 to 199, half of them without a prompt, and counts: how many end within 400
+tokens, loop (6 words three times), copy (13 consecutive words of a training story), have the same opening, and which
+names occur; next to the same statistics of 200 validation stories. Prints a table and one JSON line; --out writes the
+stories to a file.
 
     python benchmarks/storyteller.py --train stories/train.txt --val stories/valid.txt
     python benchmarks/storyteller.py runs/mine --train stories/train.txt --val stories/valid.txt --sweep
 
-`--sweep` tells 200 stories at each of several temperatures, min-p and repetition penalties instead, and lets --judge, a
-model trained apart, say how likely they are: settings are good where its bits per byte and the variety are those of the
-validation stories.
+`--sweep` instead generates 200 stories for each combination of temperature, min-p and repetition penalty, and scores
+them with --judge, an independently trained model: good settings match the validation stories in bits per byte and
+diversity.
 """
 
 import argparse
@@ -54,10 +54,12 @@ TEMPERATURES, MIN_PS, PENALTIES = (0.6, 0.7, 0.8, 0.9, 1.0), (0.0, 0.05, 0.1), (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default=None, help="model directory  [default: the bundled storyteller]")
-    parser.add_argument("--train", required=True, help="stories it learned from (files or a folder)")
-    parser.add_argument("--val", required=True, help="stories it has not seen")
-    parser.add_argument("--precision", default="auto", help="of the CPU engine: int8 (auto), int4, fp32; with commas")
-    parser.add_argument("--out", type=Path, help="file for the 200 stories, one JSON object a line")
+    parser.add_argument("--train", required=True, help="training stories (files or a folder)")
+    parser.add_argument("--val", required=True, help="validation stories")
+    parser.add_argument(
+        "--precision", default="auto", help="CPU engine precisions, comma-separated: int8 (auto), int4, fp32"
+    )
+    parser.add_argument("--out", type=Path, help="file for the 200 stories, one JSON object per line")
     parser.add_argument("--sweep", action="store_true", help="compare sampling settings instead")
     parser.add_argument("--judge", help="another model directory, for --sweep")
     options = parser.parse_args()
@@ -68,8 +70,8 @@ def main() -> None:
     if options.sweep:
         sweep(storyteller, options.judge, val, seen)
         return
-    facts: dict[str, Any] = {"benchmark": "storyteller", "machine": f"{platform.machine()} {platform.system()}"}
-    facts["bits_per_byte"] = {precision: score_model(options.model, precision, options.val) for precision in precisions}
+    output: dict[str, Any] = {"benchmark": "storyteller", "machine": f"{platform.machine()} {platform.system()}"}
+    output["bits_per_byte"] = {name: score_model(options.model, name, options.val) for name in precisions}
     generated, seconds = generate_stories(storyteller, storyteller.settings)
     our_stats, reference_stats = (
         measure_stories([story.text for story in generated], seen),
@@ -84,7 +86,7 @@ def main() -> None:
         options.out.write_text("".join(json.dumps(story.as_dict()) + "\n" for story in generated), encoding="utf-8")
     print(
         json.dumps(
-            facts
+            output
             | {"sampling": dataclasses.asdict(storyteller.settings), "ours": our_stats, "validation": reference_stats}
         )
     )
@@ -101,7 +103,7 @@ def score_model(model: str | None, precision: str, val: str) -> float:
 
 
 def generate_stories(storyteller: Storyteller, sampling: SamplingConfig) -> tuple[list[Story], float]:
-    """Seeds 0 to 199: every second one without an opening, the others by turns with one of OPENINGS."""
+    """Generate stories with seeds 0 to 199: even ones without a prompt, odd ones cycling through OPENINGS."""
     requests = (
         Request(
             prompt=OPENINGS[seed // 2 % len(OPENINGS)] if seed % 2 else "",
@@ -116,7 +118,7 @@ def generate_stories(storyteller: Storyteller, sampling: SamplingConfig) -> tupl
 
 
 def sample_evenly(val: list[str]) -> list[str]:
-    """As many validation stories, evenly spaced."""
+    """Return `N_STORIES` evenly spaced validation stories."""
     return [val[i * len(val) // N_STORIES] for i in range(min(N_STORIES, len(val)))]
 
 

@@ -1,11 +1,11 @@
-"""Tokens per second of one and of many streams at once, on a GPU: the torch engine beside Hugging Face `generate`.
+"""Tokens per second of one and of many concurrent streams on a GPU: the torch engine against Hugging Face `generate`.
 
-Both have the same weights (random ones: speed does not depend on them) and the same precision, and take turns (A B A B
-...) at the same prompts. `greedy` takes the likeliest id; `sampled` is what `tinystories generate` does by default
-(temperature 0.8, min-p 0.05), by the program's own loop, texts included. The peer is as fast as transformers makes it:
-a static cache, and on CUDA its compiled decoding step with CUDA graphs. Times include the reading of the prompts, and
-come after two turns of warm-up. Prints a table and a JSON line for each number of streams; the ratio is the median over
-the rounds. Ids of both are compared: in bf16 they part sooner or later where two are nearly as likely.
+Both run the same random weights (speed does not depend on their values) in the same precision, interleaved (A B A B
+...), on the same prompts. `greedy` is greedy decoding; `sampled` is the default of `tinystories generate` (temperature
+0.8, min-p 0.05) through our own generation loop, including detokenization. transformers runs in its fastest
+configuration: a static cache, and on CUDA its compiled decoding step with CUDA graphs. Times include prefill and follow
+two warmup runs. Prints a table and a JSON line for each number of streams; the ratio is the median over the rounds. The
+ids of both are compared: in bf16 they eventually diverge where two ids are almost equally likely.
 
     python benchmarks/streams.py --preset modern-89m --vocab 50257 --streams 1,256,32 --device cuda
 """
@@ -35,30 +35,30 @@ from tinystories.interop.hf import to_transformers
 from tinystories.model import GPT
 
 TokenIds = list[list[int]]
-Generate = Callable[[TokenIds, int], TokenIds]  # so many new ids after each prompt
+Generate = Callable[[TokenIds, int], TokenIds]  # (prompts, number of new ids) -> new ids of each
 GREEDY = SamplingConfig(temperature=0.0)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="modern-89m", help="preset or TOML file: the sizes of the model")
+    parser.add_argument("--preset", default="modern-89m", help="preset or TOML file with the model sizes")
     parser.add_argument("--vocab", type=int, default=50257)
-    parser.add_argument("--streams", default="1,256,32", help="numbers of streams, in this order")
+    parser.add_argument("--streams", default="1,256,32", help="numbers of streams, comma-separated")
     parser.add_argument("--prompt-tokens", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=200, help="new ones of a stream")
-    parser.add_argument("--runs", type=int, default=5, help="rounds; each side writes once in each")
+    parser.add_argument("--tokens", type=int, default=200, help="new tokens per stream")
+    parser.add_argument("--runs", type=int, default=5, help="rounds; each program runs once per round")
     parser.add_argument("--device", default="auto")
     options, overrides = parser.parse_known_args()
     settings = parse_settings(overrides)
     shape = load_config(options.preset, settings).model
     config = dataclasses.replace(shape, vocab_size=options.vocab, dropout=0.0)
     if options.prompt_tokens + options.tokens > config.n_ctx:
-        raise UserError(f"--prompt-tokens and --tokens do not fit the context of {config.n_ctx} together")
+        raise UserError(f"--prompt-tokens plus --tokens must be at most the context length, {config.n_ctx}")
     device = select_device(options.device)
     torch.manual_seed(0)
     model = GPT(config).eval()
     with torch.no_grad():
-        for weight in model.parameters():  # matrices that keep the size of what goes through them
+        for weight in model.parameters():  # variance-preserving initialization
             if weight.ndim == 2:
                 weight.normal_(std=weight.shape[1] ** -0.5)
     hf_generator = make_hf_generator(model, device)
@@ -74,7 +74,7 @@ def compare(
     device: torch.device,
     n_streams: int,
 ) -> dict[str, Any]:
-    """All ways to write so many streams, by turns."""
+    """Time all generators on `n_streams` streams, interleaved."""
     our_model = GPT(config).eval()
     our_model.load_state_dict(model.state_dict())
     engine = TorchEngine(our_model, n_slots=n_streams, device=device, owns_model=True)
@@ -120,7 +120,7 @@ def make_story_generator(engine: TorchEngine, tokenizer: Tokenizer) -> Generate:
 
 
 def build_plain_tokenizer(vocab_size: int) -> Tokenizer:
-    """A byte-level tokenizer with as many ids as the model; those that no text has are written as nothing."""
+    """Return a byte-level tokenizer with `vocab_size` ids; the unused ones decode to nothing."""
     parts = build_from_spec("bpe:257", lambda: ["a"]).json_data
     vocab = parts["model"]["vocab"]
     extra = {f"<unused {i}>": i for i in range(len(vocab), vocab_size - 1)}  # the last is END
@@ -161,15 +161,15 @@ def report(
     seconds: dict[str, list[float]],
     ids: dict[str, TokenIds],
 ) -> dict[str, Any]:
-    """Print the table of one number of streams; returns its JSON line."""
+    """Print the table for one number of streams, and return its JSON line."""
     hf_seconds = seconds["transformers, greedy"]
-    rates = {name: n_streams * options.tokens / statistics.median(taken) for name, taken in seconds.items()}
+    rates = {name: n_streams * options.tokens / statistics.median(times) for name, times in seconds.items()}
     ratios = {
-        name: statistics.median(b / a for a, b in zip(taken, hf_seconds, strict=True))
-        for name, taken in seconds.items()
+        name: statistics.median(b / a for a, b in zip(times, hf_seconds, strict=True))
+        for name, times in seconds.items()
     }
     pairs = list(zip(ids["ours, greedy"], ids["transformers, greedy"], strict=True))
-    matching = sum(a == b for ours, theirs in pairs for a, b in zip(ours, theirs, strict=True)) / (
+    matching = sum(a == b for our_ids, hf_ids in pairs for a, b in zip(our_ids, hf_ids, strict=True)) / (
         n_streams * options.tokens
     )
     print(f"\n{n_streams} streams of {options.tokens} tokens, {engine.device}, {engine.precision}")

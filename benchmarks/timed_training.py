@@ -1,10 +1,10 @@
-"""Trains a model for as many epochs as fit into a number of seconds, and packs its weights to be carried away.
+"""Train a model for as many epochs as fit into a number of seconds, and archive its weights.
 
-A short pilot run measures the speed (beside whatever else runs on the device); from that follow the steps, so that the
-schedule ends in time: at most --epochs. Time counts from the start of this process. A run that was cut off goes on
-where it stopped, with the steps that it began with. Under WORK/weights lie afterwards NAME-int8.tar (a model directory
-as `tinystories pack --out` makes it) and NAME-fp16.tar (one with weights in fp16, which `gpu.py unpack` turns into a
-model directory). The last line is a JSON object with the score.
+A short pilot run measures the speed (along with whatever else runs on the device) and determines the number of steps,
+at most --epochs, so that the schedule ends in time. Time counts from the start of this process. An interrupted run
+resumes with its original number of steps. Afterward WORK/weights contains NAME-int8.tar (an int8-only model directory)
+and NAME-fp16.tar (weights in fp16, which `gpu.py unpack` turns into a model directory). The last line is a JSON object
+with the score.
 
     python benchmarks/timed_training.py wide --seconds 150 --epochs 12 --data data/stories --work runs/timed \\
       --config storyteller --model.n_embd 320 --model.n_head 5 --optim.weight_decay 0.8
@@ -30,20 +30,20 @@ from tinystories.engine.cpu.int8_model import write_int8_model
 from tinystories.errors import UserError
 from tinystories.train.run import train
 
-PILOT_STEPS = 60  # the last 10 are timed: compilation and the growth of memory lie before them
-TIME_MARGIN = 0.93  # share of the time that steps may take: others on the device may begin to compute meanwhile
+PILOT_STEPS = 60  # the last 10 are timed, after compilation and memory growth
+TIME_MARGIN = 0.93  # fraction of the time to plan for: other processes may slow the device down
 PACKING_SECONDS = 5.0
 FP16_WEIGHTS = "model-fp16.safetensors"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", help="of the run: WORK/NAME")
-    parser.add_argument("--seconds", type=float, required=True, help="of this whole process")
-    parser.add_argument("--epochs", type=float, required=True, help="at most")
+    parser.add_argument("name", help="name of the run, stored in WORK/NAME")
+    parser.add_argument("--seconds", type=float, required=True, help="time budget of this process")
+    parser.add_argument("--epochs", type=float, required=True, help="maximum number of epochs")
     parser.add_argument("--data", type=Path, required=True, help="folder made by `tinystories prepare`")
-    parser.add_argument("--work", type=Path, required=True, help="folder of the runs")
-    parser.add_argument("--config", default="storyteller", help="preset or file with all other settings")
+    parser.add_argument("--work", type=Path, required=True, help="folder for the runs")
+    parser.add_argument("--config", default="storyteller", help="preset or TOML file with all other settings")
     options, overrides = parser.parse_known_args()
     settings = parse_settings(overrides)
     run = options.work / options.name
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def plan_config(options: argparse.Namespace, settings: dict[str, str]) -> Config:
-    """The config with the steps that fit, after the pilot run."""
+    """Run the pilot, and return the config with the number of steps that fits."""
     no_evaluation = {"train.eval_every": str(10**9), "train.checkpoint_every": str(10**9)}
     settings = {"data.dir": str(options.data)} | settings | no_evaluation
     pilot = options.work / f"{options.name}.pilot"
@@ -81,7 +81,7 @@ def plan_config(options: argparse.Namespace, settings: dict[str, str]) -> Config
     train(load_config(options.config, settings | {"train.log_every": "10", "train.steps": str(PILOT_STEPS)}), pilot)
     records = [json.loads(line) for line in (pilot / "metrics.jsonl").read_text().splitlines()]
     last_record = [record for record in records if "loss" in record][-1]
-    # The real run, too, loads the data, and ends with an evaluation on all stories, samples and a checkpoint.
+    # The real run has the same overhead: loading data, and a final evaluation on all stories, samples and a checkpoint.
     overhead = time.perf_counter() - start_time - last_record["seconds"] + PACKING_SECONDS
     shutil.rmtree(pilot)
     used_seconds = time.time() - psutil.Process().create_time()
@@ -90,7 +90,7 @@ def plan_config(options: argparse.Namespace, settings: dict[str, str]) -> Config
     max_steps = options.epochs * count_rows(config) / config.train.batch_size
     steps = round(min(max_steps, tokens / (config.train.batch_size * config.model.n_ctx)))
     if steps < PILOT_STEPS:
-        raise UserError(f"--seconds {options.seconds:g} are too few: the pilot run took {used_seconds:.0f}")
+        raise UserError(f"--seconds {options.seconds:g} is too short: the pilot run took {used_seconds:.0f} s")
     settings |= {"train.steps": str(steps), "train.checkpoint_every": str(max(1, steps // 4))}
     return load_config(options.config, settings)
 
@@ -100,7 +100,7 @@ def count_rows(config: Config) -> int:
 
 
 def archive_weights(run: Path, folder: Path, name: str) -> None:
-    """The model in int8 and in fp16, each as one tar file."""
+    """Write the model in int8 and in fp16, each as one tar file."""
     files = read_model(run)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:

@@ -1,12 +1,12 @@
-"""Quality for tokens: this project's recipe against nanoGPT's model, data order and AdamW, on the same stories.
+"""Token efficiency: this project's recipe against nanoGPT's model, data order and AdamW, on the same stories.
 
-Every run trains from scratch in a process of its own with one thread, and leaves a folder with metrics.jsonl; finished
-ones are not run again, so the command can be stopped and given again. Bits per byte follow docs/evaluation.md for both.
-The peer is tuned: `--tune` runs a grid of learning rates and batches for a quarter of the tokens, and the best of them
-are then run for all tokens. Ours is the preset as it stands, for 1/2.5 and 1/3.5 of the tokens and for all of them.
-Prints a table and one JSON line; draws curves.png.
+Every run trains from scratch in its own single-threaded process and writes a folder with metrics.jsonl; finished runs
+are not repeated, so the command can be stopped and restarted. Bits per byte follow docs/evaluation.md for both. nanoGPT
+is tuned: `--tune` runs a grid of learning rates and batch sizes on a quarter of the tokens, and the best settings then
+run on all tokens. Ours is the unchanged preset, on 1/2.5 and 1/3.5 of the tokens and on all of them. Prints a table and
+one JSON line; draws curves.png.
 
-nanoGPT's model.py is not part of this project: name the one of a checkout.
+nanoGPT's model.py is not part of this project: pass the path to a checkout.
 
     tinystories prepare train.txt --val valid.txt --tokenizer bpe:4096 --out data/bpe4096
     python benchmarks/token_efficiency.py --nanogpt nanoGPT/model.py --data data/bpe4096 --out runs/efficiency --tune
@@ -33,7 +33,7 @@ from tinystories.data.dataset import open_split
 from tinystories.engine.torch_engine import group_by_length
 from tinystories.evaluate.bits import evaluate_bits_per_byte, read_prepared_stories
 
-EVALUATIONS = 16  # in a run, on a fixed subset of 200 stories; then all of them
+EVALUATIONS = 16  # per run, on a fixed subset of 200 stories; the final one uses all
 LEARNING_RATES, BATCH_SIZES = (1e-3, 2e-3, 4e-3, 8e-3), (8, 16)
 
 
@@ -41,17 +41,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nanogpt", type=Path, required=True, help="model.py of a nanoGPT checkout")
     parser.add_argument("--data", type=Path, required=True, help="folder made by `tinystories prepare`")
-    parser.add_argument("--out", type=Path, required=True, help="where the runs go")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the runs")
     parser.add_argument(
-        "--config", default="small", help="our preset; the peer has its layers, width, heads and context"
+        "--config", default="small", help="our preset; nanoGPT uses its layers, width, heads and context"
     )
     parser.add_argument("--tokens", type=int, default=8_192_000)
-    parser.add_argument("--peers", type=int, default=2, help="settings of the peer's grid, best first, for all tokens")
-    parser.add_argument("--divisors", default="2.5,3.5,1", help="our runs see the tokens divided by each of these")
-    parser.add_argument("--seeds", default="1,2,3", help="of our runs, several with commas")
-    parser.add_argument("--tune", action="store_true", help="the grid of the peer, at a quarter of the tokens")
-    parser.add_argument("--workers", type=int, default=2, help="runs side by side, one thread each")
-    parser.add_argument("--peer", help=argparse.SUPPRESS)  # one run of the peer in this process: rate,batch,tokens
+    parser.add_argument("--peers", type=int, default=2, help="number of best nanoGPT settings to run on all tokens")
+    parser.add_argument("--divisors", default="2.5,3.5,1", help="our runs train on the tokens divided by each of these")
+    parser.add_argument("--seeds", default="1,2,3", help="seeds of our runs, comma-separated")
+    parser.add_argument("--tune", action="store_true", help="run the nanoGPT grid on a quarter of the tokens")
+    parser.add_argument("--workers", type=int, default=2, help="runs in parallel, one thread each")
+    parser.add_argument(
+        "--peer", help=argparse.SUPPRESS
+    )  # one nanoGPT run in this process: learning rate,batch size,tokens
     options = parser.parse_args()
     if options.peer:
         rate, rows, tokens = options.peer.split(",")
@@ -71,7 +73,7 @@ def plan_tuning(options: argparse.Namespace) -> dict[str, list[str]]:
 
 
 def plan_comparison(options: argparse.Namespace) -> dict[str, list[str]]:
-    """The best settings of the peer's grid at all tokens; ours at all tokens and at fewer."""
+    """Plan the best settings of the nanoGPT grid on all tokens, and ours on all tokens and on fewer."""
     tuned = [
         build_nanogpt_command(options, rate, rows, options.tokens // 4)[0]
         for rows in BATCH_SIZES
@@ -79,7 +81,7 @@ def plan_comparison(options: argparse.Namespace) -> dict[str, list[str]]:
     ]
     scores = {name: final_record(options.out / name) for name in tuned if is_done(options.out / name)}
     if len(scores) < len(tuned):
-        sys.exit(f"the peer is not tuned yet: {len(scores)} of {len(tuned)} runs are there; run with --tune first")
+        sys.exit(f"nanoGPT is not tuned yet: {len(scores)} of {len(tuned)} runs are finished; run with --tune first")
     plan: dict[str, list[str]] = {}
     for name in sorted(scores, key=lambda name: scores[name]["val_bits_per_byte"])[: options.peers]:
         _, rate, rows, _ = name.split("_")
@@ -94,7 +96,7 @@ def plan_comparison(options: argparse.Namespace) -> dict[str, list[str]]:
 
 
 def evaluation_steps(config_name: str, tokens: int) -> int:
-    """Steps between evaluations, so that there are `EVALUATIONS` of them."""
+    """Return the steps between evaluations that give `EVALUATIONS` of them."""
     config = load_config(config_name)
     return max(1, tokens // (config.train.batch_size * config.model.n_ctx * EVALUATIONS))
 
@@ -115,7 +117,10 @@ def build_nanogpt_command(options: argparse.Namespace, rate: float, rows: int, t
 
 
 def train_nanogpt(options: argparse.Namespace, peak_lr: float, rows: int, tokens: int) -> None:
-    """nanoGPT's train.py: random windows of the stream, AdamW (0.9, 0.99), decay 0.1, clipping, cosine to a tenth."""
+    """Train as nanoGPT's train.py does.
+
+    Random windows of the token stream, AdamW (0.9, 0.99), weight decay 0.1, clipping, cosine decay to a tenth.
+    """
     shape = load_config(options.config).model
     torch.manual_seed(1337)
     train, _ = open_split(options.data, "train")
@@ -169,7 +174,7 @@ def train_nanogpt(options: argparse.Namespace, peak_lr: float, rows: int, tokens
 
 
 class NanoGPTEngine:
-    """nanoGPT's model as far as scoring asks for an engine."""
+    """nanoGPT's model behind the part of the engine protocol that scoring uses."""
 
     def __init__(self, model: Any, config: Any) -> None:
         self.model, self.config = model, config
@@ -191,7 +196,7 @@ class NanoGPTEngine:
 
 
 def report(options: argparse.Namespace, names: list[str]) -> None:
-    """The table, the picture and the JSON line of finished runs."""
+    """Print the table and the JSON line of finished runs; draw the plot."""
     results = []
     print(f"{'run':32} {'tokens':>12} {'seconds':>9} {'bits per byte':>14}")
     for name in names:
@@ -200,12 +205,12 @@ def report(options: argparse.Namespace, names: list[str]) -> None:
         print(f"{name:32} {tokens:12,} {elapsed:9,.0f} {score:14.4f}")
         results.append({"run": name, "tokens": tokens, "seconds": elapsed, "bits_per_byte": score})
     draw(options, names)
-    facts = {"benchmark": "token_efficiency", "config": options.config, "torch": torch.__version__}
-    print(json.dumps(facts | {"results": results}))
+    environment = {"benchmark": "token_efficiency", "config": options.config, "torch": torch.__version__}
+    print(json.dumps(environment | {"results": results}))
 
 
 def draw(options: argparse.Namespace, names: list[str]) -> None:
-    """Bits per byte against tokens and against seconds; seeds of one kind of run share a colour."""
+    """Plot bits per byte against tokens and against seconds; seeds of one configuration share a color."""
     import matplotlib as mpl
 
     mpl.use("agg")
@@ -233,12 +238,16 @@ def draw(options: argparse.Namespace, names: list[str]) -> None:
 
 
 def legend_label(kind: str) -> str:
-    who, *rest = kind.split("_")
-    return f"nanoGPT, AdamW {rest[0]}, {rest[1]} rows a step" if who == "nanogpt" else f"ours, {rest[0]} tokens"
+    implementation, *rest = kind.split("_")
+    return (
+        f"nanoGPT, AdamW {rest[0]}, {rest[1]} rows per step"
+        if implementation == "nanogpt"
+        else f"ours, {rest[0]} tokens"
+    )
 
 
 def add_elapsed_seconds(run_records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The records, each with the seconds of training up to it."""
+    """Return the records, each with the seconds of training up to it."""
     elapsed = 0.0
     return [record | {"seconds": (elapsed := max(elapsed, record.get("seconds", 0.0)))} for record in run_records]
 

@@ -1,25 +1,25 @@
 """Training speed: tokens per second of whole optimizer steps, this project against nanoGPT's model.
 
-Both take turns in one process (A B A B ...) at the same shape, batch and precision: forward, backward, gradient
-clipping at 1.0 and AdamW (0.9, 0.95, decay 0.1; fused for both), on random tokens. nanoGPT is tuned: both of its `bias`
-settings are run and, with --compile, it is compiled as well; its fastest variant counts. Ours is `classic` (the same
-products as nanoGPT's: 4x feed-forward) and `modern` (SwiGLU of the same size). A ratio is the median over the rounds of
-the time of nanoGPT's fastest variant (by its median) over ours, so that a machine that speeds up or slows down changes
-both. Prints a table and a JSON line for each micro-batch.
+Both run interleaved in one process (A B A B ...) with the same shape, batch and precision: forward, backward, gradient
+clipping at 1.0 and AdamW (0.9, 0.95, weight decay 0.1; fused for both), on random tokens. nanoGPT is tuned: both of its
+`bias` settings run, also compiled with --compile, and its fastest variant counts. Ours is `classic` (the same matmuls
+as nanoGPT: 4x MLP) and `modern` (SwiGLU of the same size). A ratio is the median over the rounds of the time of
+nanoGPT's fastest variant (by its median) divided by ours, so that changes in machine speed affect both. Prints a table
+and a JSON line for each micro-batch.
 
-nanoGPT's head is its embedding, and so is ours unless --untied, as the presets of 89M parameters have it: the products
-are the same, but AdamW then updates one more matrix of the vocabulary's size, which counts against us. On CUDA nanoGPT
-is also given its own vocabulary, a multiple of 64 (--peer-vocab 50304), with the ids of the smaller one.
+nanoGPT ties its output head to the embedding, and so do we unless --untied, as in the presets with 89M parameters: the
+matmuls are the same, but AdamW then updates one more matrix of the vocabulary's size, which counts against us. On CUDA,
+nanoGPT can also run with a vocabulary padded to a multiple of 64 (--peer-vocab 50304), with the ids of the smaller one.
 
-On CUDA the peak of memory is told as well: a variant's weights and optimizer, and what its step needs beside them. MFU
-is that of the model's own arithmetic (train/estimate.py), against the dense bf16 rate of the maker's data sheet. The
-steps have their rows on the device already; what a whole run reaches stands in its metrics.jsonl.
+On CUDA the peak memory is reported as well: a variant's weights and optimizer state plus what its step needs in
+addition. MFU counts the model's own FLOPs (train/estimate.py), relative to the dense bf16 peak of the vendor's data
+sheet. The inputs are already on the device; the throughput of whole runs is in their metrics.jsonl.
 
-Compiling is what takes longest. --compile-jobs N first compiles every variant in processes of their own, N at a time;
-each prints the seconds from its start to the end of its first step, and leaves its code in the compiler's cache, where
-the process that measures finds it. With --first-steps that is all.
+Compilation takes longest. --compile-jobs N first compiles every variant in its own process, N in parallel; each prints
+the seconds from its start to the end of its first step, and leaves its code in the compiler's cache for the process
+that measures. With --first-steps, only this is done.
 
-nanoGPT's model.py is not part of this project: name the one of a checkout.
+nanoGPT's model.py is not part of this project: pass the path to a checkout.
 
     python benchmarks/train.py --nanogpt nanoGPT/model.py --shape 12x512 --vocab 50257
     python benchmarks/train.py --nanogpt nanoGPT/model.py --shape 6x240 --heads 6 --vocab 4096 --compile
@@ -54,14 +54,14 @@ from tinystories.model.loss import Objective
 from tinystories.train.estimate import estimate_flops_per_token
 from tinystories.train.optim import Optimizers, build_optimizers
 
-PEAK_BF16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense, FLOP/s, from the makers' data sheets
+PEAK_BF16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense FLOP/s from the vendors' data sheets
 
 LossFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One model, compiled or not, with its optimizers: what is measured."""
+    """One model to measure, compiled or not, with its optimizers."""
 
     name: str
     compute_loss: LossFunction
@@ -76,21 +76,25 @@ def main() -> None:
     parser.add_argument("--shape", default="6x240", help="layers x width")
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--vocab", type=int, default=4096)
-    parser.add_argument("--peer-vocab", help="of nanoGPT, several with commas; that of --vocab by default")
-    parser.add_argument("--untied", action="store_true", help="our head is a matrix of its own; nanoGPT's never is")
-    parser.add_argument("--dropout", type=float, default=0.0, help="of both; nanoGPT drops attention weights as well")
+    parser.add_argument("--peer-vocab", help="nanoGPT's vocabulary sizes, comma-separated  [default: --vocab]")
+    parser.add_argument("--untied", action="store_true", help="do not tie our output head; nanoGPT's is always tied")
+    parser.add_argument(
+        "--dropout", type=float, default=0.0, help="dropout of both; nanoGPT also drops attention weights"
+    )
     parser.add_argument("--context", type=int, default=256)
-    parser.add_argument("--micro-batch", default="8", help="rows per step, several with commas")
-    parser.add_argument("--runs", type=int, default=5, help="rounds; each variant is timed once in each")
+    parser.add_argument("--micro-batch", default="8", help="rows per step, comma-separated")
+    parser.add_argument("--runs", type=int, default=5, help="rounds; each variant is timed once per round")
     parser.add_argument("--steps", type=int, default=1, help="optimizer steps timed together")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
-    parser.add_argument("--compile", action="store_true", help="also compiled variants of both")
-    parser.add_argument("--muon", action="store_true", help="ours with Muon for the matrices of the blocks")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    parser.add_argument("--compile", action="store_true", help="also run compiled variants of both")
+    parser.add_argument("--muon", action="store_true", help="train our blocks' matrices with Muon")
     parser.add_argument("--only", default="", help="regular expression: only variants whose name it matches")
     parser.add_argument("--peer-bias", default="false,true", help="nanoGPT's `bias`: one setting or both")
-    parser.add_argument("--compile-jobs", type=int, default=0, help="compile that many variants at a time beforehand")
-    parser.add_argument("--first-steps", action="store_true", help="only take and time the first step of each variant")
+    parser.add_argument(
+        "--compile-jobs", type=int, default=0, help="compile beforehand, this many variants in parallel"
+    )
+    parser.add_argument("--first-steps", action="store_true", help="only run and time the first step of each variant")
     options = parser.parse_args()
     device = torch.device(options.device)
     torch.set_num_threads(options.threads)
@@ -105,13 +109,13 @@ def main() -> None:
     if options.first_steps:
         return
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    facts = {"benchmark": "train", "machine": machine, "threads": options.threads, "torch": torch.__version__}
+    environment = {"benchmark": "train", "machine": machine, "threads": options.threads, "torch": torch.__version__}
     for rows in micro_batches:
-        print(json.dumps(facts | {"results": [compare(options, device, rows)]}), flush=True)
+        print(json.dumps(environment | {"results": [compare(options, device, rows)]}), flush=True)
 
 
 def print_first_steps(options: argparse.Namespace, device: torch.device, rows: int) -> None:
-    """One JSON line for each variant when its first step is done."""
+    """Run the first step of each variant, and print a JSON line for each."""
     inputs, targets = random_batch(options, device, rows)
     for variant in build_variants(options, device):
         start_time = time.perf_counter()
@@ -119,12 +123,12 @@ def print_first_steps(options: argparse.Namespace, device: torch.device, rows: i
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds, since_start = time.perf_counter() - start_time, time.time() - psutil.Process().create_time()
-        facts = {"benchmark": "first step", "variant": variant.name, "micro_batch": rows}
-        print(json.dumps(facts | {"seconds": seconds, "seconds_since_start": since_start}), flush=True)
+        labels = {"benchmark": "first step", "variant": variant.name, "micro_batch": rows}
+        print(json.dumps(labels | {"seconds": seconds, "seconds_since_start": since_start}), flush=True)
 
 
 def compile_ahead(options: argparse.Namespace, micro_batches: list[int]) -> None:
-    """The first steps of the compiled variants, each in a process of its own."""
+    """Run the first step of each compiled variant in its own process."""
     names = [f"ours {architecture} compiled" for architecture in ("classic", "modern")]
     names += [f"{nanogpt_name(options, *peer)} compiled" for peer in list_nanogpt_variants(options)]
 
@@ -155,7 +159,7 @@ def random_batch(options: argparse.Namespace, device: torch.device, rows: int) -
 
 
 def list_nanogpt_variants(options: argparse.Namespace) -> list[tuple[bool, int]]:
-    """nanoGPT's `bias` and vocabulary, of each of its variants."""
+    """Return (bias, vocabulary size) of each nanoGPT variant."""
     vocabs = [int(size) for size in (options.peer_vocab or str(options.vocab)).split(",")]
     return [(bias == "true", vocab) for bias in options.peer_bias.split(",") for vocab in vocabs]
 
@@ -166,13 +170,13 @@ def nanogpt_name(options: argparse.Namespace, bias: bool, vocab: int) -> str:
 
 
 def build_variants(options: argparse.Namespace, device: torch.device) -> Iterator[Variant]:
-    """All that are asked for, each built when it is its turn."""
+    """Yield the variants that the options select, building each on demand."""
     name_pattern = re.compile(options.only)
     n_layer, n_embd = map(int, options.shape.split("x"))
     compile_choices = (False, True) if options.compile else (False,)
     flops = {}
     for architecture in ("classic", "modern"):
-        # SwiGLU has three matrices: at two thirds of the width it has as many weights as the 4x feed-forward.
+        # SwiGLU has three matrices: at two thirds of the width it has as many weights as the 4x MLP.
         n_ff = 4 * n_embd if architecture == "classic" else round(8 * n_embd / 3 / 8) * 8
         config = ModelConfig(
             architecture=architecture, n_layer=n_layer, n_embd=n_embd, n_head=options.heads, n_ff=n_ff,
@@ -199,17 +203,19 @@ def build_variants(options: argparse.Namespace, device: torch.device) -> Iterato
             ).to(device)  # fmt: skip
             forward = torch.compile(nanogpt_model) if compiled else nanogpt_model
             optimizers = [build_nanogpt_optimizer(nanogpt_model, 1e-3, (0.9, 0.95), device.type)]
-            # The same products as those of `classic`, at most 0.1 % wider.
+            # The same matmuls as `classic`, except for a vocabulary up to 0.1 % larger.
             yield Variant(name, wrap_nanogpt_loss(forward), nanogpt_model, optimizers, flops["classic"])
 
 
 def compare(options: argparse.Namespace, device: torch.device, rows: int) -> dict[str, Any]:
-    """All variants at one micro-batch: medians, and ratios to nanoGPT's fastest."""
-    torch._dynamo.reset()  # else a second micro-batch would be compiled for changing shapes
+    """Time all variants at one micro-batch; return medians, and ratios to nanoGPT's fastest."""
+    torch._dynamo.reset()  # otherwise a second micro-batch size triggers compilation for dynamic shapes
     inputs, targets = random_batch(options, device, rows)
     variants_by_name = {variant.name: variant for variant in build_variants(options, device)}
     if not any(name.startswith("nanoGPT") for name in variants_by_name):
-        raise UserError(f"--only {options.only!r} leaves no variant of nanoGPT to compare with")
+        raise UserError(
+            f"--only {options.only!r} excludes every nanoGPT variant; at least one is needed as the baseline"
+        )
     step_functions = {name: make_step(variant, inputs, targets) for name, variant in variants_by_name.items()}
     seconds, extra_bytes = time_interleaved(step_functions, options.runs, options.steps, device)
     peaks = {
@@ -229,7 +235,7 @@ def wrap_nanogpt_loss(logits_and_loss: Callable[..., tuple[torch.Tensor, torch.T
 
 
 def make_step(variant: Variant, inputs: torch.Tensor, targets: torch.Tensor) -> Callable[[], None]:
-    """One optimizer step."""
+    """Return a function that runs one optimizer step."""
     bf16 = select_precision(inputs.device) == "bf16"
 
     def step() -> None:
@@ -247,8 +253,9 @@ def make_step(variant: Variant, inputs: torch.Tensor, targets: torch.Tensor) -> 
 def time_interleaved(
     step_functions: dict[str, Callable[[], None]], runs: int, steps: int, device: torch.device
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Seconds per step of every variant in every round, after two steps of warm-up each; on CUDA also the bytes that a
-    step needs at most beside what stays.
+    """Return the seconds per step of each variant in each round, after two warmup steps each.
+
+    On CUDA, also return the peak bytes that a step allocates in addition to weights and optimizer state.
     """
     synchronize = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
     extra_bytes: dict[str, int] = {}
@@ -273,7 +280,7 @@ def time_interleaved(
 
 
 def state_bytes(model: torch.nn.Module, optimizers: Optimizers) -> int:
-    """Bytes of weights, buffers and optimizer state, which stay from step to step."""
+    """Return the bytes of weights, buffers and optimizer state, which persist between steps."""
     entries = [entry for optimizer in optimizers for entry in optimizer.state.values()]
     moments = [tensor for entry in entries for tensor in entry.values() if torch.is_tensor(tensor)]
     return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers(), *moments))
@@ -287,12 +294,12 @@ def report(
     peaks: dict[str, int],
     device: torch.device,
 ) -> dict[str, Any]:
-    """Print the table of one micro-batch; returns it for the JSON line."""
-    medians = {name: statistics.median(taken) for name, taken in seconds.items()}
-    fastest_peer = min((name for name in medians if name.startswith("nanoGPT")), key=medians.__getitem__)
+    """Print the table for one micro-batch size, and return it for the JSON line."""
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    fastest_nanogpt = min((name for name in medians if name.startswith("nanoGPT")), key=medians.__getitem__)
     ratios = {
-        name: sorted(b / a for a, b in zip(taken, seconds[fastest_peer], strict=True))
-        for name, taken in seconds.items()
+        name: sorted(b / a for a, b in zip(times, seconds[fastest_nanogpt], strict=True))
+        for name, times in seconds.items()
     }
     rates = {name: rows * options.context / median for name, median in medians.items()}
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
@@ -313,7 +320,7 @@ def report(
         "micro_batch": rows,
         "untied": options.untied,
         "dropout": options.dropout,
-        "peer": fastest_peer,
+        "peer": fastest_nanogpt,
         "tokens_per_s": {name: round(rate, 1) for name, rate in rates.items()},
         "ratio": {name: round(statistics.median(ratios[name]), 3) for name in rates if name.startswith("ours")},
         "mfu": {name: round(rate * flops[name] / peak, 4) for name, rate in rates.items()} if peak else {},

@@ -1,4 +1,4 @@
-"""Training runs as folders: started in processes of their own, not run again when finished, read back as records."""
+"""Run trainings in separate processes, skip finished ones, and read back their metrics."""
 
 import json
 import os
@@ -14,13 +14,14 @@ from tinystories.errors import UserError
 
 
 def execute_all(folder: Path, plan: Mapping[str, list[str]], workers: int) -> None:
-    """Run the commands of a plan (name of the run to command), `workers` side by side with one thread each."""
+    """Run the commands of a plan (run name -> command), `workers` in parallel with one thread each."""
     folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(lambda job: execute_run(folder / job[0], job[1]), plan.items()))
 
 
 def execute_run(run: Path, command: list[str]) -> None:
+    """Run a training command, logging to RUN.log; a finished run is skipped. `UserError` if it fails."""
     if is_done(run):
         return
     start_time = time.perf_counter()
@@ -30,7 +31,7 @@ def execute_run(run: Path, command: list[str]) -> None:
         completed = subprocess.run(command, check=False, stdout=log, stderr=log, env=environment)
     if completed.returncode:
         last_line = path.read_text().strip().rpartition("\n")[2]
-        raise UserError(f"{path} ends with exit code {completed.returncode}: {last_line}")
+        raise UserError(f"training failed with exit code {completed.returncode}, log in {path}: {last_line}")
     print(
         f"{run.name}: {final_record(run)['val_bits_per_byte']:.4f} in {time.perf_counter() - start_time:,.0f} s",
         flush=True,
@@ -38,7 +39,7 @@ def execute_run(run: Path, command: list[str]) -> None:
 
 
 def build_train_command(run: Path, config: str, data: Path, tokens: int, settings: Mapping[str, Any]) -> list[str]:
-    """`tinystories train` for about `tokens` places, with settings laid over those of `config`."""
+    """Return the `tinystories train` command for about `tokens` tokens; `settings` override those of `config`."""
     from tinystories.config import load_config
 
     resolved = load_config(config, {name: str(value) for name, value in settings.items()})
@@ -64,5 +65,5 @@ def is_done(run: Path) -> bool:
 
 
 def training_seconds(run: Path) -> float:
-    """Of training steps, without evaluations."""
+    """Return the seconds of training steps, without evaluations."""
     return max(float(record.get("seconds", 0.0)) for record in read_records(run))

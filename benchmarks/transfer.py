@@ -1,8 +1,8 @@
-"""Whether the rates that `auto` stands for stay near the best when the size of the model changes.
+"""Learning rate transfer: whether the `auto` learning rates stay near-optimal when the model size changes.
 
-Three sizes are trained with the rates of `auto` times several factors, for the same tokens. Each run trains in a
-process of its own with one thread; finished ones are not run again. Prints a table of bits per byte on all validation
-stories, what the best factor would win over `auto` at each size, and one JSON line; draws transfer.png.
+Trains three sizes with the `auto` learning rates times several factors, on the same number of tokens. Each run trains
+in its own single-threaded process; finished runs are not repeated. Prints a table of bits per byte on all validation
+stories, how much the best factor gains over `auto` at each size, and one JSON line; draws transfer.png.
 
     tinystories prepare train.txt --val valid.txt --tokenizer bpe:4096 --out data/bpe4096
     python benchmarks/transfer.py --data data/bpe4096 --out runs/transfer
@@ -26,13 +26,15 @@ SIZES = {"4x128": (4, 128, 4, 344), "6x192": (6, 192, 4, 512), "8x256": (8, 256,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder made by `tinystories prepare`")
-    parser.add_argument("--out", type=Path, required=True, help="where the runs go")
-    parser.add_argument("--config", default="small", help="preset or file with all the rest")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the runs")
+    parser.add_argument("--config", default="small", help="preset or TOML file with all other settings")
     parser.add_argument("--tokens", type=int, default=512_000)
-    parser.add_argument("--factors", default="0.5,1,2", help="on both rates, with commas; 1 must be among them")
-    parser.add_argument("--sizes", default=",".join(SIZES), help="some of them, with commas")
-    parser.add_argument("--compile", default="auto", choices=["auto", "on", "off"], help="of all runs")
-    parser.add_argument("--workers", type=int, default=2, help="runs side by side, one thread each")
+    parser.add_argument(
+        "--factors", default="0.5,1,2", help="factors on both learning rates, comma-separated; must include 1"
+    )
+    parser.add_argument("--sizes", default=",".join(SIZES), help="comma-separated subset of the sizes")
+    parser.add_argument("--compile", default="auto", choices=["auto", "on", "off"], help="torch.compile for all runs")
+    parser.add_argument("--workers", type=int, default=2, help="runs in parallel, one thread each")
     options = parser.parse_args()
     factors = [float(factor) for factor in options.factors.split(",")]
     sizes = options.sizes.split(",")
@@ -57,20 +59,25 @@ def build_command(options: argparse.Namespace, size: str, factor: float) -> list
 
 
 def report(options: argparse.Namespace, sizes: list[str], factors: list[float]) -> None:
-    """The table, the picture and the JSON line."""
+    """Print the table and the JSON line; draw the plot."""
     scores_by_size: dict[str, dict[float, float]] = {
         size: {factor: final_record(options.out / run_name(size, factor))["val_bits_per_byte"] for factor in factors}
         for size in sizes
     }
-    print(f"\n{options.tokens:,} tokens; rates of `auto` times\n{'':8}" + "".join(f"{f:>9g}" for f in factors))
+    print(f"\n{options.tokens:,} tokens; `auto` learning rates times\n{'':8}" + "".join(f"{f:>9g}" for f in factors))
     results: dict[str, Any] = {}
     for size, scores in scores_by_size.items():
         auto_loss = scores[1.0] - min(scores.values())
         print(f"{size:8}" + "".join(f"{score:9.4f}" for score in scores.values()) + f"   auto loses {auto_loss:.4f}")
         results[size] = {"bits_per_byte": scores, "auto_loses": auto_loss}
     draw(options.out / "transfer.png", scores_by_size)
-    facts = {"benchmark": "transfer", "config": options.config, "tokens": options.tokens, "torch": torch.__version__}
-    print(json.dumps(facts | {"results": results}))
+    environment = {
+        "benchmark": "transfer",
+        "config": options.config,
+        "tokens": options.tokens,
+        "torch": torch.__version__,
+    }
+    print(json.dumps(environment | {"results": results}))
 
 
 def draw(path: Path, scores_by_size: dict[str, dict[float, float]]) -> None:
@@ -84,7 +91,7 @@ def draw(path: Path, scores_by_size: dict[str, dict[float, float]]) -> None:
         axes.plot(list(scores), list(scores.values()), "o-", label=size)
     axes.axvline(1, color="grey", linewidth=0.8, linestyle=":")
     axes.set_xscale("log", base=2)
-    axes.set(xlabel="factor on the rates of `auto`", ylabel="bits per byte on validation stories")
+    axes.set(xlabel="factor on the `auto` learning rates", ylabel="bits per byte on validation stories")
     axes.grid(alpha=0.3)
     axes.legend(title="layers x width")
     figure.savefig(path, dpi=120)

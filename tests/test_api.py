@@ -1,4 +1,4 @@
-"""What `import tinystories` promises."""
+"""The public API of `import tinystories`."""
 
 import subprocess
 import sys
@@ -44,30 +44,30 @@ def test_every_public_name_is_there() -> None:
         tinystories.loda  # noqa: B018
 
 
-def test_load_tells_streams_and_scores(model_folder: Path) -> None:
-    teller = tinystories.load(str(model_folder), device="cpu")
-    assert teller.settings == SamplingConfig(top_k=40)
-    story = teller.generate("Once upon a time", max_tokens=50, seed=1)
+def test_load_generates_streams_and_scores(model_folder: Path) -> None:
+    storyteller = tinystories.load(str(model_folder), device="cpu")
+    assert storyteller.settings == SamplingConfig(top_k=40)
+    story = storyteller.generate("Once upon a time", max_tokens=50, seed=1)
     again = tinystories.load(model_folder, device="cpu").generate("Once upon a time", max_tokens=50, seed=1)
     assert story.text == again.text
     assert story.text.startswith("Once upon a time")
-    assert "".join(teller.stream("Once upon a time", max_tokens=50, seed=1)) == story.continuation
+    assert "".join(storyteller.stream("Once upon a time", max_tokens=50, seed=1)) == story.continuation
 
 
 def test_a_story_is_the_same_alone_and_among_others(model_folder: Path) -> None:
-    teller = tinystories.load(model_folder, device="cpu")
-    many = teller.generate("The", max_tokens=60, seed=3, num=11)
+    storyteller = tinystories.load(model_folder, device="cpu")
+    many = storyteller.generate("The", max_tokens=60, seed=3, num=11)
     assert len({story.ids for story in many}) == 11
-    assert teller.generate("The", max_tokens=60, seed=3).ids == many[0].ids
+    assert storyteller.generate("The", max_tokens=60, seed=3).ids == many[0].ids
 
 
 def test_score_adds_up_to_what_evaluation_counts(model_folder: Path) -> None:
-    teller = tinystories.load(model_folder, device="cpu")
+    storyteller = tinystories.load(model_folder, device="cpu")
     text = "Once upon a time there was a little dog. " * 5
-    ids = [teller.tokenizer.end_id, *teller.tokenizer.encode(text), teller.tokenizer.end_id]
+    ids = [storyteller.tokenizer.end_id, *storyteller.tokenizer.encode(text), storyteller.tokenizer.end_id]
     assert len(ids) > 33, "longer than the context"
-    (expected,) = sliding_window_logprobs(teller.engine, [ids])
-    assert sum(score.logprob for score in teller.score(text)) == pytest.approx(expected.sum())
+    (expected,) = sliding_window_logprobs(storyteller.engine, [ids])
+    assert sum(score.logprob for score in storyteller.score(text)) == pytest.approx(expected.sum())
 
 
 @pytest.mark.parametrize(
@@ -75,23 +75,23 @@ def test_score_adds_up_to_what_evaluation_counts(model_folder: Path) -> None:
     [
         ({"engine": "abacus"}, "engine abacus"),
         ({"device": "abacus"}, "device abacus"),
-        ({"engine": "torch", "precision": "int8"}, "precision int8"),
+        ({"engine": "torch", "precision": "int8"}, "int8"),
     ],
     ids=str,
 )
-def test_what_cannot_be_is_refused(model_folder: Path, options: dict[str, str], message: str) -> None:
+def test_invalid_load_options_are_refused(model_folder: Path, options: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         tinystories.load(model_folder, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("model", ["no/such/folder", "hf:owner/name", ""])
-def test_a_model_that_is_no_directory_is_refused(model: str) -> None:
+def test_model_that_is_not_a_directory_is_refused(model: str) -> None:
     with pytest.raises(UserError):
         tinystories.load(model)
 
 
 def test_without_torch_the_error_says_what_to_install(model_folder: Path) -> None:
-    """As where only the base package is installed: the import fails in the same way."""
+    """Blocking the import simulates the base install."""
     done = run(
         "import sys\n"
         "sys.modules['torch'] = None\n"

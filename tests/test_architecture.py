@@ -1,4 +1,4 @@
-"""The import order of docs/architecture.md, and the promise that writing stories needs no torch."""
+"""The import order of docs/architecture.md, and that generating stories does not import torch."""
 
 import ast
 import subprocess
@@ -27,7 +27,7 @@ LEVEL = {name: i for i, names in enumerate(ORDER) for name in names.split()}
 
 
 def imports_of(tree: ast.Module) -> Iterator[str]:
-    """First package part after "tinystories." of everything the file imports, also inside functions."""
+    """Yield the first part after "tinystories." of everything the file imports, including inside functions."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -52,7 +52,7 @@ def test_imports_point_down(path: Path) -> None:
         assert there == here or LEVEL[there] < LEVEL[here], f"{here} must not import {there}"
 
 
-def test_the_rule_sees_a_wrong_import() -> None:
+def test_rule_detects_imports_inside_functions() -> None:
     wrong = ast.parse("def f():\n    from tinystories.train import loop\n    import tinystories.cli")
     assert set(imports_of(wrong)) == {"train", "cli"}
 

@@ -1,4 +1,4 @@
-"""The storyteller that comes with the package: small, in no need of torch or a network, and as good as it says."""
+"""The bundled storyteller: small, independent of torch and network, and as good as its card says."""
 
 import json
 import re
@@ -32,22 +32,22 @@ def alone(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", ALONE, *words], capture_output=True, text=True, timeout=120)
 
 
-def test_the_first_command_tells_a_whole_story_without_torch_and_network() -> None:
-    told = alone("generate", "--seed", "1")
-    assert told.returncode == 0, told.stderr
-    assert "ended by itself" in told.stderr
-    assert 40 < len(told.stdout.split()) < 400
-    assert told.stdout.strip()[-1] in ".!?\"”'"
-    assert alone("generate", "--seed", "1").stdout == told.stdout
-    assert alone("generate", "--seed", "2").stdout != told.stdout
+def test_first_command_writes_a_complete_story_without_torch_and_network() -> None:
+    done = alone("generate", "--seed", "1")
+    assert done.returncode == 0, done.stderr
+    assert "ended by itself" in done.stderr
+    assert 40 < len(done.stdout.split()) < 400
+    assert done.stdout.strip()[-1] in ".!?\"”'"
+    assert alone("generate", "--seed", "1").stdout == done.stdout
+    assert alone("generate", "--seed", "2").stdout != done.stdout
 
 
-def test_it_is_small() -> None:
+def test_bundled_model_is_under_16_mb() -> None:
     assert sum(path.stat().st_size for path in BUNDLED_MODEL.iterdir()) < 16e6
 
 
-def test_it_scores_what_config_and_card_say() -> None:
-    """On the bundled stories, which it has not read; the score on TinyStories' own is a slow test."""
+def test_bundled_model_scores_what_config_and_card_say() -> None:
+    """Scored on the bundled stories, which are not in its training data; TinyStories' own is a slow test."""
     facts, card = read_model(BUNDLED_MODEL).provenance, (BUNDLED_MODEL / "README.md").read_text(encoding="utf-8")
     score = evaluate_model(tinystories.load(precision="int8", engine="cpu"), "sample").bits_per_byte
     assert score == pytest.approx(facts["sample_bits_per_byte"], abs=1e-3)
@@ -56,27 +56,27 @@ def test_it_scores_what_config_and_card_say() -> None:
 
 
 @pytest.mark.slow
-def test_it_scores_what_the_card_says_on_tinystories() -> None:
+def test_bundled_model_scores_what_the_card_says_on_tinystories() -> None:
     if not SHARED.is_file():
         pytest.skip("needs TinyStories' validation stories")
     score = evaluate_model(tinystories.load(precision="int8", engine="cpu"), str(SHARED)).bits_per_byte
     assert score == pytest.approx(read_model(BUNDLED_MODEL).provenance["val_bits_per_byte"], abs=1e-3)
 
 
-def test_its_stories_end_and_do_not_loop() -> None:
-    told = tinystories.load().generate(num=24, seed=5, max_tokens=400)
-    assert sum(story.stop_reason == "end" for story in told) >= 21
-    assert sum(has_loop(story.text) for story in told) <= 1
-    assert len({story.text[:60] for story in told}) >= 10
+def test_bundled_model_stories_end_and_do_not_loop() -> None:
+    stories = tinystories.load().generate(num=24, seed=5, max_tokens=400)
+    assert sum(story.stop_reason == "end" for story in stories) >= 21
+    assert sum(has_loop(story.text) for story in stories) <= 1
+    assert len({story.text[:60] for story in stories}) >= 10
 
 
 def test_info_prints_the_card() -> None:
-    shown = alone("info")
-    assert shown.returncode == 0, shown.stderr
+    done = alone("info")
+    assert done.returncode == 0, done.stderr
     card = (BUNDLED_MODEL / "README.md").read_text(encoding="utf-8")
-    assert card.startswith("---\n")  # what the Hub reads is not for people
-    assert shown.stdout.endswith(card[card.index("# The bundled storyteller") :])
-    assert "pipeline_tag" not in shown.stdout
+    assert card.startswith("---\n")  # front matter for the Hub, not printed
+    assert done.stdout.endswith(card[card.index("# The bundled storyteller") :])
+    assert "pipeline_tag" not in done.stdout
     plain = json.loads(alone("info", "--json").stdout)
     assert plain["parameters"] == read_model(BUNDLED_MODEL).config.n_params
-    assert re.search(r"CDLA-Sharing-1\.0", shown.stdout)
+    assert re.search(r"CDLA-Sharing-1\.0", done.stdout)

@@ -1,4 +1,4 @@
-"""A model directory: a round trip loses nothing, damage is noticed, nothing half-written is ever taken for a model."""
+"""Model directories: round trips are exact, damage is detected, incomplete directories are never read as models."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def test_round_trip(tmp_path: Path, sample_data: Path, architecture: str, tied: 
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "generation.json"])
-def test_an_altered_file_is_noticed(folder: Path, name: str) -> None:
+def test_altered_file_is_detected(folder: Path, name: str) -> None:
     data = bytearray((folder / name).read_bytes())
     data[len(data) // 2] ^= 1
     (folder / name).write_bytes(data)
@@ -73,7 +73,7 @@ def test_a_missing_file_is_named(folder: Path, name: str) -> None:
         ({"model": {"n_head": 5}}, "n_head"),
         ({"model": {"n_heads": 3}}, "unknown setting"),
         ({"files": {}}, "checksums"),
-        ({"files": {"model.safetensors": "0", "../../etc/passwd": "0"}}, "checksum|leads out"),
+        ({"files": {"model.safetensors": "0", "../../etc/passwd": "0"}}, "checksum|outside"),
     ],
 )
 def test_a_hostile_config_is_refused(folder: Path, change: dict[str, object], message: str) -> None:
@@ -83,11 +83,11 @@ def test_a_hostile_config_is_refused(folder: Path, change: dict[str, object], me
         checkpoint.read_model(folder)
 
 
-def test_a_file_name_that_leads_out_is_refused(folder: Path) -> None:
+def test_file_name_outside_the_directory_is_refused(folder: Path) -> None:
     described = json.loads((folder / "config.json").read_text())
     described["files"] = {"../model/model.safetensors": "0"} | described["files"]
     (folder / "config.json").write_text(json.dumps(described))
-    with pytest.raises(UserError, match="leads out"):
+    with pytest.raises(UserError, match="outside the model directory"):
         checkpoint.read_model(folder)
 
 
@@ -104,14 +104,14 @@ def test_weights_of_another_shape_are_refused(folder: Path, change: dict[str, ob
         checkpoint.load_weights(checkpoint.read_model(folder), tiny(**change))
 
 
-def test_no_directory_and_no_model(tmp_path: Path) -> None:
+def test_missing_directory_and_missing_config_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such model directory"):
         checkpoint.read_model(tmp_path / "none")
-    with pytest.raises(UserError, match="holds no model"):
+    with pytest.raises(UserError, match=r"no config\.json"):
         checkpoint.read_model(tmp_path)
 
 
-def test_a_draft_that_fails_leaves_the_old_and_no_trace(folder: Path) -> None:
+def test_failed_write_keeps_the_old_directory_and_leaves_no_trace(folder: Path) -> None:
     before = (folder / "model.safetensors").read_bytes()
 
     def fail_half_way() -> None:
@@ -127,7 +127,7 @@ def test_a_draft_that_fails_leaves_the_old_and_no_trace(folder: Path) -> None:
 
 @pytest.mark.parametrize("name", ["model.draft", "model.former.draft", ".model.draft"])
 @pytest.mark.parametrize("kind", ["directory", "file", "link"])
-def test_drafts_leave_what_others_have_named_so(
+def test_staging_does_not_touch_files_with_similar_names(
     tmp_path: Path, folder: Path, sample_data: Path, name: str, kind: str
 ) -> None:
     (tmp_path / "precious").mkdir()
@@ -145,7 +145,7 @@ def test_drafts_leave_what_others_have_named_so(
     assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
 
 
-def test_a_rename_that_fails_leaves_the_old_and_no_trace(
+def test_failed_rename_keeps_the_old_directory_and_leaves_no_trace(
     folder: Path, sample_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replace = os.replace
@@ -163,13 +163,13 @@ def test_a_rename_that_fails_leaves_the_old_and_no_trace(
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
-def test_a_new_directory_may_be_read_as_any_other(folder: Path) -> None:
+def test_new_directory_has_default_permissions(folder: Path) -> None:
     (folder.parent / "plain").mkdir()
     assert folder.stat().st_mode == (folder.parent / "plain").stat().st_mode
 
 
-def test_a_draft_in_a_place_of_its_own(tmp_path: Path, sample_data: Path) -> None:
-    """As training has it, where a kill leaves one."""
+def test_explicit_staging_path(tmp_path: Path, sample_data: Path) -> None:
+    """Training uses one, and a killed run leaves it behind."""
     (tmp_path / "step.draft").mkdir()
     (tmp_path / "step.draft" / "half").write_text("")
     with checkpoint.atomic_directory(tmp_path / "step", tmp_path / "step.draft") as draft:
@@ -184,7 +184,7 @@ def test_a_draft_in_a_place_of_its_own(tmp_path: Path, sample_data: Path) -> Non
     ["plain", "\x1b[31m\n\u202e", "x" * 10**6, 10**5000, [10**5000], {"a": ["b"] * 1000}],
     ids=["plain", "escapes", "long", "digits", "digits in a list", "parts"],
 )
-def test_what_a_file_says_is_shown_short_and_escaped(value: object) -> None:
+def test_quoted_text_is_short_and_escaped(value: object) -> None:
     assert quoted(value).isprintable()
     assert len(quoted(value)) <= 60
     assert quoted("plain") == "'plain'"
@@ -204,13 +204,13 @@ def test_a_name_of_300_characters_is_one_line(tmp_path: Path, folder: Path) -> N
 def test_devices_and_endless_files_are_not_read(folder: Path, name: str) -> None:
     (folder / name).unlink()
     (folder / name).symlink_to("/dev/zero")
-    with pytest.raises(UserError, match=r"no model|is missing"):
+    with pytest.raises(UserError, match=r"no config\.json|is missing"):
         checkpoint.read_model(folder)
-    with pytest.raises(UserError, match="is no file"):
+    with pytest.raises(UserError, match="not a regular file"):
         checkpoint.read_json(folder / name)
 
 
-def test_only_whole_checkpoints_count(tmp_path: Path, folder: Path) -> None:
+def test_only_complete_checkpoints_are_listed(tmp_path: Path, folder: Path) -> None:
     for name in ("step-0000010", "step-0000020", "step-0000030.draft", "step-x"):
         shutil.copytree(folder, tmp_path / "run" / "checkpoints" / name)
     (tmp_path / "run" / "checkpoints" / "step-0000020" / "config.json").unlink()
@@ -229,7 +229,7 @@ def test_publishing_makes_the_run_a_model(tmp_path: Path, folder: Path, sample_d
     assert not list(run.glob("*.draft"))
 
 
-def test_publishing_copies_where_there_are_no_links(
+def test_publishing_copies_if_links_are_not_supported(
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:

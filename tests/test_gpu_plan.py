@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py: what a step printed survives its end, nothing is done twice, and only what fits is packed."""
+"""benchmarks/gpu.py: output of a killed step survives, no step runs twice, and packed outputs stay within limits."""
 
 import importlib
 import json
@@ -18,7 +18,7 @@ PRINT = 'print(\'a line\'); print(\'{"benchmark": "x", "value": 8}\')'
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ModuleType]:
-    """The script as a module, without the kit that may lie in this checkout."""
+    """Import the script as a module, ignoring any kit in this checkout."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     module = importlib.import_module("gpu")
     monkeypatch.setattr(module, "KIT", tmp_path / "kit")
@@ -40,17 +40,17 @@ def python_step(gpu: ModuleType, name: str, program: str, limit: float = 30.0, f
     return gpu.Step(name, f"-c {shlex.quote(program)}", limit=limit, min_seconds=floor)
 
 
-def test_a_step_that_is_cut_keeps_what_it_printed(gpu: ModuleType, tmp_path: Path) -> None:
+def test_step_that_is_cut_keeps_its_output(gpu: ModuleType, tmp_path: Path) -> None:
     session = session_of(gpu, tmp_path)
     session.run([python_step(gpu, "slow", PRINT_AND_WAIT, limit=1.0)])
     assert session.outcomes == {"slow": "cut"}
-    kept = [json.loads(line) for line in (tmp_path / "out" / "records.jsonl").read_text().splitlines()]
-    assert kept[0]["result"]["value"] == 7
-    assert {"name", "commit", "command", "at", "plan", "step"} <= kept[0].keys()
-    assert kept[-1]["outcome"] == "cut"
+    records = [json.loads(line) for line in (tmp_path / "out" / "records.jsonl").read_text().splitlines()]
+    assert records[0]["result"]["value"] == 7
+    assert {"name", "commit", "command", "at", "plan", "step"} <= records[0].keys()
+    assert records[-1]["outcome"] == "cut"
 
 
-def test_a_second_call_skips_what_is_done_and_tries_again_what_failed(gpu: ModuleType, tmp_path: Path) -> None:
+def test_second_call_skips_finished_steps_and_retries_failed_ones(gpu: ModuleType, tmp_path: Path) -> None:
     steps = [python_step(gpu, "good", PRINT), python_step(gpu, "bad", "raise SystemExit('a reason')")]
     first = session_of(gpu, tmp_path)
     first.run(steps)
@@ -62,13 +62,13 @@ def test_a_second_call_skips_what_is_done_and_tries_again_what_failed(gpu: Modul
     assert [result["value"] for result in second.results("x")] == [8]
 
 
-def test_a_step_is_skipped_where_less_than_its_floor_is_left(gpu: ModuleType, tmp_path: Path) -> None:
+def test_step_is_skipped_if_less_than_its_minimum_is_left(gpu: ModuleType, tmp_path: Path) -> None:
     session = session_of(gpu, tmp_path, budget=5.0)
     session.run([python_step(gpu, "long", PRINT, floor=60.0), python_step(gpu, "short", PRINT)])
     assert session.outcomes == {"long": "skipped", "short": "done"}
 
 
-def test_a_record_that_a_kill_has_cut_is_passed_over(gpu: ModuleType, tmp_path: Path) -> None:
+def test_truncated_record_is_ignored(gpu: ModuleType, tmp_path: Path) -> None:
     session_of(gpu, tmp_path).run([python_step(gpu, "good", PRINT)])
     path = tmp_path / "work" / "records.jsonl"
     path.write_text(path.read_text() + '{"step": "next", "outc')
@@ -76,7 +76,7 @@ def test_a_record_that_a_kill_has_cut_is_passed_over(gpu: ModuleType, tmp_path: 
 
 
 def trained(session: Any, gpu: ModuleType, run: str, score: float, parameters: float, megabytes: float) -> None:
-    """As if a step had trained a model and packed its weights."""
+    """Record a result and weights as if a step had trained a model."""
     result = {"benchmark": "timed training", "run": run, "val_bits_per_byte": score, "parameters": parameters}
     session.record(python_step(gpu, run, ""), result=result)
     (session.work / "weights").mkdir(exist_ok=True)
@@ -84,7 +84,7 @@ def trained(session: Any, gpu: ModuleType, run: str, score: float, parameters: f
         (session.work / "weights" / f"{run}-{kind}.tar").write_bytes(run.encode() * int(size * 1e6 / len(run)))
 
 
-def test_weights_are_packed_from_the_best_on_while_they_fit(gpu: ModuleType, tmp_path: Path) -> None:
+def test_weights_are_packed_best_first_while_they_fit(gpu: ModuleType, tmp_path: Path) -> None:
     session = session_of(gpu, tmp_path)
     trained(session, gpu, "worse", 0.6, 14e6, 14)
     trained(session, gpu, "best", 0.5, 14e6, 14)
@@ -114,14 +114,14 @@ def test_candidates_for_the_bundle_are_small_enough(plans: ModuleType) -> None:
 
 
 def commands_of(plan: Iterator[list[Any]], session: Any) -> list[str]:
-    found = []
+    commands = []
     for steps in plan:
-        found += [step.command for step in steps]
-        session.deadline -= 60  # as if they had taken their time
-    return found
+        commands += [step.command for step in steps]
+        session.deadline -= 60  # as if each stage had taken a minute
+    return commands
 
 
-def test_teachers_come_before_the_student_where_training_knows_them(
+def test_teachers_are_trained_before_the_student_if_distillation_is_supported(
     gpu: ModuleType, plans: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session = session_of(gpu, tmp_path, budget=420)
@@ -140,7 +140,7 @@ def test_teachers_come_before_the_student_where_training_knows_them(
     assert all(f"{session.work}/link{i + 1}" in student for i in range(len(links)))
 
 
-def test_the_best_decay_is_trained_on(gpu: ModuleType, tmp_path: Path) -> None:
+def test_long_run_uses_the_best_weight_decay(gpu: ModuleType, tmp_path: Path) -> None:
     session = session_of(gpu, tmp_path, budget=420)
     session.config = gpu.GPU
     for decay, score in (("0.1", 0.6), ("1.6", 0.55), ("0.8", 0.58)):

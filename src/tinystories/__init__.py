@@ -1,6 +1,6 @@
 """Small language models that tell stories: `tinystories.load(model).generate("Once upon a time")`.
 
-Importing this imports neither torch nor NumPy; names are looked up when they are used.
+Importing the package loads neither torch nor NumPy: the exported names are resolved on first use.
 """
 
 import importlib
@@ -35,14 +35,17 @@ def load(
     threads: int | None = None,
     shortlist: bool = False,
 ) -> "Storyteller":
-    """A storyteller from a model directory (what `tinystories train` writes), or hf:OWNER/NAME[@REVISION] on the Hub.
+    """Load a storyteller from a model directory, as written by `tinystories train`, or from the Hub.
 
-    Without `model` it is the one that comes with the package.
+    Args:
+        model: a model directory, or hf:OWNER/NAME[@REVISION]. None: the model bundled with the package.
+        engine: auto, cpu or torch. auto: torch if CUDA is available, otherwise cpu (no torch needed, starts instantly).
+        device: device of the torch engine: auto, cpu, cuda, cuda:1 or mps.
+        precision: auto or fp32; int8 or int4 (cpu engine); bf16 (torch engine, if the hardware supports it).
+        threads: threads of the CPU engine. None: one per core.
+        shortlist: generate only token ids that `tinystories quantize --shortlist` selected; faster (cpu engine).
 
-    `engine`: auto, cpu, torch; auto is cpu but where CUDA is at hand. `device` of torch: auto, cpu, cuda, cuda:1, mps.
-    `precision`: auto, fp32; int8, int4 (cpu); bf16 (torch, where the hardware has it). `threads` of the CPU engine: as
-    many as there are cores. `shortlist`: write only the ids that `tinystories pack --shortlist` chose (cpu), which is
-    faster. `UserError` where the model is missing or damaged, or what it needs is not installed.
+    Raises `UserError` if the model is missing or damaged, or if a package that it needs is not installed.
     """
     from tinystories.generate.storyteller import Storyteller
     from tinystories.interop.hub import resolve_model_folder
@@ -66,7 +69,7 @@ def __getattr__(name: str) -> Any:
 
 
 def version() -> str:
-    """Of the installed distribution; "unknown" where the source is used without being installed."""
+    """Return the version of the installed distribution, or "unknown" if the package is not installed."""
     from importlib import metadata
 
     try:

@@ -1,6 +1,6 @@
-"""A model is a directory, written whole or not at all. Reading needs no torch; nothing here is ever pickled.
+"""Model directories and checkpoints: read, verify, write atomically. Reading needs no torch; nothing is pickled.
 
-`config.json` holds the architecture, the provenance and the SHA-256 of every other file; it is checked on reading.
+`config.json` holds the architecture, the provenance and the SHA-256 of every other file, which reading verifies.
 """
 
 import contextlib
@@ -29,15 +29,16 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 WEIGHTS = "model.safetensors"
-INT8_WEIGHTS = "packed-int8.safetensors"  # in its place, in a model that is shipped small (engine/cpu/shipped.py)
+# Replaces WEIGHTS in an int8-only model directory (engine/cpu/int8_model.py).
+INT8_WEIGHTS = "packed-int8.safetensors"
 TEMP_SUFFIX = ".draft"
-MAX_JSON_BYTES = 64_000_000  # bytes of a description; real ones have thousands
-BUNDLED_MODEL = Path(__file__).parent / "bundled"  # the storyteller that comes with the package
+MAX_JSON_BYTES = 64_000_000  # real files have a few thousand
+BUNDLED_MODEL = Path(__file__).parent / "bundled"  # the model shipped with the package
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelFiles:
-    """A model directory that has been read and verified; weights and tokeniser are loaded when asked for."""
+    """A model directory that has been read and verified; the weights and the tokenizer are loaded on demand."""
 
     folder: Path
     config: ModelConfig
@@ -47,6 +48,7 @@ class ModelFiles:
 
     @property
     def is_int8_only(self) -> bool:
+        """Whether the directory has int8 weights instead of fp32 ones."""
         return WEIGHTS not in self.checksums
 
     @property
@@ -58,7 +60,7 @@ class ModelFiles:
         return self.checksums[self.weights_path.name]
 
     def check_weights(self) -> None:
-        """`UserError` where the weights are not those that config.json names."""
+        """Verify the checksum of the weights. `UserError` if it differs from the one in config.json."""
         verify_checksums(self.folder, {self.weights_path.name: self.weights_sha256})
 
     @functools.cached_property
@@ -66,37 +68,44 @@ class ModelFiles:
         return Tokenizer.load(self.folder)
 
     def tokenizer(self) -> Tokenizer:
+        """Load the tokenizer on the first call, and return it."""
         return self._tokenizer
 
 
 def is_model(folder: Path) -> bool:
+    """Whether a folder has a config.json, ours or that of Hugging Face transformers."""
     with os_errors(folder):
         return (folder / "config.json").is_file()
 
 
 def is_native_model(folder: Path) -> bool:
-    """Whether a folder is a model directory, rather than one of Hugging Face transformers (whole or not)."""
+    """Whether a folder is one of our model directories (possibly incomplete), and not a Hugging Face one."""
     return is_model(folder) and "format" in read_json(folder / "config.json")
 
 
 def read_model(folder: Path | str, *, check_weights: bool = True) -> ModelFiles:
-    """Verify and describe a model directory. `UserError` where a file is missing, altered or of another format.
+    """Read and verify a model directory. `UserError` if a file is missing or altered, or the format is unknown.
 
-    Without `check_weights` the weights' checksum is left to the caller (`ModelFiles.check_weights`): it takes longest.
+    With `check_weights=False` the caller verifies the weights' checksum, the slowest part, by
+    `ModelFiles.check_weights`.
     """
     folder = Path(folder)
     with os_errors(quoted(str(folder))):
         if not folder.is_dir():
             raise UserError(f"{folder}: {explain_missing_model(folder)}")
     if not is_model(folder):
-        raise UserError(f"{folder} holds no model (no config.json); expected what `tinystories train` writes")
+        raise UserError(
+            f"{folder} is not a model directory (no config.json); expected a directory written by `tinystories train`"
+        )
     config_json = read_json(folder / "config.json")
     if "format" not in config_json and "model_type" in config_json:
-        raise UserError(f"{folder} is a Hugging Face folder; make a model directory of it by: {import_command(folder)}")
+        raise UserError(
+            f"{folder} is a Hugging Face model; convert it to a model directory with: {import_command(folder)}"
+        )
     if config_json.get("format") != FORMAT_VERSION:
         raise UserError(
-            f"{folder}/config.json: format {quoted(config_json.get('format'))} is not {FORMAT_VERSION};"
-            " not written by this program"
+            f"{folder}/config.json: unsupported format {quoted(config_json.get('format'))}, expected"
+            f" {FORMAT_VERSION}; the file was not written by this program"
         )
     verify_checksums(folder, config_json.get("files"), set() if check_weights else {WEIGHTS, INT8_WEIGHTS})
     settings = config_json.get("model")
@@ -112,38 +121,40 @@ def read_model(folder: Path | str, *, check_weights: bool = True) -> ModelFiles:
 
 
 def explain_missing_model(path: Path) -> str:
-    """Of a path that is no directory: what it may have been meant for."""
+    """Return why a path is not a model directory, and what the user probably meant."""
     if path.suffix in (".gguf", ".bin", ".pt", ".pth", ".safetensors") and path.is_file():
-        return f"a file of another program; make a model directory of it by: {import_command(path)}"
+        return f"a model file of another program; convert it to a model directory with: {import_command(path)}"
     if path.is_file():
-        return "a file; a model is a directory, as `tinystories train` writes it"
+        return "is a file; a model is a directory written by `tinystories train`"
     if " " in str(path):
-        return "no such model directory; to begin a story with these words: --prompt"
+        return "no such model directory; to start a story with this text, use --prompt"
     preset = f"--config {path.name} " if path.name in PRESETS else ""
     return f"no such model directory; train one with: tinystories train {preset}--out {shlex.quote(str(path))}"
 
 
 def import_command(path: Path) -> str:
+    """Return the shell command that imports a model of another program."""
     return f"tinystories import {shlex.quote(str(path))} --out DIR"
 
 
 def verify_checksums(folder: Path, checksums: object, unchecked: Collection[str] = ()) -> None:
-    """Compare the files that config.json names with their SHA-256; of those in `unchecked` only that they are there."""
+    """Verify the SHA-256 of each file that config.json lists; files in `unchecked` only have to exist."""
     if not isinstance(checksums, dict) or not {WEIGHTS, INT8_WEIGHTS} & checksums.keys():
-        raise UserError(f"{folder}/config.json names no checksums; the model is incomplete")
+        raise UserError(f"{folder}/config.json lists no checksums; the model is incomplete")
     for name, expected in checksums.items():
         path = folder / str(name)
         if Path(str(name)).name != name:
-            raise UserError(f"{folder}/config.json: file name {quoted(name)} leads out of the model directory")
+            raise UserError(f"{folder}/config.json: file name {quoted(name)} points outside the model directory")
         with os_errors(f"{folder}: file {quoted(name)}"):
             exists = path.is_file()
         if not exists:
             raise UserError(f"{folder}: file {quoted(name)} is missing; the model is incomplete")
         if name not in unchecked and sha256(path) != expected:
-            raise UserError(f"{path} does not match its checksum in config.json: it was altered or is damaged")
+            raise UserError(f"{path} does not match its checksum in config.json: the file was altered or is damaged")
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """Read an untrusted file that holds a JSON object. `UserError` if it is missing, too large or malformed."""
     try:
         value = json.loads(read_limited(path, MAX_JSON_BYTES).decode())
     except FileNotFoundError:
@@ -163,7 +174,7 @@ def sha256(path: Path) -> str:
 
 
 def load_weights(files: ModelFiles, model: "GPT") -> None:
-    """Copy a directory's weights into a model of the same config. `UserError` where names or shapes differ."""
+    """Copy the weights of a model directory into a model of the same config. `UserError` if names or shapes differ."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -175,18 +186,20 @@ def load_weights(files: ModelFiles, model: "GPT") -> None:
 
 
 def copy_into_model(weights: "Mapping[str, torch.Tensor]", model: "GPT", where: Path) -> None:
-    """Copy weights into a model. `UserError`, which names `where`, unless names and shapes are the model's."""
+    """Copy weights into a model. `UserError`, naming `where`, if a name is missing or unknown or a shape differs."""
     expected = state_dict_to_save(model)
     for name in sorted(expected.keys() | weights.keys()):
         if name not in weights or name not in expected:
             raise UserError(f"{where}: weight {quoted(name)} is {'unknown' if name in weights else 'missing'}")
         if weights[name].shape != expected[name].shape:
-            raise UserError(f"{where}: {name} is {tuple(weights[name].shape)}, not {tuple(expected[name].shape)}")
+            raise UserError(
+                f"{where}: {name} has shape {tuple(weights[name].shape)}, expected {tuple(expected[name].shape)}"
+            )
     model.load_state_dict(weights, strict=False)
 
 
 def state_dict_to_save(model: "GPT") -> "dict[str, torch.Tensor]":
-    """The weights that go to disk: a tied head is stored once, as the embedding."""
+    """Return the weights to write to disk; a tied head is stored once, as the embedding."""
     weights = model.state_dict()
     if model.config.tied:
         del weights["lm_head.weight"]
@@ -200,7 +213,7 @@ def write_model(
     sampling: SamplingConfig,
     provenance: Mapping[str, Any],
 ) -> None:
-    """Write the files of a model into an existing folder (a draft: see `whole`)."""
+    """Write the files of a model into an existing folder, usually the staging folder of `atomic_directory`."""
     weights = {name: weight.numpy(force=True) for name, weight in state_dict_to_save(model).items()}
     write_arrays(folder, model.config, weights, tokenizer, sampling, provenance)
 
@@ -213,14 +226,14 @@ def write_arrays(
     sampling: SamplingConfig,
     provenance: Mapping[str, Any],
 ) -> None:
-    """As `write_model`, without torch. Weights: contiguous, fp32, by the names that `saved_weights` gives."""
+    """Write the files of a model from NumPy weights: contiguous, fp32, named as by `state_dict_to_save`."""
     save_weights(folder / WEIGHTS, weights)
     tokenizer.save(folder / "tokenizer.json")
     write_config(folder, config, sampling, provenance, WEIGHTS)
 
 
 def save_weights(path: Path, weights: Mapping[str, npt.NDArray[Any]]) -> None:
-    """A safetensors file, which others may read as any new file: the library leaves it to its owner alone."""
+    """Write a safetensors file with the permissions of any new file; the library alone would make it private."""
     from safetensors.numpy import save_file
 
     path.touch()
@@ -232,7 +245,7 @@ def save_weights(path: Path, weights: Mapping[str, npt.NDArray[Any]]) -> None:
 def write_config(
     folder: Path, config: ModelConfig, sampling: SamplingConfig, provenance: Mapping[str, Any], weights_name: str
 ) -> None:
-    """Write generation.json and config.json beside a tokenizer and weights of that name."""
+    """Write generation.json and config.json into a folder that already holds the tokenizer and the weights."""
     write_json(folder / "generation.json", dataclasses.asdict(sampling))
     names = (weights_name, "tokenizer.json", "generation.json")
     config_json = {
@@ -245,15 +258,17 @@ def write_config(
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object, indented by two spaces."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager
 def atomic_directory(target: Path, staging: Path | None = None) -> Iterator[Path]:
-    """`with whole(final) as draft:` fills `draft`; it becomes `final` by one rename, or leaves nothing.
+    """Yield a staging folder that is renamed to `target` when the block succeeds, and removed when it fails.
 
-    Everything is on the disk before the rename. A `final` that exists is replaced. The draft lies in a hidden folder
-    beside `final`, or is the folder `draft`, a name that is kept free for it: what a kill left there is removed.
+    Everything is synced to disk before the rename. An existing `target` is replaced. By default the staging folder is
+    created in a hidden folder next to `target`; a given `staging` path is reserved for it, so leftovers of a killed
+    process are removed first.
     """
     require_name(target)
     with contextlib.ExitStack() as stack:
@@ -271,13 +286,14 @@ def atomic_directory(target: Path, staging: Path | None = None) -> Iterator[Path
 
 
 def require_name(path: Path) -> None:
+    """`UserError` if an output path has no name of its own ("", "..")."""
     if path.name in ("", ".."):
-        raise UserError(f"{path} is no name for something new; name a path such as {path / 'stories'}")
+        raise UserError(f"{path} is not a valid output path; use a path such as {path / 'stories'}")
 
 
 @contextlib.contextmanager
 def temp_sibling(path: Path) -> Iterator[Path]:
-    """A new hidden folder in the same directory, for drafts; gone afterwards."""
+    """Yield a new hidden folder in the same directory, for staging; remove it afterwards."""
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=".", suffix=TEMP_SUFFIX, dir=path.parent))
     try:
@@ -287,7 +303,7 @@ def temp_sibling(path: Path) -> Iterator[Path]:
 
 
 def atomic_replace(source: Path, target: Path) -> None:
-    """Rename. A directory that was there is removed once the new one stands, and is back if it does not."""
+    """Rename `source` to `target`. An existing target directory is removed on success and restored on failure."""
     if not target.is_dir():
         os.replace(source, target)
         return
@@ -301,7 +317,7 @@ def atomic_replace(source: Path, target: Path) -> None:
 
 
 def fsync(path: Path) -> None:
-    """Force a file or directory to the disk (directories cannot be synced on Windows)."""
+    """Flush a file or directory to disk (a no-op for directories on Windows)."""
     if path.is_dir() and os.name == "nt":
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -312,9 +328,9 @@ def fsync(path: Path) -> None:
 
 
 def publish(checkpoint: Path, run: Path) -> None:
-    """Make the run directory itself a model directory: that of a finished checkpoint.
+    """Make the run directory itself a model directory, with the files of a finished checkpoint.
 
-    Each file is replaced by one rename, config.json last. Hard links where the file system has them.
+    Each file is replaced by one rename, config.json last. Files are hard links if the file system supports them.
     """
     names = [path.name for path in checkpoint.iterdir() if path.is_file() and path.name != "config.json"]
     for name in (*sorted(names), "config.json"):
@@ -326,23 +342,23 @@ def publish(checkpoint: Path, run: Path) -> None:
             shutil.copyfile(checkpoint / name, temp_file)
             fsync(temp_file)
         os.replace(temp_file, run / name)
-        temp_file.unlink(missing_ok=True)  # renaming a link over its own file leaves both names
+        temp_file.unlink(missing_ok=True)  # renaming a hard link onto the same file keeps both names
     fsync(run)
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
-    """Where a run keeps the checkpoint of a step."""
+    """Return the path of a run's checkpoint at a step."""
     return run / "checkpoints" / f"step-{step:07d}"
 
 
 def checkpoint_step(folder: Path) -> int:
-    """The step of a checkpoint's folder; -1 for a folder that is no checkpoint's."""
+    """Return the step of a checkpoint folder, or -1 if the folder is not a checkpoint."""
     digits = folder.name.removeprefix("step-")
     return int(digits) if digits.isdigit() else -1
 
 
 def list_checkpoints(run: Path) -> list[tuple[int, Path]]:
-    """(step, directory) of a run's whole checkpoints, oldest first. Drafts are not checkpoints."""
+    """Return (step, directory) of a run's complete checkpoints, oldest first; staging folders are left out."""
     folders = (run / "checkpoints").glob("step-*")
     return sorted(
         (checkpoint_step(folder), folder) for folder in folders if checkpoint_step(folder) >= 0 and is_model(folder)

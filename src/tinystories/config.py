@@ -1,6 +1,7 @@
 """Settings: frozen dataclasses, filled from defaults < TOML file < `--section.key value` flags.
 
-Unknown names, wrong types and impossible values are `UserError`s that name the setting. Imports nothing heavy.
+Unknown names, wrong types and out-of-range values raise a `UserError` that names the setting. Imports only the
+standard library.
 """
 
 import dataclasses
@@ -16,49 +17,50 @@ from tinystories.errors import MAX_QUOTED_CHARS, UserError, quoted
 
 T = TypeVar("T")
 
-UNION_TYPES = (Union, UnionType)  # `int | Literal["auto"]` is the one or the other by the version of Python
+UNION_TYPES = (Union, UnionType)  # which of the two `int | Literal["auto"]` is depends on the Python version
 PRESETS = ("nano", "small", "storyteller", "base", "seed-89m", "modern-89m")
 CLASSIC_ONLY = ("learned_positions", "activation", "qkv_bias", "scaled_scores", "window")
 
 
 def field(default: T, help_text: str) -> T:
-    """A field with the sentence that `tinystories train --help` prints for it."""
+    """Return a dataclass field whose description `tinystories train --help` prints."""
     result: T = dataclasses.field(default=default, metadata={"help": help_text})
     return result
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """Shape of a GPT. `classic` is the original program's architecture, by its settings also GPT-2's and GPT-Neo's.
+    """Architecture and size of a GPT.
 
-    `modern` is Qwen3's layout, or Llama's.
+    `classic` is the original program's architecture; other settings make it GPT-2 or GPT-Neo. `modern` is Qwen3, or
+    Llama without `qk_norm`.
     """
 
     architecture: Literal["classic", "modern"] = field(
         "modern", "classic: sinusoidal positions, LayerNorm, ReLU; modern: RoPE, RMSNorm, SwiGLU (Qwen3's layout)"
     )
-    vocab_size: int = field(0, "number of token ids; 0: taken from the prepared data")
-    n_ctx: int = field(256, "tokens the model sees at once")
-    n_layer: int = field(6, "blocks")
-    n_head: int = field(4, "attention heads of a block")
-    n_kv_head: int = field(
-        0, "heads of keys and values; 0: as many as n_head; fewer is grouped-query attention (modern)"
-    )
+    vocab_size: int = field(0, "vocabulary size; 0: taken from the prepared data")
+    n_ctx: int = field(256, "context length in tokens")
+    n_layer: int = field(6, "number of transformer blocks")
+    n_head: int = field(4, "attention heads per block")
+    n_kv_head: int = field(0, "key/value heads; 0: same as n_head; fewer: grouped-query attention (modern only)")
     n_embd: int = field(192, "width of the residual stream")
-    head_size: int = field(0, "width of a head; 0: n_embd / n_head (modern)")
-    n_ff: int = field(512, "width of the feed-forward")
-    tied: bool = field(True, "the head shares the embedding's weights")
-    qk_norm: bool = field(True, "RMSNorm on queries and keys of each head (modern)")
-    rope_base: float = field(10000.0, "base of the rotary positions' wavelengths (modern)")
-    learned_positions: bool = field(False, "positions are weights, not sinusoids (classic)")
+    head_size: int = field(0, "dimension of a head; 0: n_embd / n_head (modern only)")
+    n_ff: int = field(512, "hidden width of the MLP")
+    tied: bool = field(True, "tie the output head to the token embedding")
+    qk_norm: bool = field(True, "RMSNorm on the queries and keys of each head (modern only)")
+    rope_base: float = field(10000.0, "RoPE base frequency (modern only)")
+    learned_positions: bool = field(False, "learned position embeddings instead of sinusoidal ones (classic only)")
     activation: Literal["relu", "gelu_tanh", "gelu_erf"] = field(
-        "relu", "of the feed-forward: ReLU, or GELU by tanh as in GPT-2, or by erf, which is exact (classic)"
+        "relu", "MLP activation: relu, gelu_tanh (GPT-2's approximation) or gelu_erf (exact); classic only"
     )
-    qkv_bias: bool = field(False, "queries, keys and values have biases (classic)")
-    scaled_scores: bool = field(True, "attention scores are divided by the root of the head's width (classic)")
-    window: int = field(0, "tokens that every second block sees, the token itself included; 0: all (classic)")
-    norm_eps: float = field(1e-5, "added to the variance in norms")
-    dropout: float = field(0.0, "fraction of activations dropped while training")
+    qkv_bias: bool = field(False, "bias in the query, key and value projections (classic only)")
+    scaled_scores: bool = field(True, "divide attention scores by the square root of the head dimension (classic only)")
+    window: int = field(
+        0, "sliding attention window of every second block, in tokens; 0: full attention (classic only)"
+    )
+    norm_eps: float = field(1e-5, "epsilon added to the variance in LayerNorm and RMSNorm")
+    dropout: float = field(0.0, "dropout probability during training")
 
     def __post_init__(self) -> None:
         for name in ("n_ctx", "n_layer", "n_head", "n_embd", "n_ff"):
@@ -79,17 +81,17 @@ class ModelConfig:
         if self.architecture == "classic":
             require(
                 self.kv_heads == self.n_head,
-                f"model.n_kv_head={self.n_kv_head}: the classic architecture has no grouped heads;"
+                f"model.n_kv_head={self.n_kv_head}: the classic architecture does not support grouped-query attention;"
                 " leave it 0 or set model.architecture=modern",
             )
             require(
                 self.head_dim * self.n_head == self.n_embd,
-                f"model.head_size={self.head_size}: the heads of the classic architecture are n_embd / n_head wide;"
+                f"model.head_size={self.head_size}: the classic architecture requires n_embd / n_head;"
                 " leave it 0 or set model.architecture=modern",
             )
             require(
                 self.learned_positions or self.n_embd % 2 == 0,
-                f"model.n_embd={self.n_embd} must be even for sinusoidal positions",
+                f"model.n_embd={self.n_embd} must be even for sinusoidal position embeddings",
             )
         else:
             for spec in dataclasses.fields(self):
@@ -101,24 +103,26 @@ class ModelConfig:
             require(
                 self.head_dim % 2 == 0,
                 f"{'model.head_size' if self.head_size else 'model.n_embd/model.n_head'}={self.head_dim}"
-                " must be even for rotary positions",
+                " must be even for RoPE",
             )
 
     @property
     def head_dim(self) -> int:
+        """Dimension of an attention head."""
         return self.head_size or self.n_embd // self.n_head
 
     @property
     def kv_heads(self) -> int:
+        """Number of key/value heads."""
         return self.n_kv_head or self.n_head
 
     def layer_window(self, layer: int) -> int:
-        """Tokens that a block sees, the token itself included; 0: all."""
+        """Return the attention window of a block in tokens, the current token included; 0: full attention."""
         return self.window if layer % 2 else 0
 
     @property
     def n_params(self) -> int:
-        """Trainable parameters, a tied head counted once."""
+        """Number of trainable parameters; a tied head is counted once."""
         C, F, q, kv = self.n_embd, self.n_ff, self.n_head * self.head_dim, self.kv_heads * self.head_dim
         attention = 2 * C * q + 2 * C * kv
         if self.architecture == "classic":
@@ -131,31 +135,33 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
-    """Where prepared data lies, and how to prepare it when it is not there yet."""
+    """Where the prepared data is stored, and how to prepare it if it does not exist."""
 
     dir: str = field("data/tinystories", "folder made by `tinystories prepare`; --data sets it")
-    source: str = field("tinystories", "what to prepare when the folder is not there yet")
-    val: str = field("", "validation source; empty: the source's own validation split, else 0.5 % held out")
-    tokenizer: str = field("bpe:4096", "gpt2, bpe:N, or a tokenizer.json")
+    source: str = field("tinystories", "source to prepare if the folder does not exist")
+    val: str = field("", "validation source; empty: the source's own validation split, or 0.5 % held out")
+    tokenizer: str = field("bpe:4096", "gpt2, bpe:N (trained with N token ids) or a tokenizer.json file")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
-    """Muon and AdamW; weight decay applies to matrices only."""
+    """Optimizer settings. Weight decay applies to matrices only."""
 
     kind: Literal["muon", "adamw"] = field(
-        "muon", "muon: for the matrices of the blocks, with AdamW for the rest; adamw: for all"
+        "muon", "muon: Muon for the matrices of the blocks and AdamW for all other weights; adamw: AdamW for all"
     )
     muon_rate: float | Literal["auto"] = field(
-        "auto", "peak of Muon's learning rate; auto: from the size of the model and of the batch"
+        "auto", "Muon peak learning rate; auto: from the model size and batch size"
     )
-    momentum: float = field(0.95, "decay of Muon's mean of gradients")
-    learning_rate: float | Literal["auto"] = field("auto", "peak of AdamW's learning rate; auto: likewise")
-    beta1: float = field(0.9, "decay of the mean of gradients")
-    beta2: float = field(0.95, "decay of the mean of their squares")
-    eps: float = field(1e-8, "added to the root of that mean")
-    weight_decay: float = field(0.1, "pull of matrices towards zero; norms and biases have none")
-    grad_clip: float = field(1.0, "largest norm of all gradients together; 0: no clipping")
+    momentum: float = field(0.95, "Muon momentum")
+    learning_rate: float | Literal["auto"] = field(
+        "auto", "AdamW peak learning rate; auto: from the model size and batch size"
+    )
+    beta1: float = field(0.9, "Adam beta1")
+    beta2: float = field(0.95, "Adam beta2")
+    eps: float = field(1e-8, "Adam epsilon")
+    weight_decay: float = field(0.1, "weight decay, applied to matrices only")
+    grad_clip: float = field(1.0, "gradient clipping by global norm; 0: off")
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "muon_rate"):
@@ -171,12 +177,12 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ScheduleConfig:
-    """Learning rate over the run, as fractions of its steps."""
+    """Learning rate schedule; durations are fractions of the run's steps."""
 
-    kind: Literal["cosine", "wsd"] = field("cosine", "cosine, or wsd: warm-up, stable, then linear decay")
-    warmup: float = field(0.05, "fraction of the steps spent rising to the peak")
-    decay: float = field(0.5, "fraction of the steps spent falling (wsd)")
-    floor: float = field(0.05, "final learning rate as a fraction of the peak")
+    kind: Literal["cosine", "wsd"] = field("cosine", "cosine, or wsd: warmup, stable, then linear decay")
+    warmup: float = field(0.05, "fraction of the steps for linear warmup to the peak")
+    decay: float = field(0.5, "fraction of the steps for the final decay (wsd only)")
+    floor: float = field(0.05, "final learning rate, as a fraction of the peak")
 
     def __post_init__(self) -> None:
         require(0 <= self.warmup < 1, f"schedule.warmup={self.warmup} must be in [0, 1)")
@@ -184,39 +190,38 @@ class ScheduleConfig:
         require(0 <= self.decay <= 1, f"schedule.decay={self.decay} must be in [0, 1]")
         require(
             self.kind == "cosine" or self.warmup + self.decay <= 1,
-            f"schedule.warmup={self.warmup} and schedule.decay={self.decay} must not exceed 1 together",
+            f"schedule.warmup={self.warmup} and schedule.decay={self.decay} must add up to at most 1",
         )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """One clock: `step` counts optimizer steps. One row is one window of n_ctx tokens."""
+    """Settings of a training run. Steps are optimizer steps; a row is a window of n_ctx tokens."""
 
-    init: str = field("", "model directory whose weights training begins with; empty: random ones")
-    steps: int = field(2000, "optimizer steps of the whole run")
-    batch_size: int = field(32, "rows of n_ctx tokens in an optimizer step")
+    init: str = field("", "model directory to initialize the weights from; empty: random initialization")
+    steps: int = field(2000, "number of optimizer steps")
+    batch_size: int = field(32, "rows of n_ctx tokens per optimizer step")
     micro_batch: int | Literal["auto"] = field(
-        32, "rows in one forward and backward pass; divides batch_size; auto: as many as the memory holds"
+        32,
+        "rows per forward and backward pass; divides batch_size (gradient accumulation); auto: as many as fit memory",
     )
-    seed: int = field(1, "of weights, order of stories and dropout")
+    seed: int = field(1, "random seed of weights, data order and dropout")
     device: str = field("auto", "auto, cpu, cuda, cuda:1 or mps")
     precision: Literal["auto", "fp32", "bf16"] = field(
-        "auto", "auto: bf16 on CUDA devices that have it, fp32 elsewhere"
+        "auto", "auto: bf16 on CUDA devices that support it, fp32 elsewhere"
     )
     compile: Literal["auto", "on", "off"] = field("auto", "torch.compile; auto: on CUDA only")
-    log_every: int = field(10, "steps between lines of the log")
-    eval_every: int = field(250, "steps between evaluations, each with sample stories")
-    eval_stories: int = field(200, "validation stories of these evaluations; the last one takes all")
+    log_every: int = field(10, "steps between log lines")
+    eval_every: int = field(250, "steps between evaluations, each of which also writes sample stories")
+    eval_stories: int = field(200, "validation stories per evaluation; the final one uses all")
     checkpoint_every: int = field(250, "steps between checkpoints")
-    shard_optimizer: bool = field(
-        False, "each of several processes keeps only its share of the optimizer's state (--train.shard_optimizer true)"
-    )
-    keep_checkpoints: int = field(2, "newest checkpoints kept, besides the best one")
+    shard_optimizer: bool = field(False, "shard the optimizer state across processes (--train.shard_optimizer true)")
+    keep_checkpoints: int = field(2, "number of latest checkpoints to keep, in addition to the best")
     sample_prompts: tuple[str, ...] = field(
-        ("Once upon a time", "Lily and Tom went to the park."), "openings of the sample stories"
+        ("Once upon a time", "Lily and Tom went to the park."), "prompts of the sample stories, separated by |"
     )
-    sample_tokens: int = field(120, "longest sample story")
-    tensorboard: bool = field(False, "write TensorBoard events too (--train.tensorboard true)")
+    sample_tokens: int = field(120, "maximum length of a sample story in tokens")
+    tensorboard: bool = field(False, "also write TensorBoard events (--train.tensorboard true)")
 
     def __post_init__(self) -> None:
         names = ("steps", "batch_size", "log_every", "eval_every", "eval_stories")
@@ -235,7 +240,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingConfig:
-    """How the next token is drawn: penalty, then temperature, then top_k, top_p and min_p in this order."""
+    """How the next token is sampled: repetition penalty, temperature, top_k, top_p and min_p, applied in this order."""
 
     temperature: float = 0.8  # 0: greedy
     top_k: int = 0  # 0: off
@@ -256,7 +261,7 @@ class SamplingConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
-    """Everything a training run is made of; saved beside its result as `config.toml`."""
+    """All settings of a training run; saved with its checkpoints as `config.toml`."""
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
@@ -266,19 +271,19 @@ class Config:
 
 
 def require(condition: bool, message: str) -> None:
-    """Raise `UserError(message)` unless the condition holds (NaN never does)."""
+    """Raise `UserError(message)` unless the condition holds (a comparison with NaN never does)."""
     if not condition:
         raise UserError(message)
 
 
 def preset_path(name: str) -> Path:
-    """The TOML file of a preset: inside an installed package, or in `configs/` of a checkout."""
+    """Return the TOML file of a preset: inside an installed package, or in `configs/` of a checkout."""
     installed = Path(__file__).parent / "configs" / f"{name}.toml"
     return installed if installed.exists() else Path(__file__).parents[2] / "configs" / f"{name}.toml"
 
 
 def load_config(file: str | Path | None, overrides: Mapping[str, str] | None = None) -> Config:
-    """Config from a TOML file or a preset's name, with `{"section.key": "text value"}` laid over it."""
+    """Load a TOML file or a preset, and apply overrides of the form `{"section.key": "value as text"}`."""
     settings: dict[str, Any] = read_toml(file) if file is not None else {}
     values = {name: parse_text(text, setting_type(name), name) for name, text in (overrides or {}).items()}
     where = str(file) if file is not None else "command line"
@@ -286,7 +291,7 @@ def load_config(file: str | Path | None, overrides: Mapping[str, str] | None = N
 
 
 def setting_type(dotted: str) -> Any:
-    """The annotated type of `section.key`; `UserError` where there is no such setting."""
+    """Return the annotated type of the setting `section.key`. `UserError` if it does not exist."""
     section, _, key = dotted.partition(".")
     hints = get_type_hints(Config)
     if section not in hints or key not in get_type_hints(hints[section]):
@@ -295,7 +300,7 @@ def setting_type(dotted: str) -> Any:
 
 
 def merge_overrides(settings: Mapping[str, Any], overrides: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Tables of settings with `{"section.key": value}` laid over them; `where` names the file of the tables."""
+    """Return TOML tables with `{"section.key": value}` applied; `where` names their file in error messages."""
     result = dict(settings)
     for dotted, value in overrides.items():
         section, _, key = dotted.partition(".")
@@ -307,7 +312,7 @@ def merge_overrides(settings: Mapping[str, Any], overrides: Mapping[str, Any], w
 
 
 def read_toml(file: str | Path) -> dict[str, Any]:
-    """Tables of a TOML file; a bare preset name means the preset."""
+    """Read a TOML file, or a preset by its name, as nested tables."""
     path = preset_path(str(file)) if str(file) in PRESETS else Path(file)
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # Windows editors put a byte order mark first
@@ -315,12 +320,12 @@ def read_toml(file: str | Path) -> dict[str, Any]:
         matches = difflib.get_close_matches(path.stem, PRESETS, n=1)
         hint = f"did you mean the preset {matches[0]}?" if matches else f"presets: {', '.join(PRESETS)}"
         raise UserError(f"config {file} does not exist; {hint}") from None
-    except (OSError, ValueError, RecursionError) as error:  # not UTF-8, not TOML, nested or long beyond reason
+    except (OSError, ValueError, RecursionError) as error:  # not UTF-8, not TOML, too deeply nested
         raise UserError(f"config {file} cannot be read: {error}") from None
 
 
 def build_dataclass(cls: type[T], settings: Mapping[str, Any], where: str, prefix: str = "") -> T:
-    """A frozen dataclass from plain values; strict about names and types.
+    """Build a frozen dataclass from plain values. `UserError` for an unknown name or a value of the wrong type.
 
     `where` names the file in error messages, `prefix` the section ("train.").
     """
@@ -339,7 +344,7 @@ def build_dataclass(cls: type[T], settings: Mapping[str, Any], where: str, prefi
 
 
 def validate(value: Any, hint: Any, where: str, name: str) -> Any:
-    """`value` if it is of the annotated type (an int will do for a float, a list for a tuple)."""
+    """Return `value` converted to the annotated type (int to float, list to tuple). `UserError` if it does not fit."""
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
             raise UserError(f"{where}: [{name}] must be a table of settings")
@@ -348,7 +353,7 @@ def validate(value: Any, hint: Any, where: str, name: str) -> Any:
         if value not in get_args(hint):
             raise UserError(f"{where}: {name}={quoted(value)} must be one of {', '.join(map(str, get_args(hint)))}")
         return value
-    if get_origin(hint) in UNION_TYPES:  # a number or a word
+    if get_origin(hint) in UNION_TYPES:  # a number or a keyword such as "auto"
         number, word = get_args(hint)
         return validate(value, word if isinstance(value, str) else number, where, name)
     if get_origin(hint) is tuple:
@@ -356,7 +361,7 @@ def validate(value: Any, hint: Any, where: str, name: str) -> Any:
             raise UserError(f"{where}: {name} must be a list of strings")
         return tuple(value)
     if type(value) is int and not -(2**63) <= value < 2**63:
-        raise UserError(f"{where}: {name} must be a number of at most 64 bits")
+        raise UserError(f"{where}: {name} must be a 64-bit integer")
     if hint is float and type(value) is int:
         return float(value)
     if type(value) is not hint:
@@ -367,7 +372,7 @@ def validate(value: Any, hint: Any, where: str, name: str) -> Any:
 
 
 def parse_text(text: str, hint: Any, name: str) -> Any:
-    """A flag's text as a value of the annotated type."""
+    """Parse the text of a flag as a value of the annotated type; lists are separated by `|`."""
     if hint is str or get_origin(hint) is Literal:
         return text
     if get_origin(hint) in UNION_TYPES:
@@ -392,7 +397,7 @@ def parse_text(text: str, hint: Any, name: str) -> Any:
 
 
 def setting_names() -> list[str]:
-    """Every `section.key` there is."""
+    """Return the names of all settings as `section.key`."""
     return [f"{section}.{key}" for section, kind in get_type_hints(Config).items() for key in get_type_hints(kind)]
 
 
@@ -405,17 +410,18 @@ def unknown_setting_message(name: str, known: Iterable[str]) -> str:
 
 
 def replace_vocab(config: Config, vocab_size: int, where: str) -> Config:
-    """The config with the vocabulary of its data; a size that was asked for and differs is an error."""
+    """Set the vocabulary size of the data. `UserError` if the config asks for a different one."""
     requested = config.model.vocab_size
     if requested not in (0, vocab_size):
         raise UserError(
-            f"model.vocab_size={requested} but the data in {where} has {vocab_size} ids; leave it 0 to follow the data"
+            f"model.vocab_size={requested} but the data in {where} has {vocab_size} token ids;"
+            " set it to 0 to follow the data"
         )
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
 
 
 def to_toml(config: Config) -> str:
-    """The resolved config as TOML text; `load_config` reads it back to an equal value."""
-    import tomli_w  # comes with the [train] extra: only training writes TOML
+    """Return the config as TOML text, which `load_config` reads back to an equal value."""
+    import tomli_w  # part of the [train] extra: only training writes TOML
 
     return tomli_w.dumps(dataclasses.asdict(config))

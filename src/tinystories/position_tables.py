@@ -1,4 +1,4 @@
-"""Tables of positions, which both engines use: sinusoids to add, and rotations of q and k. NumPy alone."""
+"""Position tables in NumPy, shared by both engines: sinusoids, and the cos and sin of RoPE."""
 
 import numpy as np
 import numpy.typing as npt
@@ -7,16 +7,19 @@ Floats = npt.NDArray[np.float32]
 
 
 def build_sinusoid_table(n_ctx: int, n_embd: int) -> Floats:
-    """PE[p, 2i] = sin(p / 10000^(2i/C)), PE[p, 2i+1] = cos of the same (Vaswani et al. 2017, section 3.5): (S, C)."""
+    """Return the (n_ctx, n_embd) table PE[p, 2i] = sin(p / 10000^(2i/C)), PE[p, 2i+1] = cos(p / 10000^(2i/C)).
+
+    Source: Vaswani et al. 2017, section 3.5.
+    """
     frequency = 10000.0 ** (-np.arange(0, n_embd, 2) / n_embd)
     angle = np.arange(n_ctx)[:, None] * frequency
     return np.stack((np.sin(angle), np.cos(angle)), axis=-1).reshape(n_ctx, -1).astype(np.float32)
 
 
 def build_rope_tables(n_ctx: int, head_dim: int, base: float) -> tuple[Floats, Floats]:
-    """cos and sin of position x base^(-2i/D) for the first half of D, (S, D/2) each (RoFormer, arXiv 2104.09864).
+    """Return cos and sin of position * base^(-2i/D), (n_ctx, D/2) each (RoFormer, arXiv 2104.09864).
 
-    The halves of D are paired, as in Hugging Face's Llama and Qwen3 (not neighbouring elements, as in the paper).
+    For use with pairs (i, i + D/2), as in Hugging Face's Llama and Qwen3; the paper pairs adjacent elements.
     """
     frequency = base ** (-np.arange(0, head_dim, 2) / head_dim)
     angle = np.arange(n_ctx)[:, None] * frequency

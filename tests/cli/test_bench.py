@@ -77,20 +77,20 @@ def test_what_is_not_installed_is_left_out_and_named(
     found, told = bench(capsys, "decode", *SMALL, "--tokens", "2", "--prompt-tokens", "2", "--peers", "--json")
     assert set(found["versions"]) == {"tinystories", "torch"}
     for name in ("transformers", "ctranslate2", "llama.cpp"):
-        assert f"without {name}: it needs" in told
+        assert f"skipping {name}: it needs" in told
 
 
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (["decode", *SMALL, "--only", "vllm"], "there is no such program or precision"),
-        (["decode", *SMALL, "--only", "torch:int4"], "there is no such program or precision"),
-        (["decode", *SMALL, "--tokens", "5000"], "do not fit the model's context"),
-        (["decode", *SMALL, "--shortlist", "64"], "not shorter than the vocabulary"),
+        (["decode", *SMALL, "--only", "vllm"], "--only vllm: unknown program"),
+        (["decode", *SMALL, "--only", "torch:int4"], "--only torch:int4: unknown program or precision"),
+        (["decode", *SMALL, "--tokens", "5000"], "5008 tokens exceed the model's context"),
+        (["decode", *SMALL, "--shortlist", "64"], "--shortlist 64 must be below the vocabulary size"),
         (["decode", *SMALL, "--shortlist", "9", "--only", "torch"], "--only leaves out"),
         (["decode", "somewhere", "--preset", "nano"], "either MODEL or --preset"),
         (["decode", "nowhere"], "no such model directory"),
-        (["startup"], "needs a MODEL"),
+        (["startup"], "requires MODEL"),
         (["batch", *SMALL, "--preset", "seed-89m", "--only", "llama.cpp"], "llama.cpp"),
     ],
 )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tinystories.checkpoint import BUNDLED_MODEL
 from tinystories.cli import original
 from tinystories.config import load_config
 
@@ -46,7 +47,7 @@ def test_gpt_trains_then_writes_and_then_only_writes(workplace: Path, sample_dat
 
 
 def test_a_place_for_the_text_is_looked_at_before_training(sample_data: Path, tmp_path: Path) -> None:
-    for name, why in (("story.md", "must end in .txt or .jsonl"), ("nowhere/story.txt", "there is no folder nowhere")):
+    for name, why in (("story.md", "must end in .txt or .jsonl"), ("nowhere/story.txt", "folder nowhere")):
         result = script("gpt.py", "--config", "nano", "--data", str(sample_data), "--text", name, cwd=tmp_path)
         assert result.returncode == 2
         assert result.stderr.count("\n") == 1
@@ -64,6 +65,27 @@ def test_generate_writes_500_tokens(workplace: Path) -> None:
 def test_sample_prints_what_generate_writes(workplace: Path) -> None:
     words = ["--seed", "3", "--tokens", "40", "--prompt", "A bird"]
     assert script("sample.py", *words, cwd=workplace).stdout == script("generate.py", *words, cwd=workplace).stdout
+
+
+@pytest.mark.parametrize("name", ["generate.py", "sample.py"])
+def test_without_a_trained_model_the_bundled_storyteller_writes(name: str, tmp_path: Path) -> None:
+    words = ["--seed", "3", "--tokens", "30", "--prompt", "A bird"]
+    result = script(name, *words, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == script(name, *words, "--model", str(BUNDLED_MODEL), cwd=tmp_path).stdout
+    assert result.stdout.startswith("A bird")
+    note, summary = result.stderr.splitlines()
+    assert "no trained model in runs/seed-89m" in note
+    assert "using the bundled storyteller" in note
+    assert "30 tokens" in summary
+
+
+@pytest.mark.parametrize("name", ["generate.py", "sample.py"])
+def test_a_named_model_that_is_missing_is_an_error(name: str, tmp_path: Path) -> None:
+    result = script(name, "--model", "nowhere", cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert "nowhere: no such model directory" in result.stderr
 
 
 @pytest.mark.parametrize("name", ["gpt.py", "generate.py", "sample.py"])

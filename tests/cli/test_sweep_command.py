@@ -1,4 +1,4 @@
-"""`tinystories sweep` as a user types it: real trials, an interrupt, going on, and what is refused."""
+"""`tinystories sweep` as a user types it: real trials, an interrupt, a resume, and errors."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def test_real_trials_stopped_by_ctrl_c_and_gone_on_with(sample_data: Path, tmp_p
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all that the trials have not been kept out of
     _, told = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert f"2 of 3 trials finished; saved. Go on with: tinystories sweep --out {out} --resume" in told
+    assert f"2 of 3 trials finished; saved. Resume with: tinystories sweep --out {out} --resume" in told
     assert told.count("must be a multiple of model.n_head=3") == 2
     assert "Traceback" not in told
     saved = sorted((out / "trial-0002" / "checkpoints").iterdir())
@@ -81,14 +81,14 @@ def test_real_trials_stopped_by_ctrl_c_and_gone_on_with(sample_data: Path, tmp_p
     [
         ("--train.stpes 3 --optim.kind muon,adamw", "unknown setting train.stpes; did you mean train.steps?"),
         ("--train.steps 3", "nothing to search"),
-        ("--optim.learning_rate 1e-1:1e-3:log", "the range is empty; write 0.001:0.1"),
+        ("--optim.learning_rate 1e-1:1e-3:log", "empty; write 0.001:0.1"),
         ("--optim.learning_rate 1e-3,1e-2 --train.steps -3", "train.steps=-3 must be positive"),
         ("--optim.learning_rate 1e-3,1e-2 --config nan0", "did you mean the preset nano?"),
         ("--optim.learning_rate 1e-3:1e-2 --sampler grid", "a grid needs a list"),
         ("--optim.learning_rate 1e-3,1e-2 --data nowhere", "nowhere holds no prepared data"),
         ("--optim.learning_rate", "needs a value"),
         ("--trials 0 --optim.learning_rate 1e-3,1e-2", "--trials"),
-        ("--show", "holds no sweep to show"),
+        ("--show", "--show found no sweep in --out new"),
         ("learning_rate", "unexpected argument learning_rate"),
     ],
 )
@@ -111,7 +111,7 @@ def test_torchrun_is_refused(
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     assert run(cli, ["sweep", "--out", str(tmp_path / "new"), *RATES]) == 2
-    assert "start it without torchrun, with --workers N" in capsys.readouterr().err
+    assert "without torchrun, with --workers N" in capsys.readouterr().err
 
 
 def test_a_sweep_of_invalid_trials_can_be_shown_and_is_not_begun_twice(
@@ -133,7 +133,7 @@ def test_a_sweep_of_invalid_trials_can_be_shown_and_is_not_begun_twice(
     assert run(cli, [*words, "--resume"]) == 0
     assert "trial 1 invalid" in capsys.readouterr().out
     assert run(cli, [*words, "--resume", "--train.steps", "7"]) == 2
-    assert "was begun with train.steps" in capsys.readouterr().err
+    assert "was started with train.steps" in capsys.readouterr().err
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:

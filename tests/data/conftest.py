@@ -1,4 +1,4 @@
-"""Stories and tokenizers that the data tests share."""
+"""Stories and tokenizers shared by the data tests."""
 
 import os
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ def bpe() -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def gpt2_tokenizer() -> Iterator[Tokenizer]:
-    """GPT-2's; tiktoken finds its table too while this is in use."""
+    """GPT-2's tokenizer; while in use, tiktoken finds its cached vocabulary too."""
     with pytest.MonkeyPatch.context() as patch:
         if "TIKTOKEN_CACHE_DIR" not in os.environ:
             if not (SHARED / "gpt2").is_dir():
@@ -39,7 +39,7 @@ def real_train() -> Path:
 
 @pytest.fixture
 def many() -> list[str]:
-    """300 different stories, some of them with letters of several bytes."""
+    """300 distinct stories, some with multi-byte characters."""
     return [
         f"Once there was {'a café' if n % 7 == 0 else 'a cat'} number {n}.\nIt said {'hi ' * (n % 5)}."
         for n in range(300)

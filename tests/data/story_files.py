@@ -1,4 +1,4 @@
-"""Writers of story files in every format, for the tests."""
+"""Write story files in every format, for the tests."""
 
 import csv
 import io

@@ -1,4 +1,4 @@
-"""Bulk encoding: the fast library is used only where it gives the ids of `tokenizers`, and then always does."""
+"""Bulk encoding: the fast library is used only if it always produces the ids of `tokenizers`."""
 
 import json
 import logging
@@ -32,13 +32,13 @@ STORIES = st.lists(
 
 @pytest.fixture(scope="session", params=["bpe", "gpt2_tokenizer"])
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
-    found: Tokenizer = request.getfixturevalue(request.param)
-    return found
+    fixture: Tokenizer = request.getfixturevalue(request.param)
+    return fixture
 
 
 @pytest.fixture(scope="session")
 def fast(tokenizer: Tokenizer) -> EncodeFn:
-    """The encoder that `prepare` uses where gigatoken is there."""
+    """The encoder that `prepare` uses if gigatoken is installed."""
     pytest.importorskip("gigatoken")
     assert not isinstance(make_gigatoken_encoder(tokenizer), str)
     return make_bulk_encoder(tokenizer, [])
@@ -108,7 +108,7 @@ def test_one_differing_id_among_the_examples_is_enough_to_refuse_it(
     monkeypatch.setattr(encoder, "make_gigatoken_encoder", lambda _: wrong_about_dogs)
     assert rows(make_bulk_encoder(bpe, [b"a cat"])([b"a dog"])) != [bpe.encode("a dog")]
     assert rows(make_bulk_encoder(bpe, [b"a cat", b"a dog"])([b"a dog"])) == [bpe.encode("a dog")]
-    assert "other ids" in caplog.text
+    assert "different ids" in caplog.text
 
 
 def test_without_gigatoken_the_ids_are_the_same(

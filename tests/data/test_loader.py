@@ -1,4 +1,4 @@
-"""Packing and batches: nothing lost, nothing invented, the same for every way of splitting the work."""
+"""Packing and batches: no token is lost or invented, and the result is the same for any number of ranks."""
 
 import itertools
 import json
@@ -18,7 +18,7 @@ lengths_lists = st.lists(st.integers(1, 60), min_size=1, max_size=80)
 
 
 def coverage(lengths: list[int], n_ctx: int) -> tuple[npt.NDArray[np.int64], list[list[tuple[int, int, int]]]]:
-    """How often each place of each story is trained on, and the rows as (story, offset, size)."""
+    """Return how often each position of each story is a target, and the rows as (story, offset, size)."""
     first, story, offset, size = pack_rows(np.array(sorted(lengths), dtype=np.int64), n_ctx)
     rows = [
         [(int(story[p]), int(offset[p]), int(size[p])) for p in range(first[r], first[r + 1])]
@@ -144,5 +144,5 @@ def test_a_split_without_stories_is_refused(sample_data: Path, tmp_path: Path) -
     (tmp_path / "meta.json").write_text(json.dumps(meta))
     (tmp_path / "val.bin").write_bytes((tmp_path / "val.bin").read_bytes()[:2])
     (tmp_path / "val.idx").write_bytes(np.zeros((1, 2), dtype="<u8").tobytes())
-    with pytest.raises(UserError, match="holds no story"):
+    with pytest.raises(UserError, match="contains no stories"):
         PackedRows(tmp_path, "val", 64, seed=0)

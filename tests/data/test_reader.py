@@ -1,4 +1,4 @@
-"""Reading files: every format gives the same stories, from any position, in any size of chunk; bad input is named."""
+"""Reading files: every format yields the same stories from any position and chunk size; errors name the location."""
 
 import json
 import os
@@ -80,7 +80,7 @@ def test_reading_resumes_from_any_batch(
 def test_what_is_read_adds_up_to_the_file(write: Write, tmp_path: Path, many: list[str]) -> None:
     path = write(tmp_path, many)
     header = len(b"id,text\r\n") if path.suffix == ".csv" else 0
-    trailing = len("\n") if path.suffix == ".txt" else 0  # behind the last END
+    trailing = len("\n") if path.suffix == ".txt" else 0  # after the last END
     assert sum(batch.bytes_read for batch in read_file(path, STRICT)) == path.stat().st_size - header - trailing
 
 
@@ -213,14 +213,14 @@ def test_a_later_jsonl_line_without_the_field_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "what"),
     [
-        (b'{"text": "two', "broken JSON"),
-        (b'{"text": "two"} x', "broken JSON: Extra data at column 17"),
-        (b"two", "broken JSON"),
+        (b'{"text": "two', "invalid JSON"),
+        (b'{"text": "two"} x', "invalid JSON: Extra data at column 17"),
+        (b"two", "invalid JSON"),
         (b"[1]", "expected a JSON object"),
         (b'"two"', "expected a JSON object"),
         (b'{"text": 2}', "'text' is int, not text"),
-        (b"[" * 100_000, "broken JSON"),
-        (b'{"text": "two", "n": ' + b"9" * 5000 + b"}", "broken JSON"),
+        (b"[" * 100_000, "invalid JSON"),
+        (b'{"text": "two", "n": ' + b"9" * 5000 + b"}", "invalid JSON"),
     ],
 )
 def test_broken_jsonl_lines_are_named(line: bytes, what: str, tmp_path: Path) -> None:
@@ -234,8 +234,8 @@ def test_broken_jsonl_lines_are_named(line: bytes, what: str, tmp_path: Path) ->
     [
         (b"1,one,more\n", "line 2: 3 fields, but the header has 2"),
         (b"1\n", "line 2: 1 fields"),
-        (b'1,"one\n2,two\n3,three\n', "line 2: broken CSV"),  # the quote is never closed
-        (b'1,one\n2,"two"x\n', "line 3: broken CSV"),
+        (b'1,"one\n2,two\n3,three\n', "line 2: invalid CSV"),  # the quote is never closed
+        (b'1,one\n2,"two"x\n', "line 3: invalid CSV"),
     ],
 )
 def test_broken_csv_rows_are_named(rows: bytes, what: str, tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ def test_broken_csv_rows_are_named(rows: bytes, what: str, tmp_path: Path) -> No
 
 
 def test_long_fields_and_blank_lines_are_fine_in_csv(tmp_path: Path) -> None:
-    long = "very " * 40_000 + "long"  # more than the csv module takes by itself
+    long = "very " * 40_000 + "long"  # longer than the default limit of the csv module
     assert read(put(tmp_path / "a.csv", f"text\n\n{long}\n\ntwo\n".encode())) == [long, "two"]
 
 

@@ -1,4 +1,4 @@
-"""Source names: what they mean, and what is said to those that mean nothing."""
+"""Source names: what they resolve to, and the errors for invalid ones."""
 
 import os
 from pathlib import Path
@@ -27,8 +27,8 @@ def test_names_mean_collections_and_paths_mean_files(tmp_path: Path) -> None:
     assert resolve_source("hf:owner/na.me-1@refs/x") == HubSource(
         name="hf:owner/na.me-1@refs/x", repo="owner/na.me-1", revision="refs/x"
     )
-    for given in (path, str(path), [path], (str(path),)):
-        assert resolve_source(given) == FileSource(str(path), (path,))
+    for names in (path, str(path), [path], (str(path),)):
+        assert resolve_source(names) == FileSource(str(path), (path,))
 
 
 @pytest.mark.parametrize("name", ["hf:name", "hf:", "hf:a/b/c", "hf:a/b@", "hf:a b/c"])
@@ -38,7 +38,7 @@ def test_malformed_hub_names_are_refused(name: str) -> None:
 
 
 def test_unknown_names_are_answered_with_those_there_are() -> None:
-    with pytest.raises(UserError, match="tinystorys is no file") as caught:
+    with pytest.raises(UserError, match="tinystorys is neither a file") as caught:
         resolve_source("tinystorys")
     for name in ("sample", "tinystories", "tinystories-v2", "tinystories-clean", "hf:OWNER/NAME"):
         assert name in str(caught.value)

@@ -1,4 +1,4 @@
-"""Tokenizer: exact, reversible, and no text ever becomes a special token."""
+"""Tokenizer: exact, reversible, and text is never encoded as a special token."""
 
 import json
 import subprocess
@@ -167,7 +167,7 @@ def test_texts_that_would_grow_without_end_are_refused_before_one_is_read(
         flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "special"), False)
         parts["added_tokens"] = [{"id": 1, "content": "a word", "normalized": True, **flags}]
     monkeypatch.setattr(tokenizers, "Tokenizer", None)
-    with pytest.raises(UserError, match=f"its {part} makes texts over 1,000 times longer"):
+    with pytest.raises(UserError, match=f"its {part} .* 1,000 times longer"):
         Tokenizer(json.dumps(parts))
 
 
@@ -197,7 +197,7 @@ def test_what_real_tokenizers_do_to_texts_is_not_refused(normalizer: Any) -> Non
 
 def test_a_device_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").symlink_to("/dev/zero")
-    with pytest.raises(UserError, match=r"tokenizer\.json is no file"):
+    with pytest.raises(UserError, match=r"tokenizer\.json is not a regular file"):
         Tokenizer.load(tmp_path)
 
 

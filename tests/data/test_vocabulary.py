@@ -1,4 +1,4 @@
-"""Tokenizers by name: GPT-2's table is tiktoken's, a trained one is reproducible, errors say how to go on."""
+"""Tokenizers by name: GPT-2's table is tiktoken's, a trained one is reproducible, errors say what to do."""
 
 import base64
 import itertools
@@ -23,7 +23,7 @@ ODD = " \t\n\r\x0b\x0c\x1c\x85\xa0\u2028\u3000'’sSdmtlLvereIl0½Ⅷ١é\u0301�
 
 @pytest.fixture(scope="session")
 def tiktoken_gpt2(gpt2_tokenizer: Tokenizer) -> tiktoken.Encoding:
-    del gpt2_tokenizer  # only so that the table is found
+    del gpt2_tokenizer  # requested only to make tiktoken find its cached vocabulary
     return tiktoken.get_encoding("gpt2")
 
 
@@ -94,7 +94,7 @@ def test_a_path_is_known_by_its_content(bpe: Tokenizer, tmp_path: Path) -> None:
 
 @pytest.fixture
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """tiktoken's cache without the table, on a machine that reaches nothing."""
+    """An empty tiktoken cache on a machine without network access."""
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     go_through(monkeypatch, 9)  # nothing listens there
     return tmp_path
@@ -118,10 +118,10 @@ def test_a_network_that_never_answers_does_not_hang_gpt2(monkeypatch: pytest.Mon
     monkeypatch.setattr(build_tokenizer, "FETCH_TIMEOUT_SECONDS", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         go_through(monkeypatch, silent.getsockname()[1])
-        began = time.monotonic()
+        started_at = time.monotonic()
         with pytest.raises(UserError, match="TIKTOKEN_CACHE_DIR"):
             build_from_spec("gpt2", list)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - started_at < 5
 
 
 def test_a_damaged_table_is_not_taken(empty_cache: Path) -> None:

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from folders import opened, saved
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from safetensors.numpy import load_file, save_file
 from slots import exercise
-from folders import opened, saved
 
 from tinystories import checkpoint
 from tinystories.config import ModelConfig, SamplingConfig
@@ -334,7 +334,7 @@ def test_a_damaged_packed_file_is_made_again(folder: Path, how: str, caplog: pyt
     whole = path.read_bytes()
     path.write_bytes(damaged(whole, how))
     assert (opened(folder).prefill(0, IDS) == first).all()
-    assert "packing the weights again" in caplog.text
+    assert "quantizing the weights again" in caplog.text
     assert path.read_bytes() == whole
 
 
@@ -375,9 +375,9 @@ def test_altered_weights_are_refused(folder: Path, precision: weights.Precision)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda w: w | {"norm.weight": np.full(32, np.nan, np.float32)}, "norm.weight holds numbers"),
-        (lambda w: w | {"lm_head.weight": w["lm_head.weight"] * np.float32(np.inf)}, "lm_head.weight holds numbers"),
-        (lambda w: w | {"norm.weight": w["norm.weight"][:-1]}, "norm.weight is"),
+        (lambda w: w | {"norm.weight": np.full(32, np.nan, np.float32)}, "norm.weight .*not finite"),
+        (lambda w: w | {"lm_head.weight": w["lm_head.weight"] * np.float32(np.inf)}, "lm_head.weight .*not finite"),
+        (lambda w: w | {"norm.weight": w["norm.weight"][:-1]}, "norm.weight .*shape"),
         (lambda w: w | {"norm.weight": w["norm.weight"].astype(np.float64)}, "cannot be read|not fp32"),
         (lambda w: w | {"more": w["norm.weight"]}, "more' is unknown"),
         (lambda w: {k: v for k, v in w.items() if k != "norm.weight"}, "norm.weight' is missing"),
@@ -412,7 +412,7 @@ def test_what_cannot_be_asked_for_is_refused(build: Build) -> None:
     for threads in (0, 100_000):
         with pytest.raises(UserError, match="number of threads"):
             fp32(build(), threads=threads)
-    with pytest.raises(UserError, match="GB of memory, more than there is"):
+    with pytest.raises(UserError, match=r"slots need .* GB of memory"):
         fp32(build(), n_slots=10**10).prefill(0, [1])
 
 
@@ -569,8 +569,8 @@ def test_the_engine_that_is_meant(given: dict[str, Any], expected: str) -> None:
         ({"name": "gpu"}, "engine gpu"),
         ({"precision": "int3"}, "precision int3"),
         ({"name": "cpu", "device": "cuda"}, "device cuda"),
-        ({"name": "cpu", "precision": "bf16"}, "no precision bf16"),
-        ({"name": "torch", "precision": "int8"}, "no precision int8"),
+        ({"name": "cpu", "precision": "bf16"}, "bf16"),
+        ({"name": "torch", "precision": "int8"}, "int8"),
     ],
     ids=str,
 )

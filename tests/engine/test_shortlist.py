@@ -119,7 +119,7 @@ def test_the_end_is_listed_however_rare(folder: Path, sample_data: Path) -> None
 
 @pytest.mark.parametrize("n", [-5, 0, 1, 206, 50_000])
 def test_a_list_has_ids_that_occur(folder: Path, sample_data: Path, n: int) -> None:
-    with pytest.raises(UserError, match=r"choose from 2 to 205$"):
+    with pytest.raises(UserError, match=r"--shortlist from 2 to 205$"):
         shortlist.most_frequent_ids(checkpoint.read_model(folder), sample_data, n)
 
 
@@ -128,16 +128,16 @@ def test_data_of_others_are_refused(folder: Path, sample_data: Path, tmp_path: P
     with pytest.raises(UserError, match="holds no prepared data"):
         shortlist.most_frequent_ids(files, tmp_path, 100)
     prepare("sample", tmp_path / "other", tokenizer="bpe:300", val_fraction=0.05, progress=False)
-    with pytest.raises(UserError, match="another tokenizer than the model's"):
+    with pytest.raises(UserError, match=r"different tokenizer.*--tokenizer"):
         shortlist.most_frequent_ids(files, tmp_path / "other", 100)
     shutil.copytree(sample_data, tmp_path / "damaged")
     for split in ("train", "val"):
         tokens = np.fromfile(sample_data / f"{split}.bin", dtype="<u2")
         tokens[5] = 400
         tokens.tofile(tmp_path / "damaged" / f"{split}.bin")
-    with pytest.raises(UserError, match=r"train\.bin is damaged: it holds id 400"):
+    with pytest.raises(UserError, match=r"train\.bin is damaged: .*id 400"):
         shortlist.most_frequent_ids(files, tmp_path / "damaged", 100)
-    with pytest.raises(UserError, match=r"val\.bin is damaged: it holds id 400"):
+    with pytest.raises(UserError, match=r"val\.bin is damaged: .*id 400"):
         shortlist.coverage_loss(files, tmp_path / "damaged", LIST)
 
 
@@ -176,19 +176,19 @@ def changed(facts: dict[str, Any], **changes: Any) -> str:
         ("{}", "is damaged"),
         (lambda facts: json.dumps(facts | {"ids": facts["ids"][1:]}), "is damaged"),
         (lambda facts: changed(facts, format=2), "is damaged"),
-        (lambda facts: changed(facts, tokenizer_sha256="0" * 64), "another vocabulary"),
-        (lambda facts: changed(facts, vocab_size=401), "another vocabulary"),
-        (lambda facts: changed(facts, ids=None), "does not hold ids"),
-        (lambda facts: changed(facts, ids=5), "does not hold ids"),
-        (lambda facts: changed(facts, ids=[]), "does not hold ids"),
-        (lambda facts: changed(facts, ids=[*facts["ids"], 400]), "does not hold ids"),
-        (lambda facts: changed(facts, ids=[-1, *facts["ids"]]), "does not hold ids"),
-        (lambda facts: changed(facts, ids=[*facts["ids"], 10**30]), "does not hold ids"),
-        (lambda facts: changed(facts, ids=[float(token) for token in facts["ids"]]), "does not hold ids"),
-        (lambda facts: changed(facts, ids=[[0], *facts["ids"]]), "does not hold ids"),
-        (lambda facts: changed(facts, ids=facts["ids"][::-1]), "does not hold ids"),
-        (lambda facts: changed(facts, ids=[facts["ids"][0], *facts["ids"]]), "does not hold ids"),
-        (lambda facts: changed(facts, ids=facts["ids"][:-1]), "does not hold ids"),
+        (lambda facts: changed(facts, tokenizer_sha256="0" * 64), "different vocabulary"),
+        (lambda facts: changed(facts, vocab_size=401), "different vocabulary"),
+        (lambda facts: changed(facts, ids=None), "ascending"),
+        (lambda facts: changed(facts, ids=5), "ascending"),
+        (lambda facts: changed(facts, ids=[]), "ascending"),
+        (lambda facts: changed(facts, ids=[*facts["ids"], 400]), "ascending"),
+        (lambda facts: changed(facts, ids=[-1, *facts["ids"]]), "ascending"),
+        (lambda facts: changed(facts, ids=[*facts["ids"], 10**30]), "ascending"),
+        (lambda facts: changed(facts, ids=[float(token) for token in facts["ids"]]), "ascending"),
+        (lambda facts: changed(facts, ids=[[0], *facts["ids"]]), "ascending"),
+        (lambda facts: changed(facts, ids=facts["ids"][::-1]), "ascending"),
+        (lambda facts: changed(facts, ids=[facts["ids"][0], *facts["ids"]]), "ascending"),
+        (lambda facts: changed(facts, ids=facts["ids"][:-1]), "ascending"),
     ],
 )
 def test_lists_that_are_not_whole_are_refused(
@@ -208,5 +208,5 @@ def test_engines_that_cannot_use_one_say_so(folder: Path) -> None:
     given: dict[str, Any] = {"device": "auto", "precision": "auto", "n_slots": 1, "shortlist": True}
     with pytest.raises(UserError, match="add --engine cpu"):
         load_engine(folder, engine="torch", **given)
-    with pytest.raises(UserError, match="has no shortlist; make one with: tinystories pack"):
+    with pytest.raises(UserError, match="has no shortlist; make one with: tinystories quantize"):
         load_engine(folder, engine="cpu", **given)

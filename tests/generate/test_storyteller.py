@@ -33,9 +33,9 @@ def test_stream_gives_the_text_of_generate(teller: Storyteller) -> None:
     assert "".join(teller.stream("The", seed=5, max_tokens=40, stop="cat")) == story.continuation
 
 
-def test_without_a_seed_stories_differ_and_can_be_told_again(teller: Storyteller) -> None:
+def test_without_a_seed_each_story_has_its_own_and_can_be_repeated(teller: Storyteller) -> None:
     one, two = teller.generate(max_tokens=20), teller.generate(max_tokens=20)
-    assert one.ids != two.ids
+    assert one.seed != two.seed  # both stories may be empty: END can be the first token of either
     assert teller.generate(max_tokens=20, seed=one.seed).ids == one.ids
 
 

@@ -1,16 +1,16 @@
-"""Golden results: does this tree still compute what another commit computed, bit for bit?
+"""Golden results: compare what this tree computes, bit for bit, with what another commit computes.
 
     python tests/golden/compare.py --base e574ec6
 
-Runs both trees on this machine, each with its own source in a temporary folder, and compares the results. These
-depend on the processor and on library versions, so nothing is stored. Only the command line is used, which is the
-same in both:
+Runs both trees on this machine, each with its own source in a temporary folder, and compares the results. Results
+depend on the CPU and on library versions, so none are stored. Only the command line is used, which both trees share:
 
 * losses of 30 training steps of four presets with fewer layers;
-* ids of 50 seeds of the base's bundled model in fp32, int8 and int4;
-* SHA-256 of the files of a prepared folder and of every export of a small trained model.
+* token ids of 50 seeds with the base's bundled model in fp32, int8 and int4;
+* SHA-256 of the files of a prepared directory and of every export of a small trained model.
 
-Exit code 0 where all are equal, 1 where some differ, which are listed. `--record FILE` only records this tree.
+Exits with 0 if all are equal, and otherwise lists the differences and exits with 1. `--record FILE` only records the
+results of this tree.
 """
 
 import argparse
@@ -31,7 +31,7 @@ SMALL = (
     "--model.n_layer 2 --model.n_ctx 64 --train.batch_size 2 --train.micro_batch 1 --train.steps 30 --train.log_every 1"
     " --train.device cpu --train.compile off --train.eval_stories 3 --train.sample_tokens 5"
 )
-# A format, and settings under which the small model can be exported to it.
+# Name of an export -> (model it is made from, options of `tinystories export`).
 EXPORTS = {
     "hf": ("small", ""),
     "gguf-f32": ("small", "--format gguf --precision f32"),
@@ -44,7 +44,7 @@ EXPORTS = {
 
 
 class Tree:
-    """A checkout whose commands run with its own source, in a scratch folder."""
+    """A checkout; runs its commands with its own source in a scratch folder."""
 
     def __init__(self, root: Path, scratch: Path) -> None:
         self.root, self.scratch = root, scratch
@@ -59,7 +59,7 @@ class Tree:
 
 
 def record(tree: Tree, bundled: Path) -> dict[str, object]:
-    """All results of a tree by name; `bundled` is the model whose ids are recorded."""
+    """Return all results of a tree by name; `bundled` is the model whose token ids are recorded."""
     results: dict[str, object] = {}
     tree.run("prepare sample --tokenizer bpe:600 --out data")
     results |= {f"prepared/{name}": digest for name, digest in digests(tree.scratch / "data")}
@@ -90,6 +90,7 @@ def record(tree: Tree, bundled: Path) -> dict[str, object]:
 
 
 def digests(folder: Path) -> Iterator[tuple[str, str]]:
+    """Yield (relative path, SHA-256) of all files in a folder."""
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             yield path.relative_to(folder).as_posix(), hashlib.sha256(path.read_bytes()).hexdigest()
@@ -98,7 +99,7 @@ def digests(folder: Path) -> Iterator[tuple[str, str]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="e574ec6", help="commit to compare with")
-    parser.add_argument("--record", type=Path, help="write the results of this tree to a file, and stop")
+    parser.add_argument("--record", type=Path, help="write the results of this tree to a file, and exit")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "base"
@@ -107,17 +108,18 @@ def main() -> int:
         )
         try:
             bundled = base / "src" / "tinystories" / "bundled"
-            ours = record(Tree(ROOT, Path(folder) / "ours"), bundled)
+            results = record(Tree(ROOT, Path(folder) / "ours"), bundled)
             if options.record:
-                options.record.write_text(json.dumps(ours, indent=1) + "\n", encoding="utf-8")
+                options.record.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
                 return 0
-            theirs = record(Tree(base, Path(folder) / "theirs"), bundled)
+            base_results = record(Tree(base, Path(folder) / "base-results"), bundled)
         finally:
             subprocess.run(["git", "-C", str(ROOT), "worktree", "remove", "--force", str(base)], check=True)
-    different = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+    names = results.keys() | base_results.keys()
+    different = sorted(name for name in names if results.get(name) != base_results.get(name))
     for name in different:
         print(f"differs: {name}")
-    print(f"{len(ours.keys() | theirs.keys()) - len(different)} results equal, {len(different)} different")
+    print(f"{len(names) - len(different)} results equal, {len(different)} different")
     return int(bool(different))
 
 

@@ -1,4 +1,4 @@
-"""What commit e574ec6 wrote (a run, its data and config, an int8 model directory) still loads, resumes and exports."""
+"""Files written by commit e574ec6 (a run, its data and config, an int8 model directory) load, resume and export."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ WRITTEN = Path(__file__).parent / "written_by_e574ec6"
 
 @pytest.fixture
 def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of those files, which is the working directory: the run knows its data as `data`."""
+    """A copy of those files, as the working directory: the run refers to its data as `data`."""
     shutil.copytree(WRITTEN, tmp_path / "old")
     monkeypatch.chdir(tmp_path / "old")
     return tmp_path / "old"
@@ -35,8 +35,8 @@ def records(run: Path) -> list[dict[str, object]]:
 
 @pytest.mark.parametrize(("engine", "precision"), [("cpu", "fp32"), ("cpu", "int8"), ("torch", "fp32")])
 def test_old_run_scores_what_it_recorded(old: Path, engine: str, precision: str) -> None:
-    shown = run("eval", "run", "--data", "data", "--json", "--engine", engine, "--precision", precision)
-    score = json.loads(shown.strip().splitlines()[-1])["bits_per_byte"]
+    output = run("eval", "run", "--data", "data", "--json", "--engine", engine, "--precision", precision)
+    score = json.loads(output.strip().splitlines()[-1])["bits_per_byte"]
     recorded = read_model(old / "run").provenance["val_bits_per_byte"]
     assert score == pytest.approx(recorded, abs=1e-4 if precision == "fp32" else 0.01)
 

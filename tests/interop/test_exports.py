@@ -83,7 +83,7 @@ def test_a_file_that_says_something_else_is_not_kept(
 
     form = exports.Format({"f32": 0}, FORMATS["hf"].write, spoilt)
     monkeypatch.setitem(FORMATS, "hf", form)
-    with pytest.raises(UserError, match=r"nothing was written|of shape"):
+    with pytest.raises(UserError, match="verification failed"):
         export(model, "hf", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -100,7 +100,7 @@ def test_nothing_is_replaced_unless_asked(portable: Build, tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("name", "precision", "message"),
-    [("h5", "", "format h5 is not known; use one of hf"), ("hf", "q4_0", "format hf has no precision q4_0; use f32")],
+    [("h5", "", "--format h5 .* use one of hf"), ("hf", "q4_0", "--precision q4_0; use f32")],
 )
 def test_what_is_not_known_is_named(portable: Build, tmp_path: Path, name: str, precision: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
@@ -125,7 +125,7 @@ def test_differences_are_of_logits_and_of_what_they_predict() -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "cannot be read: No such file"), (b"", "is not known"), (b"\x89PNG123", "is not known")],
+    [(None, "cannot be read: No such file"), (b"", "unknown format"), (b"\x89PNG123", "unknown format")],
 )
 def test_files_of_no_known_kind_are_refused(tmp_path: Path, content: bytes | None, message: str) -> None:
     path = tmp_path / "model.xyz"

@@ -170,17 +170,17 @@ def patched(whole: Path, name: str, at: int, value: bytes) -> bytes:
         ("v0.bin", 0, struct.pack("<i", 0), "is not a llama2.c checkpoint: its header says 0"),
         ("v0.bin", 0, struct.pack("<i", 2**30), "is not a llama2.c checkpoint"),
         ("v0.bin", 8, struct.pack("<i", 2**24), "is not a llama2.c checkpoint"),
-        ("v0.bin", 8, struct.pack("<i", 1000), "its header asks for"),
-        ("v2.bin", 12, struct.pack("<i", 2**24), "its header asks for"),
+        ("v0.bin", 8, struct.pack("<i", 1000), "its header implies"),
+        ("v2.bin", 12, struct.pack("<i", 2**24), "its header implies"),
         ("v0.bin", 12, struct.pack("<i", 5), "is not a llama2.c checkpoint"),
         ("v0.bin", 16, struct.pack("<i", 3), "is not a llama2.c checkpoint"),
-        ("v0.bin", 24, struct.pack("<i", 5), "its header asks for"),
-        ("v1.bin", 4, struct.pack("<i", 3), "of llama2.c's version 3; only 0, 1 and 2"),
-        ("v2.bin", 37, struct.pack("<i", 0), "groups of 0 weights"),
-        ("v2.bin", 37, struct.pack("<i", -16), "groups of -16 weights"),
-        ("v2.bin", 37, struct.pack("<i", 24), "groups of 24 weights"),
-        ("v0.bin", 28, struct.pack("<f", float("nan")), "embed_tokens.weight holds numbers that are not finite"),
-        ("v2.bin", 256, struct.pack("<f", float("inf")), "input_layernorm.weight holds numbers that are not finite"),
+        ("v0.bin", 24, struct.pack("<i", 5), "its header implies"),
+        ("v1.bin", 4, struct.pack("<i", 3), "version 3; only 0, 1 and 2"),
+        ("v2.bin", 37, struct.pack("<i", 0), "group size 0 "),
+        ("v2.bin", 37, struct.pack("<i", -16), "group size -16 "),
+        ("v2.bin", 37, struct.pack("<i", 24), "group size 24 "),
+        ("v0.bin", 28, struct.pack("<f", float("nan")), "embed_tokens.weight .*not finite"),
+        ("v2.bin", 256, struct.pack("<f", float("inf")), "input_layernorm.weight .*not finite"),
     ],
 )
 def test_damage_is_named(whole: Path, tmp_path: Path, name: str, at: int, value: bytes, message: str) -> None:
@@ -192,7 +192,7 @@ def test_damage_is_named(whole: Path, tmp_path: Path, name: str, at: int, value:
 
 def test_a_longer_file_is_refused(whole: Path, tmp_path: Path) -> None:
     (tmp_path / "m.bin").write_bytes((whole / "v0.bin").read_bytes() + bytes(4))
-    with pytest.raises(UserError, match="its header asks for"):
+    with pytest.raises(UserError, match="its header implies"):
         import_model(str(tmp_path / "m.bin"), whole / "tokenizer.bin")
 
 
@@ -235,8 +235,8 @@ def test_damaged_tokenizers_are_refused_or_others(whole: Path, tmp_path: Path, a
     ("content", "message"),
     [
         (b"", "has only 0 pieces, the model 264"),
-        (struct.pack("<ifi", 9, 0.0, -1), "piece 0 of -1 bytes cannot be"),
-        (struct.pack("<ifi", 9, 0.0, 2**30), "piece 0 of 1,073,741,824 bytes cannot be"),
+        (struct.pack("<ifi", 9, 0.0, -1), "piece 0 has -1 bytes"),
+        (struct.pack("<ifi", 9, 0.0, 2**30), "piece 0 has 1,073,741,824 bytes"),
         (struct.pack("<ifi", 9, 0.0, 3) + b"abc", "has only 1 pieces, the model 264"),
         (b'{"a": \xff}', "is not UTF-8"),
         (b"{}", "is not a Hugging Face tokenizer"),
@@ -253,9 +253,9 @@ def test_a_longer_table_and_a_missing_one(whole: Path, tmp_path: Path) -> None:
     (tmp_path / "t.bin").write_bytes(longer)
     with pytest.raises(UserError, match="has more pieces, the model 264"):
         import_model(str(whole / "v0.bin"), tmp_path / "t.bin")
-    with pytest.raises(UserError, match=r"--tokenizer .*nothing\.bin: no such file; name a tokenizer\.json"):
+    with pytest.raises(UserError, match=r"--tokenizer .*nothing\.bin: no such file; .*tokenizer\.json"):
         import_model(str(whole / "v0.bin"), tmp_path / "nothing.bin")
-    with pytest.raises(UserError, match=r"brings no tokenizer; name llama2.c's tokenizer\.bin by --tokenizer"):
+    with pytest.raises(UserError, match=r"no tokenizer.*tokenizer\.bin with --tokenizer"):
         import_model(str(whole / "v1.bin"))
 
 

@@ -168,7 +168,7 @@ def test_a_past_that_changes_the_logits_is_found(build: Build, tmp_path: Path, m
     """Without causality the ids read at once see more than those read in parts."""
     monkeypatch.setattr(onnx_builder.DecoderBuilder, "causal_mask", lambda decoder, _: decoder.graph.add_scalar(0.0))
     model = build()
-    with pytest.raises(UserError, match="with and without a past its logits differ by"):
+    with pytest.raises(UserError, match="with and without the KV cache differ by"):
         onnx_format.logits(written(model, tmp_path), some_ids(model, 24))
 
 

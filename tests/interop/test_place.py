@@ -42,9 +42,9 @@ def test_the_model_that_is_read_is_never_replaced(tmp_path: Path, model: Path, o
     (tmp_path / "link").symlink_to(model)
     before = contents(tmp_path)
     for name in FORMATS:
-        with pytest.raises(UserError, match=r"is, holds, or is part of .*, which is read; choose another --out"):
+        with pytest.raises(UserError, match=r"is, contains, or is inside .*; choose another --out"):
             export(ModelBundle.read(model), name, tmp_path / out, force=True)
-    with pytest.raises(UserError, match=r"is, holds, or is part of .*, which is read"):
+    with pytest.raises(UserError, match="is, contains, or is inside"):
         import_to_directory(str(model), tmp_path / out, force=True)
     assert contents(tmp_path) == before
 
@@ -64,7 +64,7 @@ def test_the_file_that_is_read_is_never_replaced(portable: Build, tmp_path: Path
     (tmp_path / "one").mkdir()
     export(portable("llama"), name, tmp_path / "one" / "m.bin")
     for out in (tmp_path / "one" / "m.bin", tmp_path / "one"):
-        with pytest.raises(UserError, match="is, holds, or is part of"):
+        with pytest.raises(UserError, match="is, contains, or is inside"):
             import_to_directory(str(tmp_path / "one" / "m.bin"), out, force=True)
 
 
@@ -107,9 +107,9 @@ def test_other_things_are_not_replaced_even_by_force(portable: Build, tmp_path: 
 
 def test_a_directory_does_not_replace_a_file(portable: Build, tmp_path: Path, model: Path) -> None:
     (tmp_path / "out").write_text("a thesis")
-    with pytest.raises(UserError, match="is a file, which no directory replaces"):
+    with pytest.raises(UserError, match="is a file and cannot be replaced by a directory"):
         export(portable("llama"), "hf", tmp_path / "out", force=True)
-    with pytest.raises(UserError, match="is a file, which no directory replaces"):
+    with pytest.raises(UserError, match="is a file and cannot be replaced by a directory"):
         import_to_directory(str(model), tmp_path / "out", force=True)
     assert (tmp_path / "out").read_text() == "a thesis"
 
@@ -146,11 +146,11 @@ def test_no_name_is_refused(
     monkeypatch.chdir(tmp_path / "a" / "b")
     before = contents(tmp_path)
     for name in FORMATS:
-        with pytest.raises(UserError, match="is no name for something new"):
+        with pytest.raises(UserError, match="output path"):
             export(portable("llama"), name, Path(out), force=force)
-    with pytest.raises(UserError, match="is no name for something new"):
+    with pytest.raises(UserError, match="output path"):
         import_to_directory(str(model), Path(out), force=force)
-    with pytest.raises(UserError, match="is no name for something new"), checkpoint.atomic_directory(Path(out)):
+    with pytest.raises(UserError, match="output path"), checkpoint.atomic_directory(Path(out)):
         pass
     assert contents(tmp_path) == before
 
@@ -209,7 +209,7 @@ def test_what_may_not_be_read_is_one_line(
 
 @pytest.mark.parametrize(("name", "out"), [("gguf", "m.Modelfile"), ("gguf", "m.modelfile")])
 def test_a_name_that_a_companion_has_is_refused(portable: Build, tmp_path: Path, name: str, out: str) -> None:
-    with pytest.raises(UserError, match="is the name of a file that goes beside it"):
+    with pytest.raises(UserError, match="name of a file that the export writes beside"):
         export(portable("llama"), name, tmp_path / out, force=True)
     assert list(tmp_path.iterdir()) == []
 
@@ -276,12 +276,12 @@ def test_an_import_of_here(portable: Build, tmp_path: Path, monkeypatch: pytest.
     assert import_to_directory(".", tmp_path / "out").provenance["imported_from"] == "story"
     (tmp_path / "void").mkdir()
     monkeypatch.chdir(tmp_path / "void")
-    with pytest.raises(UserError, match=r"void holds no model: there is neither a config\.json nor one GGUF"):
+    with pytest.raises(UserError, match=r"void contains no model: .*config\.json .*GGUF"):
         import_to_directory(".", tmp_path / "more")
 
 
 def test_a_tokenizer_that_is_no_file(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--tokenizer gpt2: no such file; name a tokenizer\.json") as caught:
+    with pytest.raises(UserError, match=r"--tokenizer gpt2: no such file; .*tokenizer\.json") as caught:
         import_to_directory(str(model), tmp_path / "out", Path("gpt2"))
     assert "bpe" not in str(caught.value)
 

@@ -145,7 +145,7 @@ def test_learned_positions_and_gelu_are_settings_or_refused(classic: GPT, tokeni
         assert settings.items() <= dataclasses.asdict(found.config).items()
         found.check()
     else:
-        with pytest.raises(UserError, match="has activation and learned_positions, which our classic models do not"):
+        with pytest.raises(UserError, match="has activation and learned_positions"):
             import_model(str(tmp_path / "gpt.pt"), tokenizer)
 
 
@@ -154,29 +154,29 @@ def test_what_is_assumed_is_told(
 ) -> None:
     torch.save(dict(classic.state_dict()), tmp_path / "gpt.pt")
     import_model(str(tmp_path / "gpt.pt"), tokenizer)
-    assert "heads are 64 wide" in caplog.text
-    assert "the context is 512 tokens" in caplog.text
+    assert "head dimension of 64" in caplog.text
+    assert "context of 512 tokens" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"layers.0.gate.weight": torch.ones(3, 3)}, "weight 'layers.0.gate.weight' is not known"),
-        ({"lm_head.bias": torch.ones(300)}, "its head has a bias"),
-        ({"ln_f.weight": torch.ones(128)}, "weight 'ln_f.weight' is there twice"),
-        ({"embed_tokens.weight": None}, "is no GPT"),
-        ({"layers.3.ln1.weight": torch.ones(128)}, "blocks are missing; there are 3, the last is number 3"),
-        ({"layers.0.mlp.up_proj.weight": torch.ones(96, 7)}, "they do not fit"),
-        ({"layers.0.mlp.up_proj.weight": torch.ones(2**40, 0)}, "they do not fit"),
-        ({"layers.1.mlp.up_proj.weight": torch.ones(96, 7)}, "up_proj.weight is"),
-        ({"layers.0.attn.tril": torch.ones(0, 2**40), "pe": torch.ones(0, 2**40)}, "table of positions"),
+        ({"layers.0.gate.weight": torch.ones(3, 3)}, "weight 'layers.0.gate.weight' is unknown"),
+        ({"lm_head.bias": torch.ones(300)}, "head has a bias"),
+        ({"ln_f.weight": torch.ones(128)}, "weight 'ln_f.weight' is duplicated"),
+        ({"embed_tokens.weight": None}, "is not a GPT"),
+        ({"layers.3.ln1.weight": torch.ones(128)}, "blocks are missing.* 3, .* number 3"),
+        ({"layers.0.mlp.up_proj.weight": torch.ones(96, 7)}, "shapes do not match"),
+        ({"layers.0.mlp.up_proj.weight": torch.ones(2**40, 0)}, "shapes do not match"),
+        ({"layers.1.mlp.up_proj.weight": torch.ones(96, 7)}, "up_proj.weight "),
+        ({"layers.0.attn.tril": torch.ones(0, 2**40), "pe": torch.ones(0, 2**40)}, "position table"),
         ({"layers.0.mlp.down_proj.weight": None}, "down_proj.weight' is missing"),
         ({"layers.1.mlp.up_proj.weight": torch.full((96, 128), torch.nan)}, "not finite"),
         ({"norm.weight": torch.ones(128, dtype=torch.int32)}, "'norm.weight' is torch.int32"),
-        ({"pe": torch.ones(512, 128)}, "table of positions is not that of"),
-        ({"norm.weight": "text"}, "'norm.weight' is no tensor"),
+        ({"pe": torch.ones(512, 128)}, "position table `pe`"),
+        ({"norm.weight": "text"}, "'norm.weight' is not a tensor"),
         ({"norm.weight": torch.ones(1).expand(2**40)}, "is larger than the file"),
-        ({"norm.weight": torch.ones(128).to_sparse()}, "it holds 'torch._utils._rebuild_sparse_tensor'"),
+        ({"norm.weight": torch.ones(128).to_sparse()}, "'torch._utils._rebuild_sparse_tensor'"),
     ],
 )
 def test_unknown_parts_are_refused_by_name(
@@ -202,7 +202,7 @@ def test_code_in_a_pickle_does_not_run(tokenizer: Path, tmp_path: Path) -> None:
     torch.save({"model": Hostile(tmp_path / "ran")}, tmp_path / "gpt.pt")
     (tmp_path / "bare.pt").write_bytes(pickle.dumps(Hostile(tmp_path / "ran")))
     for name in ("gpt.pt", "bare.pt"):
-        with pytest.raises(UserError, match="is not a whole file of tensors") as caught:
+        with pytest.raises(UserError, match="is not a valid file of tensors") as caught:
             import_model(str(tmp_path / name), tokenizer)
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "ran").exists()
@@ -252,7 +252,7 @@ def test_files_that_grow_or_hold_more_than_tensors_never_reach_torch(
     monkeypatch.setattr(torch, "load", lambda *arguments, **_: reached.append(arguments))
     torch.save(dict(classic.state_dict()), tmp_path / "gpt.pt")
     BOMBS[kind](tmp_path / "gpt.pt")
-    with pytest.raises(UserError, match=r"gpt\.pt is not a whole file of tensors") as caught:
+    with pytest.raises(UserError, match=r"gpt\.pt is not a valid file of tensors") as caught:
         import_model(str(tmp_path / "gpt.pt"), tokenizer)
     assert "\n" not in str(caught.value)
     assert not reached
@@ -275,7 +275,7 @@ def test_what_torch_writes_of_weights_is_plain(tmp_path: Path, content: Any) -> 
 def test_names_from_a_file_are_shown_safely(classic: GPT, tokenizer: Path, tmp_path: Path) -> None:
     state = dict(classic.state_dict()) | {"\x1b[31m\n" + "x" * 500: torch.ones(1)}
     torch.save(state, tmp_path / "gpt.pt")
-    with pytest.raises(UserError, match=r"weight '\\x1b\[31m\\nx+\.\.\. is not known") as caught:
+    with pytest.raises(UserError, match=r"weight '\\x1b\[31m\\nx+\.\.\. is unknown") as caught:
         import_model(str(tmp_path / "gpt.pt"), tokenizer)
     assert str(caught.value).isprintable()
 
@@ -283,7 +283,7 @@ def test_names_from_a_file_are_shown_safely(classic: GPT, tokenizer: Path, tmp_p
 @pytest.mark.parametrize("content", [{}, [1, 2], torch.ones(3), {"model": {}}])
 def test_other_contents_are_refused(tokenizer: Path, tmp_path: Path, content: Any) -> None:
     torch.save(content, tmp_path / "gpt.pt")
-    with pytest.raises(UserError, match=r"holds no state dict|is no tensor"):
+    with pytest.raises(UserError, match=r"contains no state dict|is not a tensor"):
         import_model(str(tmp_path / "gpt.pt"), tokenizer)
 
 
@@ -310,5 +310,5 @@ def test_damage_is_a_user_error(classic: GPT, tokenizer: Path, tmp_path: Path, d
 
 def test_another_vocabulary_needs_its_tokenizer(classic: GPT, tmp_path: Path) -> None:
     torch.save(dict(classic.state_dict()), tmp_path / "gpt.pt")
-    with pytest.raises(UserError, match=r"300 ids, which are not GPT-2's; give its tokenizer\.json by --tokenizer"):
+    with pytest.raises(UserError, match=r"300 ids.*tokenizer\.json with --tokenizer"):
         import_model(str(tmp_path / "gpt.pt"))

@@ -1,4 +1,4 @@
-"""Tiny models whose every part matters: weights far from their initial values, in every shape the config allows."""
+"""Tiny models in every shape the config allows, with weights far from initialization so that every part matters."""
 
 from collections.abc import Callable
 
@@ -24,5 +24,5 @@ def architecture(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def tokens() -> torch.Tensor:
-    """Two rows of twelve ids under 61."""
+    """Two rows of twelve ids below 61."""
     return torch.randint(61, (2, 12), generator=torch.Generator().manual_seed(3))

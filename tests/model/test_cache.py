@@ -1,4 +1,4 @@
-"""The cache changes nothing: any split of the tokens, rows of any lengths, used and reused."""
+"""The KV cache does not change results: for any split of the tokens, any row lengths, and reused rows."""
 
 from collections.abc import Callable
 
@@ -21,7 +21,7 @@ def random_tokens(rows: int, length: int, seed: int) -> Tensor:
 @quick
 @given(parts=st.lists(st.integers(1, 6), min_size=1, max_size=4), slack=st.integers(0, 24), seed=st.integers(0, 2**32))
 def test_any_split_of_the_tokens_gives_the_same(model: GPT, parts: list[int], slack: int, seed: int) -> None:
-    """Also under any horizon that covers the tokens."""
+    """Also for any kv_len that covers the tokens."""
     tokens = random_tokens(2, sum(parts), seed)
     cache = KVCache(model.config, batch=2)
     cache.kv_len = min(sum(parts) + slack, model.config.n_ctx)
@@ -36,7 +36,7 @@ def test_any_split_of_the_tokens_gives_the_same(model: GPT, parts: list[int], sl
     lengths=st.lists(st.integers(0, 15), min_size=2, max_size=4), steps=st.integers(1, 3), seed=st.integers(0, 2**32)
 )
 def test_rows_of_different_lengths_share_a_step(model: GPT, lengths: list[int], steps: int, seed: int) -> None:
-    """Each row is filled through its own view, then all step together: every row as if it were alone."""
+    """Fill each row through its own view, then step all together: every row behaves as if it were alone."""
     tokens = random_tokens(len(lengths), 24, seed)
     cache = KVCache(model.config, batch=len(lengths))
     with torch.no_grad():
@@ -69,7 +69,7 @@ def test_a_view_of_rows_touches_only_its_rows(model: GPT) -> None:
 
 
 def test_a_reused_row_remembers_nothing(model: GPT) -> None:
-    """An engine frees a slot by setting its length to zero; old keys and values stay but must not be seen."""
+    """An engine frees a slot by setting its length to zero; old keys and values remain but must be masked."""
     tokens = random_tokens(2, 10, 2)
     cache = KVCache(model.config, batch=2)
     with torch.no_grad():

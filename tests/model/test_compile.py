@@ -38,7 +38,7 @@ def _forget_graphs() -> Iterator[None]:
 
 @pytest.fixture(params=["classic", "modern"])
 def model(request: pytest.FixtureRequest, tiny: Callable[..., ModelConfig], awake: Callable[[ModelConfig], GPT]) -> GPT:
-    """One layer only: the compiler takes seconds for each."""
+    """Only one layer, because compiling each takes seconds."""
     if request.param == "classic":
         return awake(tiny(architecture="classic", tied=False, n_layer=1))
     return awake(tiny(n_kv_head=2, n_layer=1))
@@ -53,7 +53,7 @@ def test_the_model_is_one_graph(model: GPT, tokens: Tensor) -> None:
 
 
 def test_a_step_with_the_cache_is_one_graph_for_all_positions(model: GPT, tokens: Tensor) -> None:
-    """Under a constant horizon nothing is compiled anew as the cache fills."""
+    """With a constant kv_len nothing is recompiled as the cache fills."""
     counter = CompileCounterWithBackend(BACKEND)
     step = torch.compile(model, fullgraph=True, backend=counter)
     cache = KVCache(model.config, batch=2)

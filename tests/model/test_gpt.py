@@ -16,7 +16,7 @@ from tinystories.model import GPT
 
 
 def test_a_hidden_state_depends_on_its_past_and_on_nothing_else(model: GPT, tokens: Tensor) -> None:
-    """By gradient: the derivative by every later embedding is exactly zero, by every earlier one it is not."""
+    """The gradient with respect to every later embedding is exactly zero; to every earlier one it is not."""
     embedded: list[Tensor] = []
     hook = model.embed_tokens.register_forward_hook(lambda _, __, output: embedded.append(output))
     hidden = model(tokens)
@@ -33,7 +33,7 @@ def test_a_hidden_state_depends_on_its_past_and_on_nothing_else(model: GPT, toke
 def test_every_second_block_sees_as_far_as_its_window(
     tiny: Callable[..., ModelConfig], awake: Callable[[ModelConfig], GPT], tokens: Tensor
 ) -> None:
-    """By gradient, as above, of each block by its own input."""
+    """The gradient of each block with respect to its own input is zero outside the window."""
     model = awake(tiny(architecture="classic", window=4, n_layer=4))
     seen: list[tuple[Tensor, Tensor]] = []
     for layer in model.layers:
@@ -61,7 +61,7 @@ def test_a_batch_gives_what_its_rows_give_alone(model: GPT, batch: int, length: 
 def test_positions_matter(
     tiny: Callable[..., ModelConfig], awake: Callable[[ModelConfig], GPT], architecture: str
 ) -> None:
-    """Without them one layer could not tell these two orders apart at their common last token."""
+    """Without positions a single layer could not distinguish these two orders at their common last token."""
     model = awake(tiny(architecture=architecture, n_layer=1))
     with torch.no_grad():
         one, other = model(torch.tensor([[7, 9, 4], [9, 7, 4]]))[:, -1]
@@ -97,7 +97,7 @@ def test_dropout_is_on_in_training_and_off_in_eval(
     ("n_embd", "vocab_size"), [(64, 4096), (192, 4096), (512, 4096), (512, 50257)], ids=lambda value: str(value)
 )
 def test_the_first_loss_is_that_of_a_guess(architecture: str, tied: bool, n_embd: int, vocab_size: int) -> None:
-    """Within one per cent of ln(vocabulary)."""
+    """Within 1% of ln(vocabulary)."""
     torch.manual_seed(11)
     sizes = {"n_ctx": 32, "n_layer": 2, "n_head": 4, "n_ff": 2 * n_embd, "n_embd": n_embd, "vocab_size": vocab_size}
     model = GPT(ModelConfig(architecture=architecture, tied=tied, **sizes))  # type: ignore[arg-type]
@@ -108,7 +108,7 @@ def test_the_first_loss_is_that_of_a_guess(architecture: str, tied: bool, n_embd
 
 
 def test_every_weight_starts_as_gpt2s_but_the_head(architecture: str) -> None:
-    """A matrix that misses its rule by its name trains all the same, only worse: nothing else would show it."""
+    """A matrix whose name no rule matches still trains, only worse; no other test would notice."""
     torch.manual_seed(12)
     model = GPT(ModelConfig(architecture=architecture, vocab_size=500, n_layer=8, n_embd=96, tied=False))
     for name, weight in model.named_parameters():
@@ -123,7 +123,7 @@ def test_every_weight_starts_as_gpt2s_but_the_head(architecture: str) -> None:
 
 
 def test_learned_positions_start_on_the_scale_of_the_embedding(tiny: Callable[..., ModelConfig]) -> None:
-    """Else one would drown the other."""
+    """Otherwise one would drown out the other."""
     torch.manual_seed(12)
     model = GPT(tiny(architecture="classic", learned_positions=True, tied=False, n_embd=96, n_ctx=61))
     for weight in (model.embed_tokens.weight, model.embed_positions.weight):
@@ -145,7 +145,7 @@ def test_a_tied_head_is_the_embedding(model: GPT) -> None:
 
 
 def test_weights_are_all_that_is_saved(model: GPT) -> None:
-    """Tables of positions follow from the config; they have no place in a checkpoint."""
+    """Position tables follow from the config and are not saved in a checkpoint."""
     assert set(model.state_dict()) - {"lm_head.weight"} == {name for name, _ in model.named_parameters()} - {
         "lm_head.weight"
     }

@@ -1,4 +1,4 @@
-"""The chunked cross-entropy against PyTorch's own, and what it must never allocate."""
+"""The fused chunked cross-entropy against PyTorch's, and the logits that it must never allocate."""
 
 import math
 from collections.abc import Callable
@@ -29,7 +29,7 @@ def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 class Record(TorchDispatchMode):
-    """Remembers the largest tensor that any operation made, and the types that matrix products were made of."""
+    """Record the largest tensor that any operation returns, and the input dtypes of matmuls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ def test_columns_that_round_the_logits_up_do_not_matter(
 
 
 def test_chunks_fit_the_device() -> None:
-    """On a CPU its caches; on CUDA thousands of rows, within 2 GiB, of a width that is a multiple of 64."""
+    """On a CPU they fit its caches; on CUDA thousands of rows within 2 GiB, padded to a multiple of 64 columns."""
     assert loss.chunk_rows(4096, "cpu") * 4096 * 4 == 30 * 2**20
     assert loss.chunk_rows(50257, "cpu") == 512
     assert loss.chunk_rows(50257, "cuda") == 8192
@@ -143,7 +143,7 @@ def test_the_full_logits_are_never_held(monkeypatch: pytest.MonkeyPatch, with_gr
     assert record.largest == 8 * 300
     with Record() as record:
         plain(hidden, weight, targets)
-    assert record.largest == 64 * 300, "the recorder sees logits where there are some"
+    assert record.largest == 64 * 300, "the recorder sees full logits if they exist"
 
 
 def test_without_gradients_one_product_is_enough() -> None:
@@ -156,7 +156,7 @@ def test_without_gradients_one_product_is_enough() -> None:
 
 
 def test_bf16_states_and_fp32_weights() -> None:
-    """The product is bf16, softmax and sum are fp32, each gradient has the type of its tensor."""
+    """The matmul is bf16, softmax and sum are fp32, and each gradient has the dtype of its tensor."""
     hidden, weight, targets = inputs(40, 8, 31)
     rounded = hidden.detach().bfloat16().requires_grad_()
     total = fused_linear_cross_entropy(rounded, weight, targets)
@@ -183,7 +183,7 @@ def test_the_objective_is_the_summed_loss_of_the_model(model: GPT, tokens: Tenso
 def test_under_autocast_every_product_is_bf16(
     tiny: Callable[..., ModelConfig], architecture: str, tokens: Tensor
 ) -> None:
-    """Also those of the head, forward and backward: in-place products are not cast by autocast itself."""
+    """Including the head's, forward and backward: autocast does not cast in-place matmuls by itself."""
     objective = Objective(GPT(tiny(architecture=architecture)))
     with Record() as record:
         with torch.autocast("cpu", torch.bfloat16):
@@ -196,7 +196,7 @@ def test_under_autocast_every_product_is_bf16(
 
 
 def test_second_derivatives_are_refused_rather_than_wrong() -> None:
-    """The hand-written gradients know nothing of their own derivatives."""
+    """The hand-written gradients are not differentiable themselves."""
     hidden, weight, targets = inputs(5, 4, 9)
     total = fused_linear_cross_entropy(hidden, weight, targets)
     (gradient,) = torch.autograd.grad(total, hidden, torch.ones((), requires_grad=True), create_graph=True)

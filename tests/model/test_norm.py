@@ -1,4 +1,4 @@
-"""RMSNorm and its hand-written gradient against PyTorch's own."""
+"""RMSNorm and its hand-written gradient against PyTorch's."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Positions against the formulas of their papers, written out naively."""
+"""Positional encodings against naive implementations of the formulas in the papers."""
 
 import cmath
 import math

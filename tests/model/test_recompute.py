@@ -1,4 +1,4 @@
-"""What is made again in the backward pass gives the gradients of what is kept, and is not kept."""
+"""Activation checkpointing: recomputed tensors give the same gradients as stored ones, and are not stored."""
 
 import contextlib
 import weakref

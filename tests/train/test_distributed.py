@@ -150,7 +150,7 @@ def test_a_rank_that_dies_ends_the_run_and_says_where_to_go_on(sample_data: Path
 @pytest.mark.parametrize(
     ("more", "told"),
     [
-        (("--train.batch_size", "9", "--train.micro_batch", "3"), "train.batch_size=9 cannot be shared by 2 processes"),
+        (("--train.batch_size", "9", "--train.micro_batch", "3"), "train.batch_size=9 is not divisible"),
         (("--model.n_head", "3"), "model.n_embd=16 must be a multiple of model.n_head=3"),
         (("--data", "nowhere"), "nowhere holds no prepared data"),
     ],

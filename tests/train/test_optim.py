@@ -1,4 +1,4 @@
-"""Muon's update against its definition, and which weight goes to which optimizer."""
+"""Muon's update against its definition, the assignment of weights to optimizers, and saved optimizer state."""
 
 import math
 from functools import partial
@@ -66,8 +66,8 @@ def test_every_weight_has_one_optimizer(architecture: str, tied: bool) -> None:
     adamw, muon = build_optimizers(model, OptimConfig(kind="muon", weight_decay=0.3, **RATES))
     decayed, plain = adamw.param_groups
     names = {id(w): name for name, w in model.named_parameters()}
-    given = [names[id(w)] for group in (decayed, plain, *muon.param_groups) for w in group["params"]]
-    assert sorted(given) == sorted(names.values())
+    assigned = [names[id(w)] for group in (decayed, plain, *muon.param_groups) for w in group["params"]]
+    assert sorted(assigned) == sorted(names.values())
     assert {names[id(w)] for w in decayed["params"]} <= {"embed_tokens.weight", "lm_head.weight"}
     assert all(names[id(w)].startswith("layers.") and w.ndim == 2 for w in muon.param_groups[0]["params"])
     assert (decayed["weight_decay"], plain["weight_decay"], muon.param_groups[0]["weight_decay"]) == (0.3, 0.0, 0.3)
@@ -84,7 +84,7 @@ def test_adamw_alone_takes_everything_and_decays_matrices_only() -> None:
 
 @pytest.mark.parametrize("kind", ["muon", "adamw"])
 def test_the_state_survives_being_saved(kind: str) -> None:
-    """Two steps are the same whether or not the state was written and read between them."""
+    """A second step is the same whether or not the state was saved and loaded before it."""
 
     def step(model: GPT, optimizers: object) -> None:
         tokens = torch.arange(16).view(2, 8)
@@ -129,7 +129,9 @@ def test_rows_whose_gradients_are_small_for_long_move_as_far_as_the_others() -> 
         moved[beta2] = weight.detach()
     spread = {beta2: weight.norm(dim=1).max() / weight.norm(dim=1).min() for beta2, weight in moved.items()}
     assert spread[0.95] < 2 < spread[0.0]
-    assert float(moved[0.95].norm()) == pytest.approx(float(moved[0.0].norm()), rel=0.3), "the size of a step stays"
+    assert float(moved[0.95].norm()) == pytest.approx(float(moved[0.0].norm()), rel=0.3), (
+        "the norm stays about the same"
+    )
 
 
 def test_a_row_without_gradient_stays_where_it_is() -> None:

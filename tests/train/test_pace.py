@@ -1,4 +1,4 @@
-"""A step is launched before the one before it is read; time is that of the device, however far ahead the host is."""
+"""A step is launched before the previous one is read; times are those of the device, not of the host."""
 
 import dataclasses
 import itertools
@@ -21,7 +21,7 @@ READING = ("aten._local_scalar_dense", "aten.is_nonzero", "aten.nonzero", "aten.
 
 
 class NothingIsRead(TorchDispatchMode):
-    """Fails on what would make the host wait for the values of a tensor on a device."""
+    """Fail on any operation that would make the host wait for a tensor's values on the device."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert not str(func).startswith(READING), f"{func} reads from the device"
@@ -48,7 +48,7 @@ def test_a_step_reads_nothing_from_the_device(config: Config, tmp_path: Path, ar
 
 
 class Device:
-    """Stands for a device that works for a second on each step it is given, and for the clock of a host beside it."""
+    """Fake device that takes one second per step, with a fake clock for the host."""
 
     def __init__(self) -> None:
         self.now = self.free_at = 0.0
@@ -75,7 +75,7 @@ class Device:
         return Slow()
 
     def while_it_works(self, function: Callable[..., Any], seconds: float) -> Callable[..., Any]:
-        """The function, but the host needs so long for it."""
+        """Wrap the function so that it takes the host `seconds` on the fake clock."""
 
         def slow(*arguments: Any, **named: Any) -> Any:
             self.now += seconds
@@ -112,7 +112,7 @@ def test_time_is_that_of_the_device_and_not_of_evaluations_or_checkpoints(
     monkeypatch.setattr(Trainer, "save_checkpoint", device.while_it_works(Trainer.save_checkpoint, 50.0))
     train(config, tmp_path / "run")
     lines = [r for r in records(tmp_path / "run") if "loss" in r]
-    # The first step after a pause waits for its launch as well; the pauses so far are those of steps 4, 5, 8 and 10.
+    # The first step after a pause also includes its launch time; the pauses are after steps 4, 5, 8 and 10.
     waits = {2: 1, 4: 1, 6: 3, 8: 3, 10: 4, 12: 5}
     assert {r["step"]: r["seconds"] for r in lines} == pytest.approx({k: k + 0.01 * n for k, n in waits.items()})
     (second,) = [b["tokens"] - a["tokens"] for a, b in itertools.pairwise(lines) if b["step"] == 4]
@@ -122,7 +122,7 @@ def test_time_is_that_of_the_device_and_not_of_evaluations_or_checkpoints(
 def test_a_line_tells_the_time_of_its_own_steps(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a CPU, where a step is done when it is launched; here each takes a second."""
+    """On a CPU a step is finished when its launch returns; here each takes a second."""
     clock = Device()
     monkeypatch.setattr(loop, "time", clock)
     monkeypatch.setattr(Trainer, "train_step", clock.while_it_works(Trainer.train_step, 1.0))

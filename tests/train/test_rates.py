@@ -1,4 +1,4 @@
-"""Learning rates that follow the size of the model and of the batch."""
+"""Automatic learning rates scale with the model width and the batch size."""
 
 import dataclasses
 
@@ -9,16 +9,16 @@ from tinystories.train.learning_rate import resolve_auto_rates
 
 
 def rates(n_embd: int = 192, batch_size: int = 8, **optim: object) -> tuple[float, float]:
-    """(AdamW's, Muon's)"""
+    """Return the learning rates of AdamW and of Muon."""
     config = Config(
         model=ModelConfig(n_embd=n_embd, n_head=2),
         optim=OptimConfig(**optim),  # type: ignore[arg-type]
         train=TrainConfig(batch_size=batch_size, micro_batch=1),
     )
-    found = resolve_auto_rates(config).optim
-    assert isinstance(found.learning_rate, float)
-    assert isinstance(found.muon_rate, float)
-    return found.learning_rate, found.muon_rate
+    optim_config = resolve_auto_rates(config).optim
+    assert isinstance(optim_config.learning_rate, float)
+    assert isinstance(optim_config.muon_rate, float)
+    return optim_config.learning_rate, optim_config.muon_rate
 
 
 @pytest.mark.parametrize("kind", ["muon", "adamw"])
@@ -44,4 +44,4 @@ def test_what_is_settled_stays_settled() -> None:
     config = resolve_auto_rates(load_config("small"))
     assert resolve_auto_rates(config) == config
     more = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=64))
-    assert resolve_auto_rates(more).optim == config.optim, "a run that goes on keeps its rates"
+    assert resolve_auto_rates(more).optim == config.optim, "a resumed run keeps its rates"

@@ -1,4 +1,4 @@
-"""Signals are taken while something is under way, and what comes after an error does not cut its message short."""
+"""Signals are handled inside the block, and can be ignored after an error so that its message is not cut off."""
 
 import os
 import signal

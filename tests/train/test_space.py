@@ -1,4 +1,4 @@
-"""What is searched: texts to values by the types of the settings; what cannot be meant is refused by name."""
+"""Ranges and lists of settings are parsed by the type of the setting; errors name the setting."""
 
 from typing import Any
 
@@ -92,9 +92,9 @@ def test_single_values_and_free_text_are_fixed() -> None:
         ("optim.learning_rat", "1e-3:1e-2", "did you mean optim.learning_rate"),
         ("nonsense", "1:2", "unknown setting nonsense"),
         ("optim.learning_rate", "1e-1:1e-3:log", "empty; write 0.001:0.1"),
-        ("optim.learning_rate", "1e-3:1e-3", "one value; fix it"),
-        ("optim.learning_rate", "0:1e-3:log", "must begin above 0"),
-        ("optim.learning_rate", "-1:1:log", "must begin above 0"),
+        ("optim.learning_rate", "1e-3:1e-3", "single value; fix it"),
+        ("optim.learning_rate", "0:1e-3:log", "must start above 0"),
+        ("optim.learning_rate", "-1:1:log", "must start above 0"),
         ("optim.learning_rate", "1e-3:", "expected a value of type float"),
         ("optim.learning_rate", ":", "expected a value of type float"),
         ("optim.learning_rate", "1:2:3:4", "a range is LOW:HIGH"),
@@ -107,16 +107,16 @@ def test_single_values_and_free_text_are_fixed() -> None:
         ("optim.learning_rate", "0:1:2", "step must be above 0 and at most 1"),
         ("train.batch_size", "1.5:8", "expected a value of type int"),
         ("train.batch_size", "8:16:logs", "expected a value of type int"),
-        ("train.batch_size", "8,,16", "nothing between two commas"),
-        ("train.batch_size", "8,", "nothing between two commas, or at an end"),
-        ("train.batch_size", ",", "nothing between"),
-        ("train.batch_size", "8,16,8", "8 stands there twice"),
+        ("train.batch_size", "8,,16", "empty value in the list"),
+        ("train.batch_size", "8,", "empty value in the list"),
+        ("train.batch_size", ",", "empty value in the list"),
+        ("train.batch_size", "8,16,8", "8 is listed twice"),
         ("train.batch_size", "8,many", "expected a value of type int"),
-        ("train.batch_size", f"1:{2**64}", "at most 64 bits"),
+        ("train.batch_size", f"1:{2**64}", "64-bit"),
         ("optim.kind", "muon,sgd", "must be one of muon, adamw"),
-        ("optim.kind", "muon:adamw", "only numbers have ranges"),
-        ("model.tied", "true:false", "only numbers have ranges"),
-        ("data.dir", "choose:one", "one value; list several"),
+        ("optim.kind", "muon:adamw", "only numbers can have ranges"),
+        ("model.tied", "true:false", "only numbers can have ranges"),
+        ("data.dir", "choose:one", "single value; list several"),
         ("train.micro_batch", "auto:8", "expected a value of type int"),
         ("train.steps", "many", "expected a value of type int"),
     ],

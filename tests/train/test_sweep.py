@@ -1,7 +1,7 @@
-"""A sweep loses no trial and repeats none, whatever ends it; what it leaves tells what came of each.
+"""A sweep loses no trial and repeats none, however it ends, and its files record the outcome of each.
 
 Most trials here are trained by a stand-in for `tinystories train` that starts at once: it writes the lines of
-metrics.jsonl, goes on where it was, and stops politely. tests/cli/test_sweep_command.py has the real one.
+metrics.jsonl, resumes where it stopped, and saves on a signal. tests/cli/test_sweep_command.py has the real one.
 """
 
 import csv
@@ -149,7 +149,7 @@ def test_settings_that_do_not_go_together_are_skipped_with_the_reason(tmp_path: 
     assert [(r.settings["model.n_head"], r.outcome.state) for r in results] == [
         (5, "complete"), (4, "invalid"), (7, "invalid")
     ]  # fmt: skip
-    assert results[1].outcome.reason.endswith("model.n_embd/model.n_head=25 must be even for rotary positions")
+    assert results[1].outcome.reason.startswith("mine.toml: model.n_embd/model.n_head=25 must be even")
     assert results[2].outcome.reason.endswith("model.n_embd=100 must be a multiple of model.n_head=7")
     assert "trial 2 invalid: mine.toml: model.n_embd=100" in format_table(results, ["model.n_head"])
     assert sorted(path.name for path in (tmp_path / "sweep").glob("trial-*")) == ["trial-0001"]
@@ -231,7 +231,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 @pytest.mark.usefixtures("no_picture")
 def test_killed_it_loses_no_trial_and_repeats_none(stand_in: Path, tmp_path: Path) -> None:
-    """The trials of a killed sweep train on by themselves; the next sitting stops them, and they go on in it."""
+    """The trials of a killed sweep train on by themselves; the next session stops and resumes them."""
     plan = plan_of(RATES, trials=4)
     straight = run(tmp_path / "straight", plan)
     folder = tmp_path / "sweep"
@@ -258,7 +258,7 @@ def test_two_sweeps_do_not_work_in_one_folder(tmp_path: Path) -> None:
     other = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stdin=subprocess.PIPE)
     assert other.stdout is not None
     assert other.stdout.readline() == b"in\n"
-    with pytest.raises(UserError, match="being swept already"), exclusive_lock(tmp_path):
+    with pytest.raises(UserError, match="another sweep is running"), exclusive_lock(tmp_path):
         pass
     other.kill()
     other.communicate()
@@ -274,8 +274,8 @@ def test_a_sweep_goes_on_only_with_what_it_was_begun_with(tmp_path: Path) -> Non
     for changed, message in [
         (QUICK | {"optim.learning_rate": "1e-4:1e-2:log"}, "optim.learning_rate 1e-4:1e-1:log, not 1e-4:1e-2:log"),
         (QUICK | RATES | {"train.steps": "4"}, "train.steps 3, not 4"),
-        (QUICK | RATES | {"model.n_layer": "1,2"}, "model.n_layer not given, not 1,2"),
-        (QUICK, "optim.learning_rate 1e-4:1e-1:log, not left out"),
+        (QUICK | RATES | {"model.n_layer": "1,2"}, "model.n_layer unset, not 1,2"),
+        (QUICK, "optim.learning_rate 1e-4:1e-1:log, not unset"),
     ]:
         with pytest.raises(UserError) as caught:
             merge_plan(stored, parse_search_space({}, "mine.toml", changed), {}, tmp_path)
@@ -286,7 +286,7 @@ def test_a_sweep_goes_on_only_with_what_it_was_begun_with(tmp_path: Path) -> Non
 
 def test_a_folder_that_holds_something_else(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(UserError, match="something else than a sweep"):
+    with pytest.raises(UserError, match="is not a sweep"):
         read_plan(tmp_path)
     with pytest.raises(UserError, match="is a file"):
         read_plan(tmp_path / "thesis.tex")

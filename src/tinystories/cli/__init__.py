@@ -1,8 +1,10 @@
-"""The command line: arguments to settings to one function call. The only place that prints and that catches UserError.
+"""The command line: every command parses its arguments into settings and calls one function.
 
-Heavy imports (torch above all) happen inside the commands, so that `--help` answers at once.
+Only this package prints, and only this package catches UserError. Heavy imports (torch above all) happen inside the
+commands, so that `--help` is instant.
 """
 
+import copy
 import sys
 
 import click
@@ -14,8 +16,8 @@ from tinystories.cli.fetch import fetch
 from tinystories.cli.generate import generate
 from tinystories.cli.info import info
 from tinystories.cli.interop import export, import_, push
-from tinystories.cli.pack import pack, warmup
 from tinystories.cli.prepare import prepare
+from tinystories.cli.quantize import quantize, warmup
 from tinystories.cli.sweep import sweep
 from tinystories.cli.train import train
 
@@ -26,20 +28,25 @@ def cli() -> None:
     """Train a small storyteller from scratch and read its stories.
 
     \b
-    Start here (no network; training takes about a minute, and needs the extra [train]):
+    Start here (no network; training takes about a minute and needs the [train] extra):
       tinystories generate
       tinystories prepare sample --tokenizer bpe:1024 --out data/sample
       tinystories train --config nano --data data/sample --out runs/first --train.steps 60
       tinystories generate runs/first --prompt "Once upon a time"
 
-    Every command explains itself: tinystories COMMAND --help
+    Details of a command: tinystories COMMAND --help
     """
 
 
-for command in (prepare, train, sweep, generate, evaluate, info, pack, warmup, export, import_, push, fetch, bench):
+for command in (prepare, train, sweep, generate, evaluate, info, quantize, warmup, export, import_, push, fetch, bench):
     cli.add_command(command)
+
+# `tinystories pack` is the former name of `quantize`. It keeps working and is not listed in `tinystories --help`.
+pack = copy.copy(quantize)
+pack.hidden = True
+cli.add_command(pack, "pack")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point of the `tinystories` command: exits 0 done, 1 failed, 2 the user's mistake, 128+n signal n."""
+    """Entry point of `tinystories`. Exit codes: 0 success, 1 failure, 2 user error, 128+n stopped by signal n."""
     sys.exit(run(cli, argv))

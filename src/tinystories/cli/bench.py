@@ -1,4 +1,4 @@
-"""`tinystories bench`: how fast this machine writes, beside other programs with the same weights."""
+"""`tinystories bench`: generation speed on this machine, also compared with other programs on the same weights."""
 
 import contextlib
 import dataclasses
@@ -24,15 +24,15 @@ Competitor: TypeAlias = tuple[str, str]  # name and precision
 
 @click.group(context_settings=CONTEXT_SETTINGS)
 def bench() -> None:
-    """Measure speed: one stream, many streams, or the start of a process.
+    """Measure speed: one stream, many streams, or process startup.
 
-    With --peers every program that is installed (llama.cpp by llama-cpp-python, CTranslate2, Hugging Face
-    transformers, the torch engine) gets the same weights and takes turns with ours, each in a process of its own.
+    With --peers, every installed program (llama.cpp via llama-cpp-python, CTranslate2, Hugging Face transformers, the
+    torch engine) gets the same weights and takes turns with tinystories, each in its own process.
     """
 
 
 def parse_only(_context: click.Context, _option: click.Parameter, only: str | None) -> list[Competitor]:
-    """(name, precision) of each part of --only; none where it was not given."""
+    """Parse --only into (name, precision) pairs; empty if it was not given. A name alone means all its precisions."""
     from tinystories.interop.bench_competitors import PRECISIONS
 
     selected: list[Competitor] = []
@@ -40,24 +40,32 @@ def parse_only(_context: click.Context, _option: click.Parameter, only: str | No
         name, _, precision = part.strip().partition(":")
         if name not in PRECISIONS or (precision and precision not in PRECISIONS[name]):
             available = ", ".join(f"{n} ({', '.join(p)})" for n, p in PRECISIONS.items())
-            raise UserError(f"--only {part.strip()}: there is no such program or precision; use {available}")
+            raise UserError(f"--only {part.strip()}: unknown program or precision; available: {available}")
         selected += [(name, precision)] if precision else [(name, p) for p in PRECISIONS[name]]
     return selected
 
 
 def common_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Arguments that all benches have."""
+    """Add the arguments that all benchmarks share."""
     options = [
         click.argument("model", type=click.Path(path_type=Path), required=False),
-        click.option("--peers", is_flag=True, help="Run the other programs that are installed beside ours."),
+        click.option("--peers", is_flag=True, help="Also run every other program that is installed."),
         click.option(
             "--only",
             callback=parse_only,
             metavar="NAME[,NAME...]",
-            help="Of tinystories, torch, transformers, ctranslate2, llama.cpp; each perhaps with :PRECISION.",
+            help="Run only these: tinystories, torch, transformers, ctranslate2, llama.cpp; NAME or NAME:PRECISION.",
         ),
-        click.option("--runs", type=click.IntRange(min=1), default=5, show_default=True, help="Rounds that count."),
-        click.option("--threads", type=click.IntRange(min=1), help="Of each program.  [default: the cores]"),
+        click.option(
+            "--runs",
+            type=click.IntRange(min=1),
+            default=5,
+            show_default=True,
+            help="Measured rounds (after a warm-up).",
+        ),
+        click.option(
+            "--threads", type=click.IntRange(min=1), help="Threads of each program.  [default: number of cores]"
+        ),
         json_option,
     ]
     for option in reversed(options):
@@ -66,27 +74,31 @@ def common_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def model_options(command: Callable[..., None]) -> Callable[..., None]:
-    """What all benches have, and what random weights are made of where no MODEL is named."""
+    """Add the shared arguments, and those that describe random weights for when no MODEL is given."""
     preset = f"Random weights of this preset or TOML file: {', '.join(PRESETS)}.  [default: {DEFAULT_PRESET}]"
     size = click.IntRange(min=2)
-    command = click.option("--vocab", type=size, default=50257, show_default=True, help="Ids of the random model.")(
-        command
-    )
+    command = click.option(
+        "--vocab", type=size, default=50257, show_default=True, help="Vocabulary size of the random model."
+    )(command)
     return common_options(click.option("--preset", help=preset)(command))
 
 
 @bench.command(context_settings=CONTEXT_SETTINGS)
 @model_options
-@click.option("--tokens", type=click.IntRange(min=2), default=200, show_default=True, help="To write, greedily.")
-@click.option("--prompt-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="To read (prefill).")
+@click.option(
+    "--tokens", type=click.IntRange(min=2), default=200, show_default=True, help="Tokens to generate, greedily."
+)
+@click.option(
+    "--prompt-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Prompt length for prefill."
+)
 @click.option(
     "--shortlist",
     type=click.IntRange(min=2),
     metavar="N",
-    help="Also run ours with logits of N ids alone, as `generate --shortlist` (here the first N).",
+    help="Also run tinystories with the logits of only N ids, as in `generate --shortlist` (here the first N).",
 )
 def decode(tokens: int, prompt_tokens: int, shortlist: int | None, **options: Any) -> None:
-    """One stream: how fast a prompt is read, and how fast tokens are written after 8 others."""
+    """Benchmark one stream: prefill of a prompt, and decode after a prompt of 8 tokens."""
     with open_session(options, streams=1, capacity=max(tokens + 8, prompt_tokens), shortlist=shortlist or 0) as session:
         prefill_result = session.measure("prefill", [session.random_prompt(prompt_tokens)], 1, prompt_tokens)
         decode_result = session.measure("decode", [session.random_prompt(8)], tokens, tokens)
@@ -95,10 +107,14 @@ def decode(tokens: int, prompt_tokens: int, shortlist: int | None, **options: An
 
 @bench.command(context_settings=CONTEXT_SETTINGS)
 @model_options
-@click.option("--streams", type=click.IntRange(min=1), default=32, show_default=True, help="Written at once.")
-@click.option("--tokens", type=click.IntRange(min=2), default=64, show_default=True, help="To write in each stream.")
+@click.option(
+    "--streams", type=click.IntRange(min=1), default=32, show_default=True, help="Streams to generate at once."
+)
+@click.option(
+    "--tokens", type=click.IntRange(min=2), default=64, show_default=True, help="Tokens to generate per stream."
+)
 def batch(streams: int, tokens: int, **options: Any) -> None:
-    """Many streams at once, each after 8 tokens of its own; tokens of all streams count."""
+    """Benchmark many streams at once, each after its own prompt of 8 tokens; the rate counts all streams."""
     with open_session(options, streams=streams, capacity=tokens + 8) as session:
         prompts = [session.random_prompt(8) for _ in range(streams)]
         session.print_summary(
@@ -111,12 +127,12 @@ def batch(streams: int, tokens: int, **options: Any) -> None:
 def startup(
     model: Path | None, peers: bool, only: list[Competitor], runs: int, threads: int | None, as_json: bool
 ) -> None:
-    """Whole processes from their start to their end, with one token written: `tinystories generate` against others.
+    """Benchmark whole processes that generate one token: `tinystories generate` and others.
 
-    MODEL must be given here. Ours reads a text and writes one; the others are only given the ids.
+    MODEL is required. tinystories tokenizes a prompt and prints text; the other programs only handle token ids.
     """
     if model is None:
-        raise UserError("bench startup needs a MODEL: a directory that `tinystories train` made")
+        raise UserError("bench startup requires MODEL: a directory written by `tinystories train`")
     from rich.table import Table
 
     from tinystories.checkpoint import read_model
@@ -137,16 +153,16 @@ def startup(
                 completed = subprocess.run(command, input=stdin, capture_output=True, text=True, check=False)
                 if completed.returncode:
                     raise UserError(
-                        f"{name} stopped: {(completed.stderr.strip().splitlines() or ['no reason given'])[-1]}"
+                        f"{name} stopped: {(completed.stderr.strip().splitlines() or ['no error message'])[-1]}"
                     )
                 if i:
                     seconds[name].append(time.perf_counter() - started_at)
         medians = {name: statistics.median(timings) for name, timings in seconds.items()}
-        table = Table("whole process, one token", "seconds", "min", "max", "over the first")
+        table = Table("whole process, one token", "seconds", "min", "max", "vs. first")
         baseline = next(iter(seconds.values()))
-        for name, taken in seconds.items():
-            ratio = statistics.median(a / b for a, b in zip(taken, baseline, strict=True))
-            table.add_row(name, *(f"{x:.2f}" for x in (medians[name], min(taken), max(taken), ratio)))
+        for name, timings in seconds.items():
+            ratio = statistics.median(a / b for a, b in zip(timings, baseline, strict=True))
+            table.add_row(name, *(f"{x:.2f}" for x in (medians[name], min(timings), max(timings), ratio)))
         print_table(table)
         if as_json:
             click.echo(
@@ -155,7 +171,7 @@ def startup(
 
 
 def startup_command(competitor: Competitor, model: Path, folder: Path, threads: int | None) -> tuple[list[str], str]:
-    """Command and input of a process that writes one token."""
+    """Return the command line and the stdin text of a process that generates one token."""
     name, precision = competitor
     if name in ("tinystories", "torch"):
         command = [sys.executable, "-m", "tinystories", "generate", str(model), "--max-tokens", "1", "--precision"]
@@ -180,9 +196,10 @@ def startup_command(competitor: Competitor, model: Path, folder: Path, threads: 
 def open_session(
     options: dict[str, Any], *, streams: int, capacity: int, shortlist: int = 0
 ) -> Iterator["BenchSession"]:
-    """The contestants over MODEL or random weights, ready in their processes; ended with the block.
+    """Start one process per competitor, with MODEL or random weights; all processes end with the block.
 
-    With `shortlist` ours takes part a second time, with a head of so many rows.
+    With `shortlist`, tinystories takes part a second time, with an output head of only that many ids. `capacity` is
+    the number of tokens that each stream must hold. `UserError` if the options do not fit the model.
     """
     from tinystories.interop.bench_competitors import Workload
     from tinystories.interop.bench_runner import BenchProcess
@@ -191,12 +208,14 @@ def open_session(
         folder = Path(name)
         config = prepare_weights(folder, options)
         if capacity > config.n_ctx:
-            raise UserError(f"{capacity} tokens do not fit the model's context of {config.n_ctx}; ask for fewer")
+            raise UserError(
+                f"{capacity} tokens exceed the model's context of {config.n_ctx}; lower --tokens or --prompt-tokens"
+            )
         if shortlist >= config.vocab_size:
-            raise UserError(f"a shortlist of {shortlist:,} ids is not shorter than the vocabulary")
+            raise UserError(f"--shortlist {shortlist:,} must be below the vocabulary size, {config.vocab_size:,}")
         selected = prepare_competitors(folder, config, options["peers"], options["only"])
         if shortlist and all(name != "tinystories" for name, _ in selected):
-            raise UserError("--shortlist is of tinystories, which --only leaves out")
+            raise UserError("--shortlist applies to tinystories, which --only leaves out")
         workload = Workload(threads=options["threads"] or count_cores(), streams=streams, tokens=capacity)
         with contextlib.ExitStack() as stack:
             processes = []
@@ -211,11 +230,11 @@ def open_session(
 
 
 def prepare_weights(folder: Path, options: dict[str, Any]) -> ModelConfig:
-    """Puts weights into the folder: MODEL's, or random ones of a preset."""
+    """Put the weights into `folder` (a link to MODEL's, or random ones of a preset) and return their config."""
     model, preset = options["model"], options["preset"]
     if model is not None:
         if preset:
-            raise UserError("name either MODEL or --preset")
+            raise UserError("give either MODEL or --preset, not both")
         from tinystories.checkpoint import read_model
 
         files = read_model(model)
@@ -232,13 +251,17 @@ def prepare_weights(folder: Path, options: dict[str, Any]) -> ModelConfig:
 
 
 def link_weights(weights: Path, folder: Path) -> None:
+    """Symlink the weights into `folder`, under the name that the competitors read."""
     from tinystories.interop.bench_competitors import WEIGHTS_FILE
 
     (folder / WEIGHTS_FILE).symlink_to(weights.resolve())
 
 
 def prepare_competitors(folder: Path, config: ModelConfig, peers: bool, only: list[Competitor]) -> list[Competitor]:
-    """(name, precision) of all that take part, their files made."""
+    """Write the files of all programs that take part, and return these as (name, precision).
+
+    A program that cannot run is skipped with a note; if --only names it, it is a `UserError`.
+    """
     from tinystories.interop import bench_competitors as programs
 
     programs.write_shape_file(folder, config)
@@ -248,10 +271,10 @@ def prepare_competitors(folder: Path, config: ModelConfig, peers: bool, only: li
         if reason := programs.unavailable_reason(name, config):
             if only:
                 raise UserError(f"{name} {reason}")
-            print_progress(f"without {name}: it {reason}")
+            print_progress(f"skipping {name}: it {reason}")
             selected = [who for who in selected if who[0] != name]
     for name, precision in selected:
-        print_progress(f"making the files of {format_label(name, precision)}")
+        print_progress(f"preparing the files of {format_label(name, precision)}")
         programs.prepare_files(folder, name, precision)
     return selected
 
@@ -261,7 +284,7 @@ def format_label(name: str, precision: str) -> str:
 
 
 class BenchSession:
-    """What the commands do with contestants that are ready."""
+    """Running processes of all competitors, and the measurements that the commands take with them."""
 
     def __init__(self, config: ModelConfig, processes: Sequence[Any], options: dict[str, Any], threads: int) -> None:
         import numpy as np
@@ -270,11 +293,15 @@ class BenchSession:
         self.rng = np.random.default_rng(0)
 
     def random_prompt(self, n: int) -> list[int]:
+        """Return n random ids, the same ones in each run of the program."""
         ids: list[int] = self.rng.integers(self.config.vocab_size, size=n).tolist()
         return ids
 
     def measure(self, task: str, prompts: list[list[int]], tokens: int, counted_tokens: int) -> dict[str, Any]:
-        """Runs and shows one task; what the JSON says of it, under the task's name."""
+        """Run one task in all processes and print its table; return its results for the JSON as {task: results}.
+
+        `tokens` are generated per prompt; `counted_tokens` of one run, divided by its seconds, are the tokens/s.
+        """
         from rich.table import Table
 
         from tinystories.interop.bench_runner import matching_prefix, run_rounds, speed_ratios
@@ -308,7 +335,8 @@ class BenchSession:
         return {task: result}
 
     def print_summary(self, results: dict[str, Any], **task: int) -> None:
-        click.echo('"same ids": up to the first that differs from the first row\'s; the likeliest id each time')
+        """Explain the table and, with --json, print everything that was measured."""
+        click.echo('"same ids": share of the greedy ids before the first that differs from the first row')
         if self.options["as_json"]:
             competitors = [(c.name, c.precision) for c in self.processes]
             model = str(self.options["model"] or self.options["preset"] or DEFAULT_PRESET)
@@ -326,7 +354,7 @@ class BenchSession:
 
 
 def describe_machine(competitors: Sequence[Competitor]) -> dict[str, Any]:
-    """What the numbers belong to."""
+    """Return what the measurements depend on: versions of all programs, Python, machine and cores."""
     import platform
 
     from tinystories.interop.bench_competitors import package_version

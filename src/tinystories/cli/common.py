@@ -1,4 +1,4 @@
-"""How every command runs: what people can mend becomes one line on stderr and an exit code. Options that many have."""
+"""Run a command so that errors become one line on stderr and an exit code; options that several commands share."""
 
 import errno
 import functools
@@ -22,16 +22,17 @@ errors_option = click.option(
     type=click.Choice(["strict", "replace"]),
     default="strict",
     show_default=True,
-    help="What to do with bytes that are not UTF-8: stop, or put U+FFFD in their place.",
+    help="Bytes that are not valid UTF-8: stop (strict) or replace them with U+FFFD (replace).",
 )
 
 
 def model_argument(
     name: str = "model", *, bundled: bool = False
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """MODEL, a directory or hf:OWNER/NAME[@REVISION]; the command is given the directory, once all options are read.
+    """Add the argument MODEL, a directory or hf:OWNER/NAME[@REVISION]; the command receives the directory.
 
-    With `bundled` it may be left out, and is the storyteller that comes with the package.
+    A model on the Hub is downloaded only after all options have been parsed. With `bundled`, MODEL is optional and
+    defaults to the bundled storyteller.
     """
 
     def decorator(command: Callable[..., None]) -> Callable[..., None]:
@@ -49,47 +50,57 @@ def model_argument(
 
 
 def engine_option(help_text: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add --engine, explained by `help_text`: what `auto` selects depends on the command."""
     choice = click.Choice(["auto", "cpu", "torch"])
     return click.option("--engine", type=choice, default="auto", show_default=True, help=help_text)
 
 
 device_option = click.option(
-    "--device", default="auto", show_default=True, help="Of the torch engine: auto, cpu, cuda, cuda:1, mps."
+    "--device", default="auto", show_default=True, help="Device of the torch engine: auto, cpu, cuda, cuda:1, mps."
 )
 precision_option = click.option(
     "--precision",
     type=click.Choice(PRECISION_CHOICES),
     default="auto",
     show_default=True,
-    help="Of the weights. cpu: int8 (auto), int4 or fp32; torch: fp32, or bf16 where the hardware has it (auto).",
+    help="Weight precision. cpu: int8 (auto), int4 or fp32; torch: bf16 if the hardware supports it, else fp32 (auto).",
 )
 threads_option = click.option(
     "--threads",
     type=click.IntRange(min=1),
-    help="Of the CPU engine.  [default: as many as there are cores, at most 16]",
+    help="Threads of the CPU engine.  [default: number of cores, at most 16]",
 )
-json_option = click.option("--json", "as_json", is_flag=True, help="Print a JSON object last.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print a JSON object as the last line.")
 
-DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk or a quota
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota used up, file too large
 
 SAMPLING_OPTIONS = (
-    click.option("--temperature", type=float, help="0: always the likeliest token."),
-    click.option("--top-k", type=int, help="Only the K likeliest tokens (0: off)."),
-    click.option("--top-p", type=float, help="Only the likeliest tokens that make up P (1: off)."),
-    click.option("--min-p", type=float, help="Only tokens at least P times as likely as the likeliest (0: off)."),
-    click.option("--repetition-penalty", type=float, help="Above 1: tokens already used become less likely (1: off)."),
+    click.option("--temperature", type=float, help="Randomness of sampling (0: greedy, always the most likely token)."),
+    click.option("--top-k", type=int, help="Sample from the K most likely tokens (0: off)."),
+    click.option(
+        "--top-p", type=float, help="Sample from the most likely tokens that add up to probability P (1: off)."
+    ),
+    click.option(
+        "--min-p", type=float, help="Drop tokens less than P times as likely as the most likely one (0: off)."
+    ),
+    click.option(
+        "--repetition-penalty", type=float, help="Values above 1 make tokens already used less likely (1: off)."
+    ),
 )
 
 
 def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The settings of `SamplingConfig`, each None unless given."""
+    """Add an option for each field of `SamplingConfig`; an option that is not given is None."""
     for option in reversed(SAMPLING_OPTIONS):
         command = option(command)
     return command
 
 
 def run(command: click.Command, argv: list[str] | None = None, name: str = "tinystories") -> int:
-    """Run a command and turn what people can mend into one line on stderr; returns the exit code."""
+    """Run a command and return its exit code.
+
+    Errors that the user can fix become one line on stderr; anything else is a bug and keeps its traceback.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for logger_name in ("httpx", "httpx2"):
         logging.getLogger(logger_name).setLevel(logging.WARNING)
@@ -116,7 +127,7 @@ def run(command: click.Command, argv: list[str] | None = None, name: str = "tiny
     except SystemExit:
         if sys.stdout is original_stdout:
             raise
-        discard_stdout()  # its reader has left, as `head` does; click puts another in its place then, and exits
+        discard_stdout()  # the reader of a pipe has gone, as after `| head`: click replaces sys.stdout and exits
         return 0
     except OSError as error:
         if error.errno not in DISK_FULL_ERRNOS:
@@ -130,5 +141,5 @@ def run(command: click.Command, argv: list[str] | None = None, name: str = "tiny
 
 
 def discard_stdout() -> None:
-    """What is left in the buffer of standard output cannot be written, and would be an error again at exit."""
+    """Redirect stdout to the null device, so that flushing its buffer at exit does not fail again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

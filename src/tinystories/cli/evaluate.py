@@ -25,26 +25,26 @@ from tinystories.cli.common import (
 @click.command("eval", context_settings=CONTEXT_SETTINGS)
 @model_argument(bundled=True)
 @click.option(
-    "--data", required=True, help="Story file, folder, named source, or a folder made by `tinystories prepare`."
+    "--data", required=True, help="Story file or folder, named source, or folder written by `tinystories prepare`."
 )
 @click.option(
-    "--text-field", default="text", show_default=True, help="Field or column of JSONL, CSV and parquet files."
+    "--text-field", default="text", show_default=True, help="Field or column of JSONL, CSV and Parquet files."
 )
 @errors_option
 @click.option(
     "--limit",
     type=click.IntRange(min=0),
     default=0,
-    help="Only that many stories, the first of files, evenly spaced ones of prepared data (0: all).",
+    help="Number of stories: the first of a file, evenly spaced ones of prepared data (0: all).",
 )
-@engine_option("What computes: auto is torch where it is installed, else cpu.")
+@engine_option("Inference engine. auto: torch if it is installed, otherwise cpu.")
 @device_option
 @click.option(
     "--precision",
     type=click.Choice(PRECISION_CHOICES),
     default="auto",
     show_default=True,
-    help="Of the weights. auto: fp32, as they were trained (torch on CUDA: bf16). Only cpu has int8 and int4.",
+    help="Weight precision. auto: fp32, as trained (torch on CUDA: bf16). int8 and int4 run on the cpu engine.",
 )
 @threads_option
 @json_option
@@ -62,8 +62,8 @@ def evaluate(
 ) -> None:
     """Measure MODEL, or the bundled storyteller, in bits per byte over whole stories (docs/evaluation.md).
 
-    Each story stands on its own after <|endoftext|>; its closing <|endoftext|> counts. Lower is better. The engine is
-    torch where it is installed, else cpu in fp32; --precision int8 or int4 measures what the CPU engine's weights cost.
+    Each story is scored on its own, after <|endoftext|>; its closing <|endoftext|> counts. Lower is better. With
+    --precision int8 or int4, the difference to fp32 is the cost of quantization.
     """
     from tinystories.engine.select import QUANTIZED_PRECISIONS
     from tinystories.evaluate.report import evaluate_model
@@ -72,7 +72,7 @@ def evaluate(
     if engine == "auto":
         engine = "torch" if importlib.util.find_spec("torch") and precision not in QUANTIZED_PRECISIONS else "cpu"
     if engine == "cpu" and precision == "auto":
-        precision = "fp32"  # a score is of the weights as they were trained
+        precision = "fp32"  # by default, score the weights as they were trained
     storyteller = Storyteller.load(model, engine=engine, device=device, precision=precision, threads=threads)
     with show_progress("stories scored") as progress:
         report = evaluate_model(storyteller, data, text_field=text_field, errors=errors, limit=limit, progress=progress)
@@ -88,7 +88,7 @@ def evaluate(
 
 @contextlib.contextmanager
 def show_progress(label: str) -> Iterator[Callable[[int], None]]:
-    """A live count on standard error, where that is a terminal."""
+    """Yield a function that updates a live count on stderr; it does nothing if stderr is not a terminal."""
     from rich.console import Console
 
     console = Console(stderr=True)

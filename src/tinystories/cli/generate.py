@@ -25,23 +25,27 @@ if TYPE_CHECKING:
 
 @click.command(context_settings=CONTEXT_SETTINGS)
 @model_argument(bundled=True)
-@click.option("--prompt", default="", help="How the story begins.  [default: the model begins]")
-@click.option("--max-tokens", type=click.IntRange(min=1), default=400, show_default=True, help="Longest continuation.")
+@click.option("--prompt", default="", help="Beginning of the story.  [default: none, the model starts]")
+@click.option(
+    "--max-tokens", type=click.IntRange(min=1), default=400, show_default=True, help="Most tokens to generate."
+)
 @sampling_options
-@click.option("--seed", type=click.IntRange(min=0), help="Same seed, same story.  [default: a new one each time]")
-@click.option("--num", type=click.IntRange(min=1), default=1, show_default=True, help="How many stories.")
-@click.option("--stop", multiple=True, help="End the story before this text; may be repeated.")
-@click.option("--ignore-end", is_flag=True, help="Go on with a new story after <|endoftext|>, up to --max-tokens.")
-@engine_option("What computes: cpu needs no torch and starts at once; auto is cpu but where CUDA is at hand.")
+@click.option("--seed", type=click.IntRange(min=0), help="Same seed, same story.  [default: a new seed each time]")
+@click.option("--num", type=click.IntRange(min=1), default=1, show_default=True, help="Number of stories.")
+@click.option("--stop", multiple=True, help="End the story before this text; can be repeated.")
+@click.option("--ignore-end", is_flag=True, help="Continue with a new story after <|endoftext|>, up to --max-tokens.")
+@engine_option("Inference engine. auto: torch if CUDA is available, otherwise cpu (no torch needed, starts instantly).")
 @device_option
 @precision_option
 @threads_option
-@click.option("--shortlist", is_flag=True, help="Write only ids that `tinystories pack --shortlist` chose: faster.")
-@click.option("--stream/--no-stream", default=True, show_default=True, help="Show text as it is made.")
+@click.option(
+    "--shortlist", is_flag=True, help="Faster: generate only ids chosen by `tinystories quantize --shortlist`."
+)
+@click.option("--stream/--no-stream", default=True, show_default=True, help="Print text as it is generated.")
 @click.option(
     "--out",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="FILE.txt or FILE.jsonl to (over)write too.",
+    help="Also write to FILE.txt or FILE.jsonl; an existing file is overwritten.",
 )
 def generate(
     model: Path,
@@ -60,14 +64,14 @@ def generate(
     out: Path | None,
     **sampling: float | int | None,
 ) -> None:
-    """Write stories with MODEL, or with the storyteller that comes with the package.
+    """Write stories with MODEL, or with the bundled storyteller.
 
-    Sampling defaults are the model's own (generation.json). Text goes to standard output, all else to standard error.
+    Sampling defaults come from the model (generation.json). The text goes to stdout, everything else to stderr.
     """
     from tinystories.generate.storyteller import N_SLOTS, Storyteller
 
     if prompt.endswith(" "):
-        click.echo("note: the prompt ends in a space, which belongs to the next word: better without", err=True)
+        click.echo("note: the prompt ends in a space; leave it out, since tokens start with their own space", err=True)
     storyteller = Storyteller.load(
         model,
         engine=engine,
@@ -85,10 +89,12 @@ def generate(
 
 
 def print_stories(storyteller: "Storyteller", request: "Request", num: int, *, stream: bool, out: Path | None) -> None:
-    """Write stories to standard output and, where asked, to a file; says how fast on standard error."""
+    """Print `num` stories to stdout, write them to `out` if given, and report tokens/s on stderr.
+
+    `request` is repeated for each story. With `stream`, text is printed as it is generated.
+    """
     from tinystories.generate import output
-    from tinystories.generate.batching import Story
-    from tinystories.generate.batching import stream_all as events_of
+    from tinystories.generate.batching import Story, stream_all
 
     stories: list[Story] = []
     with contextlib.ExitStack() as stack:
@@ -108,7 +114,9 @@ def print_stories(storyteller: "Storyteller", request: "Request", num: int, *, s
 
         started_at = time.perf_counter()
         requests = (dataclasses.replace(request, number=number) for number in range(num))
-        events = stack.enter_context(contextlib.closing(events_of(storyteller.engine, storyteller.tokenizer, requests)))
+        events = stack.enter_context(
+            contextlib.closing(stream_all(storyteller.engine, storyteller.tokenizer, requests))
+        )
         print_prompt(0)
         try:
             for piece in output.reorder(events, on_story):

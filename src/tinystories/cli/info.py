@@ -14,24 +14,24 @@ from tinystories.errors import UserError
 from tinystories.train.learning_rate import resolve_auto_rates
 
 CARD_FILE = "README.md"
-FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)  # what the Hub reads of a card
+FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)  # a card's YAML metadata, read by the Hub
 
 
 @click.command(context_settings=CONTEXT_SETTINGS)
 @click.argument("path", required=False)
 @click.option("--config", "config_file", help=f"TOML file, or a preset: {', '.join(PRESETS)}.")
-@click.option("--card", "as_card", is_flag=True, help="Print a model card (README.md) for the model's page on the Hub.")
+@click.option("--card", "as_card", is_flag=True, help="Print a model card (README.md) for the Hub.")
 @json_option
 def info(path: str | None, config_file: str | None, as_card: bool, as_json: bool) -> None:
-    """Tell what PATH or a config is: sizes, parameters, where it came from, and the model card where there is one.
+    """Describe PATH or a config: sizes, parameters, provenance, and the model card if there is one.
 
-    PATH is a model directory, hf:OWNER/NAME, or a folder of prepared data; without it and --config, the storyteller
-    that comes with the package.
+    PATH is a model directory, hf:OWNER/NAME, or a folder of prepared data. Without PATH and --config, describe the
+    bundled storyteller.
     """
     if path is not None and config_file is not None:
-        raise UserError("name either a model or data directory, or --config FILE")
+        raise UserError("give either PATH or --config, not both")
     if as_card and (config_file is not None or as_json):
-        raise UserError("--card is of a model directory, and no JSON; leave --config and --json out")
+        raise UserError("--card describes a model directory as Markdown; leave out --config and --json")
     if config_file is not None:
         facts, folder = describe_config(load_config(config_file)), None
     else:
@@ -53,7 +53,7 @@ def info(path: str | None, config_file: str | None, as_card: bool, as_json: bool
 
 
 def format_fact(value: object) -> str:
-    """A fact as people read it."""
+    """Format a fact for people: thousands separators, lists and mappings in one line."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int):
@@ -66,7 +66,7 @@ def format_fact(value: object) -> str:
 
 
 def read_or_make_card(folder: Path) -> str:
-    """The model card that lies in a model directory, or one made of what config.json says."""
+    """Return the README.md of a model directory, or a model card built from its config.json."""
     from tinystories.interop.model_bundle import ModelBundle
     from tinystories.interop.model_card import build_model_card
 
@@ -75,6 +75,7 @@ def read_or_make_card(folder: Path) -> str:
 
 
 def describe_config(config: Config) -> dict[str, Any]:
+    """Return all settings, with the number of parameters, the training tokens and the resolved learning rates."""
     tokens = config.train.steps * config.train.batch_size * config.model.n_ctx
     facts: dict[str, Any] = {"parameters": config.model.n_params, "training_tokens": tokens}
     if config.model.vocab_size == 0:
@@ -83,13 +84,14 @@ def describe_config(config: Config) -> dict[str, Any]:
         )
         sized_model = dataclasses.replace(config.model, vocab_size=vocab_size)
         facts["parameters"] = sized_model.n_params
-        facts["vocabulary"] = f"{vocab_size} (that of data.tokenizer={config.data.tokenizer}; the data decides)"
+        facts["vocabulary"] = f"{vocab_size} (from data.tokenizer={config.data.tokenizer}; the prepared data decides)"
     optim = resolve_auto_rates(config).optim
     facts["peak_rates"] = {"learning_rate": optim.learning_rate, "muon_rate": optim.muon_rate}
     return facts | dataclasses.asdict(config)
 
 
 def describe_path(path: Path) -> dict[str, Any]:
+    """Return the facts of a model directory or of prepared data. `UserError` if the path is neither."""
     from tinystories import checkpoint
     from tinystories.data.dataset import read_meta
 

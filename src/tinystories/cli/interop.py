@@ -1,4 +1,4 @@
-"""`tinystories export`, `import` and `push`: to the files of other programs, from them, and to the Hub."""
+"""`tinystories export`, `import` and `push`: convert to and from the formats of other programs; upload to the Hub."""
 
 import shlex
 from pathlib import Path
@@ -8,7 +8,7 @@ import click
 from tinystories.cli.common import CONTEXT_SETTINGS, model_argument
 
 force_option = click.option(
-    "--force", is_flag=True, help="Replace what is there: a file, or a directory of an earlier export or import."
+    "--force", is_flag=True, help="Replace an existing file, or the directory of an earlier export or import."
 )
 
 
@@ -22,18 +22,18 @@ force_option = click.option(
     help="hf: a folder for transformers, CTranslate2, vLLM; gguf: llama.cpp, Ollama; llama2c: llama2.c;"
     " onnx: ONNX Runtime.",
 )
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="File to write; for hf a folder.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="File to write (hf: a folder).")
 @click.option(
     "--precision",
     default="",
-    help="Of the weights. gguf: f32, f16, q8_0, q4_0; llama2c: f32, q8_0; hf, onnx: f32.  [default: f32]",
+    help="Weight precision. gguf: f32, f16, q8_0, q4_0; llama2c: f32, q8_0; hf, onnx: f32.  [default: f32]",
 )
 @force_option
 def export(model: Path, name: str, out: Path, precision: str, force: bool) -> None:
-    """Write MODEL, or the bundled storyteller, in the format of another program.
+    """Export MODEL, or the bundled storyteller, to the format of another program.
 
-    The file is read back and must say what the model says, or nothing is kept. Which models fit which format, and what
-    to do with the files, is in docs/interop.md.
+    The file is read back and its logits are compared with the model's; it is kept only if they agree. docs/interop.md
+    lists which models fit which format and how to use the files.
 
     \b
       tinystories export runs/small --format gguf --precision q8_0 --out stories.gguf
@@ -47,8 +47,8 @@ def export(model: Path, name: str, out: Path, precision: str, force: bool) -> No
         files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
         click.echo(f"{path}: {sum(file.stat().st_size for file in files) / 1e6:,.1f} MB")
     click.echo(
-        f"read back: over {result.n_ids} ids of a story, logits differ by at most {result.max_difference:.2g}"
-        f" (divergence {result.kl_divergence:.2g} nats)"
+        f"verified: over {result.n_ids} tokens of a story, logits differ by at most {result.max_difference:.2g}"
+        f" (KL divergence {result.kl_divergence:.2g} nats)"
     )
     click.echo(FORMATS[name].next_steps(out))
 
@@ -59,13 +59,13 @@ def export(model: Path, name: str, out: Path, precision: str, force: bool) -> No
 @click.option(
     "--tokenizer",
     type=click.Path(path_type=Path),
-    help="tokenizer.json, or llama2.c's tokenizer.bin, where SOURCE brings none; in place of its own where it does.",
+    help="tokenizer.json or llama2.c's tokenizer.bin. Required if SOURCE has none; replaces its own otherwise.",
 )
 @force_option
 def import_(source: str, out: Path, tokenizer: Path | None, force: bool) -> None:
-    """Make a model directory of another program's model.
+    """Convert another program's model to a model directory.
 
-    SOURCE is a Hugging Face folder (gpt2, gpt_neo, llama, qwen3), hf:OWNER/NAME[@REVISION] on their Hub, a GGUF file, a
+    SOURCE is a Hugging Face folder (gpt2, gpt_neo, llama, qwen3), hf:OWNER/NAME[@REVISION] on the Hub, a GGUF file, a
     llama2.c checkpoint (.bin), or a state dict of the original program (.pt).
 
     \b
@@ -85,18 +85,18 @@ def import_(source: str, out: Path, tokenizer: Path | None, force: bool) -> None
 @click.command(context_settings=CONTEXT_SETTINGS)
 @model_argument()
 @click.argument("repository", metavar="OWNER/NAME")
-@click.option("--private/--public", default=True, show_default=True, help="Who may see a repository that is new.")
-@click.option("--message", default="", help="Of the commit.")
-@click.option("--license", default="", help="Of the weights, for the model card: mit, apache-2.0, cc0-1.0 ...")
+@click.option("--private/--public", default=True, show_default=True, help="Visibility of a new repository.")
+@click.option("--message", default="", help="Commit message.")
+@click.option("--license", default="", help="License of the weights, for the model card: mit, apache-2.0, cc0-1.0, ...")
 def push(model: Path, repository: str, private: bool, message: str, license: str) -> None:
-    """Upload MODEL to the Hugging Face Hub as OWNER/NAME, one commit.
+    """Upload MODEL to the Hugging Face Hub as OWNER/NAME, in one commit.
 
-    Goes up: the weights, the config with its provenance, the tokenizer, the sampling defaults, and a model card made of
-    them as README.md (see it first: tinystories info MODEL --card). Stays here: packed weights, checkpoints, the state
-    of training, samples and logs. A card that is there already is replaced; its history keeps it.
+    Uploaded: weights, config with provenance, tokenizer, sampling defaults, and a model card generated from them as
+    README.md (preview: tinystories info MODEL --card). Not uploaded: quantized weights, checkpoints, training state,
+    samples and logs. An existing model card is replaced; the old one stays in the repository's history.
 
-    Needs huggingface_hub, and a token that may write in HF_TOKEN or by `hf auth login`. For a repository of the formats
-    of other programs, export first and upload the folder: hf upload OWNER/NAME DIR
+    Needs huggingface_hub and a token with write access, in HF_TOKEN or from `hf auth login`. To publish the format of
+    another program, export first and upload the folder: hf upload OWNER/NAME DIR
 
     \b
       tinystories push runs/small me/small-stories

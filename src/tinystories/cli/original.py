@@ -1,4 +1,4 @@
-"""The original program's three commands, `gpt.py`, `generate.py` and `sample.py`, on any data and model."""
+"""The three commands of the original program, `gpt.py`, `generate.py` and `sample.py`, for any data and model."""
 
 import sys
 from pathlib import Path
@@ -20,22 +20,20 @@ RUN = Path("runs") / DEFAULT_PRESET
     "--config", "config_file", default=DEFAULT_PRESET, show_default=True, help=f"TOML file, or: {', '.join(PRESETS)}."
 )
 @click.option(
-    "--data", type=click.Path(path_type=Path), help="Prepared folder.  [default: the config's, made if absent]"
+    "--data", type=click.Path(path_type=Path), help="Prepared data.  [default: the config's, prepared if absent]"
 )
+@click.option("--out", type=click.Path(path_type=Path), help="Run directory.  [default: runs/NAME of --config]")
 @click.option(
-    "--out", type=click.Path(path_type=Path), help="Where weights are saved.  [default: runs/NAME of the config]"
+    "--tokens", type=click.IntRange(min=1), default=10_000, show_default=True, help="Tokens to generate after training."
 )
-@click.option(
-    "--tokens", type=click.IntRange(min=1), default=10_000, show_default=True, help="To write after training."
-)
-@click.option("--prompt", default="", help="How the first story begins.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the stories.")
+@click.option("--prompt", default="", help="Beginning of the first story.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Random seed of the stories.")
 @click.option(
     "--text",
     type=click.Path(path_type=Path, dir_okay=False),
     default=Path("generated.txt"),
     show_default=True,
-    help="File for what is written (.txt or .jsonl).",
+    help="File for the generated text (.txt or .jsonl).",
 )
 @click.option("--yes", is_flag=True, help="Do not ask before a run that takes more than a day.")
 @click.pass_context
@@ -50,11 +48,11 @@ def gpt(
     text: Path,
     yes: bool,
 ) -> int:
-    """Train, then write 10,000 new tokens to the screen and to generated.txt.
+    """Train a model, then generate 10,000 tokens to the screen and to generated.txt.
 
-    Without arguments: the original model (89,274,368 parameters, GPT-2 tokeniser) on TinyStories. Settings may be
-    changed as for `tinystories train`: --train.steps 500, --optim.learning_rate 1e-3, ... Run again after an
-    interrupt, it goes on where it stopped; after the end of training, it only writes.
+    Without arguments, it trains the original model (89,274,368 parameters, GPT-2 tokenizer) on TinyStories. Change
+    settings as in `tinystories train`: --train.steps 500, --optim.learning_rate 1e-3, ... After an interrupt, the same
+    command resumes; once training is complete, it only generates.
     """
     from tinystories.generate.output import check_output_path
 
@@ -73,39 +71,51 @@ def gpt(
 @click.option(
     "--model",
     type=click.Path(path_type=Path),
-    default=Path("runs") / DEFAULT_PRESET,
-    show_default=True,
-    help="Model directory.",
+    help=f"Model directory.  [default: {RUN}, or the bundled storyteller]",
 )
-@click.option("--tokens", type=click.IntRange(min=1), default=500, show_default=True, help="How many to write.")
-@click.option("--prompt", default="", help="How the first story begins.")
-@click.option("--seed", type=click.IntRange(min=0), help="Same seed, same text.  [default: a new one each time]")
+@click.option("--tokens", type=click.IntRange(min=1), default=500, show_default=True, help="Tokens to generate.")
+@click.option("--prompt", default="", help="Beginning of the first story.")
+@click.option("--seed", type=click.IntRange(min=0), help="Same seed, same text.  [default: a new seed each time]")
 @click.option(
     "--text", type=click.Path(path_type=Path, dir_okay=False), help="Also write to this file (.txt or .jsonl)."
 )
-def generate(model: Path, tokens: int, prompt: str, seed: int | None, text: Path | None) -> int:
-    """Write 500 tokens with a trained model: one story after another, printed when all are there."""
-    return write_tokens(model, prompt=prompt, tokens=tokens, seed=seed, stream=False, text=text)
+def generate(model: Path | None, tokens: int, prompt: str, seed: int | None, text: Path | None) -> int:
+    """Generate 500 tokens, story after story, and print them when all are done.
+
+    If the default model has not been trained yet, the bundled storyteller writes them.
+    """
+    return write_tokens(choose_model(model), prompt=prompt, tokens=tokens, seed=seed, stream=False, text=text)
 
 
 @click.command(context_settings=CONTEXT_SETTINGS)
 @click.option(
     "--model",
     type=click.Path(path_type=Path),
-    default=Path("runs") / DEFAULT_PRESET,
-    show_default=True,
-    help="Model directory.",
+    help=f"Model directory.  [default: {RUN}, or the bundled storyteller]",
 )
-@click.option("--tokens", type=click.IntRange(min=1), default=500, show_default=True, help="How many to print.")
-@click.option("--prompt", default="", help="How the first story begins.")
-@click.option("--seed", type=click.IntRange(min=0), help="Same seed, same text.  [default: a new one each time]")
-def sample(model: Path, tokens: int, prompt: str, seed: int | None) -> int:
-    """Print tokens of a trained model as they are made."""
-    return write_tokens(model, prompt=prompt, tokens=tokens, seed=seed, stream=True, text=None)
+@click.option("--tokens", type=click.IntRange(min=1), default=500, show_default=True, help="Tokens to generate.")
+@click.option("--prompt", default="", help="Beginning of the first story.")
+@click.option("--seed", type=click.IntRange(min=0), help="Same seed, same text.  [default: a new seed each time]")
+def sample(model: Path | None, tokens: int, prompt: str, seed: int | None) -> int:
+    """Generate 500 tokens, story after story, and print each as it is generated.
+
+    If the default model has not been trained yet, the bundled storyteller writes them.
+    """
+    return write_tokens(choose_model(model), prompt=prompt, tokens=tokens, seed=seed, stream=True, text=None)
+
+
+def choose_model(model: Path | None) -> Path:
+    """Return `model`; without one, the default run, or the bundled storyteller if that has not been trained yet."""
+    from tinystories.checkpoint import BUNDLED_MODEL, is_model
+
+    if model is not None or is_model(RUN):
+        return model or RUN
+    click.echo(f"no trained model in {RUN} (train one with: python gpt.py): using the bundled storyteller", err=True)
+    return BUNDLED_MODEL
 
 
 def write_tokens(model: Path, *, prompt: str, tokens: int, seed: int | None, stream: bool, text: Path | None) -> int:
-    """So many tokens, story after story."""
+    """Print `tokens` tokens, story after story, and write them to `text` if given; return exit code 0."""
     from tinystories.generate.storyteller import Storyteller
 
     storyteller = Storyteller.load(model, n_slots=1)
@@ -115,7 +125,7 @@ def write_tokens(model: Path, *, prompt: str, tokens: int, seed: int | None, str
 
 
 def confirm_long_run(config: Config, out: Path, *, ask: bool) -> bool:
-    """Say so where training would take more than a day; False if the user then declines."""
+    """Warn if training would take more than a day; return False if the user then declines."""
     from tinystories.cli.train import is_finished
     from tinystories.config import replace_vocab
     from tinystories.engine.device import select_device
@@ -129,8 +139,8 @@ def confirm_long_run(config: Config, out: Path, *, ask: bool) -> bool:
     if days <= 1:
         return True
     click.echo(
-        f"This run will take about {days:.0f} days on this machine ({device}): an estimate from its speed in matrix"
-        " products. Smaller presets: --config nano (minutes on a CPU), --config small (about an hour).",
+        f"This run will take about {days:.0f} days on this machine ({device}), estimated from its matmul speed."
+        " Smaller presets: --config nano (minutes on a CPU), --config small (about an hour).",
         err=True,
     )
-    return not (ask and sys.stdin.isatty()) or click.confirm("Train all the same?", err=True)
+    return not (ask and sys.stdin.isatty()) or click.confirm("Train anyway?", err=True)

@@ -16,19 +16,19 @@ if TYPE_CHECKING:
 @click.command(context_settings=CONTEXT_SETTINGS)
 @click.argument("source", nargs=-1, required=True)
 @click.option(
-    "--out", type=click.Path(path_type=Path), required=True, help="Folder to write; made whole or not at all."
+    "--out", type=click.Path(path_type=Path), required=True, help="Folder to write; it appears only when complete."
 )
 @click.option(
-    "--val", multiple=True, help="Validation source. Without it: the source's own, else 0.5 % held out by hash."
+    "--val", multiple=True, help="Validation source.  [default: the source's own, else 0.5 % held out by hash]"
 )
 @click.option(
     "--tokenizer",
     default="gpt2",
     show_default=True,
-    help="gpt2, bpe:N (of SOURCE), a tokenizer.json or a model.",
+    help="gpt2, bpe:N (trained on SOURCE), a tokenizer.json, or a model directory.",
 )
 @click.option(
-    "--text-field", default="text", show_default=True, help="Field or column of JSONL, CSV, parquet and Hub sources."
+    "--text-field", default="text", show_default=True, help="Field or column of JSONL, CSV, Parquet and Hub sources."
 )
 @errors_option
 @click.option("--keep-duplicates", is_flag=True, help="Keep stories that occur more than once.")
@@ -43,18 +43,18 @@ def prepare(
     keep_duplicates: bool,
     as_json: bool,
 ) -> int:
-    """Turn stories into token files to train on.
+    """Tokenize stories into files to train on.
 
     \b
     SOURCE is one of
-      sample              172 stories that come with the package
+      sample              172 stories bundled with the package
       tinystories         roneneldan/TinyStories (2.1M stories, 1.9 GB, downloaded)
-      tinystories-v2      the GPT-4 stories of the same set
+      tinystories-v2      the GPT-4 stories of the same dataset
       tinystories-clean   karpathy/tinystories-gpt4-clean
-      hf:OWNER/NAME       any set of the Hugging Face Hub
+      hf:OWNER/NAME       any dataset on the Hugging Face Hub
       FILE or FOLDER ...  .txt (<|endoftext|> between stories), .jsonl, .csv, .parquet
 
-    Interrupted, it goes on where it stopped; run twice, it has nothing to do.
+    After an interrupt, the same command continues where it stopped; once the data is complete, it does nothing.
     """
     from tinystories.data.prepare import prepare as prepare_data
 
@@ -69,7 +69,7 @@ def prepare(
             keep_duplicates=keep_duplicates,
         )
     except KeyboardInterrupt:
-        click.echo("stopped; the same command goes on where it was", err=True)
+        click.echo("stopped; run the same command again to continue", err=True)
         return 130
     print_prepare_report(report)
     if as_json:
@@ -78,6 +78,7 @@ def prepare(
 
 
 def print_prepare_report(report: "PrepareReport") -> None:
+    """Print the size of each split, what was dropped and why, and how long it took."""
     meta = report.meta
     for name, split in meta.splits.items():
         click.echo(

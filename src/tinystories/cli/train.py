@@ -16,7 +16,7 @@ from tinystories.train.distributed import World
 
 
 class SettingsCommand(click.Command):
-    """A command whose help also explains every `--section.key` setting."""
+    """A click command whose --help also lists every `--SECTION.KEY` setting with its default."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         defaults = load_config("nano")
@@ -37,10 +37,10 @@ class SettingsCommand(click.Command):
 @click.option(
     "--config", "config_file", default="nano", show_default=True, help=f"TOML file, or a preset: {', '.join(PRESETS)}."
 )
-@click.option("--data", type=click.Path(path_type=Path), help="Folder made by `tinystories prepare`.")
-@click.option("--out", type=click.Path(path_type=Path), help="Run directory.  [default: runs/NAME of the config]")
-@click.option("--resume", is_flag=True, help="Go on from the last checkpoint in --out.")
-@click.option("--print-config", is_flag=True, help="Print the resolved settings as TOML and stop.")
+@click.option("--data", type=click.Path(path_type=Path), help="Folder written by `tinystories prepare`.")
+@click.option("--out", type=click.Path(path_type=Path), help="Run directory.  [default: runs/NAME of --config]")
+@click.option("--resume", is_flag=True, help="Resume from the last checkpoint in --out.")
+@click.option("--print-config", is_flag=True, help="Print the resolved settings as TOML and exit.")
 @json_option
 @click.pass_context
 def train(
@@ -52,12 +52,12 @@ def train(
     print_config: bool,
     as_json: bool,
 ) -> int:
-    """Train a model. Settings come from --config, and over it any --SECTION.KEY VALUE below.
+    """Train a model. Settings come from --config; any --SECTION.KEY VALUE below overrides them.
 
     \b
-    Ctrl-C saves a checkpoint and says how to go on. The run directory is a model:
+    Ctrl-C saves a checkpoint and prints how to resume. The run directory is a model:
       tinystories generate runs/nano          read its stories
-      tinystories eval runs/nano --data FILE  measure it
+      tinystories eval runs/nano --data FILE  measure its bits per byte
     It also holds loss.png, samples.md, metrics.jsonl and config.toml.
     """
     out = out or Path("runs") / Path(config_file).stem
@@ -72,14 +72,14 @@ def train(
         click.echo(to_toml(config), nl=False)
         return 0
     if resume and not saved_config.exists() and World.from_environment().is_main:
-        click.echo(f"there is no run in {out} yet: a new one begins", err=True)
+        click.echo(f"no run in {out} yet: starting a new one", err=True)
     if data is None:
         ensure_prepared(config)
     return run_training(config, out, resume=resume, as_json=as_json)
 
 
 def run_training(config: Config, out: Path, *, resume: bool, as_json: bool = False) -> int:
-    """Train and say what to do next; returns the exit code."""
+    """Train, print what to do next, and return the exit code: 0, or 128 + n after signal n."""
     from tinystories.train.loop import Interrupted
     from tinystories.train.run import train
 
@@ -88,8 +88,8 @@ def run_training(config: Config, out: Path, *, resume: bool, as_json: bool = Fal
         report = train(config, out, resume=resume)
     except Interrupted as stop:
         if not is_main:
-            return 0  # else torchrun would end the first, which still has something to say
-        click.echo(f"{stop}; saved. Go on with: tinystories train --out {out} --resume", err=True)
+            return 0  # on an error code, torchrun would kill the main process before it has printed how to resume
+        click.echo(f"{stop}; saved. Resume with: tinystories train --out {out} --resume", err=True)
         return 128 + stop.signum
     if not is_main:
         return 0
@@ -103,31 +103,33 @@ def run_training(config: Config, out: Path, *, resume: bool, as_json: bool = Fal
 
 
 def is_finished(run: Path) -> bool:
-    """Whether a run directory holds a run that has reached its last step and its last evaluation."""
+    """Return whether the run in a run directory has finished: its last step and its final evaluation are recorded."""
     metrics = run / "metrics.jsonl"
     lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
     return bool(lines) and bool(json.loads(lines[-1]).get("final"))
 
 
 def ensure_prepared(config: Config) -> None:
-    """Prepare the data that a config names, where it is not there yet."""
+    """Prepare the data that a config names, unless it exists. `UserError` if several processes would do so at once."""
     folder = Path(config.data.dir)
     if (folder / "meta.json").exists():
         return
     if World.from_environment().size > 1:
         raise UserError(
-            f"{folder} is not there yet; before several processes start, prepare it once: tinystories prepare"
+            f"{folder} holds no prepared data; before starting several processes, prepare it once: tinystories prepare"
             f" {config.data.source} --tokenizer {config.data.tokenizer} --out {folder}"
         )
     from tinystories.data.prepare import prepare as prepare_data
 
-    click.echo(f"{folder} is not there yet: preparing {config.data.source} ({config.data.tokenizer})", err=True)
+    click.echo(
+        f"{folder} holds no prepared data yet: preparing {config.data.source} ({config.data.tokenizer})", err=True
+    )
     report = prepare_data(config.data.source, folder, val=config.data.val or None, tokenizer=config.data.tokenizer)
     print_prepare_report(report)
 
 
 def parse_overrides(context: click.Context) -> dict[str, str]:
-    """`--train.steps 40` and `--train.steps=40` as {"train.steps": "40"}, of the arguments that are no options."""
+    """Parse what click left over: `--train.steps 40` and `--train.steps=40` become {"train.steps": "40"}."""
     overrides: dict[str, str] = {}
     remaining = list(context.args)
     while remaining:
@@ -144,7 +146,7 @@ def parse_overrides(context: click.Context) -> dict[str, str]:
 
 
 def suggest_fix(argument: str, command: click.Command) -> str:
-    """What an argument that is neither an option nor a setting may have been meant for."""
+    """Suggest what was meant by an argument that is neither an option nor a setting."""
     word = argument.removeprefix("--").partition("=")[0]
     if word in PRESETS:
         return f"did you mean --config {word}?"

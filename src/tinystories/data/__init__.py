@@ -1,1 +1,1 @@
-"""Data: stories of any source, to token files, to training batches. Knows nothing of models."""
+"""Data pipeline: read stories from any source, tokenize them to files, serve training batches. No model code."""

@@ -1,4 +1,4 @@
-"""Stories out of a text column of Arrow tables: parquet files, and what `datasets` streams."""
+"""Read stories from a text column of Arrow tables: parquet files, and the streams of `datasets`."""
 
 from collections.abc import Iterator
 from typing import Any, BinaryIO
@@ -7,11 +7,15 @@ from tinystories.data.reader import ReadOptions, StoryBatch, batch_texts, decode
 from tinystories.data.tokenizer import sanitize
 from tinystories.errors import UserError
 
-ROWS_PER_BATCH = 1024  # per table: what is held in memory at a time
+ROWS_PER_BATCH = 1024  # rows per Arrow table, i.e. held in memory at a time
 
 
 def read_parquet(where: str, file: BinaryIO, options: ReadOptions, position: Any = None) -> Iterator[StoryBatch]:
-    """A column of text. `position` is the number of a row."""
+    """Yield the stories of one text column in batches.
+
+    `where` names the file in errors. `position` is the number of the row to resume from.
+    Raises `UserError` if pyarrow is missing, the column does not exist, or the file is truncated or corrupt.
+    """
     try:
         import pyarrow as pa
         from pyarrow import parquet
@@ -23,11 +27,11 @@ def read_parquet(where: str, file: BinaryIO, options: ReadOptions, position: Any
             rows = ParquetRows(where, parquet_file, options, position or 0)
             yield from batch_texts(rows, rows)
     except pa.ArrowException as error:
-        raise UserError(f"{where} is no whole parquet file: {sanitize(error)}; get it again") from None
+        raise UserError(f"{where} is not a complete parquet file: {sanitize(error)}; download it again") from None
 
 
 class ParquetRows:
-    """The texts of a parquet file and how many rows of it were read."""
+    """Iterates over the texts of a parquet file from row `position` on; a `Cursor` that counts rows and bytes."""
 
     def __init__(self, where: str, file: Any, options: ReadOptions, position: int) -> None:
         self.where, self.file, self.options = where, file, options
@@ -35,7 +39,7 @@ class ParquetRows:
         self.bytes_read = 0
 
     def __iter__(self) -> Iterator[str]:
-        first_row = 0  # number of the next group's, then of the next table's first row
+        first_row = 0  # number of the first row of the next row group, then of the next table
         for group in range(self.file.num_row_groups):
             n_rows = self.file.metadata.row_group(group).num_rows
             if first_row + n_rows <= self.position:
@@ -51,7 +55,11 @@ class ParquetRows:
 
 
 def select_text_column(where: str, table: Any, options: ReadOptions) -> Any:
-    """The chosen column of an Arrow table or record batch as bytes: Arrow does not check that text is UTF-8."""
+    """Return the column `options.text_field` of an Arrow table or record batch as binary values.
+
+    Binary, because Arrow does not check that text is UTF-8. Raises `UserError` if there is no such column or it is
+    not text.
+    """
     import pyarrow as pa
 
     if options.text_field not in table.schema.names:

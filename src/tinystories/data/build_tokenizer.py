@@ -1,4 +1,4 @@
-"""Where tokenizers come from: GPT-2's published table, one trained on the stories, or a file."""
+"""Build a tokenizer: GPT-2's published vocabulary, a BPE trained on the stories, or a tokenizer.json."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
@@ -12,14 +12,15 @@ from tinystories.errors import UserError
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-FETCH_TIMEOUT_SECONDS = 25.0  # for GPT-2's table; tiktoken itself would wait for ever
-MAX_TRAINING_BYTES = 200_000_000  # of text are enough to learn merges from; more changes little and costs minutes
+FETCH_TIMEOUT_SECONDS = 25.0  # for downloading GPT-2's vocabulary; tiktoken itself has no timeout
+# Text that BPE merges are learned from; more changes the merges little and costs minutes.
+MAX_TRAINING_BYTES = 200_000_000
 
 
 def build_from_spec(spec: str, stories: Callable[[], Iterable[str]]) -> Tokenizer:
-    """The tokenizer named by `gpt2`, `bpe:N` or the path of a tokenizer.json.
+    """Return the tokenizer for `spec`: `gpt2`, `bpe:N`, or the path of a tokenizer.json or model directory.
 
-    `stories()` yields the text that `bpe:N` learns from (its first 200 MB); it is called only then.
+    `stories()` is called only for `bpe:N`, which trains on the first 200 MB of the text it yields.
     """
     if spec == "gpt2":
         return load_gpt2()
@@ -29,14 +30,14 @@ def build_from_spec(spec: str, stories: Callable[[], Iterable[str]]) -> Tokenize
 
 
 def fingerprint_spec(spec: str) -> str:
-    """What identifies the tokenizer of that name before it is built; `UserError` when the name is none."""
+    """Return a string that identifies the tokenizer without building it. Raises `UserError` for an invalid spec."""
     if spec.startswith("bpe:"):
         return f"bpe:{parse_bpe_size(spec)}"
     return spec if spec == "gpt2" else Tokenizer.load(Path(spec)).sha256
 
 
 def parse_bpe_size(spec: str) -> int:
-    """N of `bpe:N`."""
+    """Return N of `bpe:N`. Raises `UserError` unless 257 <= N <= 1,000,000."""
     digits = spec.removeprefix("bpe:").replace("_", "")
     if not digits.isascii() or not digits.isdigit() or not 257 <= int(digits) <= 1_000_000:
         raise UserError(f"tokenizer {spec}: N of bpe:N must be between 257 (256 bytes and {END}) and 1000000")
@@ -44,7 +45,7 @@ def parse_bpe_size(spec: str) -> int:
 
 
 def new_byte_level_bpe(vocab: dict[str, int], merges: list[tuple[str, str]]) -> "Any":
-    """An untrained or ready byte-level BPE with GPT-2's split into words."""
+    """Return a `tokenizers` byte-level BPE with GPT-2's pre-tokenizer; without `vocab` and `merges` it is untrained."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers
 
@@ -55,20 +56,24 @@ def new_byte_level_bpe(vocab: dict[str, int], merges: list[tuple[str, str]]) -> 
 
 
 def load_gpt2() -> Tokenizer:
-    """GPT-2's tokenizer from tiktoken's own table, whose hashes tiktoken checks."""
+    """Return GPT-2's tokenizer, converted from the ranks that tiktoken downloads (and checks by hash).
+
+    Raises `UserError` if tiktoken is missing or cannot fetch the file within FETCH_TIMEOUT_SECONDS.
+    """
     try:
         from tiktoken_ext import openai_public  # type: ignore[import-untyped]
     except ImportError:
         raise UserError("tokenizer gpt2 needs tiktoken: pip install 'tinystories-gpt[train]'") from None
     try:
         ranks: dict[bytes, int] = call_with_timeout(FETCH_TIMEOUT_SECONDS, openai_public.gpt2)["mergeable_ranks"]
-    except Exception as error:  # of tiktoken, requests, a proxy or the disk
+    except Exception as error:  # from tiktoken, requests, a proxy or the disk
         raise UserError(
-            f"tokenizer gpt2: tiktoken could not fetch its table ({type(error).__name__}); set TIKTOKEN_CACHE_DIR to a"
-            " folder that has it, or use --tokenizer bpe:4096 or the path of a tokenizer.json"
+            f"tokenizer gpt2: tiktoken could not fetch its vocabulary ({type(error).__name__}); set TIKTOKEN_CACHE_DIR"
+            " to a folder that contains it, or use --tokenizer bpe:4096 or the path of a tokenizer.json"
         ) from None
     byte_to_char = {b: c for c, b in char_to_byte().items()}
     token_text = {token: "".join(byte_to_char[b] for b in token) for token in ranks}
+    # tiktoken publishes ranks only. A token's rank is also the order of its merge: sorting by rank restores the list.
     merge_pairs = (last_merge(token, ranks) for token in sorted(ranks, key=ranks.__getitem__) if len(token) > 1)
     merges = [(token_text[left], token_text[right]) for left, right in merge_pairs]
     backend = new_byte_level_bpe({token_text[token]: rank for token, rank in ranks.items()}, merges)
@@ -77,7 +82,7 @@ def load_gpt2() -> Tokenizer:
 
 
 def last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """The two tokens whose merge makes this one: what BPE leaves of it before its own, last merge."""
+    """Return the two tokens whose merge produces `token`: apply BPE to its bytes, up to the final merge."""
     parts = [bytes([b]) for b in token]
     while len(parts) > 2:
         best = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], len(ranks)))
@@ -86,7 +91,10 @@ def last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
 
 
 def train_bpe(size: int, stories: Iterable[str]) -> Tokenizer:
-    """Byte-level BPE of `size` ids with END the last; the same stories give the same tokenizer."""
+    """Train a byte-level BPE with `size` ids, the last of which is END. Deterministic: same stories, same tokenizer.
+
+    Logs a warning if the stories contain too few distinct pairs to reach `size`.
+    """
     from tokenizers import pre_tokenizers, trainers
 
     backend = new_byte_level_bpe({}, [])
@@ -96,12 +104,12 @@ def train_bpe(size: int, stories: Iterable[str]) -> Tokenizer:
     backend.add_special_tokens([END])
     tokenizer = Tokenizer(backend.to_str(), f"bpe:{size}")
     if tokenizer.vocab_size < size:
-        log.warning("the stories yield only %d ids of the %d asked for", tokenizer.vocab_size, size)
+        log.warning("the stories yield only %d ids of the %d requested", tokenizer.vocab_size, size)
     return tokenizer
 
 
 def take_bytes(stories: Iterable[str], limit: int) -> Iterator[str]:
-    """The first stories, until `limit` bytes (counted in characters) are reached."""
+    """Yield stories until their total length reaches `limit` (counted in characters)."""
     n_chars = 0
     for story in stories:
         yield story

@@ -18,11 +18,11 @@ SPLITS = ("train", "val")
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class SplitMeta:
-    """`tokens` counts every id in the .bin, the END before each story and after the last one included."""
+    """Size of one split. `tokens` counts every id in the .bin, with the END before each story and the final END."""
 
     stories: int
     tokens: int
-    bytes: int  # UTF-8 bytes of the stories' text, without the ENDs
+    bytes: int  # UTF-8 bytes of the story text, excluding END
     sha256: str  # of the .bin
 
     def __post_init__(self) -> None:
@@ -32,12 +32,12 @@ class SplitMeta:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class DatasetMeta:
-    """What a prepared folder holds and what it was made of: the contents of its `meta.json`."""
+    """Contents of `meta.json`: what a prepared folder contains and how it was made."""
 
     format: int
     source: str
-    val_source: str  # empty: held out of the source
-    revision: str  # commit of a Hub source, else empty
+    val_source: str  # empty: the source's own validation split, or held out of the source
+    revision: str  # commit hash of a Hub source, otherwise empty
     val_revision: str
     text_field: str
     errors: str
@@ -48,28 +48,28 @@ class DatasetMeta:
     end_id: int
     dtype: Literal["uint16", "uint32"]  # little-endian
     splits: dict[str, SplitMeta]  # "train" and "val"
-    duplicates: int  # stories dropped because an equal one came before
-    also_in_val: int  # train stories dropped because the validation set has them
-    empty: int  # stories dropped because nothing was in them
-    fingerprint: str  # of the request and its input files
+    duplicates: int  # stories dropped as duplicates of an earlier one
+    also_in_val: int  # training stories dropped because they are in the validation set
+    empty: int  # empty stories dropped
+    fingerprint: str  # SHA-256 of the request and the fingerprints of its input files
 
 
 def read_meta(folder: Path | str) -> DatasetMeta:
-    """The meta.json of a prepared folder; `UserError` when it is no (whole) prepared data."""
+    """Return the meta.json of a prepared folder. Raises `UserError` if it is missing, invalid or of another format."""
     path = Path(folder) / "meta.json"
-    remedy = "make it by: tinystories prepare SOURCE --out DIR"
+    remedy = "create it with: tinystories prepare SOURCE --out DIR"
     try:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         version = values["format"]
     except NotADirectoryError:
         command = f"tinystories prepare {folder} --tokenizer bpe:4096 --out DIR"
-        raise UserError(f"{folder} is a file; make a folder of tokens of it by: {command}") from None
+        raise UserError(f"{folder} is a file; tokenize it first with: {command}") from None
     except FileNotFoundError:
         raise UserError(f"{folder} holds no prepared data (no meta.json); {remedy}") from None
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} cannot be read ({type(error).__name__}); {remedy}") from None
     if version != FORMAT_VERSION:
-        raise UserError(f"{path} has format {version}, this version reads {FORMAT_VERSION}; {remedy}")
+        raise UserError(f"{path} has format {version}, but this version reads format {FORMAT_VERSION}; {remedy}")
     try:
         splits = {
             name: build_dataclass(SplitMeta, values["splits"][name], str(path), f"splits.{name}.") for name in SPLITS
@@ -79,14 +79,15 @@ def read_meta(folder: Path | str) -> DatasetMeta:
             **{**values, **{n: validate(values[n], type_hints[n], str(path), n) for n in type_hints}, "splits": splits}
         )
     except (TypeError, KeyError) as error:
-        raise UserError(f"{path} is not as prepare writes it ({sanitize(error)}); {remedy}") from None
+        raise UserError(f"{path} is invalid ({sanitize(error)}); {remedy}") from None
 
 
 def open_split(folder: Path | str, split: str) -> tuple[np.memmap, npt.NDArray[np.uint64]]:
-    """Tokens and stories of one split, as `END s1 END s2 ... END sN END`.
+    """Memory-map the tokens and the story index of one split ("train" or "val"), read-only.
 
-    Returns the ids (memory-mapped, read only) and an index of shape (N + 1, 2): row i holds the position of the END
-    before story i and the UTF-8 bytes of all stories before it; the last row the final END and all bytes.
+    The tokens of N stories are laid out as `END s1 END s2 ... END sN END`. The index has shape (N + 1, 2): row i holds
+    the position of the END before story i and the total UTF-8 bytes of all stories before it; the last row holds the
+    position of the final END and the bytes of all stories. Raises `UserError` if the files do not match meta.json.
     """
     folder = Path(folder)
     meta = read_meta(folder)
@@ -94,18 +95,19 @@ def open_split(folder: Path | str, split: str) -> tuple[np.memmap, npt.NDArray[n
     tokens = open_memmap(folder / f"{split}.bin", np.dtype(meta.dtype).newbyteorder("<"), split_meta.tokens)
     index = open_memmap(folder / f"{split}.idx", np.dtype("<u8"), 2 * (split_meta.stories + 1)).reshape(-1, 2)
     if tuple(index[-1]) != (split_meta.tokens - 1, split_meta.bytes):
-        raise UserError(f"{folder / split}.idx does not belong to its meta.json; remove {folder} and prepare it again")
+        raise UserError(f"{folder / split}.idx does not match meta.json; remove {folder} and prepare it again")
     return tokens, index
 
 
 def open_memmap(path: Path, dtype: np.dtype[Any], n_items: int) -> np.memmap:
+    """Memory-map a file of `n_items` items, read-only. Raises `UserError` if it is missing or has another size."""
     try:
         size = path.stat().st_size
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}; prepare the data again") from None
     if size != n_items * dtype.itemsize:
         raise UserError(
-            f"{path} has {size} bytes where meta.json says {n_items * dtype.itemsize};"
+            f"{path} has {size} bytes but meta.json says {n_items * dtype.itemsize};"
             f" remove {path.parent} and prepare it again"
         )
     return np.memmap(path, dtype=dtype, mode="r", shape=(n_items,))

@@ -1,4 +1,4 @@
-"""Which split a story goes to, and whether an equal one is there already: by 128-bit hashes of the text."""
+"""Deduplicate stories and assign them to the training or validation split, both by a 128-bit hash of the text."""
 
 import dataclasses
 import itertools
@@ -10,27 +10,28 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-Role = Literal["train", "val", "both"]  # of a source; "both": some of its stories are held out
-Digests = npt.NDArray[np.uint64]  # of shape (N, 2), a row for each story
+Role = Literal["train", "val", "both"]  # what a source is used for; "both": part of it is held out for validation
+Digests = npt.NDArray[np.uint64]  # shape (N, 2): one 128-bit hash per story
 
-MAX_UNSORTED = 1 << 17  # hashes in the Python set before they move to the sorted arrays
+MAX_UNSORTED = 1 << 17  # hashes kept in the Python set before they are merged into the sorted array
 
 
 def hash_stories(stories: Sequence[bytes]) -> Digests:
-    """XXH3-128 of each story: equal for equal text; two others among 10^9 meet with a chance of 10^-21."""
+    """Return the XXH3-128 hash of each story, shape (N, 2). Among 10^9 stories, P(any collision) is about 10^-21."""
     return np.frombuffer(b"".join(map(xxhash.xxh3_128_digest, stories)), "<u8").reshape(-1, 2)
 
 
 def is_held_out(digests: Digests, fraction: float) -> npt.NDArray[np.bool_]:
-    """Which stories belong to validation; depends on their text alone, not on order or neighbours."""
+    """Return a mask of the stories held out for validation. Depends only on each story's own text, never on order."""
+    # The upper 32 bits of the first word are uniform in [0, 2^32).
     mask: npt.NDArray[np.bool_] = digests[:, 0] >> np.uint64(32) < int(fraction * 2**32)
     return mask
 
 
 class HashSet:
-    """A growing set of hashes: sorted arrays for the many, a Python set for the latest.
+    """A growing set of hashes, used to deduplicate: a sorted array, plus a Python set for the most recent ones.
 
-    A Python set alone takes some 110 bytes per story, 300 MB for the whole of TinyStories.
+    The array takes 16 bytes per story. A Python set alone would take about 110, or 300 MB for all of TinyStories.
     """
 
     def __init__(self) -> None:
@@ -38,13 +39,13 @@ class HashSet:
         self._sorted = np.empty((0, 2), "<u8")  # sorted by the first column
 
     def contains(self, digests: Digests) -> npt.NDArray[np.bool_]:
-        """For each, whether it is in."""
+        """Return a mask of the hashes that are in the set."""
         is_member = self._is_in_sorted(digests)
         is_member |= np.fromiter((key in self._recent for key in to_keys(digests)), bool, len(digests))
         return is_member
 
     def add(self, digests: Digests) -> npt.NDArray[np.bool_]:
-        """Put them in; for each, whether it was new."""
+        """Add the hashes; return a mask of those that were not in the set before (nor earlier in `digests`)."""
         is_new = ~self._is_in_sorted(digests)
         for i, key in enumerate(to_keys(digests)):
             if is_new[i]:
@@ -55,10 +56,12 @@ class HashSet:
         return is_new
 
     def _is_in_sorted(self, digests: Digests) -> npt.NDArray[np.bool_]:
+        # Binary search by the first 64 bits, then step through the entries that share them until the second half
+        # matches too.
         is_member = np.zeros(len(digests), bool)
         positions = np.searchsorted(self._sorted[:, 0], digests[:, 0])
         unresolved = np.flatnonzero(positions < len(self._sorted))
-        while unresolved.size:  # more than once only where first halves are equal
+        while unresolved.size:  # a second pass only if two hashes share their first half
             candidates = self._sorted[positions[unresolved]]
             equal = candidates == digests[unresolved]
             is_member[unresolved[equal.all(axis=1)]] = True
@@ -67,6 +70,7 @@ class HashSet:
         return is_member
 
     def _compact(self) -> None:
+        """Merge the recent hashes into the sorted array."""
         recent = np.frombuffer(b"".join(self._recent), "<u8").reshape(-1, 2)
         merged = np.concatenate([self._sorted, recent])
         self._sorted = merged[np.argsort(merged[:, 0], kind="stable")]
@@ -74,21 +78,22 @@ class HashSet:
 
 
 def to_keys(digests: Digests) -> list[bytes]:
+    """Return each 128-bit hash as 16 bytes."""
     data = digests.tobytes()
     return [data[i : i + 16] for i in range(0, len(data), 16)]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Assignment:
-    """The stories to keep of a batch, by split, and the hashes to remember with them."""
+    """The stories of a batch to write to each split, and their hashes to store for later deduplication."""
 
     stories: dict[str, list[bytes]]
     digests: dict[str, Digests]
-    dropped: Counter[str]  # by reason
+    dropped: Counter[str]  # number of stories dropped, by reason
 
 
 class SplitAssigner:
-    """Gives each story its split and drops what is there already."""
+    """Assigns each story to a split and drops duplicates."""
 
     def __init__(self, *, keep_duplicates: bool, val_fraction: float) -> None:
         self.keep_duplicates = keep_duplicates
@@ -96,7 +101,11 @@ class SplitAssigner:
         self.hash_sets = {"train": HashSet(), "val": HashSet()}
 
     def assign(self, role: Role, stories: Sequence[bytes]) -> Assignment:
-        """A validation source is kept as it is; no train story equals one of validation."""
+        """Split and deduplicate one batch of a source with the given role.
+
+        A validation source is kept unchanged, duplicates included. Training stories that are also in the validation set
+        are always dropped, so the validation sources must be assigned first.
+        """
         digests = hash_stories(stories)
         assignment = Assignment({}, {}, Counter())
         if role == "both":
@@ -120,7 +129,7 @@ class SplitAssigner:
         digests: Digests,
         in_split: npt.NDArray[np.bool_],
     ) -> None:
-        """Put the stories marked as `mine` into the split, but for those it has already."""
+        """Add the stories selected by the mask `in_split` to the split, without duplicates unless `keep_duplicates`."""
         selected = list(itertools.compress(stories, in_split.tolist()))
         digests = digests[in_split]
         if not self.keep_duplicates:
@@ -128,5 +137,5 @@ class SplitAssigner:
             assignment.dropped["duplicates"] += len(selected) - int(is_new.sum())
             selected, digests = list(itertools.compress(selected, is_new.tolist())), digests[is_new]
         else:
-            digests = digests[:0]  # nothing will be compared with them
+            digests = digests[:0]  # nothing will be compared against them
         assignment.stories[split], assignment.digests[split] = selected, digests

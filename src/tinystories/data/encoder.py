@@ -1,4 +1,4 @@
-"""Many stories to ids at once: gigatoken where it is known to give the same ids, else `tokenizers`."""
+"""Encode many stories at once: with gigatoken if it is known to produce the same ids, otherwise with `tokenizers`."""
 
 import itertools
 import json
@@ -13,17 +13,20 @@ from tinystories.data.tokenizer import END, Tokenizer
 
 log = logging.getLogger(__name__)
 
+# The concatenated ids of all stories, and the number of ids of each.
 EncodedBatch = tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]
 EncodeFn = Callable[[Sequence[bytes]], EncodedBatch]
 
-STORIES_PER_CALL = 1024  # stories per call of `tokenizers`, whose results take 100 bytes a token
+STORIES_PER_CALL = 1024  # stories per call of `tokenizers`, whose results take 100 bytes per token
 
-# Characters outside of these blocks are left to `tokenizers`: gigatoken splits by Unicode 17, tiktoken and `tokenizers`
-# by 16, so that letters and digits new in 17 end words differently. In these blocks the three agree on every character.
+# Stories with characters outside these blocks are encoded by `tokenizers`. gigatoken splits words by Unicode 17,
+# tiktoken and `tokenizers` by Unicode 16, so they disagree on letters and digits that are new in 17. Within these
+# blocks all three agree on every character.
 UNICODE_17 = re.compile(
     "[^\0-\u052f\u2000-\u2bff\u3000-\u9fff\uac00-\ud7a3\ufe00-\ufe0f\uff00-\uffef\U0001f000-\U0001faff]"
 )
 
+# Texts on which both libraries must agree before gigatoken is used: special tokens, white space, Unicode, long runs.
 PROBES = (
     f"a {END} b{END}",
     "don't  I'LL 'tis   \n\n \t x\r\ny\x00z \x1c\x85\xa0\u2028\u3000 end \n",
@@ -33,31 +36,34 @@ PROBES = (
 
 
 def make_bulk_encoder(tokenizer: Tokenizer, examples: Sequence[bytes]) -> EncodeFn:
-    """A function from UTF-8 stories to (the ids of all in a row, the number of ids of each), using all cores.
+    """Return a function that encodes UTF-8 stories on all cores to (concatenated ids, number of ids per story).
 
-    The one place where the fast library is chosen: only for GPT-2's kind of tokenizer, and only if it gives the ids
-    of `tokenizers` for the probes and the examples.
+    This is the only place that chooses the fast library: only for byte-level BPE with GPT-2's pre-tokenizer, and only
+    if gigatoken and `tokenizers` produce identical ids for PROBES and `examples`.
     """
     fast = make_gigatoken_encoder(tokenizer)
     if isinstance(fast, str):
-        log.info("tokenising with `tokenizers`, which is slower: %s", fast)
+        log.info("tokenizing with `tokenizers`, which is slower: %s", fast)
         return make_tokenizers_encoder(tokenizer)
     exact = make_tokenizers_encoder(tokenizer)
     texts = [text for text in (*(probe.encode() for probe in PROBES), *examples) if is_unambiguous(text)]
     (ids, counts), (exact_ids, exact_counts) = fast(texts), exact(texts)
     if not (np.array_equal(ids, exact_ids) and np.array_equal(counts, exact_counts)):
-        log.warning("tokenising with `tokenizers`, which is slower: gigatoken gives other ids here")
+        log.warning(
+            "tokenizing with `tokenizers`, which is slower: gigatoken produces different ids for this tokenizer"
+        )
         return exact
-    log.info("tokenising with gigatoken")
+    log.info("tokenizing with gigatoken")
     return lambda stories: encode_mixed(stories, fast, exact)
 
 
 def is_unambiguous(story: bytes) -> bool:
+    """Whether all Unicode versions in use split this UTF-8 story into the same words."""
     return story.isascii() or UNICODE_17.search(story.decode()) is None
 
 
 def encode_mixed(stories: Sequence[bytes], fast: EncodeFn, exact: EncodeFn) -> EncodedBatch:
-    """The sure stories by `fast`, the others by `exact`, in the order of the stories."""
+    """Encode unambiguous stories with `fast` and the others with `exact`; results are in the order of `stories`."""
     unambiguous = np.fromiter(map(is_unambiguous, stories), bool, len(stories))
     if unambiguous.all():
         return fast(stories)
@@ -74,6 +80,8 @@ def encode_mixed(stories: Sequence[bytes], fast: EncodeFn, exact: EncodeFn) -> E
 
 
 def make_tokenizers_encoder(tokenizer: Tokenizer) -> EncodeFn:
+    """Return an encoder based on `tokenizers`: the reference."""
+
     def encode(stories: Sequence[bytes]) -> EncodedBatch:
         ids = [np.empty(0, np.uint32)]
         counts: list[int] = []
@@ -87,7 +95,7 @@ def make_tokenizers_encoder(tokenizer: Tokenizer) -> EncodeFn:
 
 
 def make_gigatoken_encoder(tokenizer: Tokenizer) -> EncodeFn | str:
-    """The fast encoder, or why there is none."""
+    """Return an encoder based on gigatoken, or the reason (a string) why it cannot be used for this tokenizer."""
     json_data = tokenizer.json_data
     model, pre_tokenizer = json_data["model"], json_data["pre_tokenizer"]
     is_plain_bpe = model["type"] == "BPE" and not any(
@@ -95,15 +103,15 @@ def make_gigatoken_encoder(tokenizer: Tokenizer) -> EncodeFn | str:
         for key in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
     )
     if not (tokenizer.is_lossless and is_plain_bpe and pre_tokenizer.get("use_regex", True)):
-        return "gigatoken was verified for byte-level BPE with GPT-2's split only"
+        return "gigatoken is verified only for byte-level BPE with GPT-2's pre-tokenizer"
     if not all(token["special"] for token in json_data["added_tokens"]):
-        return "the tokenizer has added tokens that stand for ordinary text"
+        return "the tokenizer has added tokens that match ordinary text"
     try:
         import awkward  # type: ignore[import-untyped]
         import gigatoken
     except ImportError:
         return "gigatoken is not installed (pip install 'tinystories-gpt[train]')"
-    # Without its special tokens, so that one written in a story is text; ids stay what the model says.
+    # Without special tokens, so that one spelled out in a story is encoded as text. The ids of the model do not change.
     backend = gigatoken.Tokenizer.from_json(json.dumps({**json_data, "added_tokens": [], "post_processor": None}))
 
     def encode(stories: Sequence[bytes]) -> EncodedBatch:

@@ -1,4 +1,4 @@
-"""Stories in files: .txt, .jsonl, .csv, .parquet, folders of these."""
+"""Read stories from files: .txt, .jsonl, .csv, .parquet, and folders of these."""
 
 import dataclasses
 import hashlib
@@ -12,16 +12,16 @@ from tinystories.data.tokenizer import sanitize
 from tinystories.errors import UserError
 
 READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".csv": read_csv, ".parquet": read_parquet}
-SMALL_FILE_BYTES = 16 << 20  # bytes that are hashed whole to tell whether a file has changed
+SMALL_FILE_BYTES = 16 << 20  # files up to this size are hashed completely to detect changes
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class FileSource:
-    """Stories in one or more files, in order."""
+    """Stories in one or more files, read in order."""
 
     name: str
     paths: tuple[Path, ...]
-    val_fraction: float = 0.005  # of the stories, to validate on where no validation source is given
+    val_fraction: float = 0.005  # fraction of the stories held out if there is no validation source
     revision = ""
 
     @property
@@ -29,17 +29,18 @@ class FileSource:
         return sum(path.stat().st_size for path in self.paths)
 
     def fingerprint(self) -> list[Any]:
-        """What changes when the files do; cheap enough to be looked at before each run."""
+        """Return JSON that changes when the files do; cheap enough to compute before each run."""
         return [fingerprint_file(path) for path in self.paths]
 
     def pin_revision(self, _revision: str = "") -> "FileSource":
+        """Return this source: only Hub sources have revisions."""
         return self
 
     def get_validation_split(self) -> None:
-        """Files have no validation split of their own."""
+        """Return None: files have no validation split of their own."""
 
     def read_batches(self, options: ReadOptions, position: Any = None) -> Iterator[StoryBatch]:
-        """`position` is [number of the file, position in it]."""
+        """Yield batches from `position`: [index of the file, position in it]; None is the start."""
         start_index, file_position = position or (0, None)
         for file_index, path in enumerate(self.paths[start_index:], start_index):
             for batch in read_file(path, options, file_position if file_index == start_index else None):
@@ -47,9 +48,9 @@ class FileSource:
 
 
 def read_file(path: Path, options: ReadOptions, position: Any = None) -> Iterator[StoryBatch]:
-    """The batches of one file from `position` on (None: from its start); the name's ending says the format.
+    """Yield the batches of one file from `position` (None: the start). The file extension selects the format.
 
-    Raises `UserError` that names file and place for whatever cannot be read as stories.
+    Raises `UserError`, naming the file and the location, for anything that cannot be read as stories.
     """
     try:
         with path.open("rb") as file:
@@ -59,7 +60,10 @@ def read_file(path: Path, options: ReadOptions, position: Any = None) -> Iterato
 
 
 def find_story_files(path: Path, known_names: Iterable[str]) -> list[Path]:
-    """The file itself, or all story files in a folder by name. The names in `known` are for the error."""
+    """Return [path] for a file, or all story files below a folder, sorted by path.
+
+    Raises `UserError` if there are none; it lists `known_names`, the names of the known collections.
+    """
     try:
         if path.is_dir():
             files = sorted(p for p in path.rglob("*") if p.suffix.lower() in READERS and p.is_file())
@@ -69,13 +73,15 @@ def find_story_files(path: Path, known_names: Iterable[str]) -> list[Path]:
             files = [path]
         for file in files:
             if file.stat().st_size == 0:
-                raise UserError(f"{file} is empty; give a file with stories")
+                raise UserError(f"{file} is empty; pass a file that contains stories")
     except FileNotFoundError:
         known_names = list(known_names)
         if str(path) in known_names:
-            raise UserError(f"{path} is a collection, which goes with no other source: name it alone") from None
+            raise UserError(
+                f"{path} is a named collection and cannot be combined with other sources; pass it alone"
+            ) from None
         names = ", ".join(known_names)
-        raise UserError(f"source {path} is no file, and no known name: {names}, hf:OWNER/NAME") from None
+        raise UserError(f"source {path} is neither a file nor a known name: {names}, hf:OWNER/NAME") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     if path.suffix.lower() not in READERS and not path.is_dir():
@@ -84,7 +90,7 @@ def find_story_files(path: Path, known_names: Iterable[str]) -> list[Path]:
 
 
 def fingerprint_file(path: Path) -> list[Any]:
-    """Small files by their content; large ones by size, time of change and samples of the content."""
+    """Fingerprint a small file by its content, a large one by size, modification time and samples of the content."""
     try:
         stat = path.stat()
         is_small = stat.st_size <= SMALL_FILE_BYTES

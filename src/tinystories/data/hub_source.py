@@ -1,4 +1,4 @@
-"""Stories from the Hugging Face Hub, streamed by `datasets` at one commit."""
+"""Stream stories from the Hugging Face Hub with `datasets`, pinned to one commit."""
 
 import contextlib
 import dataclasses
@@ -13,12 +13,12 @@ from tinystories.data.timeout import call_with_timeout
 from tinystories.data.tokenizer import sanitize
 from tinystories.errors import UserError
 
-CONNECT_TIMEOUT_SECONDS = 20.0  # for the Hub's first answer
-STALL_TIMEOUT_SECONDS = 180.0  # without any data later on; `datasets` itself tries again for 100
+CONNECT_TIMEOUT_SECONDS = 20.0  # for the Hub's first response
+STALL_TIMEOUT_SECONDS = 180.0  # without any data after that; `datasets` itself retries for 100 s
 
 
 def parse_hub_name(name: str) -> tuple[str, str]:
-    """OWNER/NAME and REVISION (empty: the latest) of hf:OWNER/NAME[@REVISION]. `UserError` for another form."""
+    """Return OWNER/NAME and REVISION (empty: the latest) of hf:OWNER/NAME[@REVISION]. `UserError` if malformed."""
     match = re.fullmatch(r"hf:([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", name)
     if match is None or ".." in name:
         raise UserError(f"{name} is not of the form hf:OWNER/NAME or hf:OWNER/NAME@REVISION")
@@ -27,30 +27,31 @@ def parse_hub_name(name: str) -> tuple[str, str]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class HubSource:
-    """One split of a dataset on the Hub. Rows of its `text_field`, or .txt files with END between stories."""
+    """One split of a Hub dataset. Its stories are rows of the text column, or .txt files with END between stories."""
 
-    name: str  # as in errors and meta.json
+    name: str  # used in errors and meta.json
     repo: str
-    revision: str = ""  # as asked for; after `pinned` the commit
+    revision: str = ""  # as requested; the commit hash after `pin_revision`
     split: str = "train"
-    rows: tuple[int, int | None] = (0, None)  # first and one past the last of the split's rows
-    data_files: dict[str, str] | None = None  # split -> file, where the repository does not say so itself
-    val_rows: tuple[int, int | None] | None = None  # validation rows of the same split
+    rows: tuple[int, int | None] = (0, None)  # half-open range of the split's rows
+    data_files: dict[str, str] | None = None  # split -> file, if the repository does not define splits
+    val_rows: tuple[int, int | None] | None = None  # rows of the same split used for validation
     val_fraction = 0.005
 
     @property
     def total_bytes(self) -> int:
-        """Not known before all is read."""
+        """Return 0: the size is unknown until everything has been read."""
         return 0
 
     def fingerprint(self) -> list[Any]:
-        """What was asked for; the commit it meant is recorded, but later ones do not make prepared data stale."""
+        """Return JSON of the request, not of the resolved commit: newer commits do not make prepared data stale."""
         return [self.repo, self.revision, self.split, self.rows, self.data_files]
 
     def pin_revision(self, revision: str = "") -> "HubSource":
-        """The same at a fixed commit: of `revision`, else of its own, else the latest.
+        """Return this source pinned to a commit: that of `revision`, else of its own revision, else the latest.
 
-        Raises `UserError` within CONTACT_SECONDS when the Hub does not answer or does not know the dataset.
+        Raises `UserError` if the dataset or revision does not exist, or if the Hub does not respond within
+        CONNECT_TIMEOUT_SECONDS.
         """
         huggingface_hub = self._import_client()
         api = huggingface_hub.HfApi()
@@ -64,15 +65,15 @@ class HubSource:
             raise UserError(f"{self.name}: {self.repo} has no revision {revision}") from None
         except huggingface_hub.errors.RepositoryNotFoundError:
             raise UserError(f"{self.name}: no dataset {self.repo} on the Hub (a private one needs HF_TOKEN)") from None
-        except Exception as error:  # whatever httpx, the Hub or a proxy makes of it
+        except Exception as error:  # anything raised by httpx, the Hub or a proxy
             raise UserError(
-                f"{self.name}: {api.endpoint}/datasets/{self.repo} was tried and does not answer"
-                f" ({type(error).__name__}); go on with prepared data (--data DIR), a local file, or `sample`"
+                f"{self.name}: could not reach {api.endpoint}/datasets/{self.repo} ({type(error).__name__});"
+                " use prepared data (--data DIR), a local file, or `sample`"
             ) from None
         return dataclasses.replace(self, revision=info.sha)
 
     def get_validation_split(self) -> "HubSource | None":
-        """Its own validation split, if it has one. Of a pinned source only."""
+        """Return the dataset's own validation split, or None. The source must be pinned."""
         if self.val_rows is not None:
             return dataclasses.replace(self, name=f"{self.name} (validation)", rows=self.val_rows, val_rows=None)
         with self._wrap_errors():
@@ -82,7 +83,11 @@ class HubSource:
         return dataclasses.replace(self, name=f"{self.name} (validation)", split="validation")
 
     def read_batches(self, options: ReadOptions, position: Any = None) -> Iterator[StoryBatch]:
-        """`position` is [number of the .txt file, position in it] or [state of `datasets`, rows after it, row]."""
+        """Yield batches from `position` on; None is the start.
+
+        `position` is [index of the file, position in it] for .txt files, otherwise [state of the `datasets` stream,
+        rows read since that state, number of the next row].
+        """
         from datasets.packaged_modules.text.text import Text
 
         with self._wrap_errors():
@@ -116,7 +121,7 @@ class HubSource:
         return datasets.load_dataset_builder(self.repo, revision=self.revision, data_files=self.data_files)
 
     def _import_client(self) -> Any:
-        """The package huggingface_hub; it and `datasets` are told to leave messages to us."""
+        """Import and return huggingface_hub; silence its log messages and progress bars and those of `datasets`."""
         try:
             import datasets
             import huggingface_hub
@@ -129,7 +134,7 @@ class HubSource:
 
     @contextlib.contextmanager
     def _wrap_errors(self) -> Iterator[None]:
-        """Whatever goes wrong in the clients, as a `UserError`."""
+        """Turn any error of the Hub clients into a `UserError`."""
         try:
             yield
         except (UserError, GeneratorExit):
@@ -137,12 +142,16 @@ class HubSource:
         except Exception as error:
             raise UserError(
                 f"{self.name}: streaming {self.repo}@{self.revision} failed ({type(error).__name__}:"
-                f" {sanitize(error)[:200]}); run the same again to go on"
+                f" {sanitize(error)[:200]}); run the same command again to resume"
             ) from None
 
 
 class HubRows:
-    """The texts of a streamed dataset's column and how far they were read."""
+    """Iterates over the text column of a streamed dataset; a `Cursor` that can be resumed.
+
+    `datasets` can save its state only between tables, so a position is the state before the current table plus the
+    number of its rows already read.
+    """
 
     def __init__(self, source: HubSource, dataset: Any, options: ReadOptions, position: Any) -> None:
         self.source, self.dataset, self.options = source, dataset, options

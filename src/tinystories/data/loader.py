@@ -1,10 +1,11 @@
-"""Training windows: stories packed into rows of n_ctx tokens; a batch is a pure function of (seed, step).
+"""Pack stories into training rows of n_ctx tokens; a batch is a pure function of (seed, step).
 
-A story of n tokens takes n + 1 places: inputs END t1..tn, targets t1..tn END. Every story stands whole in one row of
-each epoch, and every row begins with a story's start; only a story longer than n_ctx is cut, and its rest may begin a
-row. Rows are filled largest-first; room that no whole story fits is filled with the head of one more story, so that no
-work goes into padding. The plan depends on the lengths alone and is the same in every epoch: an epoch shuffles the
-rows, and shuffles stories of equal length among their places, so that neighbours change.
+A story of n tokens takes n + 1 positions: inputs END t1..tn, targets t1..tn END. Every epoch contains each story whole,
+in one row, and every row starts at the beginning of a story. The exception is a story longer than n_ctx: it is split,
+and the continuation may start a row. Rows are filled by best-fit decreasing; space that no remaining story fits is
+filled with the head (the first tokens) of another story instead of padding. The packing depends only on the story
+lengths and is the same in every epoch. Each epoch shuffles the rows, and permutes stories of equal length, so that
+stories get different neighbors in their rows. See docs/decisions/0006-packing.md.
 """
 
 from pathlib import Path
@@ -16,26 +17,26 @@ import numpy.typing as npt
 from tinystories.data.dataset import open_split, read_meta
 from tinystories.errors import UserError
 
-IGNORE_INDEX = -100  # target of a padded place; costs nothing
-MIN_HEAD_TOKENS = 8  # room smaller than this is padded
+IGNORE_INDEX = -100  # target at padding positions; excluded from the loss
+MIN_HEAD_TOKENS = 8  # smaller gaps at the end of a row are padded
 
 Ints = npt.NDArray[np.int64]
 
 
 class PackedRows:
-    """Windows of one split of a prepared folder.
+    """Training rows of one split of a prepared folder.
 
-    `n_rows` is the number of windows in an epoch. `rows(g)` gives windows by global index: the run's first epoch is
-    0..n_rows-1, its second n_rows..2 n_rows-1, and so on without end.
+    `n_rows` is the number of rows in an epoch. `get_rows` takes global row indices: the first epoch of a run is
+    0..n_rows-1, the second n_rows..2*n_rows-1, and so on without limit.
     """
 
     def __init__(self, folder: Path, split: str, n_ctx: int, seed: int) -> None:
         self.meta = read_meta(folder)
         self.tokens, index = open_split(folder, split)
         self.story_starts: Ints = index[:-1, 0].astype(np.int64)
-        lengths: Ints = np.diff(index[:, 0]).astype(np.int64)
+        lengths: Ints = np.diff(index[:, 0]).astype(np.int64)  # positions in a row: the tokens plus one END
         if len(lengths) == 0:
-            raise UserError(f"{folder}: the {split} split holds no story; prepare it again from more text")
+            raise UserError(f"{folder}: the {split} split contains no stories; prepare it again from more text")
         self.n_ctx, self.seed, self.end_id = n_ctx, seed, self.meta.end_id
         self.length_order: Ints = np.argsort(lengths, kind="stable")
         self.story_lengths = lengths
@@ -46,7 +47,10 @@ class PackedRows:
         self.shuffled_epoch = -1
 
     def get_rows(self, indices: Ints) -> tuple[Ints, Ints]:
-        """Inputs and targets, each (len(indices), n_ctx), of the windows with these global indices."""
+        """Return inputs and targets, each (len(indices), n_ctx), of the rows with these global indices.
+
+        Padding has END as input and IGNORE_INDEX as target.
+        """
         inputs = np.full((len(indices), self.n_ctx), self.end_id, dtype=np.int64)
         targets = np.full((len(indices), self.n_ctx), IGNORE_INDEX, dtype=np.int64)
         for i, index in enumerate(indices):
@@ -55,6 +59,7 @@ class PackedRows:
             row = self.row_order[row_in_epoch]
             column = 0
             for piece in range(self.row_starts[row], self.row_starts[row + 1]):
+                # piece_story is a rank in the order of lengths; story_at maps it to this epoch's story of that length.
                 size = self.piece_size[piece]
                 start = self.story_starts[self.story_at[self.piece_story[piece]]] + self.piece_offset[piece]
                 inputs[i, column : column + size] = self.tokens[start : start + size]
@@ -63,12 +68,15 @@ class PackedRows:
         return inputs, targets
 
     def get_batch(self, step: int, batch_size: int, rank: int = 0, world_size: int = 1) -> tuple[Ints, Ints]:
-        """The rows of an optimizer step, over all micro-batches; each of several ranks takes its part of them."""
+        """Return inputs and targets of one optimizer step (all micro-batches), restricted to the share of `rank`.
+
+        `batch_size` counts the rows of all ranks, so their union does not depend on `world_size`.
+        """
         rows_per_rank = batch_size // world_size
         return self.get_rows(step * batch_size + rank * rows_per_rank + np.arange(rows_per_rank))
 
     def count_targets(self, step: int, batch_size: int) -> int:
-        """Targets in the whole batch of an optimizer step, over all ranks."""
+        """Return the number of targets (without padding) in the batch of one optimizer step, over all ranks."""
         total = 0
         for index in range(step * batch_size, (step + 1) * batch_size):
             epoch, row_in_epoch = divmod(index, self.n_rows)
@@ -78,11 +86,16 @@ class PackedRows:
         return total
 
     def shuffle_epoch(self, epoch: int) -> None:
-        """Make `order` (rows) and `place_of` (which story stands in a place of the plan) those of an epoch."""
+        """Set `row_order` (row at each position of the epoch) and `story_at` (story at each rank of the lengths).
+
+        Does nothing if `epoch` is already the current one.
+        """
         if epoch == self.shuffled_epoch:
             return
         rng = np.random.default_rng([self.seed, epoch])
         self.row_order = rng.permutation(self.n_rows)
+        # A stable sort by length of a random permutation: stories are exchanged only with others of equal length, so
+        # that the packing remains valid.
         shuffled = rng.permutation(len(self.story_lengths))
         self.story_at = shuffled[np.argsort(self.story_lengths[shuffled], kind="stable")]
         self.shuffled_epoch = epoch
@@ -90,13 +103,23 @@ class PackedRows:
 
 @numba.njit(cache=True)
 def pack_rows(lengths: Ints, n_ctx: int) -> tuple[Ints, Ints, Ints, Ints]:
-    """Fill rows of n_ctx places with stories of the given lengths, largest first (best-fit decreasing).
+    """Pack stories of the given lengths into rows of n_ctx positions by best-fit decreasing.
 
-    Returns `first` (n_rows + 1: the pieces of row r are first[r]..first[r+1]-1) and for each piece its story (an index
-    into `lengths`), its offset in that story and its size.
+    Stories are first split into pieces of at most n_ctx tokens; only stories longer than that yield more than one.
+    Each row then takes the largest unplaced piece that fits, again and again, until none fits. If at least
+    MIN_HEAD_TOKENS are left over, an extra copy of the head of some story, cut to size, fills them.
+
+    Returns `row_starts` (n_rows + 1,), `piece_story`, `piece_offset` and `piece_size` (n_pieces,): the pieces of row r
+    are row_starts[r]..row_starts[r+1]-1; each has its story (an index into `lengths`), its offset in it and its size.
+    Cf. Ding et al. 2024, arXiv 2404.10830.
     """
+    # Story i yields ceil(lengths[i] / n_ctx) pieces. A row holds at least one piece and at most one extra head, so the
+    # heads at most double the number.
     max_pieces = 2 * (len(lengths) + lengths.sum() // n_ctx + 1)
-    # Pieces to place, in a stack for each (kind, size): kind 0 is a story start, kind 1 the rest of a long story.
+    # Unplaced pieces are in one stack per (kind, size), as linked lists in arrays: stack_top[kind, size] is the top
+    # piece (-1: empty), and stack_below[p] is the piece under p. Push and pop are O(1), and scanning the sizes
+    # downwards finds the largest piece that fits.
+    # Kind 0 is the start of a story, kind 1 is a continuation of a story longer than n_ctx.
     unplaced_story, unplaced_offset, stack_below = (
         np.empty(max_pieces, np.int64),
         np.empty(max_pieces, np.int64),
@@ -108,6 +131,7 @@ def pack_rows(lengths: Ints, n_ctx: int) -> tuple[Ints, Ints, Ints, Ints]:
         for start in range(0, lengths[i], n_ctx):
             kind, n_tokens = min(start, 1), min(n_ctx, lengths[i] - start)
             unplaced_story[n_pieces], unplaced_offset[n_pieces] = i, start
+            # Push: the new piece points to the former top, then becomes the top.
             stack_below[n_pieces], stack_top[kind, n_tokens] = stack_top[kind, n_tokens], n_pieces
             n_pieces += 1
     row_starts, piece_story = np.empty(n_pieces + 1, np.int64), np.empty(max_pieces, np.int64)
@@ -118,10 +142,11 @@ def pack_rows(lengths: Ints, n_ctx: int) -> tuple[Ints, Ints, Ints, Ints]:
         n_rows += 1
         space_left = n_ctx
         while space_left > 0:
-            # The largest piece that fits; a start before a rest, so that the row begins with one where it can.
+            # An empty row (nothing placed in it yet) prefers a story start, so that it begins with one if possible.
             kind, fit_size = find_largest_fit(stack_top, space_left, row_starts[n_rows - 1] == n_placed)
             if fit_size == 0:
                 break
+            # Pop the piece and append it to the row.
             piece = stack_top[kind, fit_size]
             stack_top[kind, fit_size] = stack_below[piece]
             piece_story[n_placed], piece_offset[n_placed], piece_size[n_placed] = (
@@ -130,6 +155,8 @@ def pack_rows(lengths: Ints, n_ctx: int) -> tuple[Ints, Ints, Ints, Ints]:
                 fit_size,
             )
             n_placed, n_unplaced, space_left = n_placed + 1, n_unplaced - 1, space_left - fit_size
+        # No unplaced piece fits any more: fill the gap with the head of a story, whether placed already or not. Heads
+        # are taken round-robin from the stories that are longer than the gap.
         if space_left >= MIN_HEAD_TOKENS:
             for _ in range(len(lengths)):
                 next_head = (next_head + 1) % len(lengths)
@@ -143,7 +170,11 @@ def pack_rows(lengths: Ints, n_ctx: int) -> tuple[Ints, Ints, Ints, Ints]:
 
 @numba.njit(cache=True)
 def find_largest_fit(stack_top: Ints, space_left: int, at_row_start: bool) -> tuple[int, int]:
-    """Kind and size of the largest piece that fits (0: none does). Where a row begins, starts come before rests."""
+    """Return kind and size of the largest unplaced piece of at most `space_left` tokens; size 0 if none fits.
+
+    `stack_top` is (2, n_ctx + 1), see `pack_rows`. With `at_row_start`, any story start (kind 0) that fits is preferred
+    to a continuation (kind 1) however large; otherwise the start wins only a tie.
+    """
     best_kind, best_size = 0, 0
     for kind in range(2):
         if at_row_start and best_size > 0:

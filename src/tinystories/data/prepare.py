@@ -1,4 +1,4 @@
-"""`tinystories prepare`: stories of any source to token files that training maps into memory."""
+"""`tinystories prepare`: tokenize stories from any source to files that training memory-maps."""
 
 import dataclasses
 import hashlib
@@ -26,18 +26,18 @@ from tinystories.errors import UserError
 
 log = logging.getLogger(__name__)
 
-N_EXAMPLES = 200  # stories on which a fast encoder must agree before it is trusted
+N_EXAMPLES = 200  # stories on which the fast encoder must agree with `tokenizers` before it is used
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class PrepareReport:
-    """What a call of `prepare` did."""
+    """Result of a call of `prepare`."""
 
     out: Path
     meta: DatasetMeta
-    up_to_date: bool  # there was nothing to do
+    up_to_date: bool  # whether there was nothing to do
     seconds: float
-    mb_per_s: float  # 10^6 bytes of source read per second, all work included; 0 when up to date
+    mb_per_s: float  # MB (10^6 bytes) of source text per second, end to end; 0 if up to date
 
 
 def prepare(
@@ -52,13 +52,15 @@ def prepare(
     val_fraction: float | None = None,
     progress: bool = True,
 ) -> PrepareReport:
-    """Tokenise `source` into the folder `out` (format: `prepared.open_split`).
+    """Tokenize `source` into the folder `out` (format: see `dataset.open_split`).
 
-    Validation is `val`, else the source's own validation split, else `val_fraction` of the stories (0.5 %; of the small
-    `sample` 10 %). No story stands in both splits, whatever `keep_duplicates` says; a validation set is kept as it is.
+    The validation set is `val`, else the source's own validation split, else a fraction `val_fraction` of the stories
+    (default 0.5 %; 10 % for the small `sample`). No story is in both splits, even with `keep_duplicates`. A validation
+    set that was not held out is kept unchanged.
 
-    A second run with nothing changed does nothing; a run after an interrupted one goes on from its draft, the folder
-    `OUT.draft`. `out` appears whole or not at all. Memory is constant but for 16 bytes per story.
+    A second run with nothing changed does nothing. A run after an interruption resumes from the staging directory
+    `OUT.draft`. `out` is created atomically. Memory use is constant except for 16 bytes per story.
+    Raises `UserError` for unusable input or output, and if the disk is full.
     """
     started_at = time.monotonic()
     out = Path(out)
@@ -88,7 +90,7 @@ def prepare(
 
 
 class PrepareJob:
-    """One preparation: reads the sources, sorts, encodes and appends to the draft."""
+    """One run of `prepare`: reads, deduplicates, splits and encodes stories and appends them to the staging files."""
 
     def __init__(self, spec: PrepareSpec, staging: StagingDir) -> None:
         self.spec, self.staging = spec, staging
@@ -100,7 +102,10 @@ class PrepareJob:
         self.dtype = np.dtype("<u2" if self.tokenizer.vocab_size <= 1 << 16 else "<u4")
 
     def _plan_stages(self) -> list[tuple[Source, Role]]:
-        """The sources to read, in order, each at the commit that the draft began with."""
+        """Return the sources to read, in order, pinned to the commits recorded in the journal if there are any.
+
+        Validation comes first: training stories that it contains are dropped.
+        """
         pinned_revisions = iter(self.staging.journal.revisions)
         source = self.spec.source.pin_revision(next(pinned_revisions, ""))
         val = self.spec.val.pin_revision(next(pinned_revisions, "")) if self.spec.val else source
@@ -109,7 +114,7 @@ class PrepareJob:
         return [(val_source, "val"), (source, "train")] if val_source else [(source, "both")]
 
     def _load_or_build_tokenizer(self) -> Tokenizer:
-        """The draft's; built now if it has none yet."""
+        """Load the tokenizer from the staging directory, or build it and save it there."""
         path = self.staging.data_dir / "tokenizer.json"
         if path.exists():
             return Tokenizer.load(path)
@@ -118,6 +123,7 @@ class PrepareJob:
         return tokenizer
 
     def _iter_train_stories(self) -> Iterator[str]:
+        """Yield the stories to train a tokenizer on, leaving out the held-out ones."""
         source, role = self.stages[-1]
         for batch in source.read_batches(self.spec.options):
             is_val = is_held_out(
@@ -126,7 +132,7 @@ class PrepareJob:
             yield from (story.decode() for story in itertools.compress(batch.stories, ~is_val))
 
     def read_all(self, progress: bool) -> None:
-        """Read the stages to their ends; a batch is encoded and written while the next one is read and sorted."""
+        """Process the remaining stages. A thread encodes and writes a batch while the next is read and deduplicated."""
         journal = self.staging.journal
         total_bytes = sum(source.total_bytes for source, _ in self.stages)
         encode: EncodeFn | None = None
@@ -149,7 +155,7 @@ class PrepareJob:
                 pending_write.result()
 
     def write_batch(self, encode: EncodeFn, stage: int, batch: StoryBatch, assignment: Assignment) -> None:
-        """Encode and append a batch, then move the journal behind it."""
+        """Encode and append a batch, then advance the journal past it."""
         journal = self.staging.journal
         for split, stories in assignment.stories.items():
             self._append_stories(split, stories, encode)
@@ -161,28 +167,35 @@ class PrepareJob:
         self.staging.save()
 
     def _append_stories(self, split: str, stories: list[bytes], encode: EncodeFn) -> None:
+        """Encode the stories and append them to the split's .bin and .idx (layout: `dataset.open_split`)."""
+        # `ids` are the stories s1 s2 ... sN back to back; the .bin gets END s1 END s2 ... END sN, and `finalize` adds
+        # the last END.
         ids, counts = encode(stories)
         assert ids.size == 0 or int(ids.max()) < self.tokenizer.vocab_size
-        end_positions = np.cumsum(counts) - counts  # where each story begins in ids: an END goes before it
+        # Exclusive prefix sums: where each story starts in `ids`, which is where np.insert puts its END.
+        story_starts = np.cumsum(counts) - counts
         byte_lengths = np.fromiter(map(len, stories), np.int64, len(stories))
         index = np.empty((len(stories), 2), "<u8")
-        index[:, 0] = self._count_tokens(split) + end_positions + np.arange(len(stories))
+        # Position of the END before story i in the whole .bin: the ids written earlier, the tokens of the i stories of
+        # this batch before it, and their i ENDs.
+        index[:, 0] = self._count_tokens(split) + story_starts + np.arange(len(stories))
+        # UTF-8 bytes of all stories before story i: those written earlier, and an exclusive prefix sum again.
         index[:, 1] = self.staging.journal.text_bytes.get(split, 0) + np.cumsum(byte_lengths) - byte_lengths
         self.staging.append(
-            f"data/{split}.bin", np.insert(ids.astype(self.dtype), end_positions, self.tokenizer.end_id).tobytes()
+            f"data/{split}.bin", np.insert(ids.astype(self.dtype), story_starts, self.tokenizer.end_id).tobytes()
         )
         self.staging.append(f"data/{split}.idx", index.tobytes())
         self.staging.journal.text_bytes[split] = self.staging.journal.text_bytes.get(split, 0) + int(byte_lengths.sum())
 
     def _count_tokens(self, split: str) -> int:
-        """Ids written so far."""
+        """Return the number of ids (including END) written to the split so far."""
         return self.staging.journal.sizes.get(f"data/{split}.bin", 0) // self.dtype.itemsize
 
     def finalize(self) -> DatasetMeta:
-        """Close both splits with their last END and describe them in meta.json."""
+        """Append the final END and index row to both splits, and write and return meta.json."""
         splits = {}
         for split in SPLITS:
-            n_stories = self.staging.journal.sizes.get(f"data/{split}.idx", 0) // 16
+            n_stories = self.staging.journal.sizes.get(f"data/{split}.idx", 0) // 16  # an index row is two uint64
             n_bytes = self.staging.journal.text_bytes.get(split, 0)
             final_entry = np.array([self._count_tokens(split), n_bytes], "<u8")
             self.staging.append(f"data/{split}.idx", final_entry.tobytes())
@@ -191,11 +204,11 @@ class PrepareJob:
                 sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             splits[split] = SplitMeta(stories=n_stories, tokens=self._count_tokens(split), bytes=n_bytes, sha256=sha256)
         if splits["train"].stories == 0:
-            raise UserError(f"{self.spec.source.name}: no story to train on is left of it; give a file with stories")
+            raise UserError(f"{self.spec.source.name}: no stories left to train on; pass a file that contains more")
         if splits["val"].stories == 0 and len(self.stages) == 2:
-            raise UserError(f"{self.stages[0][0].name}: no story to validate on; give a file with stories")
+            raise UserError(f"{self.stages[0][0].name}: no stories to validate on; pass a file that contains some")
         if splits["val"].stories == 0:
-            log.warning("no story was held out for validation; give one by --val")
+            log.warning("no stories were held out for validation; pass --val SOURCE")
         counts = self.staging.journal.counts
         meta = DatasetMeta(
             format=FORMAT_VERSION,

@@ -1,4 +1,4 @@
-"""Stories out of .txt, .jsonl and .csv: batches in constant memory, each with the position where reading can resume."""
+"""Read stories from .txt, .jsonl and .csv in batches: constant memory, resumable after each batch."""
 
 import csv
 import dataclasses
@@ -11,46 +11,54 @@ from tinystories.errors import UserError
 
 DecodeErrors = Literal["strict", "replace"]
 
-BATCH_BYTES = (
-    4 << 20
-)  # of text; enough to keep all cores busy, little enough to stay in the caches and in a small memory
-MAX_STORY_BYTES = 64 << 20  # longest story, line or field; more is taken for a broken file
+# Text per batch: enough to keep all cores busy, small enough to stay in the CPU caches.
+BATCH_BYTES = 4 << 20
+# Longest story, line or field; a longer one means that the file is broken.
+MAX_STORY_BYTES = 64 << 20
 BOM = b"\xef\xbb\xbf"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ReadOptions:
+    """How to read stories: the field or column of the text, and how to handle invalid UTF-8 (as in `bytes.decode`)."""
+
     text_field: str = "text"
     errors: DecodeErrors = "strict"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StoryBatch:
-    """Some stories in UTF-8: stripped of ASCII white space, with plain newlines, none empty.
+    """Some stories in UTF-8: stripped of ASCII white space, with `\\n` newlines, none empty.
 
-    Bytes, because a batch is hashed, measured and tokenised as bytes. `position` (plain JSON) is where the next begins.
+    They are bytes because they are hashed, measured and tokenized as bytes. `position` is where the next batch starts;
+    it is JSON-serializable, and its shape depends on the format.
     """
 
     stories: list[bytes]
-    n_empty: int  # stories dropped because nothing was in them
+    n_empty: int  # empty stories dropped
     position: Any
-    bytes_read: int  # bytes of the source behind this batch
+    bytes_read: int  # bytes of the source consumed by this batch
 
 
 @runtime_checkable
 class Cursor(Protocol):
-    """How far reading has come."""
+    """The current position of a reader."""
 
     @property
-    def position(self) -> Any: ...
+    def position(self) -> Any:
+        """Where to resume, JSON-serializable."""
 
     @property
     def bytes_read(self) -> int:
-        """Bytes since the start of the file."""
+        """Bytes read since the start of the file."""
 
 
 def read_txt(where: str, file: BinaryIO, options: ReadOptions, position: Any = None) -> Iterator[StoryBatch]:
-    """Stories with END after (or between) them. `position` is the byte offset behind an END."""
+    """Yield batches of a text file whose stories are followed or separated by END.
+
+    `where` names the file in errors. `position` is the byte offset just after an END. Raises `UserError` if there is no
+    END, since the whole file would be one story.
+    """
     start: int = position or skip_bom(file)
     file.seek(start)
     remainder, found_separator = b"", position is not None
@@ -64,21 +72,20 @@ def read_txt(where: str, file: BinaryIO, options: ReadOptions, position: Any = N
             raise UserError(missing_separator_message(where, f"the {MAX_STORY_BYTES >> 20} MB from byte {start} on"))
     if not found_separator:
         raise UserError(missing_separator_message(where, "the whole file"))
-    if remainder.strip():  # a last story without its END
+    if remainder.strip():  # the last story, not followed by END
         yield dataclasses.replace(parse_txt_batch(where, [remainder], start, options), position=start + len(remainder))
 
 
 def parse_txt_batch(where: str, pieces: list[bytes], start: int, options: ReadOptions) -> StoryBatch:
-    """The stories in what stands before each END, from byte `start` of the file."""
+    """Return the batch of the texts between ENDs, which start at byte `start` of the file."""
     stories = [story for piece in pieces if (story := piece.strip())]
     for number, story in enumerate(stories):
         if not story.isascii() or b"\r" in story:
             try:
                 story.decode()
             except UnicodeDecodeError:
-                decode_text(
-                    where, END.encode().join(pieces), options, start
-                )  # raises with the place, unless to replace
+                # Decode the whole batch: with errors="strict" this raises an error with the byte offset in the file.
+                decode_text(where, END.encode().join(pieces), options, start)
                 story = story.decode("utf-8", "replace").encode()
             stories[number] = story.replace(b"\r\n", b"\n")
     size = sum(map(len, pieces)) + len(END) * len(pieces)
@@ -86,16 +93,17 @@ def parse_txt_batch(where: str, pieces: list[bytes], start: int, options: ReadOp
 
 
 def missing_separator_message(where: str, part: str) -> str:
-    return f"{where}: no {END} in {part}; put a line {END} after every story (a single one needs it too), or use .jsonl"
+    return f"{where}: no {END} in {part}; put a line {END} after every story (even a single one), or use .jsonl"
 
 
 def read_jsonl(where: str, file: BinaryIO, options: ReadOptions, position: Any = None) -> Iterator[StoryBatch]:
-    """One JSON object per line. `position` is [byte offset, line number]."""
+    """Yield batches of a file with one JSON object per line. `position` is [byte offset, number of lines read]."""
     lines = LineReader(where, file, position)
     yield from batch_texts(parse_jsonl(where, lines, options), lines)
 
 
 def parse_jsonl(where: str, lines: "LineReader", options: ReadOptions) -> Iterator[str]:
+    """Yield the text field of each JSON line; blank lines are skipped. Raises `UserError` with the line number."""
     for line in lines:
         if not (text := decode_text(where, line, options, lines.start_offset).strip()):
             continue
@@ -106,7 +114,7 @@ def parse_jsonl(where: str, lines: "LineReader", options: ReadOptions) -> Iterat
                 f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else sanitize(error)
             )
             raise UserError(
-                f"{where} line {lines.line_number}: broken JSON: {reason}; mend or remove the line"
+                f"{where} line {lines.line_number}: invalid JSON: {reason}; fix or remove the line"
             ) from None
         if not isinstance(row, dict):
             raise UserError(
@@ -116,7 +124,7 @@ def parse_jsonl(where: str, lines: "LineReader", options: ReadOptions) -> Iterat
 
 
 def get_text_field(row: dict[str, Any], where: str, options: ReadOptions) -> str:
-    """The text field of a row; null counts as empty."""
+    """Return the text field of a JSON object (null: empty). Raises `UserError` if it is missing or not valid text."""
     if options.text_field not in row:
         raise UserError(missing_field_message(where, options, row))
     value = row[options.text_field]
@@ -126,21 +134,21 @@ def get_text_field(row: dict[str, Any], where: str, options: ReadOptions) -> str
         return value or ""
     try:
         value.encode()
-    except UnicodeEncodeError as error:  # JSON can write half a surrogate pair
+    except UnicodeEncodeError as error:  # JSON escapes can contain an unpaired surrogate
         if options.errors == "strict":
-            raise UserError(f"{where}: {sanitize(error)}; --errors replace puts U+FFFD in its place") from None
+            raise UserError(f"{where}: {sanitize(error)}; pass --errors replace to substitute U+FFFD") from None
         return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return value
 
 
 def missing_field_message(where: str, options: ReadOptions, names: Iterable[str]) -> str:
     known_names = ", ".join(names) or "none"
-    return f"{where}: no column {options.text_field!r}; columns: {known_names}; choose one by --text-field"
+    return f"{where}: no column {options.text_field!r}; columns: {known_names}; choose one with --text-field"
 
 
 def read_csv(where: str, file: BinaryIO, options: ReadOptions, position: Any = None) -> Iterator[StoryBatch]:
-    """A header line, then one story per row (RFC 4180). `position` is [byte offset, line number]."""
-    csv.field_size_limit(MAX_STORY_BYTES)  # for the whole process, csv knows no other way; the default is 128 KB
+    """Yield batches of a CSV file (RFC 4180) with a header line. `position` is [byte offset, number of lines read]."""
+    csv.field_size_limit(MAX_STORY_BYTES)  # a process-wide setting, csv offers no other; the default is 128 KB
     lines = LineReader(where, file, None)
     columns = next(parse_csv_rows(where, lines, options), [])
     if options.text_field not in columns:
@@ -150,29 +158,31 @@ def read_csv(where: str, file: BinaryIO, options: ReadOptions, position: Any = N
 
 
 def parse_csv(where: str, lines: "LineReader", columns: list[str], options: ReadOptions) -> Iterator[str]:
+    """Yield the text column of each row. Raises `UserError` if a row has more or fewer fields than the header."""
     column = columns.index(options.text_field)
     for row in parse_csv_rows(where, lines, options):
-        if row and len(row) != len(columns):  # a blank line is no row
+        if row and len(row) != len(columns):  # a blank line is not a row
             raise UserError(
                 f"{where} line {lines.line_number}: {len(row)} fields, but the header has {len(columns)};"
-                ' write fields that hold commas in quotes: "..."'
+                ' put fields that contain commas in quotes: "..."'
             )
         if row:
             yield row[column]
 
 
 def parse_csv_rows(where: str, lines: "LineReader", options: ReadOptions) -> Iterator[list[str]]:
-    first_line = lines.line_number + 1  # line of the row; a quoted field may hold more lines
+    """Yield the fields of each row. Raises `UserError` with the number of the line on which a broken row starts."""
+    first_line = lines.line_number + 1  # a quoted field may span several lines
     try:
         for row in csv.reader((decode_text(where, line, options, lines.start_offset) for line in lines), strict=True):
             yield row
             first_line = lines.line_number + 1
     except csv.Error as error:
-        raise UserError(f"{where} line {first_line}: broken CSV: {sanitize(error)}; mend the row") from None
+        raise UserError(f"{where} line {first_line}: invalid CSV: {sanitize(error)}; fix the row") from None
 
 
 class LineReader:
-    """The lines of a file, with the place of the last one given out."""
+    """Iterates over the lines of a file; a `Cursor` that knows the byte offset and number of the current line."""
 
     def __init__(self, where: str, file: BinaryIO, position: Any) -> None:
         self.where, self.file = where, file
@@ -189,12 +199,14 @@ class LineReader:
             self.line_number += 1
             if len(line) == MAX_STORY_BYTES:
                 raise UserError(
-                    f"{self.where} line {self.line_number}: longer than {MAX_STORY_BYTES >> 20} MB; one story a line"
+                    f"{self.where} line {self.line_number}: longer than {MAX_STORY_BYTES >> 20} MB;"
+                    " put one story per line"
                 )
             yield line
 
     @property
     def position(self) -> list[int]:
+        """[byte offset after the current line, number of lines read]."""
         return [self.end_offset, self.line_number]
 
     @property
@@ -203,7 +215,7 @@ class LineReader:
 
 
 def batch_texts(texts: Iterable[str], cursor: Cursor) -> Iterator[StoryBatch]:
-    """Texts cleaned and put together to batches of about BATCH_BYTES."""
+    """Strip texts, normalize newlines, and group them into batches of BATCH_BYTES or more; `cursor` follows `texts`."""
     stories: list[bytes] = []
     n_empty, bytes_before, size = 0, cursor.bytes_read, 0
     for text in texts:
@@ -219,17 +231,17 @@ def batch_texts(texts: Iterable[str], cursor: Cursor) -> Iterator[StoryBatch]:
 
 
 def decode_text(where: str, data: bytes, options: ReadOptions, start: int = 0) -> str:
-    """`data`, which begins at byte `start` of what `where` names, as text."""
+    """Decode UTF-8. In strict mode, raises `UserError` with the byte offset, where `start` is the offset of `data`."""
     try:
         return data.decode("utf-8", options.errors)
     except UnicodeDecodeError as error:
         byte = data[error.start]
         raise UserError(
             f"{where}: byte {start + error.start} (0x{byte:02x}) is not UTF-8;"
-            " mend it, or put U+FFFD in its place by --errors replace"
+            " convert the file, or pass --errors replace to substitute U+FFFD"
         ) from None
 
 
 def skip_bom(file: BinaryIO) -> int:
-    """Where the text of a file begins."""
+    """Return the byte offset at which the text of a file starts: after the byte-order mark, if any."""
     return len(BOM) if file.read(len(BOM)) == BOM else 0

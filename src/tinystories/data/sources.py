@@ -1,4 +1,4 @@
-"""Where stories come from, by name: known collections, the Hub, files."""
+"""Resolve source names to sources: known collections, Hub datasets, files."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ SourceNames = str | Path | Sequence[str | Path]
 
 
 def get_named_sources() -> dict[str, Source]:
-    """The collections known by a name. Rows 0 to 9,999 of tinystories-clean are its test set, unused here."""
+    """Return the known collections by name. Rows 0 to 9,999 of tinystories-clean are its test set and not used."""
     v2_files = {
         split: f"TinyStoriesV2-GPT4-{file}.txt" for split, file in (("train", "train"), ("validation", "valid"))
     }
@@ -35,7 +35,10 @@ def get_named_sources() -> dict[str, Source]:
 
 
 def resolve_source(source: SourceNames) -> Source:
-    """The source of that name (`design.md`: a known name, hf:OWNER/NAME[@REVISION], or files); touches no network."""
+    """Return the source for a known name, hf:OWNER/NAME[@REVISION], or one or more files or folders.
+
+    Does not access the network. Raises `UserError` if the name is unknown or a file is missing, empty or unsupported.
+    """
     names = [source] if isinstance(source, str | Path) else list(source)
     named = get_named_sources()
     if len(names) == 1 and (name := str(names[0])) in named:
@@ -54,9 +57,10 @@ def iter_stories(
     text_field: str = "text",
     errors: DecodeErrors = "strict",
 ) -> Iterator[str]:
-    """Every story of a source in order: stripped, with plain newlines, empty ones left out.
+    """Yield every non-empty story of a source in order, stripped and with `\\n` newlines.
 
-    `split` chooses between those that a Hub source has itself; files are read whole for either.
+    `split` selects the split of a Hub source that has its own validation split. Other sources, such as files, are read
+    completely for either value.
     """
     resolved = resolve_source(source).pin_revision()
     if split == "val":

@@ -1,4 +1,4 @@
-"""What `prepare` is asked for: whether it is done already, and what to say when the disk refuses it."""
+"""The request of `prepare`: its fingerprint, whether the output already matches it, and disk error messages."""
 
 import dataclasses
 import errno
@@ -17,7 +17,7 @@ from tinystories.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class PrepareSpec:
-    """What is asked for."""
+    """The resolved arguments of a `prepare` call."""
 
     source: Source
     val: Source | None
@@ -27,7 +27,7 @@ class PrepareSpec:
     val_fraction: float | None
 
     def to_json_dict(self) -> dict[str, Any]:
-        """All that decides the result, for telling whether two requests are the same."""
+        """Return everything that determines the result, as JSON: equal for equal requests."""
         values = {
             "format": FORMAT_VERSION,
             "source": self.source.fingerprint(),
@@ -41,10 +41,11 @@ class PrepareSpec:
 
     @property
     def resolved_val_fraction(self) -> float:
+        """The fraction to hold out: `val_fraction`, or the default of the source."""
         return self.source.val_fraction if self.val_fraction is None else self.val_fraction
 
     def to_meta_fields(self) -> dict[str, Any]:
-        """The same for people: the part of meta.json that is known beforehand."""
+        """Return the fields of meta.json that are known before reading the source."""
         return {
             "source": self.source.name,
             "val_source": self.val.name if self.val else "",
@@ -57,35 +58,37 @@ class PrepareSpec:
 
 
 def existing_output(out: Path, spec: PrepareSpec) -> DatasetMeta | None:
-    """The meta of `out` if it is what is asked for, None if nothing is there; anything else is an error."""
+    """Return the metadata of `out` if it matches `spec`, None if `out` is absent or empty; else raise `UserError`."""
     if not out.exists():
         return None
     if not out.is_dir():
-        raise UserError(f"--out {out} is a file; name a folder")
+        raise UserError(f"--out {out} is a file; choose a folder")
     if not any(out.iterdir()):
         return None
     if not (out / "meta.json").exists():
-        raise UserError(f"--out {out} holds something else; name an empty or new folder")
+        raise UserError(f"--out {out} is not prepared data and not empty; choose an empty or new folder")
     meta = read_meta(out)
     expected = spec.to_meta_fields()
     if meta.fingerprint != expected.pop("fingerprint"):
         differences = [
             f"{key}={getattr(meta, key)!r}" for key, value in expected.items() if getattr(meta, key) != value
         ]
-        description = ", ".join(differences) or "other contents of its files"
-        raise UserError(f"--out {out} was prepared with {description}; name another --out or remove it")
+        description = ", ".join(differences) or "different contents of the input files"
+        raise UserError(f"--out {out} was prepared with {description}; choose another --out or remove it")
     return meta
 
 
 def disk_error_message(error: OSError, staging_path: Path, spec: PrepareSpec) -> str:
-    """What to say when the disk takes no more."""
+    """Return the message for a failed write. For a full disk it estimates how much space is still needed."""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"{error.filename or staging_path} cannot be written: {error.strerror}"
     total_bytes = spec.source.total_bytes + (spec.val.total_bytes if spec.val else 0)
     bytes_read = (read_json(staging_path / "journal.json") or {}).get("read", 0)
     staged_bytes = sum(path.stat().st_size for path in staging_path.rglob("*") if path.is_file())
-    needed_bytes = (
-        staged_bytes / bytes_read * (total_bytes - bytes_read) if bytes_read else 0.7 * total_bytes
-    )  # 2 bytes for 3 or 4 of text, and the index
-    needed_text = f"about {max(needed_bytes, 1e6) / 1e6:,.0f} MB more are needed; " if total_bytes else ""
-    return f"{staging_path}: the disk is full; {needed_text}free some space and run the same again: it goes on where it stopped"
+    # Extrapolate from what has been written; before that, assume 2 bytes per 3 or 4 bytes of text, plus the index.
+    needed_bytes = staged_bytes / bytes_read * (total_bytes - bytes_read) if bytes_read else 0.7 * total_bytes
+    needed_text = f"about {max(needed_bytes, 1e6) / 1e6:,.0f} MB more is needed; " if total_bytes else ""
+    return (
+        f"{staging_path}: the disk is full; {needed_text}"
+        "free some space and run the same command again: it resumes where it stopped"
+    )

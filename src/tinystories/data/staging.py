@@ -1,7 +1,7 @@
-"""The unfinished output of `prepare`: files that grow, and a journal that says up to where they are whole.
+"""The unfinished output of `prepare`: append-only files, and a journal that records how much of each is valid.
 
-Killed at any moment, even by power loss, a draft goes on from its journal: data is on the disk before the journal that
-counts it, and what lies behind the journal's sizes is cut off.
+A run killed at any moment, even by power loss, can resume from the journal: data is fsynced before the journal that
+covers it, and anything in a file beyond the size in the journal is truncated.
 """
 
 import dataclasses
@@ -17,34 +17,39 @@ from tinystories.errors import UserError
 
 log = logging.getLogger(__name__)
 
-JOURNAL_INTERVAL_SECONDS = 1.0  # of work that a kill can cost, besides the batch in hand
+JOURNAL_INTERVAL_SECONDS = 1.0  # a kill loses at most this much work, plus the current batch
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Journal:
-    """All that going on needs to know."""
+    """The state needed to resume."""
 
-    revisions: list[str] = dataclasses.field(default_factory=list)  # of the source and the validation source
-    stage: int = 0  # which of the sources is in work
-    position: Any = None  # in that source
-    read: int = 0  # bytes of all sources behind the position
-    sizes: dict[str, int] = dataclasses.field(default_factory=dict)  # of the growing files
-    text_bytes: dict[str, int] = dataclasses.field(default_factory=dict)  # of the stories in each split
-    counts: dict[str, int] = dataclasses.field(default_factory=dict)  # of dropped stories, by reason
+    revisions: list[str] = dataclasses.field(default_factory=list)  # commits of the source and the validation source
+    stage: int = 0  # index of the source being read
+    position: Any = None  # where to resume in that source
+    read: int = 0  # bytes consumed from all sources so far
+    sizes: dict[str, int] = dataclasses.field(default_factory=dict)  # valid bytes of each append-only file
+    text_bytes: dict[str, int] = dataclasses.field(default_factory=dict)  # UTF-8 bytes of the stories in each split
+    counts: dict[str, int] = dataclasses.field(default_factory=dict)  # dropped stories, by reason
 
 
 class StagingDir:
-    """A draft folder open for writing, used as a context manager; leaving it early keeps it for the next run."""
+    """A locked staging directory, used as a context manager. Unless published, it is kept for resuming."""
 
     def __init__(self, folder: Path, spec: dict[str, Any]) -> None:
-        """Goes on with a draft of the same request, clears one of another; refuses a folder that is no draft."""
+        """Open or create the directory: resume if it belongs to the request `spec`, otherwise clear it.
+
+        Raises `UserError` if it exists but is not a staging directory, or if another `prepare` is using it.
+        """
         self.folder = folder
-        self.data_dir = folder / "data"  # what is published; the rest serves going on
+        self.data_dir = folder / "data"  # what is published; the rest is only needed to resume
         self.journal = Journal()
         self._files: dict[str, BinaryIO] = {}
         own_files = (folder / "request.json", folder / "lock")
         if folder.exists() and any(folder.iterdir()) and not any(path.exists() for path in own_files):
-            raise UserError(f"{folder} is in the way and no draft of prepare; remove it or name another --out")
+            raise UserError(
+                f"{folder} exists but is not a staging directory of prepare; remove it or choose another --out"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = acquire_lock(folder)
         self._resume(spec)
@@ -53,6 +58,7 @@ class StagingDir:
         self._saved_at = time.monotonic()
 
     def _resume(self, spec: dict[str, Any]) -> None:
+        """Load the journal if the request is the same and no file is shorter than recorded; otherwise start over."""
         journal = read_json(self.folder / "journal.json") or {}
         sizes: dict[str, int] = journal.get("sizes", {})
         is_complete = all(
@@ -61,9 +67,9 @@ class StagingDir:
         leftovers = [path for path in self.folder.iterdir() if path.name != "lock"]
         if read_json(self.folder / "request.json") == spec and is_complete:
             self.journal = Journal(**journal)
-            log.info("going on with %s", self.folder)
+            log.info("resuming from %s", self.folder)
         elif leftovers:
-            log.warning("%s is the draft of another request or damaged: starting anew", self.folder)
+            log.warning("%s belongs to a different request or is damaged; starting over", self.folder)
             for path in leftovers:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -73,11 +79,14 @@ class StagingDir:
     def __exit__(self, *_: object) -> None:
         for file in (*self._files.values(), self._lock):
             file.close()
-        if not any(self.data_dir.glob("*")):  # nothing to go on from
+        if not any(self.data_dir.glob("*")):  # nothing to resume from
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def append(self, name: str, data: bytes) -> None:
-        """Write at the end of one of the growing files."""
+        """Append to the file `name`, a path relative to the directory.
+
+        The first append of a run truncates the file to the size in the journal.
+        """
         if name not in self._files:
             path = self.folder / name
             path.touch()
@@ -86,16 +95,16 @@ class StagingDir:
             file.seek(0, os.SEEK_END)
         view = memoryview(data)
         self.journal.sizes[name] += len(view)
-        while view:
+        while view:  # an unbuffered write may be partial
             view = view[self._files[name].write(view) :]
 
     def read_digests(self, split: str) -> bytes:
-        """The hashes that the draft remembers of a split, one after the other."""
+        """Return the concatenated hashes stored for a split, 16 bytes each."""
         size = self.journal.sizes.get(f"{split}.digests", 0)
         return (self.folder / f"{split}.digests").read_bytes()[:size] if size else b""
 
     def save(self, *, now: bool = False) -> None:
-        """Bring the files, then the journal, to the disk, if it is time for it."""
+        """Fsync the files, then write the journal; without `now`, at most once per JOURNAL_INTERVAL_SECONDS."""
         if not now and time.monotonic() < self._saved_at + JOURNAL_INTERVAL_SECONDS:
             return
         self._sync_files()
@@ -103,12 +112,12 @@ class StagingDir:
         self._saved_at = time.monotonic()
 
     def publish(self, out: Path) -> None:
-        """Make `data` of the draft appear whole at `out`, and remove the rest."""
+        """Move the `data` folder to `out` with one rename and remove the staging directory."""
         self._sync_files()
         fsync_dir(self.data_dir)
-        self.__exit__()  # Windows moves and removes no open files
+        self.__exit__()  # Windows cannot move or remove open files
         if out.exists():
-            out.rmdir()  # empty, or this fails
+            out.rmdir()  # fails unless it is empty
         self.data_dir.rename(out)
         fsync_dir(out.parent)
         shutil.rmtree(self.folder)
@@ -119,13 +128,13 @@ class StagingDir:
 
 
 def acquire_lock(folder: Path) -> BinaryIO:
-    """Keeps a second `prepare` out of the folder until the returned file is closed or the process ends."""
+    """Lock the folder against a second `prepare` until the returned file is closed or the process exits."""
     file = (folder / "lock").open("wb")
     try:
         import fcntl
 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # Windows: its own sharing rules keep the growing files from being opened twice
+    except ImportError:  # Windows: its file sharing rules keep the append-only files from being opened twice
         pass
     except OSError:
         file.close()
@@ -134,7 +143,7 @@ def acquire_lock(folder: Path) -> BinaryIO:
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file; None when there is none or it is broken."""
+    """Return the value in a JSON file, or None if the file is missing or invalid."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -142,11 +151,12 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file atomically."""
     write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write a small file so that it is there whole or not at all."""
+    """Write a small UTF-8 file atomically: to a temporary file, fsync, then rename."""
     temp_path = path.with_name(path.name + ".new")
     with temp_path.open("w", encoding="utf-8", newline="\n") as file:
         file.write(text)
@@ -156,7 +166,7 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def fsync_dir(folder: Path) -> None:
-    """Bring a folder's list of names to the disk, where the system can."""
+    """Fsync a directory, so that renames in it are durable. POSIX only; does nothing elsewhere."""
     if os.name == "posix":
         fd = os.open(folder, os.O_RDONLY)
         try:

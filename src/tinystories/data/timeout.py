@@ -1,4 +1,4 @@
-"""Calls into the network that must not hang."""
+"""Timeouts for network calls that have none of their own."""
 
 import queue
 import threading
@@ -9,9 +9,9 @@ T = TypeVar("T")
 
 
 def call_with_timeout(seconds: float, call: Callable[[], T]) -> T:
-    """The result of a call that may hang; `TimeoutError` after so many seconds.
+    """Return the result of `call()`, or raise its exception; raise `TimeoutError` after `seconds`.
 
-    The call is left behind in a daemon thread then: a socket that never answers cannot be told to stop.
+    After a timeout the call keeps running in a daemon thread, because a blocked socket read cannot be canceled.
     """
     results: queue.SimpleQueue[tuple[T, None] | tuple[None, Exception]] = queue.SimpleQueue()
 

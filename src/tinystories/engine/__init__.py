@@ -1,1 +1,3 @@
-"""Engines: a model that answers the protocol of `protocol.py`. Importing this package imports no torch."""
+"""Inference engines: implementations of the `Engine` protocol in `protocol.py`. Importing this package does not import
+torch.
+"""

@@ -1,4 +1,4 @@
-"""One token at a time on a CUDA device: the step is recorded once and replayed, so that launching costs nothing."""
+"""Decode steps on a CUDA device as a CUDA graph: recorded once and replayed, without a launch per kernel."""
 
 from collections.abc import Sequence
 
@@ -10,17 +10,21 @@ from torch import Tensor
 
 from tinystories.model import GPT, KVCache
 
-WARMUP_STEPS = 3  # libraries allocate and choose their kernels in the first calls, which must not be recorded
+# Libraries allocate memory and select kernels in their first calls; the graph must not record that.
+WARMUP_STEPS = 3
 
 
 class CudaGraphStep:
-    """`model.logits(model(tokens, cache))` for one token in each of the first `n_rows` rows of a cache.
+    """`model.logits(model(tokens, cache))` for one token in each of the first `n_rows` rows of a KV cache.
 
-    All shapes are constant: attention looks at the whole cache through a mask.
+    All shapes are static: attention reads the whole cache through a mask.
     """
 
     def __init__(self, model: GPT, cache: KVCache, n_rows: int, lengths: Sequence[int]) -> None:
-        """`lengths` as for a call: warming up writes behind them, where it does no harm."""
+        """Record the graph. `lengths` are the current lengths of the rows, as in `__call__`.
+
+        Warming up and recording write only at these positions, which the next decode step overwrites.
+        """
         self.model = model
         self.cache_view = cache.view_rows(0, n_rows)
         self.tokens = torch.zeros((n_rows, 1), dtype=torch.long, device=cache.k.device)
@@ -37,9 +41,11 @@ class CudaGraphStep:
                 self.logits = self.run()
 
     def run(self) -> Float[Tensor, "B V"]:
+        """Run the step eagerly on the static inputs `tokens` and `cache_view`; this is what the graph records."""
         return self.model.logits(self.model(self.tokens, self.cache_view)[:, -1]).float()
 
     def __call__(self, tokens: npt.NDArray[np.int64], lengths: Sequence[int]) -> Float[Tensor, "B V"]:
+        """Return the logits after one token per row, written to the cache at position `lengths[row]`."""
         self.tokens.copy_(torch.from_numpy(tokens)[:, None])
         self.cache_view.length.copy_(torch.tensor(lengths))
         self.graph.replay()

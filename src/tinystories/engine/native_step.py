@@ -1,4 +1,4 @@
-"""One token at a time on a CPU in fp32: a torch model's own weights, through the machine code of `engine.cpu`."""
+"""Decode steps of a torch model on a CPU in fp32, computed by the compiled kernels of `engine.cpu`."""
 
 from collections.abc import Sequence
 
@@ -10,13 +10,14 @@ from torch import Tensor
 from tinystories.engine.cpu.runtime import MAX_ROWS, Runtime
 from tinystories.model import GPT, KVCache
 
-MAX_NATIVE_ROWS = min(32, MAX_ROWS)  # with more rows the model's products by BLAS are faster (docs/log.md)
+# With more rows, the model's own forward pass (BLAS matmuls) is faster (docs/log.md).
+MAX_NATIVE_ROWS = min(32, MAX_ROWS)
 
 
 class NativeStep:
-    """The same function as `model.logits(model(tokens, cache))` for one token in each row, within fp32 rounding.
+    """`model.logits(model(tokens, cache))` for one token per row, equal up to fp32 rounding.
 
-    Shares the memory of the model's weights: training in place is seen, replaced tensors are not.
+    Shares memory with the model's weights: in-place updates (training) take effect, replaced tensors do not.
     """
 
     def __init__(self, model: GPT) -> None:
@@ -24,8 +25,10 @@ class NativeStep:
         self.runtime = Runtime(model.config, weights, torch.get_num_threads())
 
     def __call__(self, tokens: Int[Tensor, " B"], cache: KVCache, positions: Sequence[int]) -> Float[Tensor, "B V"]:
-        """Logits after one token in each row of the cache, written at the given positions (the rows' lengths)."""
-        n_slots = cache.k.stride(0) // cache.k.stride(1)  # of the whole cache, of which this may be a part
+        """Return the logits after one token per row of the KV cache, written at `positions` (the rows' lengths)."""
+        # `cache` may be a view of some rows of a larger cache (layer, n_slots, H_kv, n_ctx, D). The kernels address the
+        # layers by the full number of rows, and only the strides still tell it.
+        n_slots = cache.k.stride(0) // cache.k.stride(1)
         logits = self.runtime.run(
             tokens.numpy(),
             np.arange(len(tokens)),

@@ -1,4 +1,4 @@
-"""Which engine computes where the user leaves it open. Imports no torch: that alone takes seconds."""
+"""Select and load an inference engine. Does not import torch unless it is selected: the import alone takes seconds."""
 
 import ctypes
 import importlib.metadata
@@ -17,18 +17,22 @@ QUANTIZED_PRECISIONS = ("int8", "int4")
 
 
 def select_engine(name: str = "auto", device: Any = "auto", precision: str = "auto") -> EngineName:
-    """`auto` is the CPU engine, but for a CUDA device (where torch is installed), other devices, and bf16."""
+    """Return the engine to use. `auto` is the torch engine if CUDA and torch with GPU support are available, or if bf16
+    or a device other than the CPU is requested; otherwise the CPU engine.
+
+    Raises `UserError` for unknown names and for a device or precision that the engine does not support.
+    """
     if name not in ENGINES:
-        raise UserError(f"engine {name} is not known; use one of {', '.join(ENGINES)}")
+        raise UserError(f"engine {name} is unknown; use one of {', '.join(ENGINES)}")
     if precision not in ENGINE_PRECISIONS:
-        raise UserError(f"precision {precision} is not known; use one of {', '.join(ENGINE_PRECISIONS)}")
+        raise UserError(f"precision {precision} is unknown; use one of {', '.join(ENGINE_PRECISIONS)}")
     device = str(device)
     if name == "cpu" and device not in ("auto", "cpu"):
         raise UserError(f"the CPU engine does not run on device {device}; use --engine torch")
     if name == "cpu" and precision == "bf16":
-        raise UserError("the CPU engine has no precision bf16; use fp32, int8 or int4, or --engine torch")
+        raise UserError("the CPU engine does not support bf16; use fp32, int8 or int4, or --engine torch")
     if name == "torch" and precision in QUANTIZED_PRECISIONS:
-        raise UserError(f"the torch engine has no precision {precision}; use fp32 or bf16, or --engine cpu")
+        raise UserError(f"the torch engine does not support {precision}; use fp32 or bf16, or --engine cpu")
     if name == "cpu":
         return "cpu"
     if name == "torch" or precision == "bf16" or device not in ("auto", "cpu"):
@@ -41,14 +45,14 @@ def select_engine(name: str = "auto", device: Any = "auto", precision: str = "au
 
 
 def is_gpu_torch_available() -> bool:
-    """Whether the torch engine could run, and torch is not one for CPUs alone."""
+    """Return whether torch and jaxtyping are installed and torch is not a CPU-only build (without importing them)."""
     if not (importlib.util.find_spec("torch") and importlib.util.find_spec("jaxtyping")):
         return False
     return "+cpu" not in importlib.metadata.version("torch")
 
 
 def has_cuda() -> bool:
-    """Whether NVIDIA's driver is here and knows of a device."""
+    """Return whether the NVIDIA driver is installed and reports at least one device."""
     try:
         driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:
@@ -67,9 +71,12 @@ def load_engine(
     threads: int | None = None,
     shortlist: bool = False,
 ) -> tuple[ModelFiles, Engine]:
-    """A model directory, and the engine over it, which writes only ids of the model's shortlist where that is wanted.
+    """Read a model directory and load an engine for it.
 
-    `UserError` where it cannot run here.
+    `shortlist` restricts generation to the ids of the model's shortlist; `threads` is only for the CPU engine.
+
+    Raises `UserError` if the model is missing or damaged, or if the engine does not support the request or cannot run
+    on this machine.
     """
     if select_engine(engine, device, precision) == "cpu":
         from tinystories.engine.cpu import shortlist as short
@@ -84,7 +91,7 @@ def load_engine(
     if shortlist:
         raise UserError("--shortlist is for the CPU engine: add --engine cpu")
     if threads is not None:
-        raise UserError("--threads is for the CPU engine; OMP_NUM_THREADS sets those of torch")
+        raise UserError("--threads is for the CPU engine; set OMP_NUM_THREADS for the torch engine")
     files = read_model(model)
     try:
         from tinystories.engine.torch_engine import TorchEngine
@@ -92,5 +99,7 @@ def load_engine(
         if error.name not in ("torch", "jaxtyping"):
             raise
         install_command = 'pip install "tinystories-gpt[train]"'
-        raise UserError(f"the torch engine needs {error.name}, which is not installed: {install_command}") from None
+        raise UserError(
+            f"the torch engine needs {error.name}, which is not installed; run: {install_command}"
+        ) from None
     return files, TorchEngine.load(files, n_slots=n_slots, device=device, precision=precision)

@@ -1,4 +1,4 @@
-"""The engine protocol on PyTorch: CUDA, MPS and CPU. Wraps a live model, in training too."""
+"""The `Engine` protocol on PyTorch: CUDA, MPS and CPU. Can wrap a model that is being trained."""
 
 import contextlib
 import functools
@@ -21,20 +21,20 @@ from tinystories.model import GPT, KVCache
 if TYPE_CHECKING:
     from tinystories.checkpoint import ModelFiles
 
-KV_LEN_STEP = 64  # attention looks at a multiple of this many cached positions
-SCORE_BATCH_TOKENS_CPU = 2048  # tokens, padding included, of one batch of `logprobs`: what keeps a CPU's caches warm
+KV_LEN_STEP = 64  # attention reads a number of cached positions that is a multiple of this
+# Tokens per batch of `logprobs`, padding included. The CPU value keeps a batch in the CPU's caches.
+SCORE_BATCH_TOKENS_CPU = 2048
 SCORE_BATCH_TOKENS_CUDA = 32768
-SCORE_LOGITS_BYTES_CPU = (
-    24 * 2**20
-)  # logits that `logprobs` holds at once; over 32 MiB glibc maps fresh memory for each
+# Bytes of logits that `logprobs` holds at once. Above 32 MiB, glibc maps fresh memory for every allocation.
+SCORE_LOGITS_BYTES_CPU = 24 * 2**20
 SCORE_LOGITS_BYTES_CUDA = 512 * 2**20
 
 
 class TorchEngine:
-    """`Engine` over a GPT. The cache is allocated at the first prefill, so scoring alone needs none.
+    """`Engine` for a GPT. The KV cache is allocated by the first prefill, so scoring alone does not allocate it.
 
-    The model stays the caller's: its training mode is restored after each call and its weights are not changed, unless
-    the engine may take it for its `own`: then bf16 casts its matrices once, not in every call.
+    The training mode of the model is restored after each call and its weights are not changed. With `owns_model`, the
+    engine may change the weights: in bf16 it casts the matrices once instead of in every call.
     """
 
     def __init__(
@@ -62,11 +62,11 @@ class TorchEngine:
     def load(
         cls, files: "ModelFiles", *, n_slots: int = 1, device: str | torch.device = "auto", precision: str = "auto"
     ) -> "TorchEngine":
-        """The engine of a model directory."""
+        """Load the model of a model directory (weights in fp32, or dequantized if it has only int8 weights)."""
         from tinystories.checkpoint import copy_into_model, load_weights
 
         device = select_device(device)
-        select_precision(device, precision)  # refuse before the weights are read
+        select_precision(device, precision)  # raise before reading the weights
         model = GPT(files.config)
         if files.is_int8_only:
             from tinystories.engine.cpu.weights import dequantize
@@ -92,8 +92,9 @@ class TorchEngine:
     def step(self, slots: Sequence[int], ids: Ids) -> Logits:
         array = validate_step(slots, ids, self.lengths, self.config)
         low, high = self._row_range(slots)
-        # Slots in between that are not asked for get a dummy token. It lands behind their ids, where the next real one
-        # overwrites it, or on the last id of a full slot, which can only be prefilled anew.
+        # The step computes rows low..high-1; the other slots in this range get a dummy token. Its keys and values are
+        # written after the slot's last position, where the next real token overwrites them, or to the last position of
+        # a full slot, which cannot be stepped again before a new prefill.
         rows = [slot - low for slot in slots]
         tokens = np.zeros(high - low, dtype=np.int64)
         tokens[rows] = array
@@ -105,12 +106,17 @@ class TorchEngine:
         return logits if rows == list(range(high - low)) else logits[rows]
 
     def _row_range(self, slots: Sequence[int]) -> tuple[int, int]:
-        """The contiguous rows that a step computes: no cache is copied. On CUDA few spans, since each is recorded."""
+        """Return the range low..high-1 of cache rows that a step computes; contiguous, so that the cache is not copied.
+
+        On CUDA the range starts at 0 and its size is a power of two (or n_slots), because each size is recorded as a
+        graph of its own.
+        """
         if self.device.type == "cuda":
             return 0, min(1 << max(slots).bit_length(), self.n_slots)
         return min(slots), max(slots) + 1
 
     def _step_rows(self, low: int, high: int, tokens: npt.NDArray[np.int64], lengths: list[int]) -> Tensor:
+        """Return the logits (high - low, V) after one token in each of the rows low..high-1."""
         if self.device.type == "cuda":
             if high not in self.cuda_graphs:
                 self.cuda_graphs[high] = CudaGraphStep(self.model, self.kv_cache, high, lengths)
@@ -123,7 +129,7 @@ class TorchEngine:
         return self.model.logits(hidden[:, -1])
 
     def _to_caller(self, logits: Tensor) -> Logits:
-        """On a CPU as a NumPy array that shares the memory: sampling is up to three times as fast there."""
+        """Return fp32 logits; on a CPU as a NumPy view, which makes sampling up to three times faster."""
         logits = logits.float()
         return logits.numpy() if self.device.type == "cpu" else logits
 
@@ -142,7 +148,7 @@ class TorchEngine:
         return [results[i] for i in range(len(arrays))]
 
     def _score_batch(self, arrays: list[npt.NDArray[np.int64]]) -> list[npt.NDArray[np.float32]]:
-        """Log-probabilities of a batch that is padded at its ends; causal attention never sees the padding."""
+        """Return the log-probabilities of a right-padded batch; causal attention never sees the padding."""
         sizes = [len(ids) - 1 for ids in arrays]
         tokens = np.zeros((len(arrays), max(sizes)), dtype=np.int64)
         is_token = np.arange(max(sizes)) < np.array(sizes)[:, None]
@@ -160,6 +166,7 @@ class TorchEngine:
 
     @functools.cached_property
     def native_step(self) -> NativeStep | None:
+        """The compiled decode step of the CPU engine; None unless this engine runs in fp32 on a CPU."""
         return NativeStep(self.model) if (self.device.type, self.precision) == ("cpu", "fp32") else None
 
     @functools.cached_property
@@ -168,19 +175,20 @@ class TorchEngine:
         return KVCache(self.config, self.n_slots, device=self.device, dtype=dtype)
 
     def _cache_view(self, low: int, high: int, max_len: int) -> KVCache:
-        """Rows low..high-1 of the cache, looking no further than the longest row needs."""
+        """Return rows low..high-1 of the cache; attention reads only `max_len` positions, rounded up to KV_LEN_STEP."""
         view = self.kv_cache.view_rows(low, high)
         view.kv_len = min(-(-max_len // KV_LEN_STEP) * KV_LEN_STEP, self.config.n_ctx)
         return view
 
     @contextlib.contextmanager
     def _inference_mode(self) -> Iterator[None]:
-        """No gradients, no dropout, and the working precision; the model's mode is restored afterwards."""
+        """Disable gradients and dropout and enable the engine's precision; restore the training mode afterwards."""
         was_training = self.model.training
         if was_training:
             self.model.eval()
         try:
-            # Casts are not cached: a training step's autocast around this call must not find casts without gradients.
+            # cache_enabled=False: a training step whose autocast context surrounds this call must not reuse weights
+            # that were cast without gradients.
             with (
                 torch.inference_mode(),
                 torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16", cache_enabled=False),
@@ -192,7 +200,10 @@ class TorchEngine:
 
 
 def cast_linears_to_bf16(model: GPT) -> None:
-    """Make the weights of all products bf16 in place; embeddings, norms and the residual stream stay fp32."""
+    """Cast the weights of all linear layers to bf16 in place; embeddings, norms and the residual stream stay fp32.
+
+    A tied output head is untied first.
+    """
     if model.config.tied:
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
     for module in model.modules():
@@ -201,7 +212,10 @@ def cast_linears_to_bf16(model: GPT) -> None:
 
 
 def group_by_length(sizes: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Indices grouped by similar size, longest first; size x count of a padded group stays within the budget."""
+    """Yield groups of indices of similar size, longest first.
+
+    The padded size of a group (longest size times count) is at most `max_tokens`, except for a single longer item.
+    """
     order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
     while order:
         count = max(1, max_tokens // sizes[order[0]])

@@ -1,1 +1,1 @@
-"""Measuring a model. Importing this package imports no torch."""
+"""Model evaluation. Importing this package does not import torch."""

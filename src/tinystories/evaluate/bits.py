@@ -1,4 +1,4 @@
-"""Quality as bits per byte, by one protocol for every model and vocabulary (docs/evaluation.md). Needs no torch."""
+"""Bits per byte, by one protocol for every model and vocabulary (docs/evaluation.md). Does not require torch."""
 
 import dataclasses
 import itertools
@@ -16,27 +16,27 @@ from tinystories.engine.sliding_window import sliding_window_logprobs
 from tinystories.errors import UserError
 
 BATCH_STORIES = 512  # stories scored together; the engine sorts them by length
-BOOTSTRAP_RESAMPLES = 1000  # of the bootstrap
+BOOTSTRAP_RESAMPLES = 1000
 
-StoryScores = npt.NDArray[np.float64]
-EncodedStory = tuple[Ids, int]  # END text END, and the UTF-8 bytes of the text
+StoryScores = npt.NDArray[np.float64]  # (3, stories): nats, scored tokens, bytes
+EncodedStory = tuple[Ids, int]  # ids of END text END; number of UTF-8 bytes of the text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class BitsReport:
-    """`tokens` are those scored: the text's and one closing END for each story."""
+    """The result of an evaluation. `tokens` counts the scored ones: those of the text and one closing END per story."""
 
     bits_per_byte: float
     nats_per_token: float
     tokens: int
-    bytes: int  # UTF-8, of the stories' text
+    bytes: int  # UTF-8 bytes of the stories' text
     stories: int
-    interval: tuple[float, float]  # 95 % of bits per byte, by a bootstrap over the stories
+    interval: tuple[float, float]  # 95% interval of bits per byte, by bootstrap over the stories
     seconds: float
 
 
 def encode_stories(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[EncodedStory]:
-    """Stories given as text."""
+    """Tokenize stories, in batches, and yield (ids of END text END, number of UTF-8 bytes) for each."""
     texts = iter(texts)
     while batch := list(itertools.islice(texts, BATCH_STORIES)):
         for text, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
@@ -46,10 +46,14 @@ def encode_stories(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[Encod
 def read_prepared_stories(
     tokens: npt.NDArray[np.integer[Any]], index: npt.NDArray[np.integer[Any]], limit: int = 0
 ) -> Iterator[EncodedStory]:
-    """Stories of a prepared split (`data.prepared.open_split`): all, or `limit` of them, evenly spaced."""
+    """Yield stories of a prepared split (from `data.dataset.open_split`): all, or `limit` evenly spaced ones.
+
+    `index` holds one (first token, first byte) row per story and one more row for the end.
+    """
     n_stories = len(index) - 1
     selected = range(n_stories) if not 0 < limit < n_stories else (i * n_stories // limit for i in range(limit))
     for i in selected:
+        # A story is stored as END text; the END that opens the next one closes it.
         start, stop = int(index[i, 0]), int(index[i + 1, 0])
         yield tokens[start : stop + 1], int(index[i + 1, 1] - index[i, 1])
 
@@ -57,10 +61,10 @@ def read_prepared_stories(
 def evaluate_bits_per_byte(
     engine: Engine, stories: Iterable[EncodedStory], progress: Callable[[int], None] | None = None
 ) -> BitsReport:
-    """Score every story on its own, after its opening END; `progress` is told how many stories are done.
+    """Score every story independently, given its opening END, and return the totals.
 
-    Memory does not grow with the number of stories, but for three numbers of each. `UserError` when there is nothing
-    to score.
+    `progress` is called with the number of stories scored so far. Memory grows by only three numbers per story. Raises
+    `UserError` if `stories` is empty or a probability is not finite.
     """
     started_at = time.perf_counter()
     return summarize(score_stories(engine, stories, progress), time.perf_counter() - started_at)
@@ -69,9 +73,10 @@ def evaluate_bits_per_byte(
 def score_stories(
     engine: Engine, stories: Iterable[EncodedStory], progress: Callable[[int], None] | None = None
 ) -> StoryScores:
-    """Nats, scored tokens and bytes (3 rows) of each story (a column).
+    """Return an array (3, stories) with the nats, scored tokens and bytes of each story.
 
-    Stories longer than the context are scored by windows that slide by half of it.
+    Stories longer than the context are scored with a window that slides by half a context. `progress` is called with
+    the number of stories scored so far.
     """
     score_batches = [np.empty((3, 0))]
     done = 0
@@ -87,15 +92,13 @@ def score_stories(
 
 
 def summarize(scores: StoryScores, seconds: float) -> BitsReport:
-    """The sums over all stories."""
+    """Aggregate the scores of all stories. Raises `UserError` if there are none or a score is not finite."""
     nats, tokens, byte_counts = scores
     if not byte_counts.sum():
-        raise UserError("there are no stories to evaluate; give data that holds some")
+        raise UserError("no stories to evaluate; pass data that contains at least one")
     total_nats, n_bytes = float(nats.sum()), int(byte_counts.sum())
     if not math.isfinite(total_nats):
-        raise UserError(
-            "the model gives probabilities that are not finite; its weights are damaged, use another checkpoint"
-        )
+        raise UserError("the model's probabilities are not finite; its weights are damaged: use another checkpoint")
     return BitsReport(
         bits_per_byte=total_nats / math.log(2) / n_bytes,
         nats_per_token=total_nats / int(tokens.sum()),
@@ -108,7 +111,10 @@ def summarize(scores: StoryScores, seconds: float) -> BitsReport:
 
 
 def bootstrap_interval(bits: npt.NDArray[np.float64], n_bytes: npt.NDArray[np.int64]) -> tuple[float, float]:
-    """95 % interval of sum(bits) / sum(bytes) by resampling stories (Efron's percentile method), from a fixed seed."""
+    """Return the 95% interval of sum(bits) / sum(bytes), by resampling stories with a fixed seed.
+
+    Efron's percentile bootstrap.
+    """
     rng = np.random.default_rng(0)
     ratios = np.empty(BOOTSTRAP_RESAMPLES)
     for i in range(BOOTSTRAP_RESAMPLES):

@@ -1,4 +1,4 @@
-"""Bits per byte of a model directory on any data: story files, named sources, or a prepared folder."""
+"""Bits per byte of a model on any data: story files, named sources or a folder of prepared data."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -27,11 +27,11 @@ def evaluate_model(
     limit: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> BitsReport:
-    """The whole of `data` (of a prepared folder the validation split), or `limit` stories of it.
+    """Evaluate the model on `data`: story files, a named source or a prepared folder (its validation split).
 
-    Those are the first ones of files, and of a prepared folder evenly spaced ones, as training chooses them.
-
-    `UserError` where a prepared folder was made with another tokeniser than the model's.
+    `limit` > 0 evaluates only that many stories: the first ones of files and sources, evenly spaced ones of a prepared
+    folder (the same as evaluation during training). Raises `UserError` if a prepared folder was made with a different
+    tokenizer than the model's.
     """
     return evaluate_bits_per_byte(
         storyteller.engine, load_stories(storyteller, data, text_field, errors, limit), progress
@@ -41,10 +41,11 @@ def evaluate_model(
 def load_stories(
     storyteller: Storyteller, data: str, text_field: str, errors: DecodeErrors, limit: int
 ) -> Iterator[EncodedStory]:
+    """Yield the tokenized stories that `evaluate_model` scores, with their sizes in bytes."""
     if (Path(data) / "meta.json").is_file():
         if read_meta(data).tokenizer_sha256 != storyteller.tokenizer.sha256:
             raise UserError(
-                f"{data} was prepared with another tokenizer than the model's; evaluate on the text files instead"
+                f"{data} was prepared with a different tokenizer than the model's; evaluate on the text files instead"
             )
         return read_prepared_stories(*open_split(data, "val"), limit)
     texts = iter_stories(data, text_field=text_field, errors=errors, split="val")

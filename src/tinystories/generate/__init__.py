@@ -1,1 +1,1 @@
-"""From logits to stories: sampling, whole characters, stop rules. Importing this package imports no torch."""
+"""Story generation: sampling, continuous batching, detokenizing. Importing this package does not import torch."""

@@ -1,8 +1,11 @@
-"""Stories from an engine: several at once, streamed, of any length. Needs no torch.
+"""Continuous batching: generate many stories at once with one engine, streamed and of any length. No torch required.
 
-Past the context a slot slides: when it is full, its older half is dropped and the newer half read again, with positions
-that start at 0. That costs less than two positions for each token, so time is linear in the tokens, and it works for
-every kind of positions.
+Every sequence occupies one KV cache slot of the engine. Each iteration prefills the new sequences, runs one decode step
+for all others together, and samples one token per sequence. When a sequence ends, its slot goes to the next request.
+
+Stories may be longer than the context: when a slot is full, the older half of its tokens is dropped and the newer half
+is prefilled again with positions from 0. This computes fewer than two positions per token, so time is linear in the
+number of tokens, and it works for every position encoding.
 """
 
 import dataclasses
@@ -28,15 +31,18 @@ StopReason = Literal["end", "stop", "length"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """One story to tell. The same (seed, number) and the same settings give the same story, whatever runs beside it."""
+    """One story to generate. Equal seed, number and settings give the same story, whatever else is in the batch.
+
+    Raises `UserError` if `max_tokens`, `seed`, a stop string or the prompt is invalid.
+    """
 
     prompt: str = ""
     settings: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
     max_tokens: int = 256
     seed: int = 0
-    number: int = 0  # tells apart the stories of one seed
+    number: int = 0  # index of the story among those with the same seed
     stop: tuple[str, ...] = ()
-    ignore_end: bool = False  # go on with a new story after an END, until max_tokens
+    ignore_end: bool = False  # start a new story after END, until max_tokens
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -50,7 +56,10 @@ class Request:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Story:
-    """`ids` are those generated, an END included; `seconds` is the wall clock from the prompt's first token."""
+    """A generated story.
+
+    `ids` are the generated tokens including END; `seconds` is the wall-clock time including the prefill of the prompt.
+    """
 
     prompt: str
     continuation: str
@@ -63,6 +72,7 @@ class Story:
 
     @property
     def text(self) -> str:
+        """Prompt and continuation."""
         return self.prompt + self.continuation
 
     @property
@@ -74,17 +84,20 @@ class Story:
         return self.n_generated / self.seconds
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it as plain values, for JSON."""
+        """Return all fields and properties as a JSON-serializable dict."""
         derived = {"text": self.text, "n_generated": self.n_generated, "tokens_per_s": self.tokens_per_s}
         return {**dataclasses.asdict(self), "ids": list(self.ids), **derived}
 
 
 def check_text(text: str, what: str) -> None:
-    """Half a surrogate pair (how Python shows bytes of a command line that are not UTF-8) is no text."""
+    """Raise `UserError` if the text contains a lone surrogate; `what` names the text in the message.
+
+    Python decodes command-line bytes that are not UTF-8 to lone surrogates.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{what} is not valid text at character {error.start}; give it as UTF-8") from None
+        raise UserError(f"{what} is not valid text at character {error.start}; pass it as UTF-8") from None
 
 
 def generate(
@@ -98,7 +111,7 @@ def generate(
     stop: tuple[str, ...] = (),
     ignore_end: bool = False,
 ) -> Story:
-    """One story, when it is whole."""
+    """Generate one story and return it when it is complete."""
     request = Request(
         prompt=prompt, settings=settings, max_tokens=max_tokens, seed=seed, stop=stop, ignore_end=ignore_end
     )
@@ -106,7 +119,7 @@ def generate(
 
 
 def generate_all(engine: Engine, tokenizer: Tokenizer, requests: Iterable[Request]) -> list[Story]:
-    """All the stories, in the order of the requests; as many at once as the engine has slots."""
+    """Generate all stories, batched over the engine's slots; return them in the order of the requests."""
     stories = {i: item for i, item in stream_all(engine, tokenizer, requests) if isinstance(item, Story)}
     return [stories[i] for i in sorted(stories)]
 
@@ -114,10 +127,10 @@ def generate_all(engine: Engine, tokenizer: Tokenizer, requests: Iterable[Reques
 def stream_all(
     engine: Engine, tokenizer: Tokenizer, requests: Iterable[Request]
 ) -> Generator[tuple[int, str | Story], None, None]:
-    """(number of the request, piece of its text) as they come; (number, Story) once for each, at its end.
+    """Yield (index of the request, piece of text) as text is generated, and (index, Story) when a story is complete.
 
-    The pieces of a request make up `Story.continuation`. Requests are taken as slots become free, so there may be any
-    number of them. Closing the iterator, or an exception, frees the slots.
+    The concatenated pieces of a request equal `Story.continuation`. Requests are consumed only as slots become free, so
+    the iterable may be of any length. Closing the generator, or an exception, frees the slots.
     """
     pending = enumerate(requests)
     free_slots = list(range(engine.n_slots))
@@ -142,7 +155,7 @@ def stream_all(
 
 
 class ActiveSequence:
-    """A story being told in a slot of an engine."""
+    """The state of a story that is being generated in a slot of an engine."""
 
     def __init__(self, index: int, request: Request, slot: int, tokenizer: Tokenizer, n_ctx: int) -> None:
         self.index = index
@@ -152,23 +165,23 @@ class ActiveSequence:
         self.uniforms = UniformStream(request.seed, request.number)
         prompt = tokenizer.encode(request.prompt)
         self.n_prompt = len(prompt)
-        self.seen_ids = set(prompt)  # for the repetition penalty; END is structure, not repetition, and stays out
+        self.seen_ids = set(prompt)  # for the repetition penalty, which does not apply to END
         self.tokenizer = tokenizer
-        self.context = [tokenizer.end_id, *prompt]  # what the slot should hold
-        self.n_cached = 0  # how much of it the slot does hold: nothing, or all but the last id
+        self.context = [tokenizer.end_id, *prompt]  # ids that the next token is conditioned on
+        self.n_cached = 0  # how many of them the slot holds: none (prefill needed) or all except the last one
         self.generated_ids: list[int] = []
         self.detokenizer = StreamingDetokenizer(tokenizer.token_bytes, request.stop, has_prompt=bool(request.prompt))
         self.started_at = time.perf_counter()
         if len(self.context) > n_ctx:
             log.warning(
-                "the prompt's %d tokens do not fit the context of %d: only its last %d are read",
+                "the prompt of %d tokens does not fit the context of %d; using only its last %d tokens",
                 self.n_prompt,
                 n_ctx,
                 len(truncate_context(self.context, n_ctx)),
             )
 
     def append_token(self, token: int) -> str:
-        """Go on by one token; returns the text that may leave. Sets `stop_reason` when the story is over."""
+        """Append a generated token and return the text to emit. Sets `stop_reason` when the story ends."""
         self.generated_ids.append(token)
         if not self.tokenizer.is_stop_token(token):
             self.context.append(token)
@@ -187,7 +200,8 @@ class ActiveSequence:
         return piece + self.detokenizer.finalize() if self.stop_reason else piece
 
     def build_story(self) -> Story:
-        assert self.stop_reason is not None, "the story is not over"
+        """Return the complete story; `stop_reason` must be set."""
+        assert self.stop_reason is not None, "the story has not ended"
         return Story(
             prompt=self.request.prompt,
             continuation=self.detokenizer.text,
@@ -201,14 +215,15 @@ class ActiveSequence:
 
 
 def truncate_context(context: list[int], n_ctx: int) -> list[int]:
-    """What a slot keeps of a context that it cannot hold."""
+    """Return the newest n_ctx // 2 ids of a context that does not fit into a slot."""
     return context[-max(1, n_ctx // 2) :]
 
 
 def sample_next(engine: Engine, active: list[ActiveSequence]) -> list[tuple[ActiveSequence, int]]:
-    """Bring every slot up to its context and draw one token for each."""
+    """Run one forward pass for every active sequence and sample one token for each; return (sequence, token) pairs."""
     sampled: list[tuple[ActiveSequence, int]] = []
     for group, logits in forward(engine, active):
+        # One sampler call per group of equal settings.
         rows_by_settings: dict[SamplingConfig, list[int]] = {}
         for row, sequence in enumerate(group):
             rows_by_settings.setdefault(sequence.request.settings, []).append(row)
@@ -220,12 +235,16 @@ def sample_next(engine: Engine, active: list[ActiveSequence]) -> list[tuple[Acti
 
 
 def sample_rows(members: list[ActiveSequence], settings: SamplingConfig, logits: Logits) -> list[int]:
+    """Sample one token per row of logits (B, V), each with the random stream of its own sequence."""
     u = np.array([sequence.uniforms.next() for sequence in members])
     return sample(logits, settings, u, [sequence.seen_ids for sequence in members])
 
 
 def forward(engine: Engine, active: list[ActiveSequence]) -> Iterator[tuple[list[ActiveSequence], Logits]]:
-    """Logits (B, V) after each context: by one step for all slots that have room, by a prefill for the others."""
+    """Yield groups of sequences with the logits (B, V) after their contexts.
+
+    New sequences and sequences whose slot is full are prefilled one by one; all others decode together in one step.
+    """
     n_ctx = engine.config.n_ctx
     decoding = []
     for sequence in active:

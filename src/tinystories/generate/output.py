@@ -1,4 +1,4 @@
-"""Stories on their way out: in order to a reader, one by one to a file."""
+"""Story output: order the text of concurrent stories for display, and write stories to files."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -13,10 +13,10 @@ STORY_SEPARATOR = "\n\n---\n\n"  # between stories on the screen
 
 
 def reorder(events: Iterable[tuple[int, str | Story]], on_story: Callable[[Story], None]) -> Iterator[str]:
-    """Text of stories that are told side by side, as if they were told one after the other.
+    """Yield the text of concurrently generated stories as if they were generated one after the other.
 
-    The first unfinished story streams; those behind it wait their turn. Each piece begins with the prompt where a
-    story does. `told` gets each Story, in order.
+    `events` are those of `batching.stream_all`. The first unfinished story streams, the text of later ones is buffered.
+    Prompts are not part of the text. `on_story` is called with each Story when all its text has been yielded, in order.
     """
     current, buffered, finished = 0, dict[int, str](), dict[int, Story]()
     for number, item in events:
@@ -34,17 +34,18 @@ def reorder(events: Iterable[tuple[int, str | Story]], on_story: Callable[[Story
 
 
 def check_output_path(path: Path) -> None:
-    """`UserError` where stories cannot be kept, before there are any."""
+    """Raise `UserError` if stories cannot be written to this path; call it before generating."""
     if path.suffix not in (".txt", ".jsonl"):
-        raise UserError(f"{path}: the name of a file for stories must end in .txt or .jsonl")
+        raise UserError(f"{path}: the name of a story file must end in .txt or .jsonl")
     if not path.parent.is_dir():
-        raise UserError(f"{path} cannot be written: there is no folder {path.parent}")
+        raise UserError(f"{path} cannot be written: folder {path.parent} does not exist")
 
 
 class StoryWriter:
-    """`with StoryFile(path) as file: file.write(story)`; .jsonl (one object a line) or .txt (END after each story).
+    """Context manager that writes stories to a file: .jsonl (one object per line) or .txt (END after each story).
 
-    Every story is on the disk when `write` returns, so that an interrupt loses none that was whole.
+    `write` flushes after each story, so that an interrupt does not lose complete stories. Raises `UserError` if the
+    file cannot be opened.
     """
 
     def __init__(self, path: Path) -> None:
@@ -64,6 +65,7 @@ class StoryWriter:
         self.file.close()
 
     def write(self, story: Story) -> None:
+        """Write one story and flush the file."""
         if self.path.suffix == ".jsonl":
             self.file.write(json.dumps(story.as_dict(), ensure_ascii=False) + "\n")
         else:

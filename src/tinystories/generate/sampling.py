@@ -1,7 +1,7 @@
-"""How the next token is drawn: one definition for all engines, run where the logits are.
+"""Sampling of the next token: one implementation for all engines, run on the device that holds the logits.
 
-Written against the array API standard, so that the same lines work on NumPy arrays and on torch tensors of any device
-(docs/decisions/0003-sampling.md says why). B rows in a batch, V vocabulary.
+Written against the array API standard, so that the same code works on NumPy arrays and on torch tensors on any device
+(rationale: docs/decisions/0003-sampling.md). Shapes: B is the number of rows in the batch, V the vocabulary size.
 """
 
 import math
@@ -15,13 +15,16 @@ from tinystories.config import SamplingConfig
 from tinystories.engine.protocol import Logits
 from tinystories.errors import UserError
 
-TOP_P_CANDIDATES = 1024  # top_p looks at so many of the largest before it sorts the whole vocabulary
-MIN_TEMPERATURE = 1e-30  # a lower temperature is this one: it would underflow to 0 in fp32, and draws the same tokens
+# top_p tries this many of the largest probabilities before it sorts the whole vocabulary.
+TOP_P_CANDIDATES = 1024
+# Lower temperatures are raised to this: they would underflow to 0 in fp32, and they sample the same tokens.
+MIN_TEMPERATURE = 1e-30
 
 
 def array_namespace(array: Logits) -> Any:
-    """The functions of the array API for a kind of array. NumPy's own have been those since 2.1; the package that mends
-    torch's takes a tenth of a second to import all of NumPy for it.
+    """Return the array API namespace of an array.
+
+    NumPy implements the standard itself since 2.1. Only torch needs array_api_compat, which takes 0.1 s to import.
     """
     if isinstance(array, np.ndarray):
         return np
@@ -33,16 +36,18 @@ def array_namespace(array: Logits) -> Any:
 def compute_probabilities(
     logits: Logits, settings: SamplingConfig, history: Sequence[Collection[int]] | None = None
 ) -> Logits:
-    """What the next token of each row is drawn from: (B, V) fp32, rows sum to 1, NaN where the logits are not finite.
+    """Return the distribution (B, V) that the next token of each row is sampled from.
 
-    First the repetition penalty on the ids in `history` (for each row the different ids that it holds), then
-    temperature, then the filters top_k, top_p and min_p in this order, each on what the former left. Tokens that tie
-    with the last one kept are kept too, so that the result does not depend on how an engine sorts. Logits of -inf are
-    tokens that cannot be drawn.
+    fp32; each row sums to 1, or is NaN if its logits are not finite. Logits of -inf are allowed: these tokens have
+    probability 0.
+
+    Applied in this order: the repetition penalty on the ids in `history` (for each row, the distinct ids seen so far),
+    temperature, top_k, top_p, min_p. Each filter works on the output of the previous one. Tokens that tie with the last
+    one kept are also kept, so that the result does not depend on sort order.
     """
     xp = array_namespace(logits)
     z = apply_repetition_penalty(logits, settings.repetition_penalty, history)
-    top = xp.max(z, axis=-1, keepdims=True)
+    top = xp.max(z, axis=-1, keepdims=True)  # subtracted before exp, for numerical stability
     valid = xp.isfinite(top)
     z, top = xp.where(valid, z, xp.zeros_like(z)), xp.where(valid, top, xp.zeros_like(top))
     if settings.temperature == 0:
@@ -54,7 +59,7 @@ def compute_probabilities(
 
 
 def apply_repetition_penalty(logits: Logits, penalty: float, history: Sequence[Collection[int]] | None) -> Logits:
-    """Logits of ids seen before divided by the penalty where positive, multiplied where negative (CTRL, 1909.05858)."""
+    """Divide positive logits of ids in `history` by the penalty, multiply negative ones (CTRL, arXiv 1909.05858)."""
     if penalty == 1 or not history or not any(history):
         return logits
     xp = array_namespace(logits)
@@ -66,12 +71,12 @@ def apply_repetition_penalty(logits: Logits, penalty: float, history: Sequence[C
 
 
 def apply_filters(p: Logits, settings: SamplingConfig) -> Logits:
-    """Unnormalised probabilities (B, V) with those set to 0 that top_k, top_p or min_p refuse."""
+    """Set the unnormalized probabilities (B, V) that top_k, top_p or min_p reject to 0."""
     xp = array_namespace(p)
     if 0 < settings.top_k < p.shape[-1]:
         p = keep_at_least(p, top_values(p, settings.top_k)[:, -1:])
     if settings.top_p < 1:
-        # Kept: the fewest tokens that reach top_p together, so at least one.
+        # Keep the smallest set of most likely tokens whose sum reaches top_p; at least one.
         target_mass = settings.top_p * xp.sum(p, axis=-1, keepdims=True)
         sorted_probs = top_values(p, min(p.shape[-1], TOP_P_CANDIDATES))
         if not xp.all(xp.sum(sorted_probs, axis=-1, keepdims=True) >= target_mass):
@@ -84,13 +89,16 @@ def apply_filters(p: Logits, settings: SamplingConfig) -> Logits:
 
 
 def keep_at_least(p: Logits, threshold: Logits) -> Logits:
+    """Set values of p below the threshold to 0."""
     xp = array_namespace(p)
     return xp.where(p >= threshold, p, xp.zeros_like(p))
 
 
 def top_values(p: Logits, k: int) -> Logits:
-    """The k largest values of each row, in falling order. The array API has no selection but a full sort, and that is
-    ten times as slow as these."""
+    """Return the k largest values of each row, in descending order.
+
+    The array API only offers a full sort, which is ten times slower than these selections.
+    """
     if not isinstance(p, np.ndarray):
         return p.topk(k, dim=-1).values
     n_dropped = p.shape[-1] - k
@@ -98,22 +106,22 @@ def top_values(p: Logits, k: int) -> Logits:
 
 
 def inverse_cdf_sample(p: Logits, u: npt.NDArray[np.float32]) -> Logits:
-    """Ids (B,) by the inverse of the cumulative distribution at u in [0, 1); -1 for a row that holds NaN."""
+    """Sample ids (B,) by inverting the cumulative distribution at u (B,) in [0, 1); -1 for a row that contains NaN."""
     xp = array_namespace(p)
     cdf = xp.cumulative_sum(p, axis=-1)
     reached = (p > 0) & (cdf > xp.asarray(u, dtype=p.dtype, device=p.device)[:, None] * cdf[:, -1:])
-    # p > 0, because a cumulative sum made in parallel may rise by rounding where p is 0.
-    # argmax of a mask is its first true element. Rounding may leave none for u close to 1; then the likeliest token.
+    # p > 0: a parallel cumulative sum may increase by rounding at tokens with p = 0, which must not be sampled.
+    # argmax of the mask is its first true element. For u close to 1, rounding may leave none: fall back to argmax of p.
     mask = xp.astype(reached, xp.uint8)
     ids = xp.where(xp.any(reached, axis=-1), xp.argmax(mask, axis=-1), xp.argmax(p, axis=-1))
     return xp.where(cdf[:, -1] > 0, ids, xp.full_like(ids, -1))
 
 
 def find_min_p_candidates(logits: Logits, settings: SamplingConfig) -> npt.NDArray[np.intp] | None:
-    """The ids, ascending, that min_p leaves to any of the rows: few of a large vocabulary, and quick to draw from.
+    """Return the ids, ascending, that min_p may keep in any row: usually few, so that sampling from them is fast.
 
-    None where all must be looked at: the other settings ask for it, logits are not finite, or arrays are not NumPy's,
-    for which the number of candidates would have to be waited for.
+    Returns None if the whole vocabulary is needed: with other filters or a repetition penalty, if the logits are not
+    finite, or for arrays other than NumPy's (getting the number of candidates would wait for the GPU).
     """
     only_min_p = settings.min_p > 0 and settings.top_p == 1 and settings.repetition_penalty == 1
     if not (only_min_p and isinstance(logits, np.ndarray)):
@@ -121,12 +129,14 @@ def find_min_p_candidates(logits: Logits, settings: SamplingConfig) -> npt.NDArr
     top = logits.max(axis=1, keepdims=True)
     if not np.isfinite(top).all():
         return None
+    # exp((z - top) / temperature) >= min_p, solved for z, with a margin for rounding. The margin may select a few ids
+    # too many; `apply_filters` decides exactly.
     max_logit_gap = max(settings.temperature, MIN_TEMPERATURE) * math.log(settings.min_p) * 1.001 - 1e-5 * np.abs(top)
-    return np.flatnonzero((logits >= top + max_logit_gap).any(axis=0))  # a few too many: `probabilities` is exact
+    return np.flatnonzero((logits >= top + max_logit_gap).any(axis=0))
 
 
 def argmax(logits: Logits) -> Logits:
-    """Ids (B,) of the largest logits, the first of equals; -1 for a row whose largest is not finite."""
+    """Return the ids (B,) of the largest logits, the lowest id on ties; -1 for a row whose largest is not finite."""
     xp = array_namespace(logits)
     ids = xp.argmax(logits, axis=-1)
     return xp.where(xp.isfinite(xp.max(logits, axis=-1)), ids, xp.full_like(ids, -1))
@@ -138,11 +148,15 @@ def sample(
     u: npt.NDArray[np.float32],
     history: Sequence[Collection[int]] | None = None,
 ) -> list[int]:
-    """The next id of each row of logits (B, V); `UserError` where the logits are NaN, infinite or all -inf."""
+    """Sample the next id of each row of logits (B, V) with the uniform numbers u (B,).
+
+    `history` holds, for each row, the distinct ids that the repetition penalty applies to. Raises `UserError` if a row
+    contains NaN or +inf, or only -inf.
+    """
     if settings.temperature == 0:
         ids = argmax(apply_repetition_penalty(logits, settings.repetition_penalty, history)).tolist()
     elif (candidate_ids := find_min_p_candidates(logits, settings)) is not None:
-        # Not divided by their sums, whose rounding would depend on the candidates of other rows.
+        # Left unnormalized: the rounding of a row's sum would depend on the candidates of the other rows in the batch.
         z = logits[:, candidate_ids] - logits.max(axis=1, keepdims=True)
         ids = candidate_ids[
             inverse_cdf_sample(apply_filters(np.exp(z / max(settings.temperature, MIN_TEMPERATURE)), settings), u)
@@ -150,14 +164,14 @@ def sample(
     else:
         ids = inverse_cdf_sample(compute_probabilities(logits, settings, history), u).tolist()
     if min(ids) < 0:
-        raise UserError("the model's logits are not finite; its weights are damaged, use another checkpoint")
+        raise UserError("the model's logits are not finite; its weights are damaged: use another checkpoint")
     return ids
 
 
 class UniformStream:
-    """The randomness of one story: its t-th token uses the t-th number of a generator made from (seed, story).
+    """The random numbers of one story: token t uses the t-th number of a generator seeded with (seed, story).
 
-    So a story depends neither on the batch it was made in nor on the engine.
+    A story therefore depends neither on its batch nor on the engine. Raises `UserError` if the seed is negative.
     """
 
     def __init__(self, seed: int, story: int) -> None:
@@ -166,5 +180,5 @@ class UniformStream:
         self._rng: Any = np.random.default_rng([seed, story])
 
     def next(self) -> np.float32:
-        """In [0, 1), a multiple of 2^-24 and so exact in fp32."""
+        """Return the next number in [0, 1): a multiple of 2^-24, exact in fp32."""
         return np.float32(self._rng.random(dtype=np.float32))

@@ -1,4 +1,4 @@
-"""The Python interface: a model, its tokenizer and its default sampling, ready to tell and to score."""
+"""The Python API: a `Storyteller` combines a model, its tokenizer and its default sampling settings."""
 
 import contextlib
 import dataclasses
@@ -20,11 +20,14 @@ from tinystories.generate.batching import Request, Story, check_text, generate_a
 if TYPE_CHECKING:
     import torch
 
-N_SLOTS = 8  # stories told at once
+N_SLOTS = 8  # default number of stories generated at once
 
 
 class GenerationOptions(TypedDict, total=False):
-    """How to tell; see `Request` and `SamplingConfig`. What is not given is the model's own setting."""
+    """Options of `generate` and `stream`; see `Request` and `SamplingConfig`.
+
+    Sampling settings that are missing or None default to the model's own.
+    """
 
     max_tokens: int
     temperature: float
@@ -32,16 +35,16 @@ class GenerationOptions(TypedDict, total=False):
     top_p: float
     min_p: float
     repetition_penalty: float
-    seed: int  # chosen at random where not given; the Story says which
+    seed: int  # random by default; see Story.seed
     stop: str | Sequence[str]
     ignore_end: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TokenScore:
-    """A token of a text and its log-probability (nats) after all before it.
+    """A token of a text and its log-probability (nats) given all tokens before it.
 
-    `text` holds U+FFFD where a character is made of several tokens.
+    `text` contains U+FFFD if the token holds only part of a character.
     """
 
     id: int
@@ -50,7 +53,7 @@ class TokenScore:
 
 
 class Storyteller:
-    """Tells and scores stories; made by `tinystories.load`. Tells for one caller at a time."""
+    """Generates and scores stories; created by `tinystories.load`. Serves one call at a time."""
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, settings: SamplingConfig) -> None:
         self.engine = engine
@@ -70,9 +73,10 @@ class Storyteller:
         threads: int | None = None,
         shortlist: bool = False,
     ) -> "Storyteller":
-        """From a model directory. `UserError` where it is missing or damaged, or where the engine cannot run here.
+        """Load a model directory.
 
-        With `shortlist` it writes only the ids that `tinystories pack --shortlist` chose, and scores nothing.
+        With `shortlist`, only the ids selected by `tinystories quantize --shortlist` are generated, and scoring is not
+        available. Raises `UserError` if the model is missing or damaged, or if the engine cannot run on this machine.
         """
         files, loaded_engine = load_engine(
             model,
@@ -94,7 +98,10 @@ class Storyteller:
     def generate(
         self, prompt: str = "", *, num: int | None = None, **options: Unpack[GenerationOptions]
     ) -> Story | list[Story]:
-        """A story that begins with the prompt; with `num` a list of so many, which differ but for greedy settings."""
+        """Generate one story that begins with the prompt, or a list of `num` stories.
+
+        Greedy decoding (temperature 0) makes them identical. Raises `UserError` for invalid options.
+        """
         if num is not None and num < 1:
             raise UserError(f"num={num} must be at least 1")
         first = self.build_request(prompt, options)
@@ -104,7 +111,10 @@ class Storyteller:
         return stories[0] if num is None else stories
 
     def stream(self, prompt: str = "", **options: Unpack[GenerationOptions]) -> Generator[str, None, None]:
-        """The text that follows the prompt, piece by piece; together the same as `generate` gives for the same seed."""
+        """Yield the text after the prompt as it is generated; it equals the text of `generate` with the same seed.
+
+        The storyteller is busy until the generator is exhausted or closed. Raises `UserError` for invalid options.
+        """
         return self._stream_request(self.build_request(prompt, options))
 
     def _stream_request(self, request: Request) -> Generator[str, None, None]:
@@ -114,9 +124,9 @@ class Storyteller:
                     yield item
 
     def score(self, text: str) -> list[TokenScore]:
-        """Each token of a story and of the END that closes it, by the protocol of `evaluate.bits`.
+        """Return the score of each token of a story and of its closing END, by the protocol of docs/evaluation.md.
 
-        In the engine's precision: int8 where `load` was left to choose on a CPU; `precision="fp32"` is exact.
+        Computed in the engine's precision. On a CPU, `load` defaults to int8; use `precision="fp32"` for exact scores.
         """
         check_text(text, "the text")
         ids = [self.tokenizer.end_id, *self.tokenizer.encode(text), self.tokenizer.end_id]
@@ -128,7 +138,10 @@ class Storyteller:
         ]
 
     def build_request(self, prompt: str, options: GenerationOptions) -> Request:
-        """The options laid over the model's own settings."""
+        """Return a request with the options merged over the model's settings, and a random seed by default.
+
+        Options that are None are ignored. Raises `UserError` for unknown or invalid options.
+        """
         overrides: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         for name in overrides:
             if name not in GenerationOptions.__annotations__:
@@ -146,7 +159,10 @@ class Storyteller:
 
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:
-        """The engine's slots belong to one call at a time: an open stream would go on with another story's memory."""
+        """Reserve the engine for one call: an open stream must not continue on slots that another call has overwritten.
+
+        Raises `UserError` if a stream is still open.
+        """
         if not self._lock.acquire(blocking=False):
             raise UserError(
                 "a stream of this storyteller is still open; close() it first, or load a second storyteller"

@@ -1,1 +1,1 @@
-"""The same model in other programs."""
+"""Import from, export to and compare with other programs; Hugging Face Hub; benchmarks."""

@@ -1,6 +1,7 @@
-"""Programs that write with the same weights as ours, each as one function from prompts to new ids.
+"""The programs that `tinystories bench` compares, all running the same weights: each is a function from prompts to ids.
 
-`python -m tinystories.interop.bench_competitors NAME PRECISION FOLDER ...` is one of them as a process; `contest` speaks with it.
+`python -m tinystories.interop.bench_competitors NAME PRECISION FOLDER WORKLOAD` runs one of them as a child process;
+`bench_runner.BenchProcess` talks to it over stdin and stdout.
 """
 
 import dataclasses
@@ -23,9 +24,9 @@ from tinystories.errors import UserError
 from tinystories.interop import gguf
 
 Prompts = list[list[int]]
-GenerateFn = Callable[[Prompts, int], Prompts]  # as many new ids for each prompt, the likeliest each time
+GenerateFn = Callable[[Prompts, int], Prompts]  # (prompts, n) -> n new ids for each prompt, decoded greedily
 SHAPE_FILE, WEIGHTS_FILE = "shape.json", "model.safetensors"
-# Packages that must be there; `tinystories` itself needs none.
+# Python packages each program needs; `tinystories` itself needs none.
 REQUIRED_PACKAGES = {
     "tinystories": (),
     "torch": ("torch", "jaxtyping"),
@@ -45,15 +46,20 @@ LLAMA_FILE_TYPES = {"fp32": 0, "int8": 7, "int4": 2}  # LLAMA_FTYPE_ALL_F32, _MO
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
+    """What a benchmark runs: batch size, length and hardware."""
+
     threads: int
+    # Batch size: sequences that are decoded together.
     streams: int
-    tokens: int  # of a stream, prompt and all
+    # Length of one sequence, prompt included.
+    tokens: int
     device: str = "cpu"
-    shortlist: int = 0  # the head of our CPU engine has so many rows (the first); 0: all
+    # Rows of the LM head that our CPU engine computes (the first ones); 0 computes all.
+    shortlist: int = 0
 
 
 def unavailable_reason(name: str, config: ModelConfig) -> str | None:
-    """Why a peer cannot take part; None if it can."""
+    """Return why program `name` cannot run `config` (continues a sentence: "it ..."); None if it can."""
     missing = [package for package in REQUIRED_PACKAGES[name] if importlib.util.find_spec(package) is None]
     if missing:
         return f"needs {' and '.join(missing)}: pip install 'tinystories-gpt[bench]'"
@@ -67,12 +73,13 @@ def unavailable_reason(name: str, config: ModelConfig) -> str | None:
 
 
 def package_version(name: str) -> str:
+    """Return the installed version of the Python package behind program `name`."""
     package = {"tinystories": "tinystories-gpt", "llama.cpp": "llama-cpp-python"}.get(name, name)
     return importlib.metadata.version(package)
 
 
 def prepare_files(folder: Path, name: str, precision: str) -> None:
-    """What the peer reads, made from the weights in `folder`; once."""
+    """Convert the weights in `folder` to the files that program `name` loads; call it once per precision."""
     if name == "tinystories":
         from tinystories.engine.cpu.weights import load_or_quantize
 
@@ -93,6 +100,7 @@ def prepare_files(folder: Path, name: str, precision: str) -> None:
 
 
 def prepare_gguf(folder: Path, precision: str) -> None:
+    """Write `fp32.gguf` and let llama.cpp itself quantize it to `precision`."""
     from tinystories.engine.cpu.weights import load_fp32
 
     fp32_path = folder / "fp32.gguf"
@@ -106,13 +114,13 @@ def prepare_gguf(folder: Path, precision: str) -> None:
     silence_log(llama_cpp)
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype, params.nthread = LLAMA_FILE_TYPES[precision], os.cpu_count() or 1
-    params.pure = precision == "int4"  # else its head stays in 6 bits, which is slower
+    params.pure = precision == "int4"  # otherwise the head is stored in 6 bits, which is slower
     if llama_cpp.llama_model_quantize(str(fp32_path).encode(), str(folder / f"{precision}.gguf").encode(), params):
-        raise UserError(f"llama.cpp could not make a {precision} file of these weights")
+        raise UserError(f"llama.cpp could not quantize these weights to {precision}")
 
 
 def prepare_hf(folder: Path) -> None:
-    """A directory of transformers, with a tokeniser whose words are the ids themselves (CTranslate2 wants one)."""
+    """Write `folder/hf` for transformers, with a tokenizer that maps "17" to id 17, which CTranslate2 requires."""
     from safetensors.torch import load_file
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -131,16 +139,18 @@ def prepare_hf(folder: Path) -> None:
 
 
 def read_model_files(folder: Path) -> ModelFiles:
+    """Describe the weights in `folder` by its shape file (without a tokenizer)."""
     shape = json.loads((folder / SHAPE_FILE).read_text(encoding="utf-8"))
     return ModelFiles(folder, ModelConfig(**shape["config"]), {}, SamplingConfig(), {WEIGHTS_FILE: shape["sha256"]})
 
 
 def write_shape_file(folder: Path, config: ModelConfig) -> None:
-    """Says of the weights in `folder` what model they are."""
+    """Record the config and the weights' SHA-256 in `folder`, for `read_model_files`."""
     write_json(folder / SHAPE_FILE, {"config": dataclasses.asdict(config), "sha256": sha256(folder / WEIGHTS_FILE)})
 
 
 def make_generator(name: str, precision: str, folder: Path, workload: Workload) -> GenerateFn:
+    """Load program `name` with the files of `prepare_files`."""
     if name == "tinystories":
         return make_cpu_generator(folder, precision, workload)
     return {
@@ -178,6 +188,7 @@ def make_torch_generator(folder: Path, precision: str, workload: Workload) -> Ge
 
 
 def from_engine(engine: Engine) -> GenerateFn:
+    """Greedy batched decoding with one of our engines."""
     from tinystories.generate.sampling import sample
 
     greedy = SamplingConfig(temperature=0.0)
@@ -242,13 +253,13 @@ def make_ctranslate2_generator(folder: Path, precision: str, workload: Workload)
 
 
 def silence_log(llama: Any) -> None:
-    """llama.cpp's log; the callback must outlive it, so it is kept on the module."""
+    """Disable llama.cpp's log. The module holds the callback, so that it is not garbage-collected while in use."""
     llama.tinystories_log = llama.llama_log_callback(lambda *_: None)
     llama.llama_log_set(llama.tinystories_log, None)
 
 
 def make_llama_cpp_generator(folder: Path, precision: str, workload: Workload) -> GenerateFn:
-    """By its C interface: the Python class around it costs time of its own for each token."""
+    """Use llama.cpp's C API, because the Python class `Llama` adds overhead to every token."""
     import llama_cpp as llama
 
     silence_log(llama)
@@ -262,20 +273,23 @@ def make_llama_cpp_generator(folder: Path, precision: str, workload: Workload) -
     params.n_threads = params.n_threads_batch = workload.threads
     context = llama.llama_init_from_model(model, params) if model else None
     if not context:
-        raise UserError("llama.cpp cannot load the file")
+        raise UserError(f"llama.cpp cannot load {folder / f'{precision}.gguf'}")
     memory = llama.llama_get_memory(context)
     batch = llama.llama_batch_init(params.n_batch, 0, 1)
     vocab_size = read_model_files(folder).config.vocab_size
 
     def decode_greedy(rows: list[tuple[int, int, int]]) -> list[int]:
-        """After rows of (id, position, stream): of the last row where they are of one stream, else of each."""
+        """Decode rows of (id, position, stream) and return the argmax ids.
+
+        Rows of different streams (a decode step) give one id each; rows of one stream (prefill) give that of the last.
+        """
         all_rows = len({stream for *_, stream in rows}) == len(rows)
         batch.n_tokens = len(rows)
         for i, (token, position, stream) in enumerate(rows):
             batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = token, position, 1, stream
             batch.logits[i] = all_rows or i == len(rows) - 1
         if llama.llama_decode(context, batch):
-            raise UserError("llama.cpp has no room for these tokens")
+            raise UserError("llama.cpp's KV cache is too small for these tokens")
         n = len(rows) if all_rows else 1
         logits = np.ctypeslib.as_array(llama.llama_get_logits(context), (n, vocab_size))
         ids: list[int] = logits.argmax(axis=1).tolist()
@@ -294,7 +308,7 @@ def make_llama_cpp_generator(folder: Path, precision: str, workload: Workload) -
 
 
 def peak_memory_mb() -> float | None:
-    """Largest memory this process has had resident; None where the system does not tell."""
+    """Return this process's peak resident memory in MB (10^6 bytes); None where /proc does not exist."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -303,6 +317,7 @@ def peak_memory_mb() -> float | None:
 
 
 def serve(generate: GenerateFn, requests: Iterator[str]) -> Iterator[dict[str, Any]]:
+    """Answer each JSON line {"prompts", "tokens"} with {"seconds", "ids", "peak_mb"}."""
     for line in requests:
         request = json.loads(line)
         started_at = time.perf_counter()
@@ -312,7 +327,7 @@ def serve(generate: GenerateFn, requests: Iterator[str]) -> Iterator[dict[str, A
 
 def main() -> None:
     name, precision, folder, workload_json = sys.argv[1:]
-    out = os.fdopen(os.dup(1), "w")  # what libraries print goes to stderr
+    out = os.fdopen(os.dup(1), "w")  # stdout is for replies; what libraries print goes to stderr
     os.dup2(2, 1)
     generate = make_generator(name, precision, Path(folder), Workload(**json.loads(workload_json)))
     print(json.dumps({"ready": True}), file=out, flush=True)

@@ -1,4 +1,4 @@
-"""Programs that take turns at the same task, each in a process of its own, so that none disturbs another."""
+"""Benchmark runner: programs take turns at the same task, each in its own process, so that none disturbs another."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from tinystories.interop.bench_competitors import Prompts, Workload
 
 
 class BenchProcess:
-    """A peer's process, which waits between its turns."""
+    """The child process of one program; it idles between its turns. Constructing it waits until the model is loaded."""
 
     def __init__(self, name: str, precision: str, folder: Path, workload: Workload) -> None:
         self.name, self.precision, self.shortlist = name, precision, workload.shortlist
@@ -36,23 +36,24 @@ class BenchProcess:
             raise
 
     def read_reply(self) -> Any:
+        """Read one JSON line; `UserError` with the last line of stderr if the process has ended."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
             self.process.wait()
             self.stderr_file.seek(0)
-            last_line = (self.stderr_file.read().strip().splitlines() or ["no reason given"])[-1]
+            last_line = (self.stderr_file.read().strip().splitlines() or ["it printed no error"])[-1]
             raise UserError(f"{self.label} stopped: {last_line}")
         return json.loads(line)
 
     def generate(self, prompts: Prompts, tokens: int) -> Any:
-        """`seconds`, `ids` and `peak_mb` of one turn."""
+        """Decode `tokens` ids for each prompt; return {"seconds", "ids", "peak_mb"}."""
         assert self.process.stdin is not None
         try:
             self.process.stdin.write(json.dumps({"prompts": prompts, "tokens": tokens}) + "\n")
             self.process.stdin.flush()
         except BrokenPipeError:
-            pass  # `answer` tells why
+            pass  # `read_reply` reports why the process ended
         return self.read_reply()
 
     def close(self) -> None:
@@ -65,10 +66,10 @@ class BenchProcess:
 
 @dataclasses.dataclass
 class Measurement:
-    """Of one contestant at one task."""
+    """What one program achieved at one task."""
 
     process: BenchProcess
-    rates: list[float]  # tokens/s of each round
+    rates: list[float]  # tokens/s, one per round
     ids: Prompts
     peak_mb: float | None
 
@@ -81,7 +82,7 @@ class Measurement:
         return statistics.median(self.rates)
 
     def speedup_over(self, other: "Measurement") -> float:
-        """Median over the rounds of the ratio of both rates, which stood side by side."""
+        """Return the median over rounds of the ratio of the two rates measured in the same round."""
         return statistics.median(a / b for a, b in zip(self.rates, other.rates, strict=True))
 
 
@@ -94,7 +95,10 @@ def run_rounds(
     counted_tokens: int,
     report: Callable[[str], None],
 ) -> list[Measurement]:
-    """`runs` rounds in which each has its turn, after one that warms up. A turn counts as `counted` tokens."""
+    """Run one warm-up round and `runs` measured ones; every process has one turn per round.
+
+    `counted_tokens`: the tokens credited to a turn, from which its rate in tokens/s is computed.
+    """
     measurements = [Measurement(c, [], [], None) for c in processes]
     for i in range(runs + 1):
         report(f"round {i} of {runs}" if i else "warming up")
@@ -107,7 +111,7 @@ def run_rounds(
 
 
 def matching_prefix(measurement: Measurement, reference: Measurement) -> int:
-    """New ids that are those of the reference, up to the first that differs, in all streams."""
+    """Count the new ids that equal the reference's, up to the first mismatch of each stream, summed over streams."""
     n_matching = 0
     for ids, reference_ids in zip(measurement.ids, reference.ids, strict=True):
         mismatches = (i for i, (a, b) in enumerate(zip(ids, reference_ids, strict=True)) if a != b)
@@ -116,7 +120,11 @@ def matching_prefix(measurement: Measurement, reference: Measurement) -> int:
 
 
 def speed_ratios(measurements: Sequence[Measurement]) -> dict[str, float]:
-    """Ours over each peer of the same precision, a shortlist over all ids, and our fastest over the fastest peer."""
+    """Return the median speedups by label, "ours / other".
+
+    They are ours over each competitor of the same precision, a shortlist over the full vocabulary, and our fastest over
+    the fastest competitor. TorchEngine counts as neither.
+    """
     ours = [s for s in measurements if s.process.name == "tinystories"]
     competitors = [s for s in measurements if s.process.name not in ("tinystories", "torch")]
     full_vocabulary = [s for s in ours if not s.process.shortlist]

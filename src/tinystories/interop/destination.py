@@ -1,4 +1,4 @@
-"""Where an export or import goes: what may be written there, and what `--force` may replace."""
+"""Checks of --out for exports and imports: what may be written there, and what --force may replace."""
 
 import contextlib
 import os
@@ -10,7 +10,8 @@ from tinystories.data.tokenizer import sanitize
 from tinystories.engine.cpu import shortlist
 from tinystories.errors import UserError
 
-# What this program writes into a model directory or an export for transformers. A run has more, such as checkpoints/.
+# The files that this program writes into a model directory, or into an export for transformers. A training run has
+# more, such as checkpoints/, and is therefore never replaced.
 OUR_FILES = {
     "config.json",
     "generation.json",
@@ -24,10 +25,10 @@ HF_FILES = {"config.json", "generation_config.json", "tokenizer.json", "tokenize
 
 
 def check_destination(out: Path, *, is_folder: bool, force: bool, source: Path | None = None) -> None:
-    """`UserError` unless a file, or with `folder` a directory, may be written as `out`.
+    """Raise `UserError` unless a file (with `is_folder`: a directory) may be written as `out`.
 
-    It must not be, hold, or be part of `source`, which is read meanwhile. Only with `force` is something replaced: a
-    file by a file, a directory by a directory where this program wrote all that is in it.
+    `out` must not be, contain, or be inside `source`, the model being read. What exists is replaced only with `force`:
+    a file by a file, and a directory by a directory if it holds nothing but files that this program wrote.
     """
     require_name(out)
     if source is not None:
@@ -37,7 +38,7 @@ def check_destination(out: Path, *, is_folder: bool, force: bool, source: Path |
             or out_path in source_path.parents
             or (source_path in out_path.parents and os.path.lexists(out))
         ):
-            raise UserError(f"{out} is, holds, or is part of {source}, which is read; choose another --out")
+            raise UserError(f"{out} is, contains, or is inside {source}, the model being read; choose another --out")
     if not os.path.lexists(out):
         return
     if reason := refusal_reason(out, is_folder):
@@ -47,22 +48,22 @@ def check_destination(out: Path, *, is_folder: bool, force: bool, source: Path |
 
 
 def refusal_reason(out: Path, is_folder: bool) -> str | None:
-    """Why what is at `out` is never replaced; None where it may be."""
+    """Return why the existing `out` must never be replaced; None if --force may replace it."""
     if out.is_dir() and not is_folder:
-        return "is a directory, which no file replaces"
+        return "is a directory and cannot be replaced by a file"
     if not out.is_dir() and not out.is_file():
         return "is neither a file nor a directory"
     if is_folder and not out.is_dir():
-        return "is a file, which no directory replaces"
+        return "is a file and cannot be replaced by a directory"
     if is_folder and out.is_symlink():
-        return "is a link to a directory"
+        return "is a symlink to a directory"
     if is_folder and not is_own_output(out):
-        return "is a directory with files that are no export or import of this program"
+        return "is a directory with files that are not an export or import of this program"
     return None
 
 
 def is_own_output(folder: Path) -> bool:
-    """Whether a directory is empty, or holds a model of ours or for transformers and nothing else."""
+    """Return whether a directory is empty, or contains one of our models or transformers exports and nothing else."""
     files = list(folder.iterdir())
     names = {file.name for file in files}
     if not all(file.is_file() for file in files):
@@ -77,7 +78,7 @@ def is_own_output(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def translate_write_errors(out: Path) -> Iterator[None]:
-    """What the disk or its owner refuses, as a `UserError`."""
+    """Turn I/O errors inside the block (disk full, no permission) into a `UserError` about `out`."""
     from safetensors import SafetensorError
 
     try:

@@ -1,4 +1,4 @@
-"""Our models in the files of other programs. Each export is read back and compared before it is kept."""
+"""Export to the formats of other programs. Each export is read back and compared with the model before it is kept."""
 
 import dataclasses
 from collections.abc import Callable
@@ -17,18 +17,19 @@ from tinystories.interop.destination import check_destination, translate_write_e
 from tinystories.interop.model_bundle import ModelBundle
 
 Logits = npt.NDArray[Any]
-MAX_IDS = 64  # of the text that an export is compared on
+MAX_IDS = 64  # length of the text on which an export is compared with the model
 
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """How a kind of file is written, and what other code makes of it.
+    """An export format: how it is written, and how it is read back for verification.
 
-    `write(model, path, precision)` puts none, some or all of `companions(path)` beside the path; it returns the file's
-    id of each of ours where they differ. `logits(path, ids)` reads the file as its users will and returns (T, V).
-    `divergence`: of each precision, the first being the default, the largest mean Kullback-Leibler divergence (nats) of
-    what it predicts from what the model does; fp32 is held to LARGEST instead.
-    `hint(path)`: what to do with the file next.
+    `max_divergence`: for each precision (the first is the default) the largest accepted mean KL divergence, in nats, of
+    the file's predictions from the model's; 0 means that logits must agree to FP32_TOLERANCE instead.
+    `write(model, path, precision)` writes the file, and none, some or all of `sidecars(path)` beside it. If it
+    renumbers ids, it returns the permutation: file id = permutation[our id].
+    `logits(path, ids)` reads the file the way its users will and returns (T, V) logits.
+    `next_steps(path)`: a message that tells the user how to run the file.
     """
 
     max_divergence: dict[str, float]
@@ -39,7 +40,8 @@ class Format:
     is_folder: bool = False
 
 
-FP32_TOLERANCE = 1e-4  # difference of logits in fp32, for logits up to 10
+# Largest accepted difference of fp32 logits, for logits up to 10 (see `compare_logits`).
+FP32_TOLERANCE = 1e-4
 
 FORMATS = {
     "hf": Format({"f32": 0}, hf_folder.write, hf_folder.logits, next_steps=hf_folder.next_steps, is_folder=True),
@@ -53,7 +55,7 @@ FORMATS = {
 
 @dataclasses.dataclass(frozen=True)
 class ExportResult:
-    """What came of it: the files, and how far their logits are from the model's on `n_ids` ids of a story."""
+    """The files written, and how far their logits are from the model's over the first `n_ids` ids of a story."""
 
     paths: list[Path]
     max_difference: float
@@ -62,21 +64,24 @@ class ExportResult:
 
 
 def export(model: ModelBundle, name: str, out: Path, *, precision: str = "", force: bool = False) -> ExportResult:
-    """Write the model in the format of that name to `out`; nothing is left there unless it reads back the same.
+    """Write the model to `out` in format `name` (a key of FORMATS), all files or none.
 
-    `UserError` where the format cannot hold the model, where something is in the way (see `require_place`), and where
-    the logits differ too much. With `force` companions of an earlier export go, also those that are not written anew.
+    `precision` "": the format's default. With `force`, an earlier export is replaced together with its sidecars, also
+    those that the new export does not have. `UserError` if the format cannot represent the model, if `out` must not be
+    replaced (see `check_destination`), or if the logits of the written file differ too much from the model's.
     """
     if name not in FORMATS:
-        raise UserError(f"format {name} is not known; use one of {', '.join(FORMATS)}")
+        raise UserError(f"--format {name} is unknown; use one of {', '.join(FORMATS)}")
     export_format = FORMATS[name]
     precision = precision.lower() or next(iter(export_format.max_divergence))
     if precision not in export_format.max_divergence:
-        raise UserError(f"format {name} has no precision {precision}; use {', '.join(export_format.max_divergence)}")
+        raise UserError(
+            f"--format {name} has no --precision {precision}; use {', '.join(export_format.max_divergence)}"
+        )
     checkpoint.require_name(out)
     sidecars = export_format.sidecars(out)
     if out.name.lower() in (path.name.lower() for path in sidecars):
-        raise UserError(f"{out} is the name of a file that goes beside it; choose another --out")
+        raise UserError(f"{out} is also the name of a file that the export writes beside --out; choose another --out")
     with translate_write_errors(out):
         for path in (out, *sidecars):
             check_destination(path, is_folder=export_format.is_folder, force=force, source=model.folder)
@@ -102,28 +107,34 @@ def export(model: ModelBundle, name: str, out: Path, *, precision: str = "", for
 
 
 def encode_sample_story(model: ModelBundle) -> list[int]:
-    """The beginning of a story, END in front."""
+    """Encode END and the beginning of the first bundled story, at most MAX_IDS ids."""
     story = SAMPLE_PATH.read_text(encoding="utf-8").split(END, 1)[0].strip()
     ids = [model.tokenizer.end_id, *model.tokenizer.encode(story)]
     return ids[: min(MAX_IDS, model.config.n_ctx)]
 
 
 def compare_logits(model_logits: Logits, file_logits: Logits) -> tuple[float, float]:
-    """Largest difference of logits (for logits up to 10; else relative), and mean KL divergence in nats."""
+    """Compare (T, V) logits: return the largest difference and the mean KL divergence in nats.
+
+    If logits exceed 10 in magnitude, the difference is divided by a tenth of the largest one.
+    """
     if model_logits.shape != file_logits.shape:
-        raise UserError(f"the file gives logits of shape {file_logits.shape}, not {model_logits.shape}")
-    with np.errstate(invalid="ignore"):  # what is not a number is found out by the caller
+        raise UserError(
+            f"verification failed: logits of the exported file are of shape {file_logits.shape}, not"
+            f" {model_logits.shape}"
+        )
+    with np.errstate(invalid="ignore"):  # `check_agreement` rejects NaN
         max_difference = float(np.abs(model_logits - file_logits).max() / max(1, np.abs(model_logits).max() / 10))
         p, q = (x - np.logaddexp.reduce(x.astype(np.float64), axis=1)[:, None] for x in (model_logits, file_logits))
         return max_difference, float((np.exp(p) * (p - q)).sum(axis=1).mean())
 
 
 def check_agreement(export_format: Format, precision: str, max_difference: float, kl_divergence: float) -> None:
+    """Raise `UserError` if the differences exceed what the format allows for `precision`, or are NaN."""
     max_divergence = export_format.max_divergence[precision]
-    if not (
-        kl_divergence <= max_divergence if max_divergence else max_difference <= FP32_TOLERANCE
-    ):  # also where they are not numbers
+    # `not (a <= b)` rather than `a > b`: it also catches NaN.
+    if not (kl_divergence <= max_divergence if max_divergence else max_difference <= FP32_TOLERANCE):
         raise UserError(
-            f"the file does not say what the model says (logits differ by up to {max_difference:.2g}, divergence"
-            f" {kl_divergence:.2g}); nothing was written"
+            "verification failed: logits of the exported file differ from the model's by up to"
+            f" {max_difference:.2g} (KL divergence {kl_divergence:.2g} nats); nothing was written"
         )

@@ -1,6 +1,7 @@
-"""Models as GGUF files, which llama.cpp and Ollama read, and models of llama.cpp as ours.
+"""GGUF export and import, for llama.cpp and Ollama.
 
-`modern` with QK-norm is their architecture `qwen3`, without it `llama`; `classic` with GPT-2's settings is `gpt2`.
+`modern` with QK-norm maps to llama.cpp's architecture `qwen3`, `modern` without it to `llama`, and `classic` with
+GPT-2's settings to `gpt2`.
 """
 
 import shlex
@@ -28,8 +29,8 @@ from tinystories.interop.model_bundle import MAX_CONTEXT, ModelBundle
 
 ARCHITECTURES = ("qwen3", "llama", "gpt2")
 FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0"}
-MAX_F16 = 65504.0
-# Of an architecture's settings, those that are ours, and the values by which others change nothing.
+MAX_F16 = 65504.0  # largest finite float16
+# Metadata keys that our config has a field for, and for others the value that has no effect. Any other key is refused.
 KNOWN_KEYS = (
     *("block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size"),
     *("attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length"),
@@ -40,9 +41,9 @@ SAMPLING_KEYS = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min
 
 
 def write(model: ModelBundle, path: Path, precision: str) -> None:
-    """The file with its tokenizer, and a Modelfile for Ollama beside it.
+    """Write a GGUF file with its tokenizer, and a Modelfile for Ollama beside it.
 
-    In q8_0 and q4_0 the tensors are of the types that llama.cpp's own quantiser chooses (see `kind_of`).
+    In q8_0 and q4_0 each tensor has the type that llama.cpp's own quantizer would choose (`select_tensor_type`).
     """
 
     def add_metadata(writer: Any) -> None:
@@ -73,16 +74,20 @@ def next_steps(path: Path) -> str:
 
 
 def logits(path: Path, ids: list[int]) -> Array:
-    """(T, V) logits of our own engine with the file's weights, out of the precision they are stored in."""
+    """Return (T, V) logits of our own engine with the file's dequantized weights."""
     return read(path, None).logits(ids)
 
 
 def read(path: Path, tokenizer: Path | None) -> ModelBundle:
-    """A model of llama.cpp's architectures qwen3, llama and gpt2, in any precision that the `gguf` package reads."""
+    """Read a GGUF file of architecture qwen3, llama or gpt2, in any type that the `gguf` package can dequantize.
+
+    `tokenizer`: a tokenizer.json that replaces the file's own. `UserError` if the file is damaged or has settings that
+    our architectures do not have.
+    """
     file = GgufFile(path)
     architecture = file.get("general.architecture", str)
     if architecture not in ARCHITECTURES:
-        raise UserError(f"{path} is of architecture {quoted(architecture)}; only qwen3, llama and gpt2 can be read")
+        raise UserError(f"{path} has architecture {quoted(architecture)}; only qwen3, llama and gpt2 are supported")
     with error_context(path):
         config = read_config(file, architecture)
         model = ModelBundle(
@@ -100,12 +105,15 @@ def read(path: Path, tokenizer: Path | None) -> ModelBundle:
 
 
 def unsupported_reason(config: ModelConfig) -> str | None:
-    """Why llama.cpp cannot run a model; None if it can."""
+    """Return why llama.cpp cannot run a model (continues a sentence: "llama.cpp ..."); None if it can."""
     is_gpt2 = (
         config.learned_positions and config.activation == "gelu_tanh" and config.scaled_scores and not config.window
     )
     if config.architecture == "classic" and not is_gpt2:
-        return "has no model like this classic one: its gpt2 has learned positions, tanh-GELU, scaled scores, no window"
+        return (
+            "cannot run this classic model: its gpt2 has learned positions, gelu_tanh, scaled attention scores and no"
+            " sliding window"
+        )
     return None
 
 
@@ -116,7 +124,11 @@ def write_gguf(
     precision: str = "f32",
     add_metadata: Callable[[Any], None] = lambda writer: writer.add_tokenizer_model("no_vocab"),
 ) -> None:
-    """The model; `describe(writer)` adds what is known of it besides (without: it is given ids and gives ids)."""
+    """Write config and weights as GGUF.
+
+    `add_metadata(writer)` adds the tokenizer and other metadata; by default the file has none, so llama.cpp takes and
+    returns ids. `UserError` if llama.cpp cannot run the model or a weight overflows float16.
+    """
     if reason := unsupported_reason(config):
         raise UserError(f"llama.cpp {reason}; use --format hf or onnx")
     gguf = import_gguf()
@@ -143,7 +155,7 @@ def write_gguf(
     for name, tensor in to_gguf_tensors(config, weights):
         tensor_type = gguf.GGMLQuantizationType[select_tensor_type(config, name, tensor.shape, precision)]
         if tensor_type.name != "F32" and np.abs(tensor).max() > MAX_F16:
-            raise UserError(f"weights of {name} are too large for {precision}; use --precision f32")
+            raise UserError(f"weights of {name} exceed the range of --precision {precision}; use --precision f32")
         writer.add_tensor(name, gguf.quants.quantize(tensor, tensor_type), raw_dtype=tensor_type)
     try:
         writer.write_header_to_file()
@@ -154,7 +166,7 @@ def write_gguf(
 
 
 def read_config(file: GgufFile, architecture: str) -> ModelConfig:
-    """`UserError` where a setting is missing, impossible, or one that our architectures do not have."""
+    """Build our config from the metadata; `UserError` if a key is missing, invalid or unsupported."""
 
     def get_int(key: str, default: int | None = None) -> int:
         return file.get(f"{architecture}.{key}", int, default)
@@ -163,12 +175,15 @@ def read_config(file: GgufFile, architecture: str) -> ModelConfig:
         key = name.removeprefix(f"{architecture}.")
         is_neutral = key in NEUTRAL_VALUES and file.get(name, type(NEUTRAL_VALUES[key])) == NEUTRAL_VALUES[key]
         if key != name and key not in KNOWN_KEYS and not is_neutral:
-            raise UserError(f"{quoted(name)} is set, which our architectures do not have")
+            raise UserError(f"{quoted(name)} is set, but our architectures do not support it")
     n_head, n_embd, n_layer, n_ctx = (
         get_int(key) for key in ("attention.head_count", "embedding_length", "block_count", "context_length")
     )
     if TOP_NAMES[EMBEDDING] not in file.tensors or n_layer > len(file.tensors) or n_ctx > MAX_CONTEXT:
-        raise UserError(f"{n_layer:,} blocks, a context of {n_ctx:,} and {len(file.tensors):,} tensors cannot be")
+        raise UserError(
+            f"implausible sizes: block_count={n_layer:,}, context_length={n_ctx:,}, {len(file.tensors):,} tensors"
+            f"{'' if TOP_NAMES[EMBEDDING] in file.tensors else f' without {TOP_NAMES[EMBEDDING]}'}"
+        )
     n_kv_head, default_head_dim = get_int("attention.head_count_kv", n_head), n_embd // max(n_head, 1)
     sizes: dict[str, Any] = {
         "vocab_size": file.tensors[TOP_NAMES[EMBEDDING]].shape[0],
@@ -201,27 +216,30 @@ def read_config(file: GgufFile, architecture: str) -> ModelConfig:
     config = build_dataclass(ModelConfig, sizes, str(file.path))
     for key in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
         if get_int(key, config.head_dim) != config.head_dim:
-            raise UserError(f"{architecture}.{key}={get_int(key)}, but heads of {config.head_dim} have no other width")
+            raise UserError(f"{architecture}.{key}={get_int(key)} must equal the head dimension, {config.head_dim}")
     return config
 
 
 def read_sampling(file: GgufFile) -> SamplingConfig:
-    """The file's own settings, where it has some; ours for the rest."""
+    """Return the file's sampling settings, with our defaults for those it lacks."""
     names = SAMPLING_KEYS | {"repetition_penalty": "penalty_repeat"}
-    file_settings = {ours: file.metadata.get(f"general.sampling.{theirs}") for ours, theirs in names.items()}
+    file_settings = {field: file.metadata.get(f"general.sampling.{key}") for field, key in names.items()}
     return build_dataclass(
         SamplingConfig, {name: value for name, value in file_settings.items() if value is not None}, str(file.path)
     )
 
 
 def render_modelfile(model: ModelBundle, name: str, file: str) -> str:
-    """What Ollama must know besides (https://github.com/ollama/ollama/blob/main/docs/modelfile.mdx)."""
+    """Return the text of an Ollama Modelfile: template, context length, sampling and stop token.
+
+    Format: https://github.com/ollama/ollama/blob/main/docs/modelfile.mdx
+    """
     sampling = model.sampling
     settings = {
         "num_ctx": model.config.n_ctx,
         **{key: getattr(sampling, key) for key in SAMPLING_KEYS},
         "repeat_penalty": sampling.repetition_penalty,
-        "repeat_last_n": -1,  # all of the story, as ours
+        "repeat_last_n": -1,  # the whole context, as in our sampler
         "stop": f'"{END}"',
     }
     parameters = (f"PARAMETER {key} {value}" for key, value in settings.items())

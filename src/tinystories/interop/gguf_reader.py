@@ -1,6 +1,7 @@
-"""A GGUF file, read: its metadata and tensors (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
+"""GGUF parser for untrusted files (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
 
-The reader of the `gguf` package believes every count; here each is compared with what is left of the file first.
+The reader of the `gguf` package trusts every count in the file. This one first checks each against the bytes that are
+left in the file.
 """
 
 import dataclasses
@@ -22,30 +23,28 @@ Array = npt.NDArray[Any]
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-U32, F32, BOOL, STRING, ARRAY, U64 = 4, 6, 7, 8, 9, 10  # types of values
+U32, F32, BOOL, STRING, ARRAY, U64 = 4, 6, 7, 8, 9, 10  # type codes of metadata values
 STRUCT_CODES = {0: "B", 1: "b", 2: "H", 3: "h", U32: "I", 5: "i", F32: "f", BOOL: "?", U64: "Q", 11: "q", 12: "d"}
-# More is nonsense: real files have fewer than 100 values, 1,000 tensors, and vocabularies of 300,000 tokens.
+# Larger claims are rejected: real files have fewer than 100 values, 1,000 tensors, and 300,000 tokens.
 MAX_VALUES, MAX_TENSORS, MAX_STRINGS = 10_000, 100_000, 2_000_000
-MAX_NAME_BYTES = 65_535  # bytes
+MAX_NAME_BYTES = 65_535
 MAX_DIMENSIONS = 4
-TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", list: "a list of texts"}
+TYPE_NAMES = {int: "an integer", float: "a float", str: "a string", bool: "a boolean", list: "a list of strings"}
 
 
 def import_gguf() -> ModuleType:
-    """The `gguf` package; `UserError` where it is not installed."""
+    """Import the `gguf` package; `UserError` if it is not installed."""
     try:
         import gguf
     except ModuleNotFoundError:
-        raise UserError(
-            'GGUF files need the package gguf; install it with: pip install "tinystories-gpt[export]"'
-        ) from None
-    logging.getLogger("gguf").setLevel(logging.WARNING)  # it tells every step
+        raise UserError('GGUF files need the gguf package: pip install "tinystories-gpt[export]"') from None
+    logging.getLogger("gguf").setLevel(logging.WARNING)  # at INFO it logs every step
     return gguf
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """A tensor as it lies in the file: rows first, each row a number of whole blocks of its kind."""
+    """A tensor as stored in the file: row-major; each row is a whole number of blocks of `tensor_type`."""
 
     tensor_type: Any  # gguf.GGMLQuantizationType
     shape: tuple[int, ...]
@@ -53,10 +52,14 @@ class TensorInfo:
 
 
 class GgufFile:
-    """Values by key: int, float, bool, str, lists of bytes (of texts), arrays (of numbers). Tensors by name."""
+    """A parsed GGUF file; tensor data stays on disk (memory-mapped).
+
+    `metadata`: values by key; strings are str, lists of strings are lists of bytes, lists of numbers are NumPy arrays.
+    `tensors`: `TensorInfo` by name.
+    """
 
     def __init__(self, path: Path) -> None:
-        """`UserError` where the file is not GGUF or is damaged. Tensors stay on the disk until `weight`."""
+        """Map and parse the file; `UserError` if it is not a GGUF file or is damaged."""
         self.path = path
         self.gguf = import_gguf()
         self.position = 0
@@ -69,51 +72,51 @@ class GgufFile:
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
         except ValueError as error:
-            raise UserError(f"{path} is no GGUF file, or damaged: {error}; copy it again") from None
+            raise UserError(f"{path} is not a GGUF file, or is damaged: {error}; copy it again") from None
 
     def get(self, key: str, value_type: type[T], default: T | None = None) -> T:
-        """The value of a key; `UserError` where it is of another type, or missing and there is no default."""
+        """Return the value of a key; `UserError` if it has another type, or is missing without a default."""
         value = self.metadata.get(key, default)
         if value is None:
-            raise UserError(f"{self.path} does not say {key}; convert the model again")
+            raise UserError(f"{self.path}: {key} is missing; convert the model again")
         if type(value) is not value_type:
             raise UserError(f"{self.path}: {key} is not {TYPE_NAMES[value_type]}")
         return value
 
     def get_numbers(self, key: str) -> list[Any] | None:
-        """The value of a key that holds a list of numbers; None where it is missing."""
+        """Return a list of numbers; None if the key is missing, `UserError` if it has another type."""
         value = self.metadata.get(key)
         if value is not None and not isinstance(value, np.ndarray):
             raise UserError(f"{self.path}: {key} is not a list of numbers")
         return None if value is None else value.tolist()
 
     def load_tensor(self, name: str) -> Array:
-        """A tensor in fp32; of a file in fp32 no copy."""
+        """Return a tensor dequantized to fp32; F32 tensors are not copied."""
         info = self.tensors[name]
         data = np.frombuffer(info.data, np.uint8).reshape(*info.shape[:-1], -1)
         try:
-            with np.errstate(all="ignore"):  # damaged scales; Portable.check refuses what comes of them
+            with np.errstate(all="ignore"):  # damaged scales; ModelBundle.check rejects the result
                 weight: Array = self.gguf.quants.dequantize(data, info.tensor_type)
         except NotImplementedError:
             raise UserError(
-                f"{self.path}: {name} is of type {info.tensor_type.name}, which is not supported; use F32, F16, BF16, Q8_0"
-                " or Q4_0"
+                f"{self.path}: {name} is of type {info.tensor_type.name}, which is not supported; use F32, F16, BF16,"
+                " Q8_0 or Q4_0"
             ) from None
         return weight
 
     def _parse(self) -> None:
         if self._read_bytes(4) != MAGIC:
-            raise ValueError("it does not begin with GGUF")
+            raise ValueError("it does not start with GGUF")
         version = self._read_number(U32)
         if version not in VERSIONS:
-            raise ValueError(f"its version {version} is not 2 or 3 (little-endian)")
+            raise ValueError(f"version {version} is not 2 or 3 (little-endian)")
         n_tensors, n_values = self._read_number(U64), self._read_number(U64)
         if n_tensors > MAX_TENSORS or n_values > MAX_VALUES:
-            raise ValueError(f"it claims {n_tensors:,} tensors and {n_values:,} values")
+            raise ValueError(f"implausible counts: {n_tensors:,} tensors and {n_values:,} values")
         for _ in range(n_values):
             key = self._read_name()
             if key in self.metadata:
-                raise ValueError(f"it says {quoted(key)} twice")
+                raise ValueError(f"duplicate key {quoted(key)}")
             self.metadata[key] = self._read_value(self._read_number(U32))
         infos = [self._read_tensor_info() for _ in range(n_tensors)]
         alignment = self.metadata.get("general.alignment", 32)
@@ -122,25 +125,31 @@ class GgufFile:
         self._add_tensors(infos, self.position + -self.position % alignment, alignment)
 
     def _add_tensors(self, infos: list[tuple[str, Any, tuple[int, ...], int]], data_start: int, alignment: int) -> None:
+        """Check that the tensors are aligned, within the file and disjoint, in order of offset; add them."""
         previous_name, end = "the header", data_start
         for name, tensor_type, shape, offset in sorted(infos, key=lambda info: info[3]):
             block_size, type_size = self.gguf.GGML_QUANT_SIZES[tensor_type]
             if shape[-1] % block_size:
-                raise ValueError(f"rows of {shape[-1]:,} weights cannot be {tensor_type.name} ({quoted(name)})")
+                raise ValueError(
+                    f"rows of {shape[-1]:,} weights are not whole {tensor_type.name} blocks ({quoted(name)})"
+                )
             if name in self.tensors:
-                raise ValueError(f"tensor {quoted(name)} is there twice")
+                raise ValueError(f"duplicate tensor {quoted(name)}")
             if data_start + offset < end or offset % alignment:
                 raise ValueError(
-                    f"tensor {quoted(name)} begins within {quoted(previous_name)}, or not at a multiple of {alignment}"
+                    f"tensor {quoted(name)} overlaps {quoted(previous_name)}, or its offset is not a multiple of"
+                    f" {alignment}"
                 )
             end = data_start + offset + math.prod(shape) // block_size * type_size
             if end > len(self.buffer):
-                raise ValueError(f"tensor {quoted(name)} ends {end - len(self.buffer):,} bytes after the file")
+                raise ValueError(
+                    f"tensor {quoted(name)} extends {end - len(self.buffer):,} bytes past the end of the file"
+                )
             self.tensors[name] = TensorInfo(tensor_type, shape, self.buffer[data_start + offset : end])
             previous_name = name
 
     def _read_tensor_info(self) -> tuple[str, Any, tuple[int, ...], int]:
-        """Name, kind, shape and offset of a tensor."""
+        """Read name, type, shape and offset of a tensor."""
         name, n_dims = self._read_name(), self._read_number(U32)
         if not 1 <= n_dims <= MAX_DIMENSIONS:
             raise ValueError(f"tensor {quoted(name)} has {n_dims:,} dimensions")
@@ -157,19 +166,20 @@ class GgufFile:
         value_type, count = self._read_number(U32), self._read_number(U64)
         if value_type == STRING:
             if count > min(MAX_STRINGS, (len(self.buffer) - self.position) // 8):
-                raise ValueError(f"it claims a list of {count:,} texts")
+                raise ValueError(f"implausible list of {count:,} strings")
             return [bytes(self._read_string()) for _ in range(count)]
         if value_type not in STRUCT_CODES:
-            raise ValueError(f"it has a list of lists, or of type {value_type:,}")
+            raise ValueError(f"a list has elements of type {value_type:,}, which is not supported")
         dtype = np.dtype("<" + STRUCT_CODES[value_type]) if value_type != BOOL else np.dtype(np.uint8)
         return np.frombuffer(self._read_bytes(count * dtype.itemsize), dtype)
 
     def _read_number(self, value_type: int) -> Any:
         if value_type not in STRUCT_CODES:
-            raise ValueError(f"it has a value of type {value_type:,}")
+            raise ValueError(f"a value has type {value_type:,}, which does not exist")
         struct_format = "<" + STRUCT_CODES[value_type]
         number = struct.unpack(struct_format, self._read_bytes(struct.calcsize(struct_format)))[0]
-        return float(str(np.float32(number))) if value_type == F32 else number  # 1e-05, not 9.999999747378752e-06
+        # An fp32 value becomes the shortest decimal that rounds to it: 1e-05, not 9.999999747378752e-06.
+        return float(str(np.float32(number))) if value_type == F32 else number
 
     def _read_name(self) -> str:
         return str(self._read_string(MAX_NAME_BYTES), "utf-8")
@@ -177,11 +187,11 @@ class GgufFile:
     def _read_string(self, max_bytes: int | None = None) -> memoryview:
         size = self._read_number(U64)
         if max_bytes is not None and size > max_bytes:
-            raise ValueError(f"it has a name of {size:,} bytes")
+            raise ValueError(f"a name has {size:,} bytes")
         return self._read_bytes(size)
 
     def _read_bytes(self, size: int) -> memoryview:
         if size > len(self.buffer) - self.position:
-            raise ValueError("it ends within its header")
+            raise ValueError("it ends inside its header")
         self.position += size
         return self.buffer[self.position - size : self.position]

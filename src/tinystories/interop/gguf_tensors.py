@@ -1,4 +1,7 @@
-"""Our weights as llama.cpp's tensors, and back: other names, q, k and v as one, rows in another order."""
+"""Mapping between our weights and llama.cpp's tensors, both ways.
+
+Names differ, `gpt2` has q, k and v fused into one tensor, and `llama` has the rows of q and k in another order.
+"""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -40,7 +43,10 @@ QKV_BIAS_NAME = "blk.{}.attn_qkv.bias"
 
 
 def build_tensor_map(config: ModelConfig) -> dict[str, list[str]]:
-    """Of each of llama.cpp's tensors the weights that make it, one under another; none: zeros."""
+    """Map each llama.cpp tensor to the names of our weights that are concatenated (axis 0) to it.
+
+    An empty list is a tensor of zeros: the qkv bias that `gpt2` has and the model lacks.
+    """
     is_classic = config.architecture == "classic"
     tensor_map: dict[str, list[str]] = {}
     if is_classic and not config.qkv_bias:
@@ -56,7 +62,7 @@ def build_tensor_map(config: ModelConfig) -> dict[str, list[str]]:
 
 
 def to_gguf_tensors(config: ModelConfig, weights: Mapping[str, Array]) -> Iterator[tuple[str, Array]]:
-    """llama.cpp's names and tensors, fp32."""
+    """Yield llama.cpp's names and fp32 tensors."""
     for gguf_name, names in build_tensor_map(config).items():
         parts = [np.ascontiguousarray(weights[name], np.float32) for name in names]
         if is_rope_permuted(config, names):
@@ -65,10 +71,10 @@ def to_gguf_tensors(config: ModelConfig, weights: Mapping[str, Array]) -> Iterat
 
 
 def from_gguf_tensors(file: GgufFile, config: ModelConfig) -> dict[str, Array]:
-    """Our names and weights, fp32. `UserError` where a tensor is missing, unknown, or of another shape."""
+    """Return our fp32 weights by name. `UserError` if a tensor is missing, unknown, or has a wrong shape."""
     shapes, tensor_map = expected_shapes(config), build_tensor_map(config)
     if unknown := file.tensors.keys() - tensor_map.keys():
-        raise UserError(f"tensor {quoted(min(unknown))} has no place in our architectures")
+        raise UserError(f"tensor {quoted(min(unknown))} is unknown: our architectures do not have it")
     weights: dict[str, Array] = {}
     for gguf_name, names in tensor_map.items():
         if not names:
@@ -78,7 +84,7 @@ def from_gguf_tensors(file: GgufFile, config: ModelConfig) -> dict[str, Array]:
         row_counts = [shapes[name][0] for name in names]
         expected_shape = (sum(row_counts), *shapes[names[0]][1:])
         if file.tensors[gguf_name].shape != expected_shape:
-            raise UserError(f"tensor {gguf_name!r} is {file.tensors[gguf_name].shape}, not {expected_shape}")
+            raise UserError(f"tensor {gguf_name!r} has shape {file.tensors[gguf_name].shape}, not {expected_shape}")
         weight = file.load_tensor(gguf_name)
         if is_rope_permuted(config, names):
             weight = unpermute_rope(weight, config.head_dim)
@@ -87,17 +93,20 @@ def from_gguf_tensors(file: GgufFile, config: ModelConfig) -> dict[str, Array]:
 
 
 def is_rope_permuted(config: ModelConfig, names: list[str]) -> bool:
-    """Whether rows stand in another order in the file: `llama` rotates neighbours, `qwen3` halves as we do."""
+    """Return whether GGUF has the rows of this weight in another order than ours.
+
+    For RoPE, `llama` rotates adjacent pairs (2i, 2i + 1); `qwen3` rotates halves (i, i + D / 2), as we do.
+    """
     is_modern = config.architecture == "modern"
     return is_modern and not config.qk_norm and names[0].endswith(("q_proj.weight", "k_proj.weight"))
 
 
 def select_tensor_type(config: ModelConfig, gguf_name: str, shape: tuple[int, ...], precision: str) -> str:
-    """Type of a tensor, as llama.cpp's quantiser chooses it.
+    """Return the GGML type of a tensor, chosen as llama.cpp's quantizer would.
 
-    Vectors and positions stay in f32. Rows that are no whole blocks of 32 stay in f16. In q4_0 the head (tied: the
-    embedding) has 8 bits; llama.cpp gives it 6 where rows are whole blocks of 256, which the `gguf` package cannot
-    write.
+    Vectors and position embeddings stay in F32. Matrices whose rows are not a multiple of 32 stay in F16. In q4_0 the
+    LM head (if tied, the embedding) has 8 bits. The one difference: llama.cpp gives the head 6 bits if rows are a
+    multiple of 256, a type that the `gguf` package cannot write.
     """
     if precision == "f32" or len(shape) == 1 or gguf_name == TOP_NAMES[POSITION_EMBEDDING]:
         return "F32"

@@ -1,6 +1,6 @@
-"""Our tokenizers in a GGUF file's metadata, and its vocabularies as ours.
+"""Write our tokenizers to GGUF metadata, and read those of GGUF files.
 
-llama.cpp knows byte-level BPE as model "gpt2", whose split into words "pre" names, and sentencepiece's as "llama".
+llama.cpp calls byte-level BPE model "gpt2", with a pre-tokenizer named by the key "pre", and SentencePiece BPE "llama".
 """
 
 import json
@@ -19,16 +19,17 @@ from tinystories.interop.tokenizer_conversion import (
     set_end_token,
 )
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of tokens
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # llama.cpp's token types
 PRE_TOKENIZER = "gpt-2"
-SPACE_NORMALIZERS = ({"Replace"}, {"Prepend", "Replace"})  # what "llama" does to a text before it is split
+# Types of normalizers that "llama" implements: spaces become "▁", optionally with one in front of the text.
+SPACE_NORMALIZERS = ({"Replace"}, {"Prepend", "Replace"})
 
 
 def write_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int) -> None:
     """Write the tokenizer to a `gguf.GGUFWriter`, with END before every text.
 
-    Ids up to `vocab_size` that the tokenizer does not have become unused tokens. `UserError` where llama.cpp has no
-    such tokenizer.
+    Ids below `vocab_size` that the tokenizer does not have become unused tokens. `UserError` if llama.cpp does not
+    support the tokenizer.
     """
     tokenizer_model = select_tokenizer_model(tokenizer)
     model, added_tokens = (
@@ -62,7 +63,7 @@ def write_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int) -> None:
 
 
 def select_tokenizer_model(tokenizer: Tokenizer) -> str:
-    """`gpt2` or `llama`."""
+    """Return llama.cpp's name for the kind of tokenizer, "gpt2" or "llama"; `UserError` if it supports neither."""
     model, pre_tokenizer = tokenizer.json_data["model"], tokenizer.json_data["pre_tokenizer"]
     user_tokens = [token for token in tokenizer.json_data["added_tokens"] if not token["special"]]
     match_verbatim = not any(
@@ -79,19 +80,22 @@ def select_tokenizer_model(tokenizer: Tokenizer) -> str:
         ):
             return "llama"
     raise UserError(
-        "llama.cpp has no tokenizer like this model's: a GGUF file can hold gpt2, bpe:N, and sentencepiece's BPE with"
-        " bytes; use --format hf"
+        "llama.cpp does not support this model's tokenizer: GGUF supports gpt2, bpe:N, and SentencePiece BPE with byte"
+        " fallback; use --format hf"
     )
 
 
 def normalizer_types(tokenizer: Tokenizer) -> set[str]:
-    """Types of what is done to a text before anything else."""
+    """Return the types of the normalizers in the tokenizer.json."""
     normalizer = tokenizer.json_data["normalizer"] or {}
     return {part["type"] for part in normalizer.get("normalizers", [normalizer]) if part}
 
 
 def read(file: GgufFile, tokenizer_path: Path | None) -> Tokenizer:
-    """The file's vocabulary, or the tokenizer.json `given`; END is what stands before a text, else what ends it."""
+    """Read the file's tokenizer, or the tokenizer.json at `tokenizer_path`.
+
+    END becomes the name of the file's BOS token, or of its EOS token if it has no BOS.
+    """
     key = "tokenizer.ggml.{}_token_id"
     end_id = file.get(key.format("bos"), int, file.get(key.format("eos"), int, -1))
     if tokenizer_path is not None:
@@ -101,38 +105,36 @@ def read(file: GgufFile, tokenizer_path: Path | None) -> Tokenizer:
     pre_tokenizer = file.get("tokenizer.ggml.pre", str, "none")
     if tokenizer_model not in ("gpt2", "llama") or (tokenizer_model == "gpt2" and pre_tokenizer != PRE_TOKENIZER):
         description = (
-            f"{quoted(tokenizer_model)}, split as {quoted(pre_tokenizer)}"
+            f"{quoted(tokenizer_model)} with pre-tokenizer {quoted(pre_tokenizer)}"
             if tokenizer_model == "gpt2"
             else quoted(tokenizer_model)
         )
         raise UserError(
-            f"{file.path}: its vocabulary ({description}) is none of ours (gpt2 split as {PRE_TOKENIZER}, llama); give the model's"
-            " tokenizer.json by --tokenizer"
+            f"{file.path}: its tokenizer ({description}) is not supported, only gpt2 with pre-tokenizer"
+            f" {PRE_TOKENIZER}, and llama; pass the model's tokenizer.json with --tokenizer"
         )
     tokens = file.get("tokenizer.ggml.tokens", list)
     token_types = file.get_numbers("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
     if len(token_types) != len(tokens):
-        raise UserError(
-            f"{file.path}: {len(tokens):,} tokens but {len(token_types):,} types of tokens; convert it again"
-        )
+        raise UserError(f"{file.path}: {len(tokens):,} tokens but {len(token_types):,} token types; convert it again")
     while token_types and token_types[-1] == UNUSED:
         tokens, token_types = tokens[:-1], token_types[:-1]
     if not 0 <= end_id < len(tokens):
-        raise UserError(f"{file.path}: token {end_id} should end its stories, but there are {len(tokens):,} tokens")
+        raise UserError(f"{file.path}: its BOS or EOS token is {end_id}, but there are only {len(tokens):,} tokens")
     if tokenizer_model == "llama":
         return build_sentencepiece_tokenizer(file, tokens, token_types, end_id)
     return build_byte_level_tokenizer(file, tokens, token_types, end_id)
 
 
 def build_byte_level_tokenizer(file: GgufFile, tokens: list[bytes], token_types: list[int], end_id: int) -> Tokenizer:
-    """Byte-level BPE with GPT-2's split."""
+    """Build a byte-level BPE tokenizer with GPT-2's pre-tokenizer."""
     vocab: dict[str, int] = {}
     for i, name in enumerate(decode_utf8(file, tokens, "token")):
         if token_types[i] != UNUSED and vocab.setdefault(name, i) != i:
             raise UserError(f"{file.path}: tokens {vocab[name]} and {i} are both {quoted(name)}; convert it again")
     merges = [line.split(" ") for line in decode_utf8(file, file.get("tokenizer.ggml.merges", list, []), "merge")]
     if not all(len(pair) == 2 for pair in merges):
-        raise UserError(f"{file.path}: a merge is not of two parts; convert it again")
+        raise UserError(f"{file.path}: a merge does not have two parts; convert it again")
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     parts = json.loads(new_byte_level_bpe({}, []).to_str())
     parts["model"] |= {"vocab": vocab, "merges": merges}
@@ -147,14 +149,14 @@ def build_byte_level_tokenizer(file: GgufFile, tokens: list[bytes], token_types:
 def build_sentencepiece_tokenizer(
     file: GgufFile, tokens: list[bytes], token_types: list[int], end_id: int
 ) -> Tokenizer:
-    """BPE of sentencepiece's kind."""
+    """Build a SentencePiece BPE tokenizer."""
     if USER_DEFINED in token_types:
         raise UserError(
-            f"{file.path}: its vocabulary has tokens of its user's, which come before all others; give the model's"
-            " tokenizer.json by --tokenizer"
+            f"{file.path}: its vocabulary has user-defined tokens, which are not supported; pass the model's"
+            " tokenizer.json with --tokenizer"
         )
     scores = file.get_numbers("tokenizer.ggml.scores") or []
-    special_ids = [i for i, kind in enumerate(token_types) if kind in (UNKNOWN, CONTROL, UNUSED)]
+    special_ids = [i for i, token_type in enumerate(token_types) if token_type in (UNKNOWN, CONTROL, UNUSED)]
     add_prefix_space = file.get("tokenizer.ggml.add_space_prefix", bool, True)
     return build_sentencepiece_bpe(
         tokens, scores[: len(tokens)], end_id, special_ids, add_prefix_space=add_prefix_space, where=str(file.path)
@@ -162,6 +164,7 @@ def build_sentencepiece_tokenizer(
 
 
 def decode_utf8(file: GgufFile, texts: list[bytes], what: str) -> list[str]:
+    """Decode strings of the file; `UserError` calls the malformed one "a `what`"."""
     try:
         return [text.decode() for text in texts]
     except UnicodeDecodeError:

@@ -1,6 +1,7 @@
-"""The same model for Hugging Face transformers and for us: names of settings and weights, both ways. NumPy alone.
+"""Mapping between our config and weights and those of Hugging Face transformers, both ways, in NumPy.
 
-GPT-2 and GPT-Neo are `classic`, Llama and Qwen3 `modern`. What the other side cannot hold exactly is refused.
+GPT-2 and GPT-Neo map to `classic`, Llama and Qwen3 to `modern`. What the other side cannot represent exactly is
+refused.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 
-# Their settings that are ours by another name; by `model_type`.
+# For each `model_type`: config.json keys that correspond to one of our settings, and its name.
 GPT_SETTINGS = {"vocab_size": "vocab_size", "layer_norm_epsilon": "norm_eps", "tie_word_embeddings": "tied"}
 LLAMA_SETTINGS = {
     "vocab_size": "vocab_size",
@@ -48,8 +49,9 @@ SETTINGS_BY_TYPE = {
     "llama": LLAMA_SETTINGS,
     "qwen3": LLAMA_SETTINGS,
 }
-PROPERTY_FIELDS = {"kv_heads": "n_kv_head", "head_dim": "head_size"}  # to be set, where ours is a property
-# What transformers takes for a setting that config.json leaves out.
+# Computed properties of ModelConfig, and the field that sets each.
+PROPERTY_FIELDS = {"kv_heads": "n_kv_head", "head_dim": "head_size"}
+# transformers' defaults for keys that config.json omits.
 GPT_DEFAULTS = {"layer_norm_epsilon": 1e-5, "tie_word_embeddings": True, "activation_function": "gelu_new"}
 LLAMA_DEFAULTS = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False}
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -58,7 +60,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": LLAMA_DEFAULTS,
     "qwen3": LLAMA_DEFAULTS | {"num_key_value_heads": 32, "head_dim": 128},
 }
-# Settings that must have one of these values; the first is meant where there is none.
+# Keys that must have one of these values; a missing key means the first.
 REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
     "attention_bias": (False,),
@@ -71,7 +73,7 @@ REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
 }
 ACTIVATIONS = {"relu": "relu", "gelu_new": "gelu_tanh", "gelu": "gelu_erf", "gelu_pytorch_tanh": "gelu_tanh"}
 
-# Modules of GPT-2 and GPT-Neo; Llama and Qwen3 have our names.
+# Module names of GPT-2 and GPT-Neo; Llama and Qwen3 use the same names as we do.
 NAME_PREFIX = {"gpt2": "transformer.", "gpt_neo": "transformer.", "llama": "model.", "qwen3": "model."}
 TOP_NAMES = {"embed_tokens": "wte", "embed_positions": "wpe", "norm": "ln_f"}
 GPT_LAYER_NAMES = {
@@ -88,30 +90,30 @@ LAYER_NAMES = {
     | {f"self_attn.{name}_proj": f"attn.attention.{name}_proj" for name in "qkv"}
     | {"self_attn.o_proj": "attn.attention.out_proj"},
 }
-BUFFER_NAMES = re.compile(
-    r"\.attn\.(attention\.)?(masked_)?bias$|rotary_emb\.inv_freq$"
-)  # masks, frequencies: no weights
+# Causal masks and RoPE frequencies, which older checkpoints contain; they are not weights.
+BUFFER_NAMES = re.compile(r"\.attn\.(attention\.)?(masked_)?bias$|rotary_emb\.inv_freq$")
 
 
 def from_transformers(
     settings: Mapping[str, Any], weights: Mapping[str, Array]
 ) -> tuple[ModelConfig, dict[str, npt.NDArray[np.float32]]]:
-    """Our config and weights from their config.json and arrays of floating-point numbers (bf16 is none of NumPy's).
+    """Convert a transformers config.json and its weights to our config and fp32 weights.
 
-    Positions that are our sinusoids, and biases of q, k and v that are all zero, are left out. `UserError` where
-    something is missing, unknown, or not to be held exactly.
+    `weights`: floating-point NumPy arrays (NumPy has no bf16, so convert that first). A position table that equals our
+    sinusoids and qkv biases that are all zero are dropped. `UserError` if something is missing, unknown, or cannot be
+    represented exactly.
     """
     config = parse_config(settings)
     model_type, shapes = settings["model_type"], expected_shapes(config)
     name_map = build_name_map(model_type, config)
-    if not any(name.startswith(NAME_PREFIX[model_type]) for name in weights):  # saved without its head
+    if not any(name.startswith(NAME_PREFIX[model_type]) for name in weights):  # a bare model, saved without its LM head
         name_map = {name.removeprefix(NAME_PREFIX[model_type]): ours for name, ours in name_map.items()}
     weight_names = {name for name in weights if not BUFFER_NAMES.search(name)}
     if config.tied and LM_HEAD in weight_names:
         weight_names.remove(LM_HEAD)
         embedding = next(name for name, ours in name_map.items() if ours == [EMBEDDING])
         if embedding in weights and not np.array_equal(weights[LM_HEAD], weights[embedding]):
-            raise UserError(f"{LM_HEAD} is not {embedding}, as tie_word_embeddings in config.json says")
+            raise UserError(f"{LM_HEAD} differs from {embedding}, but config.json has tie_word_embeddings=true")
     ours: dict[str, npt.NDArray[np.float32]] = {}
     for name in sorted(name_map.keys() | weight_names):
         if name not in weight_names or name not in name_map:
@@ -120,9 +122,9 @@ def from_transformers(
         shape = (sum(shapes[part][0] for part in parts), *shapes[parts[0]][1:])
         expected = shape[::-1] if transposed else shape
         if array.shape != expected or not np.issubdtype(array.dtype, np.floating):
-            raise UserError(f"weight {name} is {array.dtype} {array.shape}, not floating-point numbers {expected}")
+            raise UserError(f"weight {name} is {array.dtype} {array.shape}, not floating-point {expected}")
         for part, piece in zip(parts, np.split(array.T if transposed else array, len(parts)), strict=True):
-            with np.errstate(over="ignore"):  # `Portable.check` refuses what comes of it
+            with np.errstate(over="ignore"):  # `ModelBundle.check` rejects infinities
                 ours[part] = np.ascontiguousarray(piece, dtype=np.float32)
     return drop_explicit_tables(config, ours)
 
@@ -130,9 +132,10 @@ def from_transformers(
 def to_hf_config_and_weights(
     config: ModelConfig, weights: Mapping[str, Array]
 ) -> tuple[dict[str, Any], dict[str, Array]]:
-    """The settings of their config.json, and weights by their names; a tied head is left out. See `from_transformers`.
+    """Convert our config and weights to a transformers config.json and weights; the inverse of `from_transformers`.
 
-    `weights`: by their names in `model.safetensors`. `UserError` where transformers has no such model.
+    `weights`: by our names in `model.safetensors`. A tied LM head is omitted. `UserError` if transformers has no
+    architecture that represents the model.
     """
     settings = build_hf_config(config)
     model_type = settings["model_type"]
@@ -146,8 +149,9 @@ def to_hf_config_and_weights(
 
 
 def to_transformers(config: ModelConfig, weights: "Mapping[str, Tensor]") -> Any:
-    """As a model of transformers in evaluation mode, with no code of our own in it; the logits are ours but for
-    rounding. `classic` is GPT2LMHeadModel or GPTNeoForCausalLM, `modern` Qwen3ForCausalLM or LlamaForCausalLM.
+    """Build the model as a transformers class in eval mode; logits equal ours up to rounding.
+
+    `classic` becomes GPT2LMHeadModel or GPTNeoForCausalLM, `modern` Qwen3ForCausalLM or LlamaForCausalLM.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -164,7 +168,11 @@ def to_transformers(config: ModelConfig, weights: "Mapping[str, Tensor]") -> Any
 
 
 def parse_config(settings: Mapping[str, Any]) -> ModelConfig:
-    """The config of all the weights that theirs has: `without_padding` makes it smaller."""
+    """Convert a transformers config.json to ours; `UserError` if it is invalid or unsupported.
+
+    The result has learned positions and, for GPT-2, qkv biases, since the file has those weights;
+    `drop_explicit_tables` simplifies it afterwards.
+    """
     model_type = settings.get("model_type")
     if not isinstance(model_type, str) or model_type not in SETTINGS_BY_TYPE:
         raise UserError(f"config.json: model_type={quoted(model_type)} is not one of {', '.join(SETTINGS_BY_TYPE)}")
@@ -176,14 +184,14 @@ def parse_config(settings: Mapping[str, Any]) -> ModelConfig:
     for name, attribute in SETTINGS_BY_TYPE[model_type].items():
         field, value = PROPERTY_FIELDS.get(attribute, attribute), hf_settings.get(name)
         if value is None and attribute in PROPERTY_FIELDS:
-            value = 0  # as many as n_head; n_embd / n_head
+            value = 0  # our default: n_kv_head = n_head, head_size = n_embd / n_head
         elif value is None and attribute == "n_ff" and model_type in LAYER_NAMES:
             value = 4 * values["n_embd"]
         elif value is None:
             raise UserError(f"config.json: {name} is missing")
         values[field] = validate(value, field_types[field], "config.json", name)
-    if values["n_layer"] > MAX_LAYERS or values["n_ctx"] > MAX_CONTEXT:  # before anything is made for each of them
-        raise UserError(f"config.json: {values['n_layer']:,} layers and a context of {values['n_ctx']:,} cannot be")
+    if values["n_layer"] > MAX_LAYERS or values["n_ctx"] > MAX_CONTEXT:  # checked before anything is allocated
+        raise UserError(f"config.json: implausible sizes: n_layer={values['n_layer']:,}, n_ctx={values['n_ctx']:,}")
     if model_type in LAYER_NAMES:
         values |= parse_classic(model_type, hf_settings, values["n_layer"])
     else:
@@ -195,6 +203,7 @@ def parse_config(settings: Mapping[str, Any]) -> ModelConfig:
 
 
 def parse_classic(model_type: str, hf_settings: Mapping[str, Any], n_layer: int) -> dict[str, Any]:
+    """Return the settings that only GPT-2 and GPT-Neo have: activation, attention windows, score scaling."""
     values: dict[str, Any] = {"learned_positions": True, "qkv_bias": model_type == "gpt2"}
     name = hf_settings["activation_function"]
     if not isinstance(name, str) or name not in ACTIVATIONS:
@@ -202,6 +211,7 @@ def parse_classic(model_type: str, hf_settings: Mapping[str, Any], n_layer: int)
     values["activation"] = ACTIVATIONS[name]
     if model_type == "gpt2":
         return values | {"scaled_scores": hf_settings.get("scale_attn_weights", True)}
+    # A list of [pattern, repeats], e.g. [[["global", "local"], 12]]. Repeats are capped: the file may claim billions.
     types = hf_settings.get("attention_types") or [[["global", "local"], 12]]
     try:
         layer_types = (which for group, times in types for _ in range(min(times, n_layer + 1)) for which in group)
@@ -217,12 +227,13 @@ def parse_classic(model_type: str, hf_settings: Mapping[str, Any], n_layer: int)
             raise UserError(f"config.json: window_size={window} must be positive")
     elif layers != ["global"] * n_layer:
         raise UserError(
-            f"config.json: attention_types={quoted(types)} are not supported, only global and local in turn"
+            f"config.json: attention_types={quoted(types)} are not supported, only alternating global and local"
         )
     return values | {"scaled_scores": False, "window": window}
 
 
 def parse_modern(model_type: str, hf_settings: Mapping[str, Any], sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that only Llama and Qwen3 have: RoPE, QK-norm, head sizes."""
     rope = hf_settings.get("rope_scaling") or hf_settings.get("rope_parameters") or {}
     is_default_rope = isinstance(rope, Mapping) and rope.keys() <= {"rope_type", "type", "rope_theta"}
     if not is_default_rope or rope.get("rope_type", rope.get("type", "default")) != "default":
@@ -243,8 +254,9 @@ def parse_modern(model_type: str, hf_settings: Mapping[str, Any], sizes: Mapping
 
 
 def build_hf_config(config: ModelConfig) -> dict[str, Any]:
+    """Return the contents of config.json; `UserError` if transformers has no such model."""
     model_type = select_model_type(config)
-    settings = {name: getattr(config, ours) for name, ours in SETTINGS_BY_TYPE[model_type].items()}
+    settings = {name: getattr(config, field) for name, field in SETTINGS_BY_TYPE[model_type].items()}
     settings |= {"model_type": model_type, "bos_token_id": None, "eos_token_id": None}
     if model_type in LAYER_NAMES:
         settings["activation_function"] = next(name for name, ours in ACTIVATIONS.items() if ours == config.activation)
@@ -262,23 +274,26 @@ def build_hf_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def select_model_type(config: ModelConfig) -> str:
-    """The `model_type` that can hold such a model."""
+    """Return the transformers `model_type` that represents the model exactly; `UserError` if there is none."""
     if config.architecture == "modern":
         if not config.qk_norm and config.n_embd % config.n_head:
-            raise UserError(f"transformers' Llama needs model.n_embd={config.n_embd} to be a multiple of model.n_head")
+            raise UserError(
+                f"transformers' Llama needs model.n_embd={config.n_embd} to be a multiple of"
+                f" model.n_head={config.n_head}"
+            )
         return "qwen3" if config.qk_norm else "llama"
     if not config.scaled_scores and not config.qkv_bias:
         return "gpt_neo"
     if config.window:
         raise UserError(
-            f"transformers has no model with model.window={config.window} and"
+            f"transformers has no architecture with model.window={config.window} and"
             f" {'model.qkv_bias=true' if config.qkv_bias else 'model.scaled_scores=true'}"
         )
     return "gpt2"
 
 
 def hf_name(model_type: str, name: str) -> str:
-    """Their name of one of our weights."""
+    """Return the transformers name of one of our weights."""
     if name == LM_HEAD:
         return name
     if model_type not in LAYER_NAMES:
@@ -291,7 +306,7 @@ def hf_name(model_type: str, name: str) -> str:
 
 
 def build_name_map(model_type: str, config: ModelConfig) -> dict[str, list[str]]:
-    """Their name of each weight, and what of ours it is made of: GPT-2 has q, k and v in one."""
+    """Map each transformers name to our weights concatenated in it (GPT-2 fuses q, k and v)."""
     name_map: dict[str, list[str]] = {}
     for name in expected_shapes(config):
         name_map.setdefault(hf_name(model_type, name), []).append(name)
@@ -299,14 +314,14 @@ def build_name_map(model_type: str, config: ModelConfig) -> dict[str, list[str]]
 
 
 def is_transposed(model_type: str, name: str) -> bool:
-    """Whether their matrix is (inner, outer), as those of GPT-2's blocks are."""
+    """Return whether transformers stores this matrix as (in, out): GPT-2's blocks use Conv1D, not Linear."""
     return model_type == "gpt2" and re.match(r"(transformer\.)?h\.", name) is not None
 
 
 def add_explicit_tables(
     config: ModelConfig, weights: Mapping[str, Array], model_type: str
 ) -> tuple[ModelConfig, Mapping[str, Array]]:
-    """`classic` with all the weights that theirs has: sinusoids as positions, in GPT-2 zeros as biases of q, k, v."""
+    """Add the weights that `classic` lacks and transformers has: a sinusoid table `wpe`; in GPT-2, zero qkv biases."""
     config = dataclasses.replace(config, learned_positions=True, qkv_bias=model_type == "gpt2")
     tables = {
         name: build_sinusoid_table(*shape) if name == POSITION_EMBEDDING else np.zeros(shape, np.float32)
@@ -319,7 +334,7 @@ def add_explicit_tables(
 def drop_explicit_tables(
     config: ModelConfig, weights: dict[str, npt.NDArray[np.float32]]
 ) -> tuple[ModelConfig, dict[str, npt.NDArray[np.float32]]]:
-    """What `with_padding` adds, taken away again."""
+    """Remove what `add_explicit_tables` adds: a position table of sinusoids, and qkv biases that are zero."""
     if config.learned_positions and np.array_equal(
         weights[POSITION_EMBEDDING], build_sinusoid_table(config.n_ctx, config.n_embd)
     ):

@@ -1,4 +1,4 @@
-"""A folder of Hugging Face transformers: written so that `from_pretrained` needs no code of ours, and read."""
+"""Hugging Face model folders: written so that `from_pretrained` loads them without custom code, and read."""
 
 import json
 import re
@@ -24,11 +24,14 @@ MODEL_CLASSES = {"gpt2": "GPT2", "gpt_neo": "GPTNeo", "llama": "Llama", "qwen3":
 SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 GPT2_VOCAB_SIZE = 50257
 FILE_NAME = re.compile(r"\w[\w.-]{0,199}", re.ASCII)
-INSTALL_HINT = 'reading a Hugging Face folder back needs transformers: pip install "tinystories-gpt[export]"'
+INSTALL_HINT = 'verifying a Hugging Face export needs transformers: pip install "tinystories-gpt[export]"'
 
 
 def write(model: ModelBundle, path: Path, precision: str) -> None:
-    """Fill a new folder. The tokenizer puts END before a text, as the model has learned to read."""
+    """Write the model to a new folder `path`.
+
+    The folder's tokenizer puts END before a text, because the model was trained on stories that begin with END.
+    """
     assert precision == "f32"
     settings, weights = to_hf_config_and_weights(model.config, model.weights)
     end_id = model.tokenizer.end_id
@@ -41,7 +44,7 @@ def write(model: ModelBundle, path: Path, precision: str) -> None:
     checkpoint.save_weights(path / checkpoint.WEIGHTS, weights)
     checkpoint.write_json(path / "config.json", settings)
     sampling = {name: getattr(model.sampling, name) for name in SAMPLING_FIELDS}
-    if sampling["temperature"] == 0:  # greedy, which transformers says otherwise
+    if sampling["temperature"] == 0:  # greedy, which transformers expresses as do_sample=false
         sampling = {"do_sample": False, "repetition_penalty": sampling["repetition_penalty"]}
     else:
         sampling["do_sample"] = True
@@ -70,7 +73,10 @@ def next_steps(path: Path) -> str:
 
 
 def logits(path: Path, ids: list[int]) -> Array:
-    """(T, V) logits of transformers' own model of the folder; its tokenizer must read a text as ours does."""
+    """Return (T, V) logits of the folder's model as transformers computes them.
+
+    `UserError` if transformers is missing, or if its tokenizer encodes the text of `ids` differently from ours.
+    """
     try:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -82,7 +88,9 @@ def logits(path: Path, ids: list[int]) -> Array:
     our_tokenizer = Tokenizer.load(path)
     text = our_tokenizer.decode(ids[1:])
     if tokenizer(text).input_ids != [our_tokenizer.end_id, *our_tokenizer.encode(text)]:
-        raise UserError("transformers' tokenizer reads a text as other ids than ours; nothing was written")
+        raise UserError(
+            "verification failed: transformers' tokenizer encodes a text differently from ours; nothing was written"
+        )
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
     with torch.inference_mode():
         file_logits: Array = model(torch.tensor([ids])).logits[0].numpy()
@@ -90,7 +98,10 @@ def logits(path: Path, ids: list[int]) -> Array:
 
 
 def read(path: Path, tokenizer: Path | None) -> ModelBundle:
-    """A folder of gpt2, gpt_neo, llama or qwen3. `UserError` where it is none, or damaged."""
+    """Read a folder of model_type gpt2, gpt_neo, llama or qwen3; `UserError` if it is another or damaged.
+
+    `tokenizer`: a tokenizer.json that replaces the folder's own.
+    """
     with error_context(path):
         settings = checkpoint.read_json(path / "config.json")
         config, weights = from_transformers(settings, load_weights(path))
@@ -106,7 +117,7 @@ def read(path: Path, tokenizer: Path | None) -> ModelBundle:
 
 
 def load_weights(path: Path) -> dict[str, Array]:
-    """All weights of a folder, in one file or several, fp32."""
+    """Load all weights of a folder, sharded or not, as fp32. No code in the files is run."""
     for name, read_tensors in ((checkpoint.WEIGHTS, read_safetensors), ("pytorch_model.bin", read_state_dict)):
         files, index_path = [name], path / f"{name}.index.json"
         if not (path / name).is_file():
@@ -115,13 +126,15 @@ def load_weights(path: Path) -> dict[str, Array]:
             weight_map = checkpoint.read_json(index_path).get("weight_map")
             file_names = list(weight_map.values()) if isinstance(weight_map, dict) else []
             if not file_names or not all(isinstance(file, str) and FILE_NAME.fullmatch(file) for file in file_names):
-                raise UserError(f"{index_path} names files outside its folder, or none; download the model again")
+                raise UserError(
+                    f"{index_path} names files outside its folder, or none at all; download the model again"
+                )
             files = sorted(set(file_names))
         for file in files:
             if not (path / file).is_file():
-                raise UserError(f"{path / file} is missing, or no file; download the model again")
+                raise UserError(f"{path / file} is missing, or not a regular file; download the model again")
         return {name: weight for file in files for name, weight in read_tensors(path / file)}
-    raise UserError(f"{path} holds no weights (model.safetensors or pytorch_model.bin)")
+    raise UserError(f"{path} contains no weights (model.safetensors or pytorch_model.bin)")
 
 
 def read_state_dict(path: Path) -> Iterator[tuple[str, Array]]:
@@ -131,6 +144,7 @@ def read_state_dict(path: Path) -> Iterator[tuple[str, Array]]:
 
 
 def read_safetensors(path: Path) -> Iterator[tuple[str, Array]]:
+    """Yield the floating-point tensors of a file as fp32; bf16 is widened by its bits, since NumPy lacks it."""
     from safetensors import SafetensorError, deserialize
 
     dtypes = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
@@ -140,17 +154,20 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, Array]]:
         raise UserError(f"{path} cannot be read: {sanitize(error)}") from None
     for name, info in tensors:
         if info["dtype"] not in dtypes:
-            continue  # masks and counters; a weight that is missing is noticed later
+            continue  # integer buffers such as masks; a missing weight is detected later
         array = np.frombuffer(info["data"], dtypes[info["dtype"]])
         if info["dtype"] == "BF16":
             array = (array.astype(np.uint32) << 16).view(np.float32)
-        with np.errstate(over="ignore"):  # `Portable.check` refuses what comes of it
+        with np.errstate(over="ignore"):  # `ModelBundle.check` rejects infinities
             array = array.reshape(info["shape"]).astype(np.float32, copy=False)
         yield name, array
 
 
 def load_tokenizer(path: Path, tokenizer_path: Path | None, settings: Mapping[str, Any], vocab_size: int) -> Tokenizer:
-    """The folder's, with END where its stories begin (or end); GPT-2's where it has none and as many ids."""
+    """Load `tokenizer_path`, else the folder's tokenizer, else GPT-2's if the vocabulary size is GPT-2's.
+
+    END becomes the name of the BOS token (without one, the EOS token) in `settings`, the folder's config.json.
+    """
     file = tokenizer_path or path / "tokenizer.json"
     end_id = next((settings[name] for name in ("bos_token_id", "eos_token_id") if settings.get(name) is not None), None)
     if isinstance(end_id, list) and end_id:
@@ -161,12 +178,14 @@ def load_tokenizer(path: Path, tokenizer_path: Path | None, settings: Mapping[st
     if end_id is None and json.loads(text)["added_tokens"]:
         return Tokenizer(text, str(file))
     if type(end_id) is not int:
-        raise UserError(f"{path}/config.json: neither bos_token_id nor eos_token_id says what ends a story")
+        raise UserError(
+            f"{path}/config.json: bos_token_id and eos_token_id are both missing or invalid; one must be a token id"
+        )
     return set_end_token(text, end_id, str(file))
 
 
 def build_tokenizer_json(path: Path, vocab_size: int) -> str:
-    """tokenizer.json of GPT-2's older two files, or GPT-2's own."""
+    """Return a tokenizer.json made of vocab.json and merges.txt, else GPT-2's own if the vocabulary size matches."""
     from tinystories.data.build_tokenizer import load_gpt2, new_byte_level_bpe
 
     if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
@@ -177,16 +196,16 @@ def build_tokenizer_json(path: Path, vocab_size: int) -> str:
         merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
         try:
             text: str = new_byte_level_bpe(checkpoint.read_json(path / "vocab.json"), merges).to_str()  # type: ignore[arg-type]
-        except Exception as error:  # of the Rust library
-            raise UserError(f"{path}/merges.txt and vocab.json are no tokenizer: {sanitize(error)}") from None
+        except Exception as error:  # the Rust library raises plain Exception
+            raise UserError(f"{path}: merges.txt and vocab.json are not a valid tokenizer: {sanitize(error)}") from None
         return text
     if vocab_size == GPT2_VOCAB_SIZE:
         return load_gpt2().json_text
-    raise UserError(f"{path} brings no tokenizer; give one with --tokenizer FILE")
+    raise UserError(f"{path} has no tokenizer; pass one with --tokenizer FILE")
 
 
 def parse_sampling(generation_config: Mapping[str, Any], where: Path) -> SamplingConfig:
-    """Its own settings, where it has some; ours for the rest."""
+    """Return the sampling settings of generation_config.json, with our defaults for those it lacks."""
     if generation_config.get("do_sample") is False and "temperature" not in generation_config:
         return SamplingConfig(temperature=0.0)
     return build_dataclass(

@@ -1,4 +1,7 @@
-"""Models on the Hugging Face Hub: down into `huggingface_hub`'s cache, up as one commit. No code of theirs is run."""
+"""Hugging Face Hub: download models to `huggingface_hub`'s cache, and push models as one commit.
+
+Code in a repository is neither downloaded nor run.
+"""
 
 import contextlib
 import errno
@@ -32,16 +35,16 @@ METADATA_FILES = {
     "tokenizer_config.json",
     "vocab.json",
 }
-WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")  # the first that a repository has
+WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")  # in order of preference; one kind is downloaded
 INSTALL_COMMAND = 'pip install "tinystories-gpt[export]"'
 
 
 def download(source: str) -> Path:
-    """The folder, in `huggingface_hub`'s cache, with the files of hf:OWNER/NAME[@REVISION] that we can read.
+    """Download the readable files of hf:OWNER/NAME[@REVISION]; return their folder in `huggingface_hub`'s cache.
 
-    Whole files are kept when it is interrupted. Sizes and hashes are those that the Hub lists. Where the Hub does not
-    answer within CONTACT_SECONDS, an earlier download serves, with a warning. `UserError` where there is none, where
-    the repository or revision does not exist, is private or gated, holds no weights, or where the disk is full.
+    Sizes and hashes are verified against the Hub's listing. After an interruption, completed files are kept. If the Hub
+    does not answer within CONNECT_TIMEOUT_SECONDS, an earlier download is used, with a warning. `UserError` if there is
+    none, if the repository or revision does not exist, is private, gated or without weights, or if the disk is full.
     """
     repo, revision = parse_hub_name(source)
     hf_hub = import_huggingface_hub()
@@ -60,21 +63,24 @@ def download(source: str) -> Path:
             cached_config = hf_hub.try_to_load_from_cache(repo, "config.json", revision=revision or None)
             if not isinstance(cached_config, str):
                 raise
-            log.warning("%s: the Hub does not answer (%s); an earlier download is used", source, type(error).__name__)
+            log.warning("%s: the Hub does not answer (%s); using an earlier download", source, type(error).__name__)
             return Path(cached_config).parent
         files = select_files(source, info.siblings)
         check_disk_space(source, hf_hub, repo, [f for f in files if not is_cached(hf_hub, repo, f.rfilename, info.sha)])
-        names = [file.rfilename for file in files]  # as patterns each matches itself alone: they hold no * ? [ /
+        names = [file.rfilename for file in files]  # safe as patterns: none contains * ? [ or /
         folder = Path(hf_hub.snapshot_download(repo, revision=revision or None, allow_patterns=names))
     if folder.name != info.sha:
-        raise UserError(f"{source} was changed while it was downloaded; run the same again")
+        raise UserError(f"{source} changed during the download; run the same command again")
     for file in files:
         verify_hash(source, folder / file.rfilename, file)
     return folder
 
 
 def select_files(source: str, files: Sequence[Any]) -> list[Any]:
-    """Those of a listing to download: descriptions and one kind of weights, from the top folder only."""
+    """Select the files of a listing to download: metadata and one kind of weights, from the top folder only.
+
+    `UserError` if weights are missing, or if there are several GGUF files to choose from.
+    """
     top_level_files = [file for file in files if re.fullmatch(r"[\w.-]+", file.rfilename)]
     files_by_pattern = (
         [file for file in top_level_files if fnmatchcase(file.rfilename, kind)] for kind in WEIGHT_PATTERNS
@@ -83,10 +89,10 @@ def select_files(source: str, files: Sequence[Any]) -> list[Any]:
     names = [file.rfilename for file in weights]
     if not weights:
         listing = ", ".join(sanitize(file.rfilename) for file in files[:10]) or "nothing"
-        raise UserError(f"{source} holds none of {', '.join(WEIGHT_PATTERNS)} in its top folder; it holds {listing}")
+        raise UserError(f"{source} has none of {', '.join(WEIGHT_PATTERNS)} in its top folder; it has {listing}")
     if len(weights) > 1 and names[0].endswith(".gguf"):
         raise UserError(
-            f"{source} holds several models; download one of these files, then: tinystories import FILE"
+            f"{source} has several models; download one of these files, then run: tinystories import FILE"
             f" ({', '.join(names)})"
         )
     return [file for file in top_level_files if file.rfilename in METADATA_FILES] + weights
@@ -97,7 +103,7 @@ def is_cached(hf_hub: Any, repo: str, name: str, commit: str) -> bool:
 
 
 def check_disk_space(source: str, hf_hub: Any, repo: str, files: Sequence[Any]) -> None:
-    """`UserError` where the cache's disk has no room for the files; says how much there is to download."""
+    """Raise `UserError` if the files do not fit on the cache's disk; otherwise log how much is downloaded."""
     needed_bytes = sum(file.size or 0 for file in files)
     if not files:
         return
@@ -107,14 +113,17 @@ def check_disk_space(source: str, hf_hub: Any, repo: str, files: Sequence[Any]) 
     ).free
     if needed_bytes > free_bytes:
         raise UserError(
-            f"{source} has {needed_bytes / 1e6:,.1f} MB to download, {cache_dir} only {free_bytes / 1e6:,.1f} MB left;"
+            f"{source} needs {needed_bytes / 1e6:,.1f} MB, but {cache_dir} has only {free_bytes / 1e6:,.1f} MB left;"
             " free space, or set HF_HUB_CACHE to another folder"
         )
     log.info("downloading %s: %d files, %.1f MB", repo, len(files), needed_bytes / 1e6)
 
 
 def verify_hash(source: str, path: Path, remote_file: Any) -> None:
-    """`UserError` unless the file is what the Hub lists; what is not leaves the cache."""
+    """Compare a file with the hash in the Hub's listing; on a mismatch, delete it and raise `UserError`.
+
+    Large (LFS) files are listed with their SHA-256, others with git's blob hash.
+    """
     if remote_file.lfs is not None:
         matches = checkpoint.sha256(path) == remote_file.lfs.sha256
     else:
@@ -123,15 +132,16 @@ def verify_hash(source: str, path: Path, remote_file: Any) -> None:
     if not matches:
         path.resolve().unlink()
         path.unlink(missing_ok=True)
-        raise UserError(f"{source}: {path.name} arrived damaged (its hash is not the listed one); run the same again")
+        raise UserError(
+            f"{source}: {path.name} arrived damaged (wrong hash) and was deleted; run the same command again"
+        )
 
 
 def resolve_model_folder(model: str | Path | None) -> Path:
-    """The folder that a MODEL names: a directory itself, or that of hf:OWNER/NAME[@REVISION] once downloaded.
+    """Return the folder of a MODEL argument: a directory, or hf:OWNER/NAME[@REVISION], which is downloaded.
 
-    None is the storyteller that comes with the package.
-
-    `UserError` as from `download`, and where that is another program's model.
+    None is the bundled model. `UserError` if `download` fails, or if the repository is not one of our model
+    directories.
     """
     if model is None:
         return checkpoint.BUNDLED_MODEL
@@ -139,29 +149,26 @@ def resolve_model_folder(model: str | Path | None) -> Path:
         return Path(model)
     folder = download(str(model))
     if not checkpoint.is_native_model(folder):
-        raise UserError(
-            f"{model} is a model of another program; make a model directory of it first:"
-            f" tinystories import {model} --out DIR"
-        )
+        raise UserError(f"{model} is a model of another program; import it first: tinystories import {model} --out DIR")
     return folder
 
 
 def check_pushable(repo: str) -> None:
-    """`UserError` where a repository is not named OWNER/NAME, and without a token that may write."""
+    """Raise `UserError` unless `repo` is OWNER/NAME and a Hub token is set (whether it may write is not checked)."""
     name, separator, revision = repo.partition("@")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or ".." in name:
         raise UserError(f"{repo} is not of the form OWNER/NAME, such as me/small-stories")
     if separator:
-        raise UserError(f"{repo}: a push goes to the main branch; leave @{revision} out")
+        raise UserError(f"{repo}: pushes go to the main branch; leave @{revision} out")
     if not import_huggingface_hub().get_token():
         raise UserError(
-            "a push needs a token that may write: set HF_TOKEN to one made at https://huggingface.co/settings/tokens,"
+            "pushing needs a token with write access: set HF_TOKEN to one from https://huggingface.co/settings/tokens,"
             " or run: hf auth login"
         )
 
 
 def collect_files(folder: Path, repo: str, license: str = "") -> dict[str, Path | bytes]:
-    """What is pushed of a model directory, by name: its own files and the model card, nothing else that lies there."""
+    """Return what to push of a model directory, by name: its checksummed files, config.json and the model card."""
     from tinystories.interop.model_bundle import ModelBundle
     from tinystories.interop.model_card import build_model_card
 
@@ -174,9 +181,10 @@ def collect_files(folder: Path, repo: str, license: str = "") -> dict[str, Path 
 
 
 def push(files: Mapping[str, Path | bytes], repo: str, *, private: bool = True, message: str = "") -> str:
-    """Upload files as one commit to a repository, which is made where there is none; returns the commit's address.
+    """Upload files as one commit and return the commit's URL; create the repository if it does not exist.
 
-    `UserError` without a token that may write there, without network, and where it should be private but is public.
+    `UserError` if the token has no write access, the Hub cannot be reached, or the existing repository is public and
+    `private` is set.
     """
     check_pushable(repo)
     hf_hub = import_huggingface_hub()
@@ -184,7 +192,7 @@ def push(files: Mapping[str, Path | bytes], repo: str, *, private: bool = True, 
     with translate_errors(repo, api.endpoint):
         call_with_timeout(CONNECT_TIMEOUT_SECONDS, lambda: api.create_repo(repo, private=private, exist_ok=True))
         if private and not call_with_timeout(CONNECT_TIMEOUT_SECONDS, lambda: api.model_info(repo)).private:
-            raise UserError(f"{repo} is there already and public; push with --public, or name another repository")
+            raise UserError(f"{repo} already exists and is public; push with --public, or choose another repository")
         operations = [
             hf_hub.CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in files.items()
         ]
@@ -193,11 +201,11 @@ def push(files: Mapping[str, Path | bytes], repo: str, *, private: bool = True, 
 
 
 def import_huggingface_hub() -> Any:
-    """The package huggingface_hub, told to leave messages to us and to show its progress on terminals only."""
+    """Import huggingface_hub with its log silenced, and its progress bars shown on terminals only."""
     try:
         import huggingface_hub
     except ImportError:
-        raise UserError(f"the Hub needs huggingface_hub: {INSTALL_COMMAND}") from None
+        raise UserError(f"the Hugging Face Hub needs huggingface_hub: {INSTALL_COMMAND}") from None
     huggingface_hub.logging.set_verbosity(logging.CRITICAL)
     if not sys.stderr.isatty():
         huggingface_hub.utils.disable_progress_bars()
@@ -205,7 +213,7 @@ def import_huggingface_hub() -> Any:
 
 
 def is_hub_refusal(error: Exception) -> bool:
-    """Whether the Hub itself refused, rather than could not be reached."""
+    """Return whether the Hub answered with a refusal (HTTP status below 500, or an invalid name)."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     if isinstance(error, HfHubHTTPError):
@@ -215,36 +223,37 @@ def is_hub_refusal(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def translate_errors(name: str, endpoint: str) -> Iterator[None]:
-    """Whatever goes wrong in the client, as a `UserError` about the repository of that name."""
-    from huggingface_hub import errors as theirs
+    """Turn every exception of the Hub client inside the block into a `UserError` about repository `name`."""
+    from huggingface_hub import errors as hub_errors
 
     repo = name.removeprefix("hf:").partition("@")[0]
     try:
         yield
     except UserError:
         raise
-    except theirs.GatedRepoError:
-        raise UserError(f"{name}: ask for access at {endpoint}/{repo}, then set HF_TOKEN to your token") from None
-    except theirs.RepositoryNotFoundError:
+    except hub_errors.GatedRepoError:
+        raise UserError(f"{name}: request access at {endpoint}/{repo}, then set HF_TOKEN to your token") from None
+    except hub_errors.RepositoryNotFoundError:
         raise UserError(f"{name}: no model {repo} at {endpoint} (a private one needs HF_TOKEN)") from None
-    except theirs.RevisionNotFoundError:
+    except hub_errors.RevisionNotFoundError:
         raise UserError(f"{name}: {repo} has no such revision; see {endpoint}/{repo}/commits/main") from None
-    except theirs.HFValidationError as error:
-        raise UserError(f"{name} is no name of a repository: {sanitize(error)}") from None
+    except hub_errors.HFValidationError as error:
+        raise UserError(f"{name} is not a valid repository name: {sanitize(error)}") from None
     except Exception as error:
-        status = error.response.status_code if isinstance(error, theirs.HfHubHTTPError) else 0
+        status = error.response.status_code if isinstance(error, hub_errors.HfHubHTTPError) else 0
         if status in (401, 403):
             raise UserError(
-                f"{name}: the Hub refuses ({status}); HF_TOKEN must be a token that may do this"
+                f"{name}: the Hub denied access ({status}); set HF_TOKEN to a token that may do this"
                 " (https://huggingface.co/settings/tokens)"
             ) from None
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
-                f"{name}: the disk is full; free space, or set HF_HUB_CACHE to another folder, and run the same again"
+                f"{name}: the disk is full; free space, or set HF_HUB_CACHE to another folder,"
+                " and run the same command again"
             ) from None
         if isinstance(error, OSError) and error.filename:
             raise UserError(f"{name}: {error.filename}: {error.strerror}") from None
         raise UserError(
-            f"{name}: {endpoint}/{repo} was tried and does not answer as it should ({type(error).__name__}:"
-            f" {sanitize(error)[:200]}); run the same again to go on"
+            f"{name}: cannot reach {endpoint}/{repo}, or its answer is invalid ({type(error).__name__}:"
+            f" {sanitize(error)[:200]}); run the same command again to continue"
         ) from None

@@ -1,4 +1,4 @@
-"""Models of other programs as model directories. Every file is taken to be hostile until it has been checked."""
+"""Import models of other programs as model directories. Every file is treated as hostile until it has been checked."""
 
 import os
 import stat
@@ -12,7 +12,10 @@ from tinystories.interop.model_bundle import ModelBundle
 
 
 def import_to_directory(source: str, out: Path, tokenizer: Path | None = None, *, force: bool = False) -> ModelBundle:
-    """Write the model of `import_model` as the model directory `out`, whole or not at all. See `require_place`."""
+    """Import `source` (see `import_model`), write it atomically as the model directory `out`, and return it.
+
+    `UserError` if the source cannot be read or `out` must not be replaced (see `check_destination`).
+    """
     is_local = not source.startswith("hf:")
     with translate_write_errors(out):
         check_destination(out, is_folder=True, force=force, source=Path(source) if is_local else None)
@@ -25,15 +28,15 @@ def import_to_directory(source: str, out: Path, tokenizer: Path | None = None, *
 
 
 def resolve_path(source: str) -> Path:
-    """The path, from the root where it has no name of its own, such as "."."""
+    """Return the path; one without a name, such as ".", is made absolute, so that provenance can record a name."""
     return Path(os.path.realpath(source)) if Path(source).name in ("", "..") else Path(source)
 
 
 def import_model(source: str, tokenizer: Path | None = None) -> ModelBundle:
-    """Read a Hugging Face directory (or hf:OWNER/NAME), a GGUF file, a llama2.c checkpoint or a .pt of the original.
+    """Read a Hugging Face folder (or hf:OWNER/NAME), a GGUF file, a llama2.c checkpoint or a .pt state dict.
 
-    `tokenizer`: a tokenizer.json, a folder that has one, or llama2.c's tokenizer.bin, in place of the source's own.
-    `UserError` where it is none of these, is damaged, or holds what our architectures cannot.
+    `tokenizer`: a tokenizer.json, a folder that contains one, or llama2.c's tokenizer.bin; it replaces the source's
+    own. `UserError` if the source is none of these, is damaged, or needs what our architectures do not have.
     """
     path = hub.download(source) if source.startswith("hf:") else resolve_path(source)
     with os_errors("--tokenizer"):
@@ -41,7 +44,7 @@ def import_model(source: str, tokenizer: Path | None = None) -> ModelBundle:
             tokenizer = tokenizer / "tokenizer.json"
         if tokenizer is not None and not tokenizer.is_file():
             raise UserError(
-                f"--tokenizer {tokenizer}: no such file; name a tokenizer.json, or llama2.c's tokenizer.bin"
+                f"--tokenizer {tokenizer}: no such file; expected a tokenizer.json, or llama2.c's tokenizer.bin"
             )
     with os_errors(path):
         file_mode = path.stat().st_mode
@@ -58,19 +61,19 @@ def import_model(source: str, tokenizer: Path | None = None) -> ModelBundle:
     if path.suffix == ".bin":
         return llama2c.read(path, tokenizer)
     raise UserError(
-        f"{path} is not known: expected a Hugging Face folder, a .gguf, a llama2.c .bin, or a .pt of the original"
+        f"{path}: unknown format; expected a Hugging Face folder, a .gguf, a llama2.c .bin, or a .pt state dict"
     )
 
 
 def read_folder(path: Path, tokenizer: Path | None) -> ModelBundle:
-    """A model directory of ours, a folder that holds nothing but one GGUF file, or one of Hugging Face."""
+    """Read one of our model directories, a folder whose only weights are one GGUF file, or a Hugging Face folder."""
     if is_native_model(path):
         if tokenizer is not None:
-            raise UserError(f"{path} is a model directory, which has a tokenizer; leave --tokenizer out")
+            raise UserError(f"{path} is a model directory, which has its own tokenizer; leave --tokenizer out")
         return ModelBundle.read(path)
     weights = [file for file in path.iterdir() if file.suffix in (".safetensors", ".bin", ".gguf") and file.is_file()]
     if len(weights) == 1 and weights[0].suffix == ".gguf":
         return gguf.read(weights[0], tokenizer)
     if not is_model(path):
-        raise UserError(f"{path} holds no model: there is neither a config.json nor one GGUF file alone")
+        raise UserError(f"{path} contains no model: neither a config.json nor a single GGUF file")
     return hf_folder.read(path, tokenizer)

@@ -1,7 +1,7 @@
-"""llama2.c's checkpoints and tokenizer.bin, read and written (export.py and tokenizer.py of karpathy/llama2.c).
+"""Read and write llama2.c checkpoints and tokenizer.bin (export.py and tokenizer.py of karpathy/llama2.c).
 
-Versions 0 ("legacy": what run.c reads), 1 (the same numbers in another order) and 2 (8-bit: what runq.c reads). Its
-rotary positions turn neighbouring pairs (2i, 2i + 1) of a head, ours (i, i + D / 2): the rows of q and k change places.
+Versions: 0 ("legacy", read by run.c), 1 (the same numbers in another order) and 2 (int8, read by runq.c). llama2.c's
+RoPE rotates adjacent pairs (2i, 2i + 1) of a head, ours rotates (i, i + D / 2), so the rows of q and k are permuted.
 """
 
 import math
@@ -18,7 +18,7 @@ from tinystories.config import ModelConfig
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.engine.cpu.weights import expected_shapes
 from tinystories.errors import UserError
-from tinystories.interop.llama2c_reference import logits as logits  # how the file is read to be compared
+from tinystories.interop.llama2c_reference import logits as logits  # re-exported: how an export is verified
 from tinystories.interop.model_bundle import MAX_LAYERS, ModelBundle
 from tinystories.interop.tokenizer_conversion import (
     BYTE_PIECES,
@@ -33,15 +33,16 @@ Array = npt.NDArray[Any]
 
 MAGIC = 0x616B3432
 SIZES_STRUCT = struct.Struct("<7i")  # dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, max_seq_len
-HEADER_BYTES = 256  # bytes, of versions 1 and 2
-GROUP_SIZE = 64  # weights that share a scale, unless the widths of the model are no multiples of it
-MAX_COUNT = 2**24  # of anything that the header counts
-BOS_ID = 1  # what run.c starts with and stops at
-FIRST_BYTE_ID = 3  # the piece of byte 0; run.c counts on it
+HEADER_BYTES = 256  # in versions 1 and 2
+GROUP_SIZE = 64  # int8 weights per scale, unless the widths of the model are not multiples of it
+MAX_COUNT = 2**24  # largest plausible number in the header
+BOS_ID = 1  # run.c begins with this token and stops at it
+FIRST_BYTE_ID = 3  # id of the piece <0x00>; run.c hard-codes it
 NORMS = ("input_layernorm", "post_attention_layernorm")
 ATTENTION = tuple(f"self_attn.{name}_proj" for name in "qkvo")
 FEED_FORWARD = tuple(f"mlp.{name}_proj" for name in ("gate", "down", "up"))  # w1, w2, w3
-TENSOR_ORDER = {  # the order in the file; of what stands in every layer, that of all layers together
+# Order of the tensors in the file, by version. A per-layer entry stands for that tensor of all layers in turn.
+TENSOR_ORDER = {
     0: ("embed_tokens", NORMS[0], *ATTENTION, NORMS[1], *FEED_FORWARD, "norm", "rope", "lm_head"),
     1: (*NORMS, "norm", "embed_tokens", *ATTENTION, *FEED_FORWARD, "lm_head"),
     2: (*NORMS, "norm", "embed_tokens", *ATTENTION, *FEED_FORWARD, "lm_head"),
@@ -49,7 +50,7 @@ TENSOR_ORDER = {  # the order in the file; of what stands in every layer, that o
 
 
 def iter_tensors(config: ModelConfig, version: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Our names and the shapes, in the order of the file; "rope" is the table that run.c skips."""
+    """Yield names and shapes in file order; "rope" is the table of cosines and sines, which run.c skips."""
     shapes = expected_shapes(config)
     for part in TENSOR_ORDER[version]:
         if part == "rope":
@@ -62,7 +63,10 @@ def iter_tensors(config: ModelConfig, version: int) -> Iterator[tuple[str, tuple
 
 
 def total_bytes(config: ModelConfig, version: int, group_size: int) -> int:
-    """Bytes of the tensors in the file, counted without a list of them."""
+    """Return the size of all tensors in the file, computed without enumerating them.
+
+    The sizes come from an unchecked header, which may claim millions of layers.
+    """
     if not group_size:
         return 4 * (config.n_params + (config.n_ctx * config.head_dim if version == 0 else 0))
     norms = config.n_embd * (2 * config.n_layer + 1)
@@ -70,16 +74,16 @@ def total_bytes(config: ModelConfig, version: int, group_size: int) -> int:
 
 
 def tensor_bytes(shape: tuple[int, ...], group_size: int) -> int:
-    """Of one tensor in the file; `group` weights share a scale, 0: fp32."""
+    """Return the size of one tensor in the file; matrices are int8 with a scale per `group_size` weights (0: fp32)."""
     count = math.prod(shape)
     return count + 4 * (count // group_size) if group_size and len(shape) == 2 else 4 * count
 
 
 def write(model: ModelBundle, path: Path, precision: str) -> Array:
-    """Write the checkpoint, X.tokenizer.bin beside X.bin, and where that one does not say all, X.tokenizer.json.
+    """Write the checkpoint X.bin, X.tokenizer.bin, and X.tokenizer.json if the former cannot express the tokenizer.
 
-    Returns the file's id of each of ours: END becomes 1 and the bytes 3 to 258, as run.c has it. `UserError` where
-    llama2.c cannot hold the model.
+    Return the id permutation, file id = permutation[our id]: run.c requires END to be 1 and bytes to be 3 to 258.
+    `UserError` if llama2.c does not support the model.
     """
     config = model.config
     check_supported(config)
@@ -128,7 +132,7 @@ def next_steps(path: Path) -> str:
 
 
 def check_supported(config: ModelConfig) -> None:
-    """`UserError` that names every setting which llama2.c does not have."""
+    """Raise a `UserError` that names every setting that llama2.c does not support."""
     required_values = {"architecture": "modern", "qk_norm": False, "norm_eps": 1e-5, "rope_base": 10000.0}
     mismatches = {name: value for name, value in required_values.items() if getattr(config, name) != value}
     if config.architecture == "classic":
@@ -137,11 +141,12 @@ def check_supported(config: ModelConfig) -> None:
         mismatches["head_size"] = 0
     if mismatches:
         flags = " ".join(f"--model.{name} {str(value).lower()}" for name, value in mismatches.items())
-        raise UserError(f"llama2.c cannot hold this model; train one with: tinystories train {flags}")
+        raise UserError(f"llama2.c does not support this model; train one with: tinystories train {flags}")
 
 
 def write_header(config: ModelConfig, version: int, file: BinaryIO) -> int:
-    """Returns how many weights share a scale; 0: none, they are fp32."""
+    """Write the header and return the number of int8 weights per scale (0: fp32)."""
+    # Version 0 marks an untied classifier with a negative vocab_size.
     sign = -1 if version == 0 and not config.tied else 1
     sizes = SIZES_STRUCT.pack(
         *(config.n_embd, config.n_ff, config.n_layer, config.n_head, config.kv_heads),
@@ -150,14 +155,19 @@ def write_header(config: ModelConfig, version: int, file: BinaryIO) -> int:
     if version == 0:
         file.write(sizes)
         return 0
-    group_size = math.gcd(GROUP_SIZE, config.n_embd, config.n_ff)  # runq.c takes whole groups of every row only
+    group_size = math.gcd(
+        GROUP_SIZE, config.n_embd, config.n_ff
+    )  # runq.c drops the rest of a row that is not whole groups
     header = struct.pack("<Ii", MAGIC, version) + sizes + struct.pack("<?i", config.tied, group_size)
     file.write(header.ljust(HEADER_BYTES, b"\0"))
     return group_size
 
 
 def build_rope_table(shape: tuple[int, ...]) -> Array:
-    """Cosines and sines, which run.c skips. By torch where it is installed: then the bytes are those of export.py."""
+    """Return the (2, T, D / 2) table of cosines and sines, which run.c skips.
+
+    With torch installed the bytes equal those of export.py; NumPy differs in the last bit.
+    """
     _, T, half = shape
     exponents = np.arange(0, 2 * half, 2, dtype=np.float32) / np.float32(2 * half)
     angles = np.outer(np.arange(T, dtype=np.float32), np.float32(1) / np.float32(10000) ** exponents)
@@ -170,17 +180,17 @@ def build_rope_table(shape: tuple[int, ...]) -> Array:
 
 
 def permute_rope(weight: Array, head_dim: int) -> Array:
-    """Rows of q or k from our order (halves of a head) to llama2.c's (pairs)."""
+    """Reorder the rows of q or k from our RoPE layout (halves of a head) to adjacent pairs."""
     return weight.reshape(-1, 2, head_dim // 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
 
 
 def unpermute_rope(weight: Array, head_dim: int) -> Array:
-    """The inverse of `interleaved`."""
+    """Reorder the rows of q or k from adjacent pairs to our RoPE layout (halves of a head)."""
     return weight.reshape(-1, head_dim // 2, 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
 
 
 def quantize_q80(weight: Array, group_size: int) -> tuple[Array, Array]:
-    """8-bit whole numbers from -127 to 127 and the scale of each group (`quantize_q80` in export.py)."""
+    """Quantize to int8 in -127..127; return (groups, group_size) values and fp32 scales, as export.py does."""
     groups = weight.reshape(-1, group_size)
     scales = np.abs(groups).max(axis=1).astype("<f4") / np.float32(127)
     nonzero_scales = np.where(scales > 0, scales, np.float32(1))
@@ -188,7 +198,10 @@ def quantize_q80(weight: Array, group_size: int) -> tuple[Array, Array]:
 
 
 def build_id_permutation(pieces: list[bytes], end_id: int) -> Array:
-    """The id in the file of each of ours: END is 1, bytes have theirs, the rest follows in its order."""
+    """Return the file id of each of our ids.
+
+    END becomes BOS_ID and the piece of each byte gets its fixed id; the other ids fill the gaps in order.
+    """
     piece_ids = {piece: i for i, piece in reversed(list(enumerate(pieces)))}
     fixed_ids = {BOS_ID: end_id}
     for byte, name in enumerate(BYTE_PIECES):
@@ -202,19 +215,22 @@ def build_id_permutation(pieces: list[bytes], end_id: int) -> Array:
 
 
 def canonical_piece(piece: bytes) -> bytes:
-    return b"\n</s>\n" if piece == b"</s>" else piece  # tokenizer.py writes it so
+    """Return the piece as llama2.c's tokenizer.py writes it: EOS with newlines around it."""
+    return b"\n</s>\n" if piece == b"</s>" else piece
 
 
 def write_tokenizer_bin(pieces: list[bytes], scores: list[float], inverse_permutation: Array, file: BinaryIO) -> None:
+    """Write `pieces`, in file order, with their `scores`, in our order."""
     file.write(struct.pack("<i", max(map(len, pieces))))
     for piece, our_id in zip(pieces, inverse_permutation, strict=True):
         file.write(struct.pack("<fi", scores[our_id], len(piece)) + piece)
 
 
 def read(path: Path, tokenizer: Path | None) -> ModelBundle:
-    """A checkpoint of any version; without `tokenizer`, what `write` put beside it.
+    """Read a checkpoint of version 0, 1 or 2.
 
-    `UserError` where the file is none, or its length is not what its header says.
+    `tokenizer`: a tokenizer.bin or tokenizer.json; by default the one that `write` put beside the file. `UserError` if
+    the file is not a checkpoint or its length does not match its header.
     """
     try:
         with path.open("rb") as file:
@@ -222,7 +238,7 @@ def read(path: Path, tokenizer: Path | None) -> ModelBundle:
         length = path.stat().st_size
         expected_length = offset + total_bytes(config, version, group_size)
         if length != expected_length:
-            raise UserError(f"{path} has {length:,} bytes, but its header asks for {expected_length:,}; copy it again")
+            raise UserError(f"{path} has {length:,} bytes, but its header implies {expected_length:,}; copy it again")
         file_bytes = np.asarray(np.memmap(path, np.uint8, "r"))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
@@ -241,23 +257,23 @@ def read(path: Path, tokenizer: Path | None) -> ModelBundle:
 
 
 def dequantize(data: Array, shape: tuple[int, ...], group_size: int) -> Array:
-    """fp32 numbers of a tensor's bytes."""
+    """Return the fp32 tensor stored in the bytes `data`: int8 values, then their scales (`group_size` 0: fp32)."""
     if not group_size or len(shape) == 1:
         return data.view("<f4").reshape(shape)
     count = math.prod(shape)
-    with np.errstate(invalid="ignore", over="ignore"):  # damaged scales; Portable.check refuses what comes of them
+    with np.errstate(invalid="ignore", over="ignore"):  # damaged scales; ModelBundle.check rejects the result
         values = data[:count].view(np.int8).reshape(-1, group_size) * data[count:].view("<f4")[:, None]
     return values.reshape(shape)
 
 
 def parse_header(header: bytes, path: Path) -> tuple[ModelConfig, int, int, int]:
-    """Sizes, version, weights per scale (0: fp32), and where the weights begin."""
+    """Return (config, version, int8 weights per scale or 0 for fp32, offset of the weights)."""
     version, group_size, offset, tied = 0, 0, SIZES_STRUCT.size, True
     try:
         if struct.unpack_from("<I", header)[0] == MAGIC:
             version, *sizes = struct.unpack_from("<8i", header, 4)
             if version not in (1, 2):
-                raise UserError(f"{path} is of llama2.c's version {version}; only 0, 1 and 2 are known")
+                raise UserError(f"{path} has llama2.c version {version}; only 0, 1 and 2 are supported")
             tied, group_size = header[36] != 0, struct.unpack_from("<i", header, 37)[0] if version == 2 else 0
             offset = HEADER_BYTES
         else:
@@ -270,7 +286,7 @@ def parse_header(header: bytes, path: Path) -> tuple[ModelConfig, int, int, int]
     if not is_plausible or C % n_head or n_head % n_kv_head or C // n_head % 2:
         raise UserError(f"{path} is not a llama2.c checkpoint: its header says {', '.join(map(str, sizes))}")
     if version == 2 and (group_size <= 0 or C % group_size):
-        raise UserError(f"{path}: groups of {group_size} weights do not divide its matrices of width {C}")
+        raise UserError(f"{path}: group size {group_size} does not divide the width of its matrices, {C}")
     config = ModelConfig(
         architecture="modern",
         n_embd=C,
@@ -289,14 +305,18 @@ def parse_header(header: bytes, path: Path) -> tuple[ModelConfig, int, int, int]
 
 
 def find_sidecar(path: Path) -> Path:
+    """Return the tokenizer beside a checkpoint: X.tokenizer.json, else X.tokenizer.bin."""
     for file in reversed(sidecars(path)):
         if file.is_file():
             return file
-    raise UserError(f"{path} brings no tokenizer; name llama2.c's tokenizer.bin by --tokenizer")
+    raise UserError(f"{path} has no tokenizer beside it; pass llama2.c's tokenizer.bin with --tokenizer")
 
 
 def read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
-    """A tokenizer.bin with so many pieces, or a tokenizer.json; BOS, which ends llama2.c's stories, is END."""
+    """Read a tokenizer.bin with `vocab_size` pieces, or a tokenizer.json.
+
+    BOS becomes END, because it separates stories in llama2.c's training data.
+    """
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -311,21 +331,21 @@ def read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
 
 
 def parse_tokenizer_bin(data: bytes, vocab_size: int, path: Path) -> tuple[list[bytes], list[float]]:
-    """Pieces and scores of a tokenizer.bin."""
+    """Return pieces and scores; `UserError` unless there are exactly `vocab_size` pieces."""
     pieces: list[bytes] = []
     scores: list[float] = []
     offset = 4
     while offset < len(data) and len(pieces) < vocab_size:
         if offset + 8 > len(data):
-            raise UserError(f"tokenizer {path} ends within piece {len(pieces)}; copy it again")
+            raise UserError(f"tokenizer {path} ends inside piece {len(pieces)}; copy it again")
         score, length = struct.unpack_from("<fi", data, offset)
         offset += 8
         if not 0 < length <= 4 * MAX_PIECE_CHARS or offset + length > len(data):
-            raise UserError(f"tokenizer {path}: piece {len(pieces)} of {length:,} bytes cannot be; it is damaged")
+            raise UserError(f"tokenizer {path} is damaged: piece {len(pieces)} has {length:,} bytes; copy it again")
         pieces.append(data[offset : offset + length])
         scores.append(score)
         offset += length
     if offset != len(data) or len(pieces) != vocab_size:
         more = "more" if len(pieces) == vocab_size else f"only {len(pieces):,}"
-        raise UserError(f"tokenizer {path} has {more} pieces, the model {vocab_size:,}; they do not belong together")
+        raise UserError(f"tokenizer {path} has {more} pieces, the model {vocab_size:,}; pass the model's own tokenizer")
     return pieces, scores

@@ -1,6 +1,6 @@
-"""What llama2.c makes of a checkpoint: run.c's and runq.c's forward, in NumPy, for all positions at once.
+"""Reference implementation of llama2.c in NumPy: the forward passes of run.c and runq.c, for all positions at once.
 
-Shares no line with the code that writes: it is what an export is compared with. The file must be whole.
+It verifies exports, so it deliberately shares no code with the writer. The file is trusted.
 """
 
 import struct
@@ -14,7 +14,10 @@ Array = npt.NDArray[Any]
 
 
 class Weights:
-    """The file, read from front to back as `memory_map_weights` does."""
+    """The weights of a checkpoint, read front to back like `memory_map_weights` in run.c.
+
+    Version 2 (`quantized`) has the norms first and int8 matrices; version 0 is fp32. Attributes have run.c's names.
+    """
 
     def __init__(self, path: Path) -> None:
         self.data = path.read_bytes()
@@ -51,11 +54,13 @@ class Weights:
         self.classifier = self.embedding if self.shared_classifier else self.read_matrix(self.vocab_size, self.dim)
 
     def read_floats(self, *shape: int) -> Array:
+        """Read the next fp32 tensor."""
         count = int(np.prod(shape))
         self.offset += 4 * count
         return np.frombuffer(self.data, "<f4", count, self.offset - 4 * count).reshape(shape)
 
     def read_matrix(self, rows: int, columns: int) -> Array:
+        """Read the next matrix; in version 2, dequantize it."""
         if not self.quantized:
             return self.read_floats(rows, columns)
         quantized_values = np.frombuffer(self.data, np.int8, rows * columns, self.offset).reshape(-1, self.group_size)
@@ -63,7 +68,10 @@ class Weights:
         return (quantized_values * self.read_floats(len(quantized_values), 1)).reshape(rows, columns)
 
     def matmul(self, x: Array, matrix: Array) -> Array:
-        """(T, in) x (out, in): runq.c rounds x to 8 bits too, in the same groups."""
+        """Multiply x (T, in) by the transpose of matrix (out, in).
+
+        In version 2, x is first quantized to int8 in groups, as runq.c does.
+        """
         if self.quantized:
             groups = x.reshape(-1, self.group_size)
             scales = np.abs(groups).max(axis=1, keepdims=True) / np.float32(127)
@@ -72,7 +80,7 @@ class Weights:
 
 
 def logits(path: Path, ids: list[int]) -> npt.NDArray[np.float32]:
-    """(T, V) after each of the ids, which are the file's."""
+    """Return (T, V) logits for `ids`, which are ids of the file."""
     w = Weights(path)
     T = len(ids)
     x = w.embedding[ids]
@@ -104,7 +112,7 @@ def softmax(scores: Array) -> Array:
 
 
 def apply_rope(x: Array) -> Array:
-    """(T, heads, D): each pair (2i, 2i + 1) turned by its position times 10000 ** (-2i / D)."""
+    """Rotate each pair (2i, 2i + 1) of x (T, heads, D) by the angle position * 10000 ** (-2i / D)."""
     T, _, D = x.shape
     angles = np.arange(T)[:, None, None] * 10000.0 ** (-np.arange(0, D, 2) / D)
     cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)

@@ -1,4 +1,4 @@
-"""A model as every file format sees it: sizes, NumPy weights, a tokenizer. No torch."""
+"""`ModelBundle`: a model as all file formats see it. Config, NumPy weights and tokenizer, without torch."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -17,16 +17,17 @@ from tinystories.errors import UserError, quoted
 
 Array = npt.NDArray[Any]
 
-# What a file may claim, before anything is made for each of them.
+# The most that a file may claim; checked before anything is allocated.
 MAX_CONTEXT = 1 << 20  # tokens
-MAX_LAYERS = 1024  # layers
+MAX_LAYERS = 1024
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelBundle:
-    """Weights: fp32, by their names in `model.safetensors`; a tied head is not among them.
+    """A model in memory, independent of any file format.
 
-    `folder`: the model directory it was read from, and may still be mapped from.
+    `weights`: fp32 arrays by their names in `model.safetensors`, without a tied LM head.
+    `folder`: the model directory it was read from, to which `weights` may still be memory-mapped.
     """
 
     config: ModelConfig
@@ -38,7 +39,7 @@ class ModelBundle:
 
     @classmethod
     def read(cls, folder: Path | str) -> "ModelBundle":
-        """From a model directory; the weights stay mapped."""
+        """Read a model directory; the weights stay memory-mapped."""
         files = checkpoint.read_model(folder)
         return cls(
             config=files.config,
@@ -50,30 +51,30 @@ class ModelBundle:
         )
 
     def write(self, folder: Path) -> None:
-        """As a model directory, whole or not at all. `UserError` unless the parts fit each other."""
+        """Write a model directory atomically, after `check`."""
         self.check()
         with checkpoint.atomic_directory(folder) as staging_dir:
             weights = {name: np.ascontiguousarray(weight, np.float32) for name, weight in self.weights.items()}
             checkpoint.write_arrays(staging_dir, self.config, weights, self.tokenizer, self.sampling, self.provenance)
 
     def check(self) -> None:
-        """`UserError` unless all weights are there, of the right shapes and finite, and the tokenizer's ids fit."""
+        """Raise `UserError` if a weight is missing, unknown, misshapen or not finite, or the tokenizer is too large."""
         expected = expected_shapes(self.config)
         for name in sorted(expected.keys() | self.weights.keys()):
             if name not in self.weights or name not in expected:
                 raise UserError(f"weight {quoted(name)} is {'unknown' if name in self.weights else 'missing'}")
             if self.weights[name].shape != expected[name]:
-                raise UserError(f"weight {name} is {self.weights[name].shape}, not {expected[name]}")
+                raise UserError(f"weight {name} has shape {self.weights[name].shape}, not {expected[name]}")
             if not np.isfinite(self.weights[name]).all():
-                raise UserError(f"weight {name} holds numbers that are not finite; use another checkpoint")
+                raise UserError(f"weight {name} contains NaN or infinity (not finite); use another checkpoint")
         if self.tokenizer.vocab_size > self.config.vocab_size:
             raise UserError(
                 f"the tokenizer has {self.tokenizer.vocab_size:,} ids, the model only {self.config.vocab_size:,};"
-                " they do not belong together"
+                " use the model's own tokenizer"
             )
 
     def logits(self, ids: npt.ArrayLike) -> npt.NDArray[np.float32]:
-        """(T, V) logits of our own engine in fp32 after each of the ids."""
+        """Return (T, V) logits of our CPU engine in fp32, one row for each of the T ids."""
         engine = CpuEngine(self.config, self.weights)
         chunks = engine.forward_chunks(CpuKVCache(self.config, 1), 0, np.asarray(ids, np.int64), all_logits=True)
         return np.concatenate([logits for _, logits in chunks])

@@ -1,4 +1,4 @@
-"""The model card: what a model's page on the Hugging Face Hub says, from what its config.json records."""
+"""Model cards for the Hugging Face Hub, built from the provenance in a model's config.json."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -30,9 +30,9 @@ LIMITATIONS = (
 
 
 def build_model_card(model: ModelBundle, repo: str = "OWNER/NAME", license: str = "") -> str:
-    """Markdown with YAML in front, for the README.md of `repo`. What the model's provenance does not tell is left out.
+    """Return the README.md of `repo`: YAML front matter and Markdown. Facts missing from provenance are omitted.
 
-    `license`: of the weights, as the Hub names it (mit, apache-2.0, cc0-1.0 ...); empty: nothing is said.
+    `license`: license of the weights, by the Hub's identifier (mit, apache-2.0, cc0-1.0, ...); "" omits it.
     """
     provenance, config = model.provenance, model.config
     dataset = find_dataset_repo(provenance)
@@ -54,7 +54,8 @@ def build_model_card(model: ModelBundle, repo: str = "OWNER/NAME", license: str 
         sections.append("The data's licence: see source.")
     if isinstance(bits_per_byte := provenance.get("val_bits_per_byte"), int | float):
         sections.append(
-            f"## Score\n\n**{bits_per_byte:.4f} bits per byte** on {format_story_count(provenance)}validation stories. {BITS_PER_BYTE_NOTE}"
+            f"## Score\n\n**{bits_per_byte:.4f} bits per byte** on {format_story_count(provenance)}validation stories."
+            f" {BITS_PER_BYTE_NOTE}"
         )
     sections += [
         f"## Use\n\n{INTENDED_USE.format(what=text_kind)}",
@@ -65,7 +66,7 @@ def build_model_card(model: ModelBundle, repo: str = "OWNER/NAME", license: str 
 
 
 def render_front_matter(dataset: str, license: str, is_english: bool) -> str:
-    """YAML that the Hub reads; JSON strings are YAML strings."""
+    """Return the YAML front matter that the Hub reads. Strings are escaped as JSON, which is valid YAML."""
     lines = ["language: en"] if is_english else []
     if license:
         lines.append(f"license: {json.dumps(license)}")
@@ -76,7 +77,7 @@ def render_front_matter(dataset: str, license: str, is_english: bool) -> str:
 
 
 def find_dataset_repo(provenance: Mapping[str, Any]) -> str:
-    """OWNER/NAME of the data set on the Hub that provenance names, else nothing."""
+    """Return OWNER/NAME of the training data on the Hub, or "" if provenance names none."""
     name = str(provenance.get("data_source", ""))
     source = get_named_sources().get(name)
     if source is None and name.startswith("hf:"):
@@ -88,7 +89,7 @@ def find_dataset_repo(provenance: Mapping[str, Any]) -> str:
 
 
 def describe_data_source(provenance: Mapping[str, Any]) -> str:
-    """The name of the data; of local files without their folders, which are nobody's business."""
+    """Return the name of the training data. Folders of local files are private and are left out."""
     name = str(provenance.get("data_source", ""))
     if find_dataset_repo(provenance):
         return name
@@ -96,6 +97,7 @@ def describe_data_source(provenance: Mapping[str, Any]) -> str:
 
 
 def describe_sizes(model: ModelBundle) -> Iterator[tuple[str, str]]:
+    """Yield table rows (label, value) with the model's sizes."""
     config = model.config
     yield "architecture", config.architecture
     yield "parameters", f"{config.n_params:,}"
@@ -106,6 +108,7 @@ def describe_sizes(model: ModelBundle) -> Iterator[tuple[str, str]]:
 
 
 def describe_training(provenance: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield table rows (label, value) for the facts that provenance records."""
     for label, key in (
         ("data", "data_source"),
         ("revision of the data", "data_revision"),

@@ -1,7 +1,7 @@
-"""The nodes of an ONNX graph that does what a model does.
+"""Build the ONNX graph of a model from weights and plain operators, without tracing.
 
-Letters in shapes: B batch, T new tokens, P past ones, S = P + T, N = B x T rows, C = n_embd, H heads, K of them of keys
-and values, G = H / K, D = head_dim, V vocab.
+Dimensions in comments: B batch, T new tokens, P past tokens, S = P + T, N = B x T rows, C n_embd, H heads, K KV heads,
+G = H / K, D head_dim, V vocab_size.
 """
 
 import math
@@ -16,40 +16,44 @@ from tinystories.engine.cpu.runtime import EMBEDDING, LM_HEAD, POSITION_EMBEDDIN
 from tinystories.position_tables import build_rope_tables, build_sinusoid_table
 
 OPSET, IR_VERSION = 17, 8  # the first opset with LayerNormalization; ONNX Runtime has read both since 1.12
-MIN_FLOAT32 = np.finfo(np.float32).min  # where nothing may be seen: unlike -inf it makes no NaN
+# Mask value. Unlike -inf it gives no NaN in the softmax of a row that is masked completely (padding).
+MIN_FLOAT32 = np.finfo(np.float32).min
 
 
 class GraphBuilder:
-    """Nodes in the order of their work, and the arrays they take."""
+    """Collects nodes in topological order, and constants (initializers). Values are referred to by name."""
 
     def __init__(self) -> None:
         self.nodes: list[tuple[str, tuple[str, ...], list[str], dict[str, Any]]] = []
         self.initializers: dict[str, npt.NDArray[Any]] = {}
 
     def add_initializer(self, name: str, values: npt.ArrayLike, dtype: type = np.float32) -> str:
+        """Add a constant and return its name."""
         self.initializers[name] = np.asarray(values, dtype, order="C")
         return name
 
     def add_integers(self, *values: int) -> str:
+        """Add a constant int64 vector, such as a shape or a list of axes, and return its name."""
         return self.add_initializer("integers." + ".".join(map(str, values)), values, np.int64)
 
     def add_scalar(self, value: float) -> str:
-        """fp32, or int64 where it is an integer."""
+        """Add a constant scalar, int64 for an int and fp32 for a float, and return its name."""
         return self.add_initializer(f"number.{value!r}", value, np.int64 if isinstance(value, int) else np.float32)
 
     def add_node(self, op_type: str, *inputs: str, name: str = "", **attributes: Any) -> str:
-        """A node with one output, whose name is returned."""
+        """Add a node with one output, and return the name of that output."""
         name = name or f"{op_type}.{len(self.nodes)}"
         self.nodes.append((op_type, inputs, [name], attributes))
         return name
 
     def split_halves(self, x: str) -> list[str]:
-        """Of the last axis."""
+        """Split x into two halves along the last axis."""
         names = [f"Half.{len(self.nodes)}.{i}" for i in (0, 1)]
         self.nodes.append(("Split", (x,), names, {"axis": -1}))
         return names
 
     def to_proto(self, onnx: Any, config: ModelConfig) -> Any:
+        """Return the onnx.ModelProto, with inputs and outputs named as Optimum does. `onnx`: the module."""
         helper, tensor_types = onnx.helper, onnx.TensorProto
         nodes = [
             helper.make_node(op_type, inputs, outputs, name=outputs[0], **attributes)
@@ -75,7 +79,10 @@ class GraphBuilder:
 
 
 class DecoderBuilder:
-    """Fills a graph with a model. Its stream is (N, C): so Gemm serves, which takes the matrices as they are stored."""
+    """Adds the nodes and weights of a model to a graph.
+
+    Activations are (N, C), so that linear layers are Gemm nodes, which take the (out, in) matrices as stored.
+    """
 
     def __init__(self, graph: GraphBuilder, config: ModelConfig, weights: Mapping[str, npt.NDArray[Any]]) -> None:
         self.graph, self.config, self.weights = graph, config, weights
@@ -83,6 +90,7 @@ class DecoderBuilder:
         self.group_size = config.n_head // config.kv_heads
 
     def build(self) -> None:
+        """Add the whole model, from `input_ids` to `logits`."""
         graph, config, add = self.graph, self.config, self.graph.add_node
         self.input_shape = add("Shape", "input_ids")
         self.head_shapes = {n: self.token_shape(n, config.head_dim) for n in (config.n_head, config.kv_heads)}
@@ -106,19 +114,21 @@ class DecoderBuilder:
         add("Reshape", rows, self.token_shape(config.vocab_size), name="logits")
 
     def token_shape(self, *sizes: int) -> str:
-        """The shape (B, T, *sizes)."""
+        """Return the shape (B, T, *sizes), computed at run time."""
         return self.graph.add_node("Concat", self.input_shape, self.graph.add_integers(*sizes), axis=0)
 
     def weight(self, name: str) -> str:
+        """Add one of the model's weights as a constant."""
         return self.graph.add_initializer(name, self.weights[name])
 
     def position_table(self) -> str:
+        """Add the (n_ctx, C) table of learned or sinusoidal positions."""
         if self.config.learned_positions:
             return self.weight(POSITION_EMBEDDING)
         return self.graph.add_initializer("sinusoids", build_sinusoid_table(self.config.n_ctx, self.config.n_embd))
 
     def rope_tables(self) -> tuple[str, str]:
-        """(n_ctx, D) for x * cos + (x with its halves swapped) * sin."""
+        """Add the (n_ctx, D) tables for x * cos + swap_halves(x) * sin; the sign of rotate_half is in the sines."""
         cos, sin = build_rope_tables(self.config.n_ctx, self.config.head_dim, self.config.rope_base)
         return (
             self.graph.add_initializer("cosines", np.concatenate((cos, cos), axis=1)),
@@ -126,9 +136,10 @@ class DecoderBuilder:
         )
 
     def causal_mask(self, window: int) -> str:
-        """(B, 1, G x T, S) to add to scores: a token sees the last `window` ones (0: all) up to itself, no padding.
+        """Return the additive mask (B, 1, G x T, S): 0 where a query may attend to a key, else MIN_FLOAT32.
 
-        Padding inside a text counts in the window, as in GPT-Neo of transformers.
+        A token attends to itself and the tokens before it, at most `window` in all (0: no limit), except padding.
+        Padding inside a text counts towards the window, as in transformers' GPT-Neo.
         """
         graph, add = self.graph, self.graph.add_node
         past = add("Squeeze", add("Shape", "past_key_values.0.key", start=2, end=3))
@@ -151,7 +162,7 @@ class DecoderBuilder:
         )
 
     def norm(self, x: str, name: str) -> str:
-        """Of the last axis: LayerNorm, or RMSNorm in the steps that ONNX Runtime knows to be one."""
+        """Normalize the last axis: LayerNorm, or RMSNorm written as the pattern that ONNX Runtime fuses."""
         add, weight = self.graph.add_node, self.weight(f"{name}.weight")
         if self.is_classic:
             bias = self.weight(f"{name}.bias")
@@ -161,10 +172,12 @@ class DecoderBuilder:
         return add("Mul", add("Div", x, rms), weight)
 
     def linear(self, x: str, name: str) -> str:
+        """(N, in) -> (N, out)."""
         bias = [self.weight(f"{name}.bias")] if f"{name}.bias" in self.weights else []
         return self.graph.add_node("Gemm", x, self.weight(f"{name}.weight"), *bias, transB=1)
 
     def attention(self, i: int, x: str, mask: str) -> str:
+        """Self-attention of layer i, (N, C) -> (N, C); appends to the KV cache, `past_key_values.i` -> `present.i`."""
         graph, config, add = self.graph, self.config, self.graph.add_node
         D, H, K = config.head_dim, config.n_head, config.kv_heads
         name = f"layers.{i}.self_attn."
@@ -175,7 +188,7 @@ class DecoderBuilder:
             add("Concat", f"past_key_values.{i}.{part}", self.project_heads(x, f"{name}{part[0]}", K), axis=2, name=to)
             for part, to in (("key", f"present.{i}.key"), ("value", f"present.{i}.value"))
         )
-        if self.group_size > 1:  # heads of a group stand below each other: (B, K, G x T, D)
+        if self.group_size > 1:  # GQA: stack the query heads of a group along T, (B, K, G x T, D)
             q = add("Reshape", q, graph.add_integers(0, K, -1, D))
         scores = add("Add", add("MatMul", q, add("Transpose", key, perm=[0, 1, 3, 2])), mask)
         y = add("MatMul", add("Softmax", scores, axis=-1), value)
@@ -185,7 +198,7 @@ class DecoderBuilder:
         return self.linear(y, f"{name}o_proj")
 
     def project_heads(self, x: str, name: str, n_head: int) -> str:
-        """Queries, keys or values: (B, heads, T, D)."""
+        """Project x (N, C) to queries, keys or values (B, n_head, T, D), with QK-norm and RoPE where they apply."""
         add = self.graph.add_node
         y = add("Reshape", self.linear(x, f"{name}_proj"), self.head_shapes[n_head])
         if not name.endswith("v"):
@@ -196,6 +209,7 @@ class DecoderBuilder:
         return add("Transpose", y, perm=[0, 2, 1, 3])
 
     def apply_rope(self, x: str) -> str:
+        """Rotate x (B, T, heads, D)."""
         graph, add = self.graph, self.graph.add_node
         first, second = graph.split_halves(x)
         swapped = add("Concat", second, first, axis=-1)
@@ -203,6 +217,7 @@ class DecoderBuilder:
         return add("Add", add("Mul", x, cos), add("Mul", swapped, sin))
 
     def mlp(self, name: str, x: str) -> str:
+        """Feed-forward layer, (N, C) -> (N, C); `modern` is SwiGLU."""
         add = self.graph.add_node
         hidden = self.linear(x, f"{name}up_proj")
         if self.is_classic:
@@ -213,7 +228,7 @@ class DecoderBuilder:
         return self.linear(hidden, f"{name}down_proj")
 
     def apply_activation(self, x: str) -> str:
-        """ReLU; or GELU, x (1 + f) / 2, where f is erf(x / sqrt 2) or near it by tanh (arXiv 1606.08415)."""
+        """Apply ReLU, or GELU, x (1 + f) / 2, with f = erf(x / sqrt 2) or its tanh approximation (arXiv 1606.08415)."""
         add = self.graph.add_node
         if self.config.activation == "relu":
             return add("Relu", x)

@@ -1,6 +1,6 @@
-"""A model as an ONNX file with a key/value cache, by the names that Optimum and transformers.js know.
+"""ONNX export with a KV cache; inputs and outputs are named as Optimum and transformers.js expect.
 
-Letters in shapes: B batch, T new tokens, P past ones, S = P + T, K heads of keys and values, D = head_dim, V vocab.
+Dimensions: B batch, T new tokens, P past tokens, S = P + T, K KV heads, D head_dim, V vocab_size.
 """
 
 import importlib
@@ -18,12 +18,14 @@ from tinystories.interop.onnx_builder import DecoderBuilder, GraphBuilder
 
 Floats = npt.NDArray[np.float32]
 
-MAX_FILE_BYTES = 2**31 - 2**20  # bytes: Protocol Buffers end at 2 GB; the nodes take the rest
-SPLIT_POINTS = 1, 5  # where `logits` splits the ids
-TOLERANCE = 1e-4  # of logits with and without a past, for logits up to 10
+# Most bytes of weights: Protocol Buffers are limited to 2 GB, and 1 MB is left for the nodes.
+MAX_FILE_BYTES = 2**31 - 2**20
+SPLIT_POINTS = 1, 5  # where `logits` splits the ids into chunks to test the KV cache
+TOLERANCE = 1e-4  # largest difference of logits with and without the KV cache, for logits up to 10
 
 
 def import_package(name: str) -> Any:
+    """Import onnx or onnxruntime; `UserError` if it is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError:
@@ -31,11 +33,11 @@ def import_package(name: str) -> Any:
 
 
 def write(model: ModelBundle, path: Path, precision: str) -> None:
-    """The graph to `path`, and the tokenizer beside it, for `stories.onnx` as `stories.onnx.tokenizer.json`.
+    """Write the graph to `path`, e.g. stories.onnx, and the tokenizer beside it, stories.onnx.tokenizer.json.
 
-    In: `input_ids` and `position_ids` (B, T), `attention_mask` (B, S; 0: padding), int64, and of each block I
-    `past_key_values.I.key` and `.value` (B, K, P, D), fp32; P may be 0. Out: `logits` (B, T, V), and
-    `present.I.key` and `.value` (B, K, S, D), the past of the next call. `UserError` where one file is too small.
+    Inputs: `input_ids` and `position_ids` (B, T) and `attention_mask` (B, S; 0 is padding), int64; for each layer I
+    `past_key_values.I.key` and `.value` (B, K, P, D), fp32, where P may be 0. Outputs: `logits` (B, T, V), and
+    `present.I.key` and `.value` (B, K, S, D), the next call's past. `UserError` if the weights exceed 2 GB.
     """
     assert precision == "f32"
     from tinystories import __version__
@@ -44,7 +46,7 @@ def write(model: ModelBundle, path: Path, precision: str) -> None:
     graph = GraphBuilder()
     DecoderBuilder(graph, model.config, model.weights).build()
     if sum(array.nbytes for array in graph.initializers.values()) > MAX_FILE_BYTES:
-        raise UserError("an ONNX file ends at 2 GB, which these weights exceed; use --format hf")
+        raise UserError("these weights exceed 2 GB, the limit of an ONNX file; use --format hf")
     proto = graph.to_proto(onnx, model.config)
     proto.producer_name, proto.producer_version, proto.model_version = "tinystories-gpt", __version__, 1
     metadata = {
@@ -63,29 +65,34 @@ def sidecars(path: Path) -> list[Path]:
 
 
 def next_steps(_: Path) -> str:
-    return "next: docs/interop.md has a program of twenty lines that writes a story with it"
+    return "next: docs/interop.md has a 20-line program that generates a story with it"
 
 
 def logits(path: Path, ids: list[int]) -> Floats:
-    """(T, V) by ONNX Runtime, read at once. `UserError` unless reading in parts, with the past kept, gives the same."""
+    """Return (T, V) logits from ONNX Runtime, in one call.
+
+    `UserError` if ONNX Runtime cannot run the file, or if chunked evaluation with the KV cache gives other logits.
+    """
     onnxruntime = import_package("onnxruntime")
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors alone
-    options.intra_op_num_threads = 1  # the ids are few
+    options.log_severity_level = 3  # errors only
+    options.intra_op_num_threads = 1  # a short sequence; more threads do not pay off
     try:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         full_logits = run_chunks(session, [ids])
         chunked_logits = run_chunks(session, np.split(np.array(ids), SPLIT_POINTS))
-    except Exception as error:  # its errors have no type in common
+    except Exception as error:  # its exceptions have no common base class
         raise UserError(f"{path}: ONNX Runtime cannot run it: {sanitize(error)}") from None
     max_difference = float(np.abs(full_logits - chunked_logits).max() / max(1, np.abs(full_logits).max() / 10))
     if not max_difference <= TOLERANCE:
-        raise UserError(f"{path}: with and without a past its logits differ by {max_difference:.2g}")
+        raise UserError(
+            f"verification failed: {path}: logits with and without the KV cache differ by {max_difference:.2g}"
+        )
     return full_logits
 
 
 def run_chunks(session: Any, chunks: Sequence[npt.ArrayLike]) -> Floats:
-    """(T, V) after each id of the parts, which are read one after the other; empty ones are left out."""
+    """Run chunks of ids in order with the KV cache and return (T, V) logits; empty chunks are skipped."""
     past = {
         model_input.name: np.zeros((1, model_input.shape[1], 0, model_input.shape[3]), np.float32)
         for model_input in session.get_inputs()

@@ -1,4 +1,4 @@
-"""Weights that the project has published: a table of repositories, commits and hashes, and fetching by it."""
+"""Published weights: a registry of repositories, commits and hashes (published.json), and verified downloads."""
 
 import json
 import shutil
@@ -14,28 +14,28 @@ REGISTRY_PATH = Path(__file__).with_suffix(".json")
 
 
 def read_registry(path: Path = REGISTRY_PATH) -> dict[str, dict[str, Any]]:
-    """name -> {"text", "repository" (OWNER/NAME), "revision" (a commit), "sha256" (of config.json)}."""
+    """Return name -> {"text", "repository" (OWNER/NAME), "revision" (a commit), "sha256" (of config.json)}."""
     registry: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
     return registry
 
 
 def fetch(name: str, out: Path, registry: dict[str, dict[str, Any]]) -> None:
-    """Download published weights as the model directory `out`, whole or not at all.
+    """Download published weights and write them atomically as the model directory `out`.
 
-    config.json must have the hash of the table, and names those of all other files. `UserError` where the name is not
-    known, a file is another one, or as from `hub.download`.
+    The registry has the hash of config.json, which has the hashes of all other files; all are verified. `UserError` if
+    the name is unknown, a hash is wrong, or `hub.download` fails.
     """
     if name not in registry:
         available = (
-            f"known: {', '.join(registry)}"
+            f"available: {', '.join(registry)}"
             if registry
             else "nothing has been published yet; hf:OWNER/NAME always works"
         )
-        raise UserError(f"no published weights are named {name}; {available}")
+        raise UserError(f"no published weights are called {name}; {available}")
     entry = registry[name]
     folder = hub.download(f"hf:{entry['repository']}@{entry['revision']}")
     if checkpoint.sha256(folder / "config.json") != entry["sha256"]:
-        raise UserError(f"{entry['repository']}: config.json is not the published one; nothing was written")
+        raise UserError(f"{entry['repository']}: config.json does not match the published hash; nothing was written")
     files = checkpoint.read_model(folder)
     with translate_write_errors(out), checkpoint.atomic_directory(out) as staging_dir:
         for file in ("config.json", *files.checksums):

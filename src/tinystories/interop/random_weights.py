@@ -1,4 +1,4 @@
-"""Weights that nobody trained, for measurements of speed: it does not depend on them."""
+"""Random weights for speed benchmarks (speed does not depend on their values)."""
 
 from pathlib import Path
 
@@ -9,7 +9,11 @@ from tinystories.engine.cpu.weights import expected_shapes, write_safetensors
 
 
 def write_random_weights(config: ModelConfig, path: Path) -> None:
-    """Normal matrices that keep the size of what goes through them, norms of 1, biases of 0; the same each time."""
+    """Write random weights as safetensors, the same on every call.
+
+    Matrices are normal with standard deviation 1 / sqrt(fan-in), which preserves the scale of activations; norm weights
+    are 1 and biases 0.
+    """
     rng = np.random.default_rng(0)
     weights = {}
     for name, shape in expected_shapes(config).items():

@@ -1,10 +1,12 @@
-"""State dicts (.pt) of the original program and of small GPTs like it: LayerNorm before each half of a block.
+"""Import state dicts (.pt) of the original TinyStories GPT program and similar small pre-LayerNorm GPTs.
 
-The names of the weights say what they are: `TOP` and `BLOCK` list the known ones, of Karpathy's "Let's build GPT"
-lecture (github.com/karpathy/ng-video-lecture), minGPT and nanoGPT, and ours. What a state dict does not say is taken
-as in the original and told: heads are 64 wide, norms add 1e-5, scores are divided by the root of the head's width.
-The only place that opens a pickle, once torch_file.py has seen that it holds nothing but tensors and plain values, by
-torch's reader that builds these and runs nothing.
+The architecture is inferred from names and shapes. TOP_PATTERNS and LAYER_PATTERNS list the known names: those of
+Karpathy's "Let's build GPT" lecture (github.com/karpathy/ng-video-lecture), minGPT, nanoGPT, and ours. What a state
+dict does not record is assumed as in the original, with a warning if it is a size: 64-wide heads, a norm epsilon of
+1e-5, scores divided by the square root of the head dimension.
+
+This is the only module that opens a pickle: with torch's `weights_only` reader, which runs no code, and only after
+`check_pickle` has found nothing but tensors and plain values in it.
 """
 
 import dataclasses
@@ -31,13 +33,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 Array = npt.NDArray[Any]
 
-STATE_DICT_KEYS = ("model", "state_dict", "model_state_dict")  # a checkpoint holds its state dict under one of these
-CONFIG_KEYS = ("model_args", "config", "hparams")  # and nanoGPT its sizes under the first
+STATE_DICT_KEYS = ("model", "state_dict", "model_state_dict")  # keys under which a checkpoint stores its state dict
+CONFIG_KEYS = ("model_args", "config", "hparams")  # keys under which it stores its sizes; nanoGPT uses the first
 NAME_PREFIX = re.compile(r"(_orig_mod\.|module\.|model\.|transformer\.|gpt\.)*")
-GPT2_VOCAB_SIZES = (50257, 50304)  # ids, and filled up to a multiple of 64 as in nanoGPT
+GPT2_VOCAB_SIZES = (50257, 50304)  # exact, and padded to a multiple of 64 as in nanoGPT
 DEFAULT_HEAD_DIM = 64
 DEFAULT_CONTEXT = 512
-MAX_COUNT = 2**24  # tokens of a context
+MAX_COUNT = 2**24  # largest plausible n_head or context length
 
 ATTENTION = r"(?:self_attn|sa|attn|attention|self_attention|mha)"
 FEED_FORWARD = r"(?:mlp|ffwd|ff|ffn|feed_forward)"
@@ -54,7 +56,7 @@ LAYER_PATTERNS = {
     "self_attn.q_proj": rf"{ATTENTION}\.(?:q_proj|query|q|wq)",
     "self_attn.k_proj": rf"{ATTENTION}\.(?:k_proj|key|k|wk)",
     "self_attn.v_proj": rf"{ATTENTION}\.(?:v_proj|value|v|wv)",
-    "self_attn.qkv": rf"{ATTENTION}\.(?:c_attn|qkv|qkv_proj|in_proj)",  # q, k, v below each other
+    "self_attn.qkv": rf"{ATTENTION}\.(?:c_attn|qkv|qkv_proj|in_proj)",  # q, k, v concatenated along axis 0
     "self_attn.heads.{}.q": rf"{ATTENTION}\.heads\.(\d+)\.(?:query|q)",
     "self_attn.heads.{}.k": rf"{ATTENTION}\.heads\.(\d+)\.(?:key|k)",
     "self_attn.heads.{}.v": rf"{ATTENTION}\.heads\.(\d+)\.(?:value|v)",
@@ -66,14 +68,14 @@ LAYER_NAME = re.compile(r"(?:layers|blocks|h)\.(\d{1,4})\.(.+)\.(weight|bias)")
 MASK_NAME = re.compile(
     rf"(?:layers|blocks|h)\.\d+\.{ATTENTION}\.(?:heads\.\d+\.)?(?:tril|mask|bias|causal_mask|masked_bias)"
 )
-GELU_NAME = re.compile(r"h\.\d+\.mlp\.c_fc\.weight")  # nanoGPT's and minGPT's name: they have GELU
+GELU_NAME = re.compile(r"h\.\d+\.mlp\.c_fc\.weight")  # the name in nanoGPT and minGPT, which use GELU
 
 
 def read(path: Path, tokenizer: Path | None) -> ModelBundle:
-    """A state dict as a `classic` model; GPT-2's tokenizer where none is given and the ids are as many.
+    """Read a state dict as a `classic` model.
 
-    `UserError` where the file is not whole, holds anything but tensors and plain values, or weights that the lists
-    above do not name.
+    `tokenizer`: a tokenizer.json; by default GPT-2's, if the vocabulary size is GPT-2's. `UserError` if the file is
+    damaged, contains anything but tensors and plain values, or weights that match none of the patterns above.
     """
     state, hyperparameters = load_state_dict(path)
     weights = rename_weights(state, path)
@@ -87,17 +89,20 @@ def read(path: Path, tokenizer: Path | None) -> ModelBundle:
 
 
 def load_state_dict(path: Path) -> tuple[dict[str, "Tensor"], Mapping[str, Any]]:
-    """The state dict, mapped, and the sizes that came with it. No code of the file is run."""
+    """Return the memory-mapped state dict and the hyperparameters stored with it, if any. Runs no code of the file.
+
+    `UserError` if torch is missing, or the file is damaged, hostile, or not a state dict.
+    """
     try:
         import torch
     except ImportError:
-        raise UserError(f"{path} needs PyTorch to be read: pip install 'tinystories-gpt[train]'") from None
+        raise UserError(f"reading {path} needs PyTorch: pip install 'tinystories-gpt[train]'") from None
     check_pickle(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:  # of pickle, zip, storage sizes...: a hostile file may lead to any
+    except Exception:  # a hostile file may cause any
         raise UserError(
-            f"{path} is not a whole file of tensors: torch cannot read it; copy it again, or save it anew:"
+            f"{path} is not a valid file of tensors: torch cannot read it; copy it again, or save it again with"
             " torch.save(model.state_dict(), ...)"
         ) from None
     hyperparameters: Mapping[str, Any] = {}
@@ -105,23 +110,27 @@ def load_state_dict(path: Path) -> tuple[dict[str, "Tensor"], Mapping[str, Any]]
         hyperparameters = next((content[key] for key in CONFIG_KEYS if isinstance(content.get(key), dict)), {})
         content = next((content[key] for key in STATE_DICT_KEYS if isinstance(content.get(key), dict)), content)
     if not isinstance(content, dict) or not content:
-        raise UserError(f"{path} holds no state dict; save one with torch.save(model.state_dict(), ...)")
-    byte_budget = 2 * path.stat().st_size  # a tied head shows the embedding's numbers again
+        raise UserError(f"{path} contains no state dict; save one with torch.save(model.state_dict(), ...)")
+    byte_budget = 2 * path.stat().st_size  # twice, since a tied LM head shares storage with the embedding
     for name, tensor in content.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             raise UserError(
-                f"{path}: {quoted(name)} is no tensor; save the weights alone: torch.save(model.state_dict(), ...)"
+                f"{path}: {quoted(name)} is not a tensor; save only the weights: torch.save(model.state_dict(), ...)"
             )
         if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
-            raise UserError(f"{path}: {quoted(name)} is not a plain tensor of numbers")
+            raise UserError(f"{path}: {quoted(name)} is not a dense, unquantized CPU tensor; convert it and save again")
         byte_budget -= tensor.numel() * tensor.element_size()
-        if byte_budget < 0:  # the same few numbers shown many times
+        if byte_budget < 0:  # many views of the same small storage, e.g. by expand()
             raise UserError(f"{path}: {quoted(name)} of shape {quoted(tuple(tensor.shape))} is larger than the file")
     return content, hyperparameters
 
 
 def rename_weights(state: Mapping[str, "Tensor"], path: Path) -> dict[str, Any]:
-    """fp32 arrays by our names; fused or separate heads as they are. "context": the length that a mask shows."""
+    """Return fp32 arrays by our names; fused qkv and per-head weights are left for `merge_heads`.
+
+    Two entries are not weights: "context", the context length if a causal mask shows it, and "gelu", true if the names
+    are those of a model with GELU. `UserError` for unknown or duplicate names, and values that are not weights.
+    """
     weights: dict[str, Any] = {}
     for name, tensor in state.items():
         bare_name = name[NAME_PREFIX.match(name).end() :]  # type: ignore[union-attr]
@@ -131,9 +140,9 @@ def rename_weights(state: Mapping[str, "Tensor"], path: Path) -> dict[str, Any]:
             continue
         new_name = map_name(bare_name)
         if new_name is None:
-            raise UserError(f"{path}: weight {quoted(name)} is not known; docs/interop.md lists the names that are")
+            raise UserError(f"{path}: weight {quoted(name)} is unknown; docs/interop.md lists the supported names")
         if new_name in weights:
-            raise UserError(f"{path}: weight {quoted(name)} is there twice under different names")
+            raise UserError(f"{path}: weight {quoted(name)} is duplicated under a different name")
         if not tensor.is_floating_point() or tensor.ndim not in ((2, 3) if new_name == "pe" else (1, 2)):
             raise UserError(
                 f"{path}: {quoted(name)} is {tensor.dtype} of shape {quoted(tuple(tensor.shape))}, not a matrix of"
@@ -146,6 +155,7 @@ def rename_weights(state: Mapping[str, "Tensor"], path: Path) -> dict[str, Any]:
 
 
 def map_name(bare_name: str) -> str | None:
+    """Return our name of a weight, given without prefix; None if it is unknown."""
     for new_name, pattern in TOP_PATTERNS.items():
         if re.fullmatch(pattern, bare_name.removesuffix(".weight").removesuffix(".bias")):
             return new_name if new_name == "pe" else f"{new_name}.{bare_name.rpartition('.')[2]}"
@@ -158,12 +168,12 @@ def map_name(bare_name: str) -> str | None:
 
 
 def merge_heads(weights: dict[str, Any], path: Path) -> int:
-    """Make q, k and v one matrix each. Returns the number of heads where the names show it, else 0."""
+    """Turn fused and per-head weights into one matrix each for q, k and v; return n_head if names show it, else 0."""
     n_head = 0
     for name in [name for name in weights if ".self_attn.qkv." in name]:
         parts = np.split(weights.pop(name), 3) if len(weights[name]) % 3 == 0 else []
         if not parts:
-            raise UserError(f"{path}: {name} does not hold q, k and v")
+            raise UserError(f"{path}: {name} cannot be split into q, k and v")
         for letter, part in zip("qkv", parts, strict=True):
             weights[name.replace(".qkv.", f".{letter}_proj.")] = part
     head_weights: dict[str, dict[int, Array]] = {}
@@ -174,7 +184,7 @@ def merge_heads(weights: dict[str, Any], path: Path) -> int:
         n_head = len(parts_by_head)
         shapes = {part.shape for part in parts_by_head.values()}
         if sorted(parts_by_head) != list(range(n_head)) or len(shapes) > 1:
-            raise UserError(f"{path}: the heads of {name} do not belong together")
+            raise UserError(f"{path}: heads of {name} are missing, or differ in shape")
         weights[name] = np.concatenate([parts_by_head[i] for i in range(n_head)])
     return n_head
 
@@ -182,16 +192,23 @@ def merge_heads(weights: dict[str, Any], path: Path) -> int:
 def infer_config(
     weights: dict[str, Any], n_head: int, context: int | None, hyperparameters: Mapping[str, Any], path: Path
 ) -> ModelConfig:
-    """The sizes, from shapes and names; what is not used any more leaves `found`."""
+    """Infer the config from shapes, names and `hyperparameters`; remove entries of `weights` that the config replaces.
+
+    `n_head`, `context`: 0 or None if unknown. What nothing records is assumed, with a warning. `UserError` if this is
+    not a GPT that `classic` can represent.
+    """
     embedding, up_proj = weights.get("embed_tokens.weight"), weights.get("layers.0.mlp.up_proj.weight")
     if embedding is None or up_proj is None or embedding.ndim != 2 or up_proj.shape[1:] != embedding.shape[1:]:
-        raise UserError(f"{path} is no GPT: the embedding or the first block is missing, or they do not fit")
+        raise UserError(
+            f"{path} is not a GPT: the embedding or the first block is missing, or their shapes do not match"
+        )
     V, C = embedding.shape
     layer_indices = {int(name.split(".")[1]) for name in weights if name.startswith("layers.")}
     if layer_indices != set(range(len(layer_indices))) or len(layer_indices) > MAX_LAYERS:
         raise UserError(
-            f"{path}: blocks are missing; there are {len(layer_indices)}, the last is number {max(layer_indices)}"
+            f"{path}: blocks are missing: it has {len(layer_indices)}, but the last is number {max(layer_indices)}"
         )
+    # An LM head that equals the embedding is treated as tied.
     lm_head = weights.get("lm_head.weight")
     settings: dict[str, Any] = {"tied": lm_head is None or np.array_equal(lm_head, embedding)}
     if settings["tied"]:
@@ -208,7 +225,7 @@ def infer_config(
             or position_table.shape[1] != C
             or not np.allclose(position_table, build_sinusoid_table(*position_table.shape), atol=1e-3)
         ):
-            raise UserError(f"{path}: its table of positions is not that of 'Attention is all you need'")
+            raise UserError(f"{path}: its position table `pe` is not the sinusoids of 'Attention Is All You Need'")
         context = context or len(position_table)
     if (position_embedding := weights.get("embed_positions.weight")) is not None:
         settings["learned_positions"], context = True, len(position_embedding)
@@ -218,20 +235,20 @@ def infer_config(
     if any(re.search(r"[qkv]_proj\.bias", name) for name in weights):
         settings["qkv_bias"] = True
     if "lm_head.bias" in weights:
-        raise UserError(f"{path}: its head has a bias, which our models do not have; train it without")
+        raise UserError(f"{path}: its LM head has a bias, which our models do not have; train it without")
     n_head = (
         n_head
         or get_count(hyperparameters, "n_head")
-        or assume(C // DEFAULT_HEAD_DIM or 1, f"heads are {DEFAULT_HEAD_DIM} wide", path)
+        or assume(C // DEFAULT_HEAD_DIM or 1, f"a head dimension of {DEFAULT_HEAD_DIM}", path)
     )
     context = (
         get_count(hyperparameters, "block_size")
         or context
-        or assume(DEFAULT_CONTEXT, f"the context is {DEFAULT_CONTEXT} tokens", path)
+        or assume(DEFAULT_CONTEXT, f"a context of {DEFAULT_CONTEXT} tokens", path)
     )
     field_names = {field.name for field in dataclasses.fields(ModelConfig)}
     if unknown_fields := sorted(settings.keys() - field_names):
-        raise UserError(f"{path} has {' and '.join(unknown_fields)}, which our classic models do not have")
+        raise UserError(f"{path} has {' and '.join(unknown_fields)}, which our classic models do not support")
     return ModelConfig(
         architecture="classic",
         vocab_size=V,
@@ -247,23 +264,25 @@ def infer_config(
 
 
 def get_count(hyperparameters: Mapping[str, Any], key: str) -> int:
+    """Return a positive integer of the hyperparameters; 0 if it is missing or implausible."""
     value = hyperparameters.get(key)
     return value if type(value) is int and 0 < value < MAX_COUNT else 0
 
 
 def assume(value: int, assumption: str, path: Path) -> int:
-    log.warning("%s does not say so: taken that %s", path, assumption)
+    """Return `value`, after a warning that it was assumed."""
+    log.warning("%s does not record it, assuming %s", path, assumption)
     return value
 
 
 def drop_zero_biases(weights: dict[str, Any]) -> None:
-    """Biases that our models lack and that are zero say nothing."""
+    """Remove all-zero biases of q, k, v and the LM head, which have no effect and which our models may lack."""
     for name in [n for n in weights if re.search(r"([qkv]_proj|lm_head)\.bias$", n) and not weights[n].any()]:
         del weights[name]
 
 
 def add_zero_biases(weights: dict[str, Any], config: ModelConfig) -> None:
-    """Biases that a program without them leaves out are zero."""
+    """Add zeros for the biases that `classic` has and the state dict lacks."""
     widths = {"self_attn.o_proj": config.n_embd, "mlp.up_proj": config.n_ff, "mlp.down_proj": config.n_embd}
     widths |= dict.fromkeys(("input_layernorm", "post_attention_layernorm"), config.n_embd)
     weights.setdefault("norm.bias", np.zeros(config.n_embd, np.float32))
@@ -275,6 +294,9 @@ def add_zero_biases(weights: dict[str, Any], config: ModelConfig) -> None:
 
 
 def default_tokenizer(vocab_size: int, path: Path) -> Tokenizer:
+    """Return GPT-2's tokenizer; `UserError` if the vocabulary size is not GPT-2's."""
     if vocab_size not in GPT2_VOCAB_SIZES:
-        raise UserError(f"{path} has {vocab_size:,} ids, which are not GPT-2's; give its tokenizer.json by --tokenizer")
+        raise UserError(
+            f"{path} has {vocab_size:,} ids, so its tokenizer is not GPT-2's; pass its tokenizer.json with --tokenizer"
+        )
     return load_gpt2()

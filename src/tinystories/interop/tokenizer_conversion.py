@@ -1,4 +1,4 @@
-"""Other programs' vocabularies as tokenizer.json, and ours as tables of pieces with scores."""
+"""Convert other programs' vocabularies to tokenizer.json, and our tokenizers to tables of pieces with scores."""
 
 import itertools
 import json
@@ -9,17 +9,11 @@ from typing import Any
 from tinystories.data.tokenizer import END, Tokenizer, sanitize
 from tinystories.errors import UserError, quoted
 
-SPACE_SYMBOL = "\N{LOWER ONE EIGHTH BLOCK}"  # how sentencepiece writes a space
-MAX_PIECE_CHARS = 1024  # characters of a piece; real ones have up to 50
-BYTE_PIECES = [f"<0x{byte:02X}>" for byte in range(256)]  # names of the pieces that stand for one byte each
-MALFORMED_ERRORS = (
-    TypeError,
-    KeyError,
-    AttributeError,
-    ValueError,
-    IndexError,
-    RecursionError,
-)  # what odd JSON may lead to
+SPACE_SYMBOL = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece's escape for a space
+MAX_PIECE_CHARS = 1024  # real pieces have up to 50 characters
+BYTE_PIECES = [f"<0x{byte:02X}>" for byte in range(256)]  # names of the byte-fallback pieces
+# What code that walks malformed JSON may raise.
+MALFORMED_ERRORS = (TypeError, KeyError, AttributeError, ValueError, IndexError, RecursionError)
 
 
 def build_sentencepiece_bpe(
@@ -31,20 +25,22 @@ def build_sentencepiece_bpe(
     add_prefix_space: bool = True,
     where: str = "the vocabulary",
 ) -> Tokenizer:
-    """A BPE tokenizer of sentencepiece's kind: pieces by id, the pair whose whole has the best score is merged first.
+    """Build a SentencePiece-style BPE tokenizer: the pair whose merged piece has the highest score is merged first.
 
-    Characters that are no piece become the pieces <0x00> to <0xFF> of their bytes. A space is "▁" (or " " in `pieces`);
-    `prefix`: one is put before every text. The piece `end_id` becomes END; it and the ids of `special` never come from
-    text. The ids are those of `encode` in llama2.c's run.c (https://github.com/karpathy/llama2.c), but for "▁" in a
-    text, which reads as a space, and for overlapping pairs of the same whole, which run.c takes from the left.
+    `pieces`, `scores`: by id; a space in a piece is "▁" or " ". Characters without a piece fall back to the pieces
+    <0x00> to <0xFF> of their UTF-8 bytes. The piece `end_id` is renamed to END; it and `special_ids` are never produced
+    by encoding text. With `add_prefix_space`, a space is put in front of every text.
 
-    `UserError` names `where`, for pieces that are empty, twice there, too long or not UTF-8, and for scores that are
-    no numbers.
+    Encoding equals `encode` in llama2.c's run.c (https://github.com/karpathy/llama2.c), with two exceptions: "▁" in a
+    text is read as a space, and run.c merges overlapping pairs of the same piece from the left.
+
+    `UserError`, prefixed with `where`, for pieces that are empty, duplicate, too long or not UTF-8, and for scores that
+    are not finite.
     """
     if len(pieces) != len(scores):
         raise UserError(f"{where}: {len(pieces)} pieces but {len(scores)} scores")
     if not 0 <= end_id < len(pieces):
-        raise UserError(f"{where}: the end of a story is id {end_id}, but there are only {len(pieces)} pieces")
+        raise UserError(f"{where}: the end token is id {end_id}, but there are only {len(pieces)} pieces")
     special_ids = {end_id, *special_ids}
     ids: dict[str, int] = {}
     for i, (piece, score) in enumerate(zip(pieces, scores, strict=True)):
@@ -52,7 +48,7 @@ def build_sentencepiece_bpe(
         if name in ids:
             raise UserError(f"{where}: pieces {ids[name]} and {i} are both {quoted(name)}")
         if not math.isfinite(score):
-            raise UserError(f"{where}: the score of piece {i} is not a number")
+            raise UserError(f"{where}: the score of piece {i} is not finite")
         ids[name] = i
     names = list(ids)
     text_pieces = {name: i for name, i in ids.items() if i not in special_ids and name not in BYTE_PIECES}
@@ -101,17 +97,18 @@ def build_sentencepiece_bpe(
 
 
 def decode_piece(piece: bytes, i: int, where: str) -> str:
+    """Return the name of piece i, with spaces escaped."""
     try:
         name = piece.decode().replace(" ", SPACE_SYMBOL)
     except UnicodeDecodeError:
-        raise UserError(f"{where}: piece {i} is not UTF-8; give the model's tokenizer.json by --tokenizer") from None
+        raise UserError(f"{where}: piece {i} is not UTF-8; pass the model's tokenizer.json with --tokenizer") from None
     if not 0 < len(name) <= MAX_PIECE_CHARS:
         raise UserError(f"{where}: piece {i} has {len(name):,} characters; expected 1 to {MAX_PIECE_CHARS}")
     return name
 
 
 def derive_merges(ids: Mapping[str, int], scores: Sequence[float]) -> Iterator[tuple[str, str]]:
-    """All pairs of pieces whose whole is a piece, the best score of the whole first."""
+    """Yield all pairs of pieces whose concatenation is a piece, by descending score of the latter, then by id."""
     for merged in sorted(ids, key=lambda name: (-scores[ids[name]], ids[name])):
         for split_at in range(len(merged) - 1, 0, -1):
             if merged[:split_at] in ids and merged[split_at:] in ids:
@@ -119,10 +116,10 @@ def derive_merges(ids: Mapping[str, int], scores: Sequence[float]) -> Iterator[t
 
 
 def set_end_token(text: str, end_id: int, where: str) -> Tokenizer:
-    """The tokenizer of another program's tokenizer.json, with END as the name of its token `end_id`.
+    """Load another program's tokenizer.json (`text`), renaming its token `end_id` to END.
 
-    If END named another token, that one takes the name that END leaves free. What it would put around a text (its
-    post-processor) is dropped. `UserError` names `where`, for files that are no tokenizer or have no such id.
+    If another token is already called END, the two swap names. The post-processor, which adds special tokens around a
+    text, is dropped. `UserError`, prefixed with `where`, if `text` is not a tokenizer or has no token `end_id`.
     """
     try:
         parts = json.loads(text)
@@ -136,12 +133,15 @@ def set_end_token(text: str, end_id: int, where: str) -> Tokenizer:
     except MALFORMED_ERRORS as error:
         raise UserError(f"{where} is not a Hugging Face tokenizer: {sanitize(error)}") from None
     if old_name is None or tokenizer.end_id != end_id:
-        raise UserError(f"{where}: there is no token {end_id}, which should end its stories")
+        raise UserError(f"{where}: token {end_id}, which should end stories, does not exist")
     return tokenizer
 
 
 def rename_end_token(parts: dict[str, Any], end_id: int) -> str | None:
-    """Give the token of that id the name END, and END's the old one; the old name, None where there is no such id."""
+    """Swap the names of token `end_id` and of the token called END, in place, in a parsed tokenizer.json.
+
+    Return the old name of `end_id`, or None if it does not exist. `ValueError` if merges produce it from text.
+    """
     model, added_tokens = parts["model"], parts["added_tokens"]
     vocab = model["vocab"]
     is_list = isinstance(vocab, list)  # Unigram: [piece, score] by id
@@ -151,7 +151,7 @@ def rename_end_token(parts: dict[str, Any], end_id: int) -> str | None:
     if old_name in (None, END):
         return old_name
     if any(old_name in (left, right, left + right) for left, right in parse_merges(model)):
-        raise ValueError(f"its token {end_id} is {quoted(old_name)}, part of a text; it cannot end a story")
+        raise ValueError(f"token {end_id} is {quoted(old_name)}, which occurs in ordinary text; it cannot end a story")
     renames = {old_name: END, END: old_name}
     for token in added_tokens:
         token["content"] = renames.get(token["content"], token["content"])
@@ -165,13 +165,13 @@ def rename_end_token(parts: dict[str, Any], end_id: int) -> str | None:
 
 
 def parse_merges(model: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The pairs of a tokenizer.json's model; older files have them as one string each."""
+    """Return the merges of a tokenizer.json's model as pairs; older files have "left right" strings."""
     pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model.get("merges", ()))
     return [(left, right) for left, right in pairs]
 
 
 def permute_ids(tokenizer: Tokenizer, ids: Sequence[int]) -> Tokenizer:
-    """The same BPE tokenizer with `ids[i]` for each id i."""
+    """Return a copy of a BPE tokenizer in which id i is renumbered to `ids[i]`."""
     parts = json.loads(tokenizer.json_text)
     added_ids = {token["content"]: token["id"] for token in parts["added_tokens"]}
     parts["model"]["vocab"] = {name: ids[i] for name, i in (parts["model"]["vocab"] | added_ids).items()}
@@ -181,11 +181,11 @@ def permute_ids(tokenizer: Tokenizer, ids: Sequence[int]) -> Tokenizer:
 
 
 def extract_pieces(tokenizer: Tokenizer) -> tuple[list[bytes], list[float]]:
-    """What each id stands for, and scores by which merging the best pair first encodes as the tokenizer does.
+    """Return pieces and scores by id, such that merging the best-scored pair first encodes as the tokenizer does.
 
-    Of sentencepiece's kind (see `sentencepiece`) the result is exact; special tokens keep their names. Byte-level BPE
-    gives the bytes of each token, `<0x00>` for the byte zero; it is only as good as encoding without a split into
-    words can be. Special tokens and unused ids are `<unk>` there. `UserError` where the tokenizer is neither.
+    For SentencePiece BPE (`build_sentencepiece_bpe`) the result is exact, and special tokens keep their names. For
+    byte-level BPE pieces are the bytes of each token (`<0x00>` for the zero byte, `<unk>` for special tokens and unused
+    ids); the encoding is approximate, since a table of pieces has no pre-tokenizer. `UserError` for other tokenizers.
     """
     model = tokenizer.json_data["model"]
     names = [""] * tokenizer.vocab_size
@@ -200,8 +200,8 @@ def extract_pieces(tokenizer: Tokenizer) -> tuple[list[bytes], list[float]]:
         return [{b"": b"<unk>", b"\0": b"<0x00>"}.get(piece, piece) for piece in token_bytes], rank_scores
     if model["type"] != "BPE" or not model.get("byte_fallback") or tokenizer.json_data["pre_tokenizer"]:
         raise UserError(
-            "the tokenizer is neither byte-level BPE (gpt2, bpe:N) nor of sentencepiece's kind; no table of pieces"
-            " can say what it does"
+            "the tokenizer is neither byte-level BPE (gpt2, bpe:N) nor SentencePiece BPE, so the format cannot"
+            " represent it; use --format hf"
         )
     for token in tokenizer.json_data["added_tokens"]:
         names[token["id"]] = token["content"]
@@ -210,7 +210,7 @@ def extract_pieces(tokenizer: Tokenizer) -> tuple[list[bytes], list[float]]:
 
 
 def infer_id_scores(names: list[str], tokenizer: Tokenizer) -> list[float] | None:
-    """The scores that sentencepiece gives its BPE pieces: 0, -1, -2... by id; None where the merges say otherwise."""
+    """Return the scores that SentencePiece gives BPE pieces (0, -1, -2, ... by id); None if merges contradict them."""
     special = tokenizer.special_ids
     text_pieces = {name: i for i, name in enumerate(names) if name and i not in special and name not in BYTE_PIECES}
     count = itertools.count()

@@ -1,4 +1,4 @@
-"""The model: tokens in, hidden states and logits out. Knows nothing of files, text or devices."""
+"""The GPT model: token ids in, hidden states and logits out. Independent of files, text and devices."""
 
 from tinystories.model.cache import KVCache
 from tinystories.model.gpt import GPT

@@ -1,4 +1,4 @@
-"""Keys and values of the tokens already read: an argument of the model, of static shape, that owns its lengths."""
+"""KV cache: preallocated keys and values with a length per row. It is passed to the model and has static shapes."""
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -8,7 +8,10 @@ from tinystories.config import ModelConfig
 
 
 def causal_mask(positions: Int[Tensor, "B T"], kv_len: int, window: int = 0) -> Bool[Tensor, "B 1 T S"]:
-    """True where a token may look: at positions up to its own below the horizon, the last `window` of them (0: all)."""
+    """Return a mask that is True where a query may attend: key positions up to its own and below `kv_len`.
+
+    With `window` > 0 a query attends to the last `window` of them only (sliding-window attention), itself included.
+    """
     key_positions, query_positions = torch.arange(kv_len, device=positions.device), positions[..., None]
     mask = key_positions <= query_positions
     return (mask & (key_positions > query_positions - window) if window else mask)[:, None]
@@ -17,8 +20,8 @@ def causal_mask(positions: Int[Tensor, "B T"], kv_len: int, window: int = 0) -> 
 class KVCache:
     """Preallocated keys and values, (layer, B, H_kv, n_ctx, D); row b holds `length[b]` tokens.
 
-    `horizon` is a host integer: attention looks at the first `horizon` cached positions. It must be at least the
-    longest length after the call. A small horizon saves work; a constant one keeps every shape static (CUDA graphs).
+    `kv_len` is a host integer: attention reads only the first `kv_len` cached positions. It must be at least the
+    longest row length after the call. A small `kv_len` saves work; a constant one keeps shapes static (CUDA graphs).
     """
 
     def __init__(
@@ -36,24 +39,28 @@ class KVCache:
         self.kv_len = config.n_ctx
 
     def view_rows(self, start: int, stop: int) -> "KVCache":
-        """Rows start..stop-1 as a cache of their own that shares this one's memory."""
+        """Return rows start..stop-1 as a cache that shares memory with this one."""
         view = object.__new__(KVCache)
         view.k, view.v = self.k[:, start:stop], self.v[:, start:stop]
         view.length, view.kv_len = self.length[start:stop], self.kv_len
         return view
 
     def next_positions(self, n_tokens: int) -> Int[Tensor, "B T"]:
-        """Positions that the next `n_tokens` tokens of each row will take."""
+        """Return the positions of the next `n_tokens` tokens of each row."""
         return self.length[:, None] + torch.arange(n_tokens, device=self.length.device)
 
     def write(
         self, layer: int, k: Float[Tensor, "B Hkv T D"], v: Float[Tensor, "B Hkv T D"], positions: Int[Tensor, "B T"]
     ) -> tuple[Float[Tensor, "B Hkv S D"], Float[Tensor, "B Hkv S D"]]:
-        """Store one layer's new keys and values; returns everything attention may look at."""
+        """Store the new keys and values of one layer; return all cached ones up to `kv_len`.
+
+        The row lengths do not change: the model calls `advance` once, after its last layer.
+        """
         rows = torch.arange(k.shape[0], device=k.device)[:, None]
         self.k[layer][rows, :, positions] = k.transpose(1, 2).to(self.k.dtype)
         self.v[layer][rows, :, positions] = v.transpose(1, 2).to(self.v.dtype)
         return self.k[layer, :, :, : self.kv_len], self.v[layer, :, :, : self.kv_len]
 
     def advance(self, n_tokens: int) -> None:
+        """Add `n_tokens` to the length of every row."""
         self.length += n_tokens

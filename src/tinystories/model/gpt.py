@@ -1,10 +1,11 @@
-"""The whole model: two architectures that share one skeleton.
+"""The GPT model: two architectures that share one pre-norm transformer skeleton.
 
-`classic`: sinusoidal positions, LayerNorm, ReLU, no bias on q, k, v; the original program. By its settings also GPT-2
-(learned positions, GELU, biases) and GPT-Neo (scores that are not scaled, a window in every second block).
-`modern`: rotary positions, RMSNorm (also on q and k), SwiGLU, grouped heads, no biases; the layout of Qwen3.
+`classic`: sinusoidal positions, LayerNorm, ReLU, no bias on q, k, v, as in the original program. It also covers
+GPT-2 (learned positions, GELU, biases) and GPT-Neo (unscaled attention scores, sliding window in every second block).
+`modern`: rotary position embeddings (RoPE), RMSNorm (also on q and k), SwiGLU, grouped-query attention, no biases; the
+layout of Qwen3.
 
-Parameters bear Hugging Face's names. Nothing here knows of files, text or devices.
+Parameters have Hugging Face's names. This module is independent of files, text and devices.
 Letters in shapes: B batch, T tokens in this call, S tokens visible to them, C = n_embd, H heads, D = head_dim, V vocab.
 """
 
@@ -26,13 +27,17 @@ CosSin = tuple[Tensor, Tensor]
 
 
 def build_norm(config: ModelConfig, width: int) -> nn.Module:
+    """Return the architecture's norm over the last axis: LayerNorm (`classic`) or RMSNorm (`modern`)."""
     if config.architecture == "classic":
         return nn.LayerNorm(width, eps=config.norm_eps)
     return RMSNorm(width, eps=config.norm_eps)
 
 
 def fused_linear(x: Float[Tensor, "B T C"], *projections: nn.Linear) -> tuple[Tensor, ...]:
-    """What several projections make of x, by one product with all their weights. All have biases, or none."""
+    """Apply several projections to x with a single matmul over their concatenated weights.
+
+    Either all of them have a bias or none has.
+    """
     weight = torch.cat([project.weight for project in projections])
     biases = tuple(project.bias for project in projections if project.bias is not None)
     bias = torch.cat(biases) if biases else None
@@ -40,14 +45,14 @@ def fused_linear(x: Float[Tensor, "B T C"], *projections: nn.Linear) -> tuple[Te
 
 
 class Attention(nn.Module):
-    """Causal self-attention over the tokens of this call and, with a cache, over all that came before."""
+    """Causal multi-head self-attention over the tokens of this call and, with a KV cache, over all earlier tokens."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         is_classic = config.architecture == "classic"
         self.head_dim = config.head_dim
         self.enable_gqa = config.kv_heads < config.n_head
-        self.scale = None if config.scaled_scores else 1.0  # None: one over the root of D
+        self.scale = None if config.scaled_scores else 1.0  # None: PyTorch's default, 1/sqrt(D)
         self.q_proj = nn.Linear(config.n_embd, config.n_head * config.head_dim, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.n_embd, config.kv_heads * config.head_dim, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.n_embd, config.kv_heads * config.head_dim, bias=config.qkv_bias)
@@ -67,7 +72,8 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "B T C"]:
         B, T, _ = x.shape
         projections = self.q_proj, self.k_proj, self.v_proj
-        # Many rows: one wide product is faster than three narrow ones. Few rows (a cache): copying weights would cost.
+        # Training and scoring (many tokens): one wide matmul is faster than three narrow ones. Decoding (few tokens):
+        # concatenating the weights would cost more than it saves.
         q, k, v = fused_linear(x, *projections) if cache is None else [project(x) for project in projections]
         q_BHTD = self.q_norm(q.view(B, T, -1, self.head_dim)).transpose(1, 2)
         k_BHTD = self.k_norm(k.view(B, T, -1, self.head_dim)).transpose(1, 2)
@@ -89,7 +95,7 @@ class Attention(nn.Module):
 
 
 class ClassicMLP(nn.Module):
-    """activation(x W_up) W_down, with biases."""
+    """Feed-forward of `classic`: activation(x W_up) W_down, with biases. The activation is ReLU or GELU."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -107,7 +113,7 @@ class ClassicMLP(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """silu(x W_gate) * (x W_up), then W_down (Shazeer 2020, arXiv 2002.05202)."""
+    """Feed-forward of `modern`: (silu(x W_gate) * (x W_up)) W_down (Shazeer 2020, arXiv 2002.05202)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -123,7 +129,10 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm: x + attention(norm(x)), then x + feed-forward(norm(x))."""
+    """Pre-norm transformer block: x + attention(norm(x)), then x + feed_forward(norm(x)).
+
+    In training both norms are recomputed in the backward pass instead of stored (activation checkpointing).
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -152,7 +161,10 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """`hidden = model(tokens, cache)`, then `model.logits(hidden)` for the positions whose logits are wanted."""
+    """Decoder-only transformer. Call `hidden = model(tokens, cache)`, then `model.logits(hidden)`.
+
+    The two are separate so that logits are computed only for the positions that need them.
+    """
 
     sinusoid: Tensor
     rope_cos: Tensor
@@ -160,7 +172,7 @@ class GPT(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        assert config.vocab_size > 0, "vocab_size must be known before the model is built"
+        assert config.vocab_size > 0, "vocab_size must be set before the model is built"
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
@@ -181,10 +193,10 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """GPT-2's initialisation; logits start near zero, so the first loss is ln(V).
+        """Initialize the weights as GPT-2 does; logits start near zero, so the first loss is ln(V).
 
-        An untied embedding has unit variance where sinusoids are added to it, which is their scale. A tied one is
-        the head as well: a token's logit for itself is about std x C at first, so wide models start below GPT-2's std.
+        An untied embedding gets unit variance if sinusoids are added to it, to match their scale. A tied embedding is
+        also the head, and a token's initial logit for itself is about std * C, so wide models get less than GPT-2's.
         """
         config = self.config
         if config.tied:
@@ -200,21 +212,21 @@ class GPT(nn.Module):
                 weight.normal_(std=embedding_std)
             elif name == "lm_head.weight":
                 weight.normal_(std=1.0 / config.n_embd)
-            elif name.endswith(("o_proj.weight", "down_proj.weight")):
+            elif name.endswith(("o_proj.weight", "down_proj.weight")):  # each block adds two of these to the residual
                 weight.normal_(std=0.02 / math.sqrt(2 * config.n_layer))
             else:
                 weight.normal_(std=0.02)
 
     def forward(self, tokens: Int[Tensor, "B T"], cache: KVCache | None = None) -> Float[Tensor, "B T C"]:
-        """Final hidden states of `tokens`, which follow what the cache already holds; advances the cache once.
+        """Return the final hidden states of `tokens`, which continue the cached tokens; advance the cache by T.
 
-        Without a cache the tokens stand at positions 0..T-1. T (with the cached length) must not pass n_ctx.
+        Without a cache the tokens are at positions 0..T-1. T plus the cached length must not exceed n_ctx.
         """
         T = tokens.shape[1]
-        assert self.config.n_ctx >= T, "more tokens than the context holds"
+        assert self.config.n_ctx >= T, "more tokens than fit in the context"
         positions = cache.next_positions(T) if cache is not None else None
         kv_len = T if cache is None else cache.kv_len
-        mask = local_mask = None if positions is None else causal_mask(positions, kv_len)  # None: causal
+        mask = local_mask = None if positions is None else causal_mask(positions, kv_len)  # None: is_causal
         if 0 < self.config.window < kv_len:
             query_positions = torch.arange(T, device=tokens.device)[None] if positions is None else positions
             local_mask = causal_mask(query_positions, kv_len, self.config.window)
@@ -237,5 +249,5 @@ class GPT(nn.Module):
         return self.norm(x)
 
     def logits(self, hidden: Float[Tensor, "*rest C"]) -> Float[Tensor, "*rest V"]:
-        """Next-token logits of the given hidden states."""
+        """Return the next-token logits of `hidden`, the output of `forward` at any selection of positions."""
         return self.lm_head(hidden)

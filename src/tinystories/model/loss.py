@@ -1,4 +1,4 @@
-"""Cross-entropy of the vocabulary head without ever holding all its logits, and the objective training minimises."""
+"""The training objective: cross-entropy fused with the vocabulary head, which never materializes all logits."""
 
 import torch
 from jaxtyping import Float, Int
@@ -8,17 +8,22 @@ from torch.nn import functional as F
 
 from tinystories.model.gpt import GPT
 
-IGNORE_INDEX = -100  # a target that costs nothing: padding
-CHUNK_BYTES = 30 * 2**20  # logits held at once: what a CPU's caches hold, and glibc does not map anew each time
-MIN_CHUNK_ROWS = 512  # at least: the head's gradient is added to once for each chunk
-CUDA_CHUNK_BYTES = 2**31  # logits held at once on CUDA: its products want thousands of rows, and are few then
-ALIGNMENT = 64  # columns: tensor cores are slow on rows of logits that begin at odd addresses
+# Target of padding: excluded from the loss.
+IGNORE_INDEX = -100
+# Size of one chunk of logits on a CPU: fits its caches, and stays below glibc's limit for a fresh mmap per allocation.
+CHUNK_BYTES = 30 * 2**20
+# At least this many rows: each chunk adds once to the gradient of the whole head.
+MIN_CHUNK_ROWS = 512
+# Size of one chunk of logits on CUDA: its matmuls need thousands of rows to be efficient.
+CUDA_CHUNK_BYTES = 2**31
+# Logits are padded to a multiple of this many columns: tensor cores are slow on rows that are not aligned.
+ALIGNMENT = 64
 
 
 def chunk_rows(vocab_size: int, device: str) -> int:
-    """Rows of logits held at once, of 4 bytes each; a power of two on CUDA, so that all chunks tend to be of one size.
+    """Return how many rows of fp32 logits make up one chunk on a device type ("cpu", "cuda").
 
-    `device`: its type.
+    A power of two on CUDA, so that the chunks of a batch tend to have the same size.
     """
     if device == "cuda":
         return 1 << max(0, (CUDA_CHUNK_BYTES // (4 * vocab_size)).bit_length() - 1)
@@ -26,15 +31,15 @@ def chunk_rows(vocab_size: int, device: str) -> int:
 
 
 def vocab_padding(vocab_size: int, device: str) -> int:
-    """Columns that round the logits up and take no part in the loss (GPT-2's vocabulary is odd). None but on CUDA."""
+    """Return the number of padding columns of the logits: nonzero only on CUDA. They do not contribute to the loss."""
     return -vocab_size % ALIGNMENT if device == "cuda" else 0
 
 
 class FusedLinearCrossEntropy(torch.autograd.Function):
-    """Sum of -log softmax(hidden @ weight.T)[target] over rows whose target is not IGNORE.
+    """Sum of -log softmax(hidden @ weight.T)[target] over rows whose target is not IGNORE_INDEX.
 
-    Rows go through in chunks, and the gradients are made on the way forward, while a chunk's probabilities are at
-    hand: the backward pass only scales them. Softmax and sums are fp32 whatever the dtype of `hidden`.
+    The rows are processed in chunks. The forward pass also computes the gradients, while it holds the probabilities of
+    a chunk (softmax minus one-hot); the backward pass only scales them. Softmax and sums are fp32 for any input dtype.
     """
 
     @staticmethod
@@ -54,7 +59,8 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
         grad_weight = weight.new_zeros(weight_cast.shape) if needs_grad else weight
         loss_sum = torch.zeros((), dtype=torch.float32, device=hidden.device)
         rows = min(hidden.shape[0], chunk_rows(vocab_size, device))
-        logits = hidden.new_empty((rows, weight_cast.shape[0]), dtype=torch.float32)  # once: fresh memory is slow
+        # One buffer for all chunks: fresh memory is slow.
+        logits = hidden.new_empty((rows, weight_cast.shape[0]), dtype=torch.float32)
         for start in range(0, hidden.shape[0], rows):
             h, y = hidden[start : start + rows], targets[start : start + rows, None]
             target_mask = (y != IGNORE_INDEX).float()
@@ -66,6 +72,7 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
                 z.copy_(h @ weight_cast.t())
             if pad:
                 z[:, vocab_size:] = -torch.inf
+            # In place, z turns from logits into exp(z - max), then into probabilities, then into their gradient.
             z -= z.amax(dim=1, keepdim=True)
             z_target = z.gather(1, y)
             p = z.exp_()
@@ -73,7 +80,8 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
             loss_sum += ((p_sum.log() - z_target) * target_mask).sum()
             if needs_grad:
                 p *= target_mask / p_sum
-                if compiling:  # compilers fuse a comparison with what is around it, and a scatter with nothing
+                # Subtract the one-hot targets. Compilers fuse a comparison into its neighbors, but not a scatter.
+                if compiling:
                     p -= target_mask * (torch.arange(p.shape[1], device=p.device) == y)
                 else:
                     p.scatter_add_(1, y, -target_mask)
@@ -96,22 +104,25 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
 def fused_linear_cross_entropy(
     hidden: Float[Tensor, "*rest C"], weight: Float[Tensor, "V C"], targets: Int[Tensor, "*rest"]
 ) -> Float[Tensor, ""]:
-    """Sum of nats over all targets that are not IGNORE; under autocast the products are in its dtype."""
+    """Return the cross-entropy in nats, summed over all targets that are not IGNORE_INDEX.
+
+    Under autocast the matmuls use its dtype.
+    """
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    if not torch.is_grad_enabled():  # a Function cannot tell, and would make gradients for nothing
+    if not torch.is_grad_enabled():  # inside a Function, needs_input_grad ignores it
         hidden, weight = hidden.detach(), weight.detach()
     loss: Tensor = FusedLinearCrossEntropy.apply(hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1))
     return loss
 
 
 class Objective(nn.Module):
-    """What training minimises. Compilers and DDP wrap this, never the model that is saved."""
+    """The function that training minimizes. torch.compile and DDP wrap this module, not the model that is saved."""
 
     def __init__(self, model: GPT) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, inputs: Int[Tensor, "B T"], targets: Int[Tensor, "B T"]) -> Float[Tensor, ""]:
-        """Summed nats of the targets (IGNORE where there is none), given the inputs."""
+        """Return the cross-entropy of the targets in nats, summed; positions with IGNORE_INDEX are excluded."""
         return fused_linear_cross_entropy(self.model(inputs), self.model.lm_head.weight, targets)

@@ -1,4 +1,4 @@
-"""RMSNorm with its gradient written out: PyTorch has no fused kernel for it on a CPU."""
+"""RMSNorm with a hand-written gradient, because PyTorch has no fused CPU kernel for it."""
 
 import torch
 from jaxtyping import Float
@@ -26,12 +26,13 @@ class RMSNormFunction(torch.autograd.Function):
         x, weight, inv_rms = ctx.saved_tensors  # type: ignore[attr-defined]
         grad_normed = (grad * x).mul_(inv_rms)
         grad_weight = grad_normed.reshape(-1, x.shape[-1]).sum(0)
+        # d(1/rms)/dx = -x / (C * rms^3): the part of the gradient that points along x.
         along_x = (grad_normed @ weight)[..., None] * inv_rms.square() / -x.shape[-1]
         return (grad * weight).mul_(inv_rms).addcmul_(x, along_x), grad_weight, None
 
 
 class RMSNorm(nn.RMSNorm):
-    """`nn.RMSNorm`, but faster on a CPU, and fused for bf16 inputs with an fp32 weight (autocast)."""
+    """`nn.RMSNorm` that is faster on a CPU and stays fused for bf16 inputs with an fp32 weight (autocast)."""
 
     def forward(self, x: Float[Tensor, "*rest C"]) -> Float[Tensor, "*rest C"]:
         if x.device.type == "cpu" and x.dtype == torch.float32:

@@ -1,4 +1,9 @@
-"""Less memory while training: what is cheap to make again is not kept for the backward pass."""
+"""Activation checkpointing (rematerialization): cheap activations are recomputed in the backward pass, not stored.
+
+Autograd normally keeps the inputs of every matmul until the backward pass. Norms and activation functions are cheap,
+so their outputs are dropped after the forward pass and recomputed when the backward pass first needs them.
+`torch.utils.checkpoint` would rerun whole blocks, matmuls included.
+"""
 
 import contextlib
 from collections.abc import Callable
@@ -11,7 +16,7 @@ from torch.nn import functional as F
 
 
 class Rematerialized:
-    """Stands in the graph for views of one tensor; makes it once more when the first of them is asked for."""
+    """One dropped tensor. Its saved views share a single recomputation, which is freed with the last of them."""
 
     def __init__(self, tensor: Tensor, recompute: Callable[[], Tensor]) -> None:
         self.storage_ptr = tensor.untyped_storage().data_ptr()
@@ -20,6 +25,7 @@ class Rematerialized:
         self.recomputed: Tensor | None = None
 
     def pack(self, saved: Tensor) -> "Tensor | SavedView":
+        """Replace a saved view of the dropped tensor by a `SavedView`; return other tensors unchanged."""
         if saved.untyped_storage().data_ptr() != self.storage_ptr:
             return saved
         self.n_pending += 1
@@ -27,13 +33,14 @@ class Rematerialized:
 
 
 class SavedView:
-    """What is kept of a saved tensor: where it lies in the storage of the remade one."""
+    """Placeholder that autograd saves instead of a view of the dropped tensor: shape, strides and offset only."""
 
     def __init__(self, source: Rematerialized, saved: Tensor) -> None:
         self.source = source
         self.layout = (saved.shape, saved.stride(), saved.storage_offset())
 
     def materialize(self) -> Tensor:
+        """Return the view, recomputing the tensor unless another of its views already has."""
         source = self.source
         recomputed = source.recompute() if source.recomputed is None else source.recomputed
         source.n_pending -= 1
@@ -42,13 +49,15 @@ class SavedView:
 
 
 def unpack(saved: "Tensor | SavedView") -> Tensor:
+    """Return the tensor that `Rematerialized.pack` was called with, or an equal one."""
     return saved.materialize() if isinstance(saved, SavedView) else saved
 
 
 def recompute_in_backward(tensor: Tensor, recompute: Callable[[], Tensor]) -> contextlib.AbstractContextManager[object]:
-    """`with remade(y, make):` operations inside that would keep `y` for their backward pass call `make` there instead.
+    """Return a context in which autograd does not store `tensor` but calls `recompute` in the backward pass.
 
-    `make` must give y again, contiguous as y is. Compiled code decides for itself what it keeps.
+    This affects operations inside the context that save `tensor` or a view of it. `recompute` must return an equal
+    tensor, contiguous like the original. Does nothing under torch.compile, which chooses what to recompute by itself.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return contextlib.nullcontext()
@@ -56,7 +65,7 @@ def recompute_in_backward(tensor: Tensor, recompute: Callable[[], Tensor]) -> co
 
 
 class ReLUFunction(torch.autograd.Function):
-    """max(x, 0), whose backward pass writes over the gradient it is given: for an output that one product uses."""
+    """ReLU whose backward pass overwrites the incoming gradient, so its output must be used only once."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Float[Tensor, "*rest F"]) -> Tensor:
@@ -72,7 +81,7 @@ class ReLUFunction(torch.autograd.Function):
 
 
 def relu(x: Float[Tensor, "*rest F"]) -> Float[Tensor, "*rest F"]:
-    """max(x, 0), to be used once."""
+    """Return max(x, 0). In training the result must be used only once (see `ReLUFunction`)."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return F.relu(x)
     y: Tensor = ReLUFunction.apply(x)
@@ -80,12 +89,12 @@ def relu(x: Float[Tensor, "*rest F"]) -> Float[Tensor, "*rest F"]:
 
 
 def gelu(x: Float[Tensor, "*rest F"], kind: str) -> Float[Tensor, "*rest F"]:
-    """x times the normal distribution function of x: exact (`gelu_erf`), or nearly so (`gelu_tanh`)."""
+    """Return GELU of x: exact for `kind` = "gelu_erf", GPT-2's tanh approximation for "gelu_tanh"."""
     return F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
 
 
 class GatedSiLUFunction(torch.autograd.Function):
-    """silu(gate) * up, keeping nothing but its inputs."""
+    """silu(gate) * up; saves only its inputs and recomputes silu(gate) in the backward pass."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, gate: Float[Tensor, "*rest F"], up: Float[Tensor, "*rest F"]) -> Tensor:
@@ -100,7 +109,7 @@ class GatedSiLUFunction(torch.autograd.Function):
 
 
 def gated_silu(gate: Float[Tensor, "*rest F"], up: Float[Tensor, "*rest F"]) -> Float[Tensor, "*rest F"]:
-    """silu(gate) * up."""
+    """Return silu(gate) * up, the gated activation of SwiGLU."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return F.silu(gate) * up
     product: Tensor = GatedSiLUFunction.apply(gate, up)

@@ -1,0 +1,1 @@
+"""Training: the run, its loop, optimizers and checkpoints, and hyperparameter sweeps over many runs."""

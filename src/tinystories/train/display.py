@@ -1,4 +1,4 @@
-"""The live line of a training run, and those of a sweep: a progress bar on a terminal, plain lines elsewhere."""
+"""Live progress of a training run or a sweep: progress bars on a terminal, log lines elsewhere."""
 
 import logging
 from types import TracebackType
@@ -10,9 +10,9 @@ log = logging.getLogger(__name__)
 
 
 class Display:
-    """`with Display(steps, at) as display: display.update(step, text)`; a bar where stderr is a terminal.
+    """Progress of one run: a bar if stderr is a terminal, otherwise log lines. Use it as a context manager.
 
-    `quiet` shows nothing: of several processes one talks.
+    `step` is the number of steps already done. `quiet` shows no bar (ranks other than 0).
     """
 
     def __init__(self, steps: int, step: int, *, quiet: bool = False) -> None:
@@ -41,7 +41,7 @@ class Display:
         self.progress.stop()
 
     def update(self, step: int, text: str, *, log_line: bool) -> None:
-        """Show the newest figures; where there is no terminal, print them if `line`."""
+        """Show the progress and `text`. Without a terminal, log them if `log_line` is set."""
         self.progress.update(self.task_id, completed=step, text=text)
         if log_line and not self.console.is_terminal:
             remaining = self.progress.tasks[0].time_remaining
@@ -49,7 +49,7 @@ class Display:
             log.info("step %d/%d  %s%s", step, self.steps, text, eta)
 
     def print_line(self, text: str) -> None:
-        """A line of its own, above the bar."""
+        """Print a line above the bar, or log it if there is no terminal."""
         if self.console.is_terminal:
             self.progress.console.print(text, markup=False, highlight=False)
         else:
@@ -57,7 +57,7 @@ class Display:
 
 
 class SweepDisplay:
-    """A bar for the trials of a sweep and one for each that is under way; plain lines where there is no terminal."""
+    """Progress of a sweep: a bar for all trials and one for each running trial; log lines if there is no terminal."""
 
     def __init__(self, n_trials: int, n_finished: int) -> None:
         self.console = Console(stderr=True)
@@ -82,6 +82,7 @@ class SweepDisplay:
         self.progress.stop()
 
     def start_trial(self, number: int, steps: int) -> None:
+        """Add a bar for a trial of `steps` steps."""
         self.task_ids[number] = self.progress.add_task(f"trial {number}, step", total=steps, text="")
 
     def update_trial(self, number: int, step: int, text: str) -> None:
@@ -92,11 +93,11 @@ class SweepDisplay:
             self.progress.remove_task(self.task_ids.pop(number))
 
     def update_finished(self, n_finished: int, text: str) -> None:
-        """Show how many trials have finished, and the best of them."""
+        """Show how many trials have finished, with `text` about the best one."""
         self.progress.update(self.overall_task_id, completed=n_finished, text=text)
 
     def print_line(self, text: str) -> None:
-        """A line of its own, above the bars."""
+        """Print a line above the bars, or log it if there is no terminal."""
         if self.console.is_terminal:
             self.progress.console.print(text, markup=False, highlight=False)
         else:

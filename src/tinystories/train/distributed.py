@@ -1,8 +1,8 @@
-"""Several processes that train one model: who they are, what they agree on, and which of them speaks.
+"""Data-parallel training in several processes: ranks, process group, collectives and DistributedDataParallel.
 
-`torchrun` starts the ranks and says by environment variables who each one is; without it there is one, and nothing
-here costs anything. All ranks take the same steps on the same clock: whatever only one of them can know (a signal, what
-a directory holds) is agreed on first. Rank 0 alone writes files and talks.
+`torchrun` starts the ranks and identifies each one by environment variables. Without it there is a single process and
+everything here is a no-op. All ranks run the same steps: whatever only one rank can know (a signal, the contents of a
+directory) is first shared by a collective. Only rank 0 writes files and logs.
 """
 
 import contextlib
@@ -17,18 +17,21 @@ from typing import TYPE_CHECKING, Any
 
 from tinystories.errors import UserError
 
-if TYPE_CHECKING:  # commands import this file, and --help need not wait for NumPy either
+if TYPE_CHECKING:  # the CLI imports this module, and --help should not wait for NumPy or torch
     import numpy as np
     import numpy.typing as npt
     import torch
 
-TIMEOUT = datetime.timedelta(minutes=10)  # with a rank that says nothing; one that dies is noticed at once
+# How long a collective waits for an unresponsive rank. A rank that dies is noticed immediately.
+TIMEOUT = datetime.timedelta(minutes=10)
 
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """The processes of a run and this one's place: `rank` of `size` over all machines, `local_rank` of `local_size`
-    on this one.
+    """The ranks of a run: this process is `rank` of `size` in all and `local_rank` of `local_size` on its machine.
+
+    The collectives (`all_reduce_max`, `broadcast`, ...) must be called by all ranks, inside `process_group`. With a
+    single process they do nothing and return their argument.
     """
 
     rank: int = 0
@@ -38,7 +41,7 @@ class World:
 
     @staticmethod
     def from_environment() -> "World":
-        """What torchrun has set: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE. `UserError` where it cannot be."""
+        """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, which torchrun sets. `UserError` if inconsistent."""
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         texts = [os.environ.get(name) for name in names]
         if texts[1] is None:
@@ -49,27 +52,25 @@ class World:
             rank, size, local_rank, local_size = -1, 0, -1, 0
         if not (0 <= local_rank < local_size <= size and local_rank <= rank < size):
             variables = " ".join(f"{name}={text}" for name, text in zip(names, texts, strict=True))
-            raise UserError(
-                f"{variables} is no place in a group of processes; start them with torchrun, or unset these"
-            )
+            raise UserError(f"inconsistent torchrun variables: {variables}; launch with torchrun, or unset them")
         return World(rank, size, local_rank, local_size)
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the rank that writes and talks."""
+        """Whether this is rank 0, which writes files and logs."""
         return self.rank == 0
 
     def batch_size_per_rank(self, batch_size: int) -> int:
-        """Rows of a step for each rank. `UserError` where they cannot be shared out evenly."""
+        """Return the number of rows of a step for each rank. `UserError` if `batch_size` is not divisible by `size`."""
         if batch_size % self.size:
             raise UserError(
-                f"train.batch_size={batch_size} cannot be shared by {self.size} processes;"
-                f" make it a multiple of {self.size}, or start another number of them"
+                f"train.batch_size={batch_size} is not divisible by the number of processes, {self.size};"
+                f" make it a multiple of {self.size}, or start a different number of processes"
             )
         return batch_size // self.size
 
     def all_reduce_max(self, value: int) -> int:
-        """The largest of what the ranks give."""
+        """Return the largest value passed by any rank."""
         if self.size == 1:
             return value
         import torch
@@ -80,7 +81,7 @@ class World:
         return int(tensor)
 
     def broadcast(self, value: int) -> int:
-        """What rank 0 gives."""
+        """Return the value passed by rank 0."""
         if self.size == 1:
             return value
         import torch
@@ -91,7 +92,7 @@ class World:
         return int(tensor)
 
     def all_reduce_sum(self, values: "npt.NDArray[np.float64]") -> "npt.NDArray[np.float64]":
-        """The sum over all ranks of arrays of one shape."""
+        """Return the elementwise sum over all ranks of arrays of equal shape; may overwrite `values`."""
         if self.size == 1:
             return values
         import torch
@@ -102,21 +103,24 @@ class World:
         return total.numpy()
 
     def all_reduce_(self, value: "torch.Tensor") -> None:
-        """Sum a tensor over all ranks in place, on its device, without waiting for it."""
+        """Sum a tensor over all ranks in place, on its device, without making the host wait for a GPU."""
         if self.size > 1:
             from torch import distributed
 
             distributed.all_reduce(value)
 
     def resolve_device(self, name: str) -> str:
-        """The device of this rank where `name` leaves it open which one of a machine's GPUs."""
+        """Return this rank's own GPU ("cuda:N") if `name` is "auto" or "cuda" and there are several ranks, else `name`.
+
+        `UserError` if the machine has fewer GPUs than ranks.
+        """
         import torch
 
         if self.size == 1 or name not in ("auto", "cuda") or not torch.cuda.is_available():
             return name
         if self.local_size > torch.cuda.device_count():
             raise UserError(
-                f"{self.local_size} processes on a machine with {torch.cuda.device_count()} CUDA devices; start"
+                f"{self.local_size} processes but only {torch.cuda.device_count()} CUDA devices on this machine; start"
                 f" torchrun with --nproc-per-node {torch.cuda.device_count()}, or train with --train.device cpu"
             )
         return f"cuda:{self.local_rank}"
@@ -127,9 +131,9 @@ SINGLE = World()
 
 @contextlib.contextmanager
 def process_group(world: World, device: "torch.device") -> Iterator[None]:
-    """While it lasts, the ranks can talk: by NCCL between GPUs, by gloo between CPUs and for what is not on a GPU.
+    """Connect the ranks inside the block: NCCL for tensors on GPUs, gloo for tensors on CPUs.
 
-    A rank that is lost makes the others raise `Lost`.
+    Raises `PeerLost` if another rank ends or cannot be reached. Lowers the log level of all ranks except rank 0.
     """
     if world.size == 1:
         yield
@@ -153,25 +157,28 @@ def process_group(world: World, device: "torch.device") -> Iterator[None]:
 
 
 class PeerLost(Exception):
-    """Another rank has ended, or cannot be reached."""
+    """Another rank has ended or cannot be reached."""
 
 
 def wrap_ddp(module: "torch.nn.Module", world: World, device: "torch.device") -> Any:
-    """The module, with gradients averaged over the ranks as its backward pass goes (DistributedDataParallel)."""
+    """Wrap the module in DistributedDataParallel: gradients are averaged over the ranks during the backward pass."""
     if world.size == 1:
         return module
     from torch.nn.parallel import DistributedDataParallel
 
     device_ids = [device] if device.type == "cuda" else None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # the option has another name from torch 2.13 on
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 renames one of the options
         return DistributedDataParallel(
             module, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
         )
 
 
 def claim_error_message(text: str) -> bool:
-    """Whether no other rank has said the same: what stops all of them is told once."""
+    """Return True for the first rank that calls this with `text`, so that an error of all ranks is printed once.
+
+    Uses the key-value store of torchrun; returns True if that cannot be reached.
+    """
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return True
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -181,5 +188,5 @@ def claim_error_message(text: str) -> bool:
         store = TCPStore(host, port, is_master=False, timeout=datetime.timedelta(seconds=5))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         return store.add(f"said/{attempt}/{hashlib.sha256(text.encode()).hexdigest()}", 1) == 1
-    except (KeyError, ValueError, RuntimeError):  # nobody keeps a list: better twice than never
+    except (KeyError, ValueError, RuntimeError):  # no store: better to print it twice than never
         return True

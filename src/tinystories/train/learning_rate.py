@@ -1,8 +1,8 @@
-"""The learning rates that `auto` stands for: near-best ones for a model's size and batch.
+"""Learning rates for the setting "auto": near-optimal ones for the model width and batch size.
 
-Measured at the reference size and held against other sizes (docs/training.md has the table). Rates grow with the square
-root of the batch (Malladi et al. 2022, arXiv 2205.10287), but only so far: Muon's usual rate at half a million tokens a
-step is 0.02 as well.
+Tuned at one reference size and compared with half and twice the rate at other sizes (table in docs/training.md). Rates
+grow with the square root of the batch size (Malladi et al. 2022, arXiv 2205.10287), up to a limit: Muon's usual rate
+at half a million tokens per step is also 0.02.
 """
 
 import dataclasses
@@ -10,15 +10,20 @@ import math
 
 from tinystories.config import Config
 
-REFERENCE_WIDTH, REFERENCE_TOKENS = 192, 2048  # of the reference: n_embd, and places in the rows of a step
-MUON_LR = 0.02  # the same at all widths: an update's singular values do not depend on the size of a matrix
-ADAMW_LR_WITH_MUON = 0.01  # of embedding, head, norms and biases beside Muon: falls with the root of the width
-ADAMW_LR_ALONE = 0.003  # of AdamW alone: falls with the width (Yang et al. 2022, arXiv 2203.03466)
-MAX_BATCH_SCALING = 2.0  # for large batches
+# The reference size at which the rates were tuned: n_embd, and tokens per step (batch_size * n_ctx).
+REFERENCE_WIDTH, REFERENCE_TOKENS = 192, 2048
+# Muon. The same at all widths: the singular values of an update do not depend on the size of the matrix.
+MUON_LR = 0.02
+# AdamW alongside Muon, for embedding, head, norms and biases. Scales with 1 / sqrt(width).
+ADAMW_LR_WITH_MUON = 0.01
+# AdamW for all weights. Scales with 1 / width (Yang et al. 2022, arXiv 2203.03466).
+ADAMW_LR_ALONE = 0.003
+# Limit of the factor for larger batches.
+MAX_BATCH_SCALING = 2.0
 
 
 def resolve_auto_rates(config: Config) -> Config:
-    """The config with numbers in place of `auto` in optim.learning_rate and optim.muon_rate."""
+    """Return the config with "auto" in optim.learning_rate and optim.muon_rate replaced by numbers."""
     optim, width_ratio = config.optim, REFERENCE_WIDTH / config.model.n_embd
     batch_scaling = min(MAX_BATCH_SCALING, math.sqrt(config.train.batch_size * config.model.n_ctx / REFERENCE_TOKENS))
     adamw_lr = ADAMW_LR_WITH_MUON * math.sqrt(width_ratio) if optim.kind == "muon" else ADAMW_LR_ALONE * width_ratio
@@ -35,5 +40,5 @@ def resolve_auto_rates(config: Config) -> Config:
 
 
 def round_to_3_digits(rate: float) -> float:
-    """To three digits: nobody can measure more."""
+    """Round to three significant digits."""
     return float(f"{rate:.3g}")

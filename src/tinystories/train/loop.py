@@ -1,4 +1,8 @@
-"""Training: one clock, pure batches, checkpoints that a straight run and a resumed run reach with the same bits."""
+"""The training loop: steps, evaluations, checkpoints and metrics.
+
+The step number is the only clock: the batch, learning rate and dropout seed of a step are functions of the seed and the
+step. So an interrupted and resumed run ends with the same bits as an uninterrupted one.
+"""
 
 import contextlib
 import itertools
@@ -42,7 +46,7 @@ log = logging.getLogger(__name__)
 
 
 class Interrupted(Exception):
-    """The run was asked to stop; its state is saved. `signal` is the signal's number."""
+    """The run was stopped by the signal number `signum` at `step`; a checkpoint of that step has been saved."""
 
     def __init__(self, signum: int, step: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name} at step {step}")
@@ -50,19 +54,20 @@ class Interrupted(Exception):
 
 
 class Trainer:
-    """One process of a training run: owns the model, its optimizers and the clock, which all ranks keep alike."""
+    """One process of a training run. Owns the model, optimizers and train state, which are equal on all ranks."""
 
     def __init__(self, config: Config, run_dir: Path, previous_micro_batch: int = 0, world: World = SINGLE) -> None:
-        """`micro_batch` is what an earlier sitting of this run used, if there was one.
+        """Build everything a run needs: data, tokenizer, model, optimizers, objective.
 
-        With more than one rank the caller has connected them.
+        `previous_micro_batch` is the micro-batch of the run being resumed (0: none). With more than one rank, call this
+        inside `distributed.process_group`.
         """
         data_dir = Path(config.data.dir)
         self.rows = PackedRows(data_dir, "train", config.model.n_ctx, config.train.seed)
         self.val_split = open_split(data_dir, "val")
         self.tokenizer = Tokenizer.load(data_dir)
         if self.tokenizer.sha256 != self.rows.meta.tokenizer_sha256:
-            raise UserError(f"{data_dir}/tokenizer.json is not the one the data was made with; prepare the data again")
+            raise UserError(f"{data_dir}/tokenizer.json is not the tokenizer of the data; prepare the data again")
         self.config = config = resolve_auto_rates(replace_vocab(config, self.rows.meta.vocab_size, str(data_dir)))
         self.run_dir, self.world = run_dir, world
         self.device = select_device(world.resolve_device(config.train.device))
@@ -80,54 +85,72 @@ class Trainer:
         self.stop_signal = 0
         self.running_mean = RunningMean()
         self.prefetch: Prefetch | None = None
-        self.in_flight: InFlightStep | None = None  # the newest step, if it has not been counted yet
-        self.last_recorded_at: float | None = None  # when the time before was counted; None while no step is under way
+        self.in_flight: InFlightStep | None = None  # the newest step, until it is recorded
+        self.last_recorded_at: float | None = None  # end of the latest recorded step; None while no step is in flight
 
     def maybe_compile(self, objective: Objective) -> Any:
+        """Apply torch.compile if train.compile is "on", or if it is "auto" and the device is CUDA."""
         mode = self.config.train.compile
         if mode == "on" or (mode == "auto" and self.device.type == "cuda"):
             return torch.compile(objective)
         return objective
 
     def train_step(self, step: int) -> tuple[Tensor, Tensor, int, float]:
-        """Mean loss in nats per target, gradient norm (both still on the device), targets, learning rate.
+        """Run one optimizer step; return the mean loss, the gradient norm, the number of targets and the learning rate.
 
-        All of them over the whole batch, of which this rank computes its share.
+        The loss is in nats per target. Loss and gradient norm are scalars still on the device: reading them would make
+        the host wait. All four are those of the whole batch, of which this rank computes its share.
         """
         config, world = self.config, self.world
+        # The batch of this rank. n_targets counts the targets of all ranks.
         batch = self.prefetch.get(step) if self.prefetch else self.make_batch(step)
         (inputs, targets), n_targets = batch.to_device(self.device), batch.n_targets
+
+        # Schedules: the learning rate of each parameter group, scaled from its peak, and Muon's momentum.
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = get_learning_rate(step, config.train.steps, group["peak"], config.schedule)
                 if "momentum" in group:
                     group["momentum"] = get_momentum(step, config.train.steps, config.optim.momentum)
         lr = self.optimizers[0].param_groups[0]["lr"]
+
+        # Dropout is seeded per step, so that resuming needs no saved generator state.
         if config.model.dropout:
             torch.manual_seed(derive_seed(config.train.seed, step, world.rank))
+
+        # Gradient accumulation: backward passes over micro-batches add up in weight.grad.
         loss_sum = torch.zeros((), device=self.device)
         for start in range(0, len(inputs), self.micro_batch):
             rows = slice(start, start + self.micro_batch)
-            skip_sync = world.size > 1 and rows.stop < len(inputs)  # gradients meet in the last backward pass only
+            # With several ranks, DDP all-reduces the gradients once, in the last backward pass.
+            skip_sync = world.size > 1 and rows.stop < len(inputs)
             with self.objective.no_sync() if skip_sync else contextlib.nullcontext():
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
                     loss = self.objective(inputs[rows], targets[rows])
-                (loss / n_targets * world.size).backward()  # DDP averages what is to be summed
+                # `loss` is a sum over this micro-batch. Dividing it by the targets of the whole step, not of the
+                # micro-batch, makes the accumulated gradient that of the batch mean, wherever the padding is.
+                # DDP averages gradients over the ranks, but their sum is needed: hence the factor world.size.
+                (loss / n_targets * world.size).backward()
             loss_sum += loss.detach()
-        world.all_reduce_(loss_sum)
+        world.all_reduce_(loss_sum)  # only for the metrics: the gradients were reduced by DDP
+
+        # Clip by the global norm over all weights, equal on all ranks. With grad_clip = 0 the norm is only measured.
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.optim.grad_clip or math.inf)
+
+        # Optimizer step. Setting gradients to None frees their memory and saves the next backward pass an addition.
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         return loss_sum / n_targets, grad_norm, n_targets, lr
 
     def make_batch(self, step: int) -> Batch:
+        """Build this rank's batch of `step`; with CUDA in pinned memory."""
         pin_memory = self.device.type == "cuda"
         return Batch.from_rows(self.rows, step, self.config.train.batch_size, self.world, pin_memory)
 
     @contextlib.contextmanager
     def prefetch_batches(self) -> Iterator[None]:
-        """While it lasts, a thread makes the batches of the steps to come, in order, if that saves time."""
+        """Prefetch batches in a thread inside the block, from the current step on; does nothing on a CPU."""
         if not is_async_device(self.device):
             yield
             return
@@ -138,7 +161,10 @@ class Trainer:
                 self.prefetch = None
 
     def evaluate(self, limit: int, display: Display) -> BitsReport | None:
-        """Bits per byte on `limit` fixed validation stories (0: on all); None where there are none."""
+        """Return bits per byte on `limit` fixed validation stories (0: all); None if there are no validation stories.
+
+        Each rank scores every `world.size`-th story. Raises `Interrupted` on all ranks if any of them got a signal.
+        """
         tokens, index = self.val_split
         if len(index) < 2:
             return None
@@ -153,6 +179,8 @@ class Trainer:
             n_done = min(n_evaluated, n_done * world.size)
             display.update(self.train_state.step, f"evaluating {n_done:,} of {n_evaluated:,} stories", log_line=False)
 
+        # Each rank fills the columns of its own stories; summed over ranks they are complete. A signal ends the loop on
+        # one rank only, so `Interrupted` is suppressed here and raised after all ranks have shared their signals.
         story_scores = np.zeros((3, n_evaluated))
         with contextlib.suppress(Interrupted):
             rank_stories = itertools.islice(read_prepared_stories(tokens, index, limit), world.rank, None, world.size)
@@ -163,11 +191,11 @@ class Trainer:
         return summarize(world.all_reduce_sum(story_scores), time.perf_counter() - started_at)
 
     def sync_stop_signal(self) -> None:
-        """A signal that one rank was sent stops all of them at the same step."""
+        """Share a stop signal that any rank received, so that all ranks stop at the same step."""
         self.stop_signal = self.world.all_reduce_max(self.stop_signal)
 
     def write_samples(self, metrics_text: str) -> None:
-        """Append a story for each prompt to samples.md; the seeds are fixed so that evaluations compare."""
+        """Append a story for each sample prompt to samples.md; fixed seeds make evaluations comparable."""
         engine = TorchEngine(self.model, device=self.device, precision=self.precision, n_slots=1)
         sections = [f"## Step {self.train_state.step:,} ({metrics_text})\n"]
         for i, prompt in enumerate(self.config.train.sample_prompts):
@@ -185,7 +213,10 @@ class Trainer:
             file.write("\n".join(sections) + "\n")
 
     def build_provenance(self, metrics: Metrics) -> dict[str, Any]:
-        """Where the weights come from; the score is that of this very step, or absent."""
+        """Return the facts about the origin of the weights: versions, data, tokenizer, progress, seed.
+
+        Includes the validation score only if this very step was evaluated.
+        """
         meta, train_state = self.rows.meta, self.train_state
         facts: dict[str, Any] = {
             "code_version": tinystories.__version__,
@@ -203,14 +234,14 @@ class Trainer:
         }
         if self.config.train.init:
             facts["began_with"] = self.config.train.init
-        for record in metrics.records[-3:]:
+        for record in metrics.records[-3:]:  # a step has at most three: training, evaluation, final evaluation
             if record["step"] == train_state.step and "val_stories" in record:
                 facts |= {name: record[name] for name in ("val_bits_per_byte", "val_stories")}
         return facts
 
     def save_checkpoint(self, metrics: Metrics) -> None:
-        """Checkpoint this step, with the lengths of the files that are appended to."""
-        assert self.in_flight is None, "what is saved has been found finite"
+        """Write a checkpoint of this step, with the current lengths of metrics.jsonl and samples.md."""
+        assert self.in_flight is None, "drain first: only results known to be finite are saved"
         consolidate_state(self.optimizers)
         if not self.world.is_main:
             return
@@ -231,10 +262,11 @@ class Trainer:
         )
 
     def train(self, metrics: Metrics, display: Display) -> BitsReport | None:
-        """Train from where the clock stands to the last step, evaluate on everything, save; returns the final score."""
+        """Train from the current step to the last, evaluate on all validation stories, save; return the final score."""
         config, train_state = self.config.train, self.train_state
         evaluation_due = self.world.is_main and train_state.step < config.steps and self.is_evaluation_due(metrics)
-        if self.world.broadcast(evaluation_due):  # interrupted before or during it
+        # A checkpoint written by an interrupt before or during an evaluation: catch up on the evaluation first.
+        if self.world.broadcast(evaluation_due):
             self.evaluate_and_save_if_due(metrics, display)
         while train_state.step < config.steps:
             self.launch_step(metrics, display)
@@ -247,9 +279,9 @@ class Trainer:
         return self.finish(metrics, display)
 
     def launch_step(self, metrics: Metrics, display: Display) -> None:
-        """Launch the next step, then count the one before: a device has work while the host waits for its results.
+        """Launch the next step, then record the previous one, so that the device is busy while the host waits.
 
-        A CPU has done a step when it is launched, and counts it at once.
+        On a CPU a step is finished when its launch returns, and is recorded immediately.
         """
         train_state, previous = self.train_state, self.in_flight
         if self.last_recorded_at is None:
@@ -265,19 +297,19 @@ class Trainer:
             self.in_flight = None
 
     def drain(self, metrics: Metrics, display: Display) -> None:
-        """Wait until all is done that was launched, and count it; time does not run until the next step."""
+        """Wait for the step in flight and record it; stop the clock until the next step is launched."""
         if self.in_flight is not None:
             self.record_step(self.in_flight, metrics, display)
         self.in_flight = self.last_recorded_at = None
 
     def record_step(self, in_flight: InFlightStep, metrics: Metrics, display: Display) -> None:
-        """Wait for a launched step; add up its loss and time, and write the line that is due.
+        """Wait for a launched step; add its loss and time to the running mean, and log if a log line is due.
 
-        Its time is that since the step before was done, whatever the host did meanwhile.
+        Its time runs from the end of the previous step, whatever the host did in between.
         """
         loss, grad_norm = in_flight.read()
         now = time.perf_counter()
-        assert self.last_recorded_at is not None, "set when the step was launched"
+        assert self.last_recorded_at is not None, "launch_step sets it"
         seconds, self.last_recorded_at = now - self.last_recorded_at, now
         self.train_state.seconds += seconds
         self.check_finite(in_flight.step, loss, grad_norm)
@@ -286,13 +318,14 @@ class Trainer:
             self.log_metrics(in_flight, metrics, display)
 
     def is_evaluation_due(self, metrics: Metrics) -> bool:
-        """Whether this step has an evaluation that metrics.jsonl does not hold yet."""
+        """Return whether this step calls for an evaluation that is not yet in metrics.jsonl."""
         step = self.train_state.step
+        # A step has at most three records: training, evaluation, final evaluation.
         is_done = any(record["step"] == step and "evaluated" in record for record in metrics.records[-3:])
         return step > 0 and step % self.config.train.eval_every == 0 and not is_done
 
     def evaluate_and_save_if_due(self, metrics: Metrics, display: Display) -> None:
-        """Evaluate and save where the step asks for it; the last step's evaluation is `finish`."""
+        """Evaluate and save a checkpoint if this step calls for it; `finish` evaluates the last step."""
         step, is_last = self.train_state.step, self.train_state.step == self.config.train.steps
         should_evaluate = not is_last and self.is_evaluation_due(metrics)
         should_save = is_last or step % self.config.train.checkpoint_every == 0
@@ -309,7 +342,10 @@ class Trainer:
             self.save_checkpoint(metrics)
 
     def finish(self, metrics: Metrics, display: Display) -> BitsReport | None:
-        """The whole validation set, the last samples, and the checkpoint that carries the score."""
+        """Evaluate on the whole validation set, write the last samples and save the checkpoint with the final score.
+
+        Return the evaluation, or None if an earlier process has already done this or there is no validation story.
+        """
         if self.world.broadcast(bool(metrics.records) and bool(metrics.records[-1].get("final"))):
             return None
         display.print_line("evaluating on the whole validation set")
@@ -319,21 +355,23 @@ class Trainer:
         return evaluation
 
     def check_finite(self, step: int, loss: float, grad_norm: float) -> None:
+        """Raise `UserError` if the loss or the gradient norm is infinite or NaN."""
         if math.isfinite(loss) and math.isfinite(grad_norm):
             return
         last_good = state.find_latest_checkpoint(self.run_dir)
         checkpoint_hint = (
-            f"the last good checkpoint is {last_good}" if last_good else "no checkpoint had been written yet"
+            f"the last good checkpoint is {last_good}" if last_good else "no checkpoint has been written yet"
         )
         optim = self.config.optim
         muon_text = f" and optim.muon_rate={optim.muon_rate:g}" if optim.kind == "muon" else ""
         raise UserError(
             f"loss {loss} and gradient norm {grad_norm} at step {step} are not finite; {checkpoint_hint}."
-            f" Lower optim.learning_rate={optim.learning_rate:g}{muon_text} (to a third), lengthen schedule.warmup,"
-            " or set optim.grad_clip=1"
+            f" Lower optim.learning_rate={optim.learning_rate:g}{muon_text} (to a third), increase schedule.warmup,"
+            " or set optim.grad_clip=1, and add --resume"
         )
 
     def log_metrics(self, in_flight: InFlightStep, metrics: Metrics, display: Display) -> None:
+        """Write the means since the last log line to metrics.jsonl and the display, and start new means."""
         running_mean, self.running_mean = self.running_mean, RunningMean()
         if not self.world.is_main:
             return
@@ -359,14 +397,13 @@ class Trainer:
     def record_evaluation(
         self, metrics: Metrics, display: Display, evaluation: BitsReport | None, *, final: bool = False
     ) -> bool:
-        """Write an evaluation, samples and the curve; True when it is the best so far."""
+        """Write the evaluation, samples and the curve; return True if it is the best so far and not the final one."""
         train_state, is_best = self.train_state, False
         summary = "no validation stories"
         record: dict[str, Any] = {"step": train_state.step, "tokens": train_state.tokens, "evaluated": True}
         if evaluation is not None:
-            is_best = (
-                evaluation.bits_per_byte < train_state.best_bits_per_byte
-            )  # of the fixed subset; the final score is of all
+            # The best is chosen on the fixed subset; the final score is on the whole set and not comparable.
+            is_best = evaluation.bits_per_byte < train_state.best_bits_per_byte
             if is_best and not final:
                 train_state.best_step, train_state.best_bits_per_byte = train_state.step, evaluation.bits_per_byte
             summary = f"{evaluation.bits_per_byte:.4f} bits per byte on {evaluation.stories:,} validation stories"
@@ -391,11 +428,11 @@ class Trainer:
 
 
 class RunningMean:
-    """Sums since the last log line."""
+    """Sums of loss (nats), targets and seconds since the last log line."""
 
     def __init__(self, nats: float = 0.0, targets: int = 0, seconds: float = 0.0) -> None:
         self.nats, self.targets, self.seconds = nats, targets, seconds
-        self.grad_norm = 0.0  # of the newest step
+        self.grad_norm = 0.0  # of the latest step
 
     def add(self, loss: float, grad_norm: float, n_targets: int, seconds: float) -> None:
         self.nats += loss * n_targets
@@ -404,21 +441,22 @@ class RunningMean:
         self.seconds += seconds
 
     def mean_loss(self) -> float:
+        """Return the mean loss in nats per target."""
         return self.nats / self.targets
 
 
 def derive_seed(seed: int, step: int, rank: int) -> int:
-    """A seed for dropout that is a function of the step, so that resuming needs no generator state."""
+    """Return the dropout seed of a step and rank; a pure function, so resuming needs no generator state."""
     return int(np.random.SeedSequence([seed, step, *[rank] * (rank > 0)]).generate_state(1, np.uint64)[0])
 
 
 def is_async_device(device: torch.device) -> bool:
-    """Whether the host has time to make a batch while the device computes. A CPU's step keeps all its cores busy."""
+    """Return whether the host is free while the device computes. A step on the CPU keeps all its cores busy."""
     return device.type != "cpu"
 
 
 def measure_memory_bytes(device: torch.device) -> int:
-    """Resident size of this process, or the peak allocated on its GPU."""
+    """Return the resident memory of this process, or on CUDA the peak memory allocated on its GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return int(psutil.Process().memory_info().rss)

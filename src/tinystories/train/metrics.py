@@ -1,4 +1,4 @@
-"""What a run leaves to look at: metrics.jsonl for programs, loss.png and TensorBoard for people."""
+"""Metrics of a run: metrics.jsonl, the loss curve loss.png and TensorBoard."""
 
 import json
 import os
@@ -7,10 +7,10 @@ from typing import Any
 
 
 class Metrics:
-    """Appends one JSON object a line; keeps the records in memory to draw from.
+    """Appends records to metrics.jsonl, one JSON object per line, and keeps all of them in `records`.
 
-    `resume_bytes`: the length of the file when the checkpoint was made; what came after it is cut off. Without a `run`
-    nothing is read or written: for the ranks that leave that to the first.
+    `resume_bytes` is the length of the file at the checkpoint being resumed; anything after it is cut off. Without a
+    `run_dir` nothing is read or written (ranks other than 0).
     """
 
     def __init__(self, run_dir: Path | None, *, resume_bytes: int = 0, tensorboard: bool = False) -> None:
@@ -27,6 +27,7 @@ class Metrics:
             self.tensorboard_writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
 
     def write(self, record: dict[str, Any]) -> None:
+        """Append a record, which must have a "step", to the file and to TensorBoard."""
         self.records.append(record)
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
@@ -36,6 +37,7 @@ class Metrics:
                     self.tensorboard_writer.add_scalar(key, value, record["step"])
 
     def flush_and_get_size(self) -> int:
+        """Force the file to disk and return its length in bytes."""
         self.file.flush()
         os.fsync(self.file.fileno())
         return self.path.stat().st_size
@@ -47,14 +49,14 @@ class Metrics:
 
 
 def truncate(path: Path, size: int) -> None:
-    """Cut a file that is appended to back to what a checkpoint knew of it."""
+    """Shorten a file to `size` bytes if it is longer; do nothing if it does not exist."""
     if path.exists() and path.stat().st_size > size:
         with path.open("r+b") as file:
             file.truncate(size)
 
 
 def plot_curves(records: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Training and validation loss in bits per byte over tokens, with the learning rate below, as a PNG."""
+    """Plot training and validation loss in bits per byte against tokens, and the learning rate below, as a PNG file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

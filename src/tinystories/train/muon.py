@@ -1,7 +1,7 @@
-"""Muon: momentum whose update of a matrix has all its singular values near one.
+"""The Muon optimizer: momentum, orthogonalized so that all singular values of a matrix's update are close to one.
 
-Our own because `torch.optim.Muon` computes in bf16, which a CPU without native bf16 emulates slowly, and takes one
-matrix at a time (docs/log.md has the times).
+Used instead of `torch.optim.Muon`, which computes in bf16 (slow on CPUs without native bf16) and updates one matrix at
+a time; docs/log.md has timings.
 """
 
 from collections import defaultdict
@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# One quintic (a, b, c) for each iteration: Polar Express (Amsel et al. 2025, arXiv 2505.16932), the greedy best three
-# for singular values from 0.01. Five for values from 0.001 train no better (docs/log.md). The inputs are taken a
-# hundredth smaller, so that rounding never leaves the safe range.
+# Coefficients (a, b, c) of one quintic polynomial per iteration: Polar Express (Amsel et al. 2025, arXiv 2505.16932),
+# the greedily optimal three for singular values from 0.01. Five, for values from 0.001, train no better (docs/log.md).
+# SAFETY_FACTOR shrinks the input by 1%, so that rounding never moves a singular value out of that range.
 POLAR_EXPRESS = ((8.094, -23.623, 17.448), (3.638, -2.723, 0.537), (2.663, -1.979, 0.453))
 SAFETY_FACTOR = 1.01
 EPSILON = 1e-7
@@ -23,11 +23,12 @@ Quintics = Sequence[tuple[float, float, float]]
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalized (Jordan et al. 2024, kellerjordan.github.io/posts/muon), with decoupled decay.
+    """Orthogonalized Nesterov momentum with decoupled weight decay; for 2-D weights only.
 
-    A matrix (outer, inner) moves by lr * sqrt(max(1, outer / inner)) in its largest directions, so that one learning
-    rate serves matrices of all widths. With `beta2` its rows take steps of one size: each is divided by the root of a
-    running mean of its squares, and the whole keeps its norm (NorMuon, Li et al. 2025, arXiv 2510.05491).
+    Source: Jordan et al. 2024, kellerjordan.github.io/posts/muon. The singular values of an (outer, inner) matrix's
+    update are about lr * sqrt(max(1, outer / inner)), so that one learning rate works for matrices of all shapes. With
+    `beta2` > 0 the steps of its rows are equalized: each row of the update is divided by the root of a running mean of
+    its squares, and the matrix is rescaled to keep its norm (NorMuon, Li et al. 2025, arXiv 2510.05491).
     """
 
     def __init__(
@@ -44,7 +45,8 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        assert closure is None, "the loop makes its gradients itself"
+        """Update all weights that have a gradient. `closure` is not supported."""
+        assert closure is None, "closures are not supported"
         for group in self.param_groups:
             by_shape: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
             for weight in group["params"]:
@@ -54,14 +56,15 @@ class Muon(torch.optim.Optimizer):
                 self.update_weights(weights, group, group["lr"] * max(1.0, outer / inner) ** 0.5)
 
     def update_weights(self, weights: list[Tensor], group: dict[str, Any], lr: float) -> None:
-        """Move matrices of one shape together: their products are batched."""
+        """Update matrices of equal shape together, with batched matmuls. `lr` includes the factor for the shape."""
         directions = []
         for weight in weights:
             gradient, state = weight.grad, self.state[weight]
-            assert gradient is not None, "only weights with gradients come here"
+            assert gradient is not None, "step passes only weights with gradients"
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(weight)
-            if group["beta2"] and "row_squares" not in state:  # nor has a run that began without even rows
+            # Separate from the above: a run that is resumed with beta2 may have started without it.
+            if group["beta2"] and "row_squares" not in state:
                 state["row_squares"] = weight.new_zeros(weight.shape[0])
             momentum_buffer = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
             directions.append(torch.lerp(gradient, momentum_buffer, group["momentum"]))
@@ -78,7 +81,7 @@ class Muon(torch.optim.Optimizer):
 def normalize_rows(
     updates: Float[Tensor, "n outer inner"], mean_squares: Float[Tensor, "n outer"]
 ) -> Float[Tensor, "n outer inner"]:
-    """Each row divided by the root of its mean of squares, each matrix brought back to the norm it had."""
+    """Divide each row by the root of its mean square, then rescale each matrix to its original norm."""
     normalized = updates / (mean_squares.sqrt() + EPSILON)[..., None]
     norms = [matrices.norm(dim=(1, 2), keepdim=True) for matrices in (updates, normalized)]
     return normalized * (norms[0] / norms[1].clamp(min=EPSILON))
@@ -87,11 +90,13 @@ def normalize_rows(
 def orthogonalized(
     matrices: Float[Tensor, "n outer inner"], quintics: Quintics = POLAR_EXPRESS
 ) -> Float[Tensor, "n outer inner"]:
-    """Near U V^T of each matrix U S V^T, by one iteration x -> a x + (b x x^T + c (x x^T)^2) x for each (a, b, c).
+    """Return approximately U V^T for each matrix with singular value decomposition U S V^T.
 
-    Singular values end in about 0.7 to 1.3, those below a hundredth of the norm of all in less. In bf16 on CUDA, which
-    is precise enough; in the given dtype elsewhere.
+    Iterates x -> a x + (b x x^T + c (x x^T)^2) x for each (a, b, c) in `quintics`. The resulting singular values are
+    about 0.7 to 1.3, except that those below 1% of the Frobenius norm end up smaller. Computes in bf16 on CUDA, which
+    is precise enough, and in the input's dtype elsewhere; returns the input's dtype.
     """
+    # Iterate on the wide orientation: its Gram matrix x x^T is the smaller one.
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
     if matrices.device.type == "cuda":

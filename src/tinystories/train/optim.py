@@ -1,4 +1,4 @@
-"""The optimizers: Muon for the matrices of the blocks, AdamW for everything else; or AdamW for all."""
+"""Optimizers: Muon for the matrices of the transformer blocks and AdamW for all other weights, or AdamW for all."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,13 +13,14 @@ Optimizers = Sequence[torch.optim.Optimizer]
 
 
 def build_optimizers(model: GPT, config: OptimConfig, sharded: bool = False) -> Optimizers:
-    """Optimizers over all weights; `peak` of each group is its highest learning rate, `lr` is set before each step.
+    """Return optimizers that together hold every weight once; "peak" in each group is its peak learning rate.
 
-    Only matrices are decayed. AdamW: Loshchilov and Hutter 2017, arXiv 1711.05101. `sharded`: every rank keeps the
-    state of its share of the weights only (ZeRO stage 1, Rajbhandari et al. 2019, arXiv 1910.02054).
+    The training loop sets "lr" from "peak" before each step. Weight decay applies to matrices only. `config` must have
+    numeric rates, not "auto". AdamW: Loshchilov and Hutter 2017, arXiv 1711.05101. `sharded`: each rank stores only the
+    optimizer state of its share of the weights (ZeRO stage 1, Rajbhandari et al. 2019, arXiv 1910.02054).
     """
-    assert isinstance(config.learning_rate, float), "`auto` is settled before"
-    assert isinstance(config.muon_rate, float), "`auto` is settled before"
+    assert isinstance(config.learning_rate, float), "call resolve_auto_rates first"
+    assert isinstance(config.muon_rate, float), "call resolve_auto_rates first"
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     block_matrices = [
         w for name, w in weights.items() if config.kind == "muon" and w.ndim == 2 and name.startswith("layers.")
@@ -30,7 +31,7 @@ def build_optimizers(model: GPT, config: OptimConfig, sharded: bool = False) -> 
         {"params": [w for w in other_weights if w.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [w for w in other_weights if w.ndim < 2], "weight_decay": 0.0},
     ]
-    # PyTorch's sharding restores the step counts to the CPU, where fused AdamW does not look for them on CUDA.
+    # On resuming, ZeroRedundancyOptimizer loads step counts to the CPU, but fused AdamW on CUDA needs them on the GPU.
     fused = other_weights[0].device.type == "cpu" or (other_weights[0].device.type == "cuda" and not sharded)
     betas = config.beta1, config.beta2
     build: Callable[..., torch.optim.Optimizer] = build_sharded if sharded else build_unsharded
@@ -59,14 +60,14 @@ def build_sharded(optimizer_class: type[torch.optim.Optimizer], params: Any, **s
 
 
 def consolidate_state(optimizers: Optimizers) -> None:
-    """Bring sharded state together on rank 0, as `optimizer_tensors` needs it there. All ranks must call it."""
+    """Gather sharded optimizer state on rank 0, where `flatten_optimizer_state` needs it. All ranks must call this."""
     for optimizer in optimizers:
         if hasattr(optimizer, "consolidate_state_dict"):
             optimizer.consolidate_state_dict(0)
 
 
 def flatten_optimizer_state(model: GPT, optimizers: Optimizers) -> dict[str, torch.Tensor]:
-    """The optimizers' state by name ("exp_avg/layers.0...."), for safetensors."""
+    """Return the optimizer state as tensors named "KEY/WEIGHT", e.g. "exp_avg/layers.0...", for safetensors."""
     names = {id(weight): name for name, weight in model.named_parameters()}
     tensors = {}
     for optimizer in optimizers:
@@ -78,7 +79,10 @@ def flatten_optimizer_state(model: GPT, optimizers: Optimizers) -> dict[str, tor
 
 
 def load_optimizer_state(model: GPT, optimizers: Optimizers, tensors: dict[str, torch.Tensor]) -> None:
-    """The inverse of `optimizer_tensors`, onto the devices of the weights; a sharded optimizer takes its share."""
+    """Load the result of `flatten_optimizer_state` onto the devices of the weights.
+
+    A sharded optimizer loads its own share. `KeyError` if there is state of weights that the model lacks.
+    """
     state_by_name: dict[str, dict[str, torch.Tensor]] = {}
     for full_name, value in tensors.items():
         key, _, name = full_name.partition("/")
@@ -91,4 +95,4 @@ def load_optimizer_state(model: GPT, optimizers: Optimizers, tensors: dict[str, 
         states = {i: state_by_name.pop(names[id(w)]) for i, w in enumerate(weights) if names[id(w)] in state_by_name}
         optimizer.load_state_dict({"state": states, "param_groups": groups})
     if state_by_name:
-        raise KeyError(f"state of unknown weights {sorted(state_by_name)[:3]}")
+        raise KeyError(f"optimizer state of unknown weights {sorted(state_by_name)[:3]}")

@@ -1,4 +1,4 @@
-"""The batch of the next step, made while the device works on this one."""
+"""Prefetching: a thread builds the batch of the next step while the device computes the current one."""
 
 import dataclasses
 from collections.abc import Callable
@@ -15,9 +15,9 @@ from tinystories.train.distributed import World
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """The rows of a step for one rank, on the host, and the targets of the whole step over all ranks.
+    """One rank's rows of a step, in host memory, and the number of targets of the whole step over all ranks.
 
-    `ids` holds inputs and targets in one piece, so that one copy brings them to a device; int32 halves it.
+    `ids` holds inputs and targets in one tensor, so that a single copy moves both to the device; int32 halves its size.
     """
 
     ids: Int[Tensor, "2 B T"]
@@ -25,8 +25,10 @@ class Batch:
 
     @staticmethod
     def from_rows(rows: PackedRows, step: int, batch_size: int, world: World, pin_memory: bool = False) -> "Batch":
-        """`pinned`: in memory that CUDA copies from while the host goes on. PyTorch keeps such memory for the next
-        batch, and does not give it out again before the copy is done.
+        """Build the batch of `step` for the rank of `world`.
+
+        `pin_memory` allocates page-locked memory, from which CUDA copies asynchronously. PyTorch's allocator reuses it
+        for later batches, and only after the copy is done.
         """
         inputs, targets = rows.get_batch(step, batch_size, world.rank, world.size)
         ids = torch.empty((2, *inputs.shape), dtype=torch.int32, pin_memory=pin_memory)
@@ -35,16 +37,17 @@ class Batch:
         return Batch(ids, rows.count_targets(step, batch_size))
 
     def to_device(self, device: torch.device) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
-        """Inputs and targets as int64 on a device, without waiting for the copy."""
+        """Return inputs and targets as int64 on `device`, without waiting for the copy."""
         inputs, targets = self.ids.to(device, non_blocking=True).long()
         return inputs, targets
 
 
 class Prefetch:
-    """`take(step)` for the steps from `first` to before `stop`, in order; `make` runs in a thread, one step ahead.
+    """Calls `make_batch` in a thread, one step ahead of `get(step)`, for steps first_step .. stop_step - 1 in order.
 
-    As a context manager: no thread is left behind it, however it is left. What `make` raises, `take` raises for the
-    same step. Only the thread may call `make` meanwhile: it need not be safe for two at once.
+    Use it as a context manager; the thread has ended when the block is left, even by an exception. An exception in
+    `make_batch` is raised by the `get` of that step. Nothing else may call `make_batch` inside the block, so it need
+    not be thread-safe.
     """
 
     def __init__(self, make_batch: Callable[[int], Batch], first_step: int, stop_step: int) -> None:
@@ -62,12 +65,13 @@ class Prefetch:
         self.pool.shutdown(cancel_futures=True)
 
     def submit_next(self) -> None:
-        """Have the batch of `step` made."""
+        """Start building the batch of `next_step`, if there is one."""
         self.future = self.pool.submit(self.make_batch, self.next_step) if self.next_step < self.stop_step else None
 
     def get(self, step: int) -> Batch:
+        """Return the batch of `step`, which must be the next one, and start building the one after it."""
         assert step == self.next_step, f"step {self.next_step} comes next, not {step}"
-        assert self.future is not None, "inside `with`, and before `stop`"
+        assert self.future is not None, "only inside `with`, and only before stop_step"
         batch = self.future.result()
         self.next_step += 1
         self.submit_next()

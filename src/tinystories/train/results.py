@@ -1,4 +1,4 @@
-"""What a sweep leaves to look at: a table, results.csv, sweep.png, and best.toml to train with."""
+"""The results of a sweep: a table, results.csv, sweep.png, and best.toml to train with."""
 
 import csv
 import dataclasses
@@ -16,14 +16,14 @@ from tinystories.train.trial import Outcome, read_outcome, trial_dir, write_atom
 if TYPE_CHECKING:
     from optuna.study import Study
 
-STATE_ORDER = ("complete", "pruned", "unfinished", "failed", "invalid")  # the order of the table
-BOUNDARY_FRACTION = 0.03  # of a range: the best value lies at its end
-MIN_TRIALS_TO_CLIP = 4  # complete trials from which on the plot leaves out what is far worse than most
+STATE_ORDER = ("complete", "pruned", "unfinished", "failed", "invalid")  # sort order of the table
+BOUNDARY_FRACTION = 0.03  # a best value within this fraction of the range is at its edge
+MIN_TRIALS_TO_CLIP = 4  # the plot clips outliers once this many trials are complete
 
 
 @dataclasses.dataclass(frozen=True)
 class TrialResult:
-    """A trial: its searched settings and what came of it."""
+    """A trial: its searched settings and its outcome."""
 
     number: int
     settings: dict[str, Any]
@@ -31,12 +31,13 @@ class TrialResult:
 
     @property
     def bits(self) -> float:
+        """Bits per byte of the last evaluation; infinity if there is none."""
         bits = self.outcome.bits_per_byte
         return math.inf if bits is None else bits
 
 
 def read_results(study: "Study", space: SearchSpace, folder: Path) -> list[TrialResult]:
-    """All trials of a sweep, the best first; those that are no measure of their settings last."""
+    """Return all trials of a sweep, best first: by state (complete trials first), then by bits per byte."""
     domains = {domain.name: domain for domain in space.domains}
     results = []
     for trial in study.get_trials(deepcopy=False):
@@ -48,12 +49,12 @@ def read_results(study: "Study", space: SearchSpace, folder: Path) -> list[Trial
 
 
 def find_best(results: Sequence[TrialResult]) -> TrialResult | None:
-    """The complete trial with the fewest bits per byte."""
+    """Return the complete trial with the fewest bits per byte; None if no trial is complete."""
     return results[0] if results and results[0].outcome.state == "complete" else None
 
 
 def write_results(folder: Path, space: SearchSpace, results: Sequence[TrialResult]) -> None:
-    """Bring results.csv and best.toml up to date."""
+    """Write results.csv and, once a trial is complete, best.toml. `results` are sorted, best first."""
     buffer = io.StringIO()
     writer = csv.writer(buffer)
     names = list(space.texts)
@@ -71,7 +72,7 @@ def write_results(folder: Path, space: SearchSpace, results: Sequence[TrialResul
 
 
 def format_setting(value: Any, digits: int = 4) -> str:
-    """A setting's value as it would be typed; with `digits`, floats are rounded for a table."""
+    """Format a setting as it would be typed. Floats get `digits` significant digits; 0 means all of them."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):
@@ -80,7 +81,7 @@ def format_setting(value: Any, digits: int = 4) -> str:
 
 
 def format_table(results: Sequence[TrialResult], names: Sequence[str]) -> str:
-    """Aligned columns, the best trial first, and below them why the others are not complete."""
+    """Format the trials as a table with aligned columns, followed by why trials are not complete."""
     rows = [["trial", "bits/byte", *names, "tokens", "seconds", "state"]]
     for result in results:
         outcome = result.outcome
@@ -95,7 +96,7 @@ def format_table(results: Sequence[TrialResult], names: Sequence[str]) -> str:
 
 
 def at_boundary(best: TrialResult, domains: Sequence[Domain]) -> list[str]:
-    """Settings whose best value lies at an end of its range, so that a better one may lie beyond."""
+    """Return the settings whose best value is at the edge of the range, so a wider one may hold a better value."""
     names = []
     for domain in domains:
         if isinstance(domain, Categorical):
@@ -108,9 +109,9 @@ def at_boundary(best: TrialResult, domains: Sequence[Domain]) -> list[str]:
 
 
 def plot_results(results: Sequence[TrialResult], domains: Sequence[Domain], path: Path, title: str) -> None:
-    """Bits per byte against each searched setting, as a PNG; none before there are any.
+    """Plot bits per byte against each searched setting as a PNG; write nothing while there are no results.
 
-    What is far worse than most stands at the upper edge.
+    Trials far worse than the median are drawn at the upper edge (`clip_threshold`).
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -140,7 +141,7 @@ def plot_results(results: Sequence[TrialResult], domains: Sequence[Domain], path
 
 
 def clip_threshold(finite_results: Sequence[TrialResult]) -> float:
-    """The most bits per byte that are drawn where they belong."""
+    """Return the bits per byte above which trials are drawn at the upper edge; infinity: none are."""
     complete = [result.bits for result in finite_results if result.outcome.state == "complete"]
     if len(complete) < MIN_TRIALS_TO_CLIP:
         return math.inf
@@ -151,6 +152,8 @@ def clip_threshold(finite_results: Sequence[TrialResult]) -> float:
 def plot_panel(
     panel: Any, finite_results: Sequence[TrialResult], domain: Domain, ceiling: float, best: TrialResult | None
 ) -> None:
+    """Plot all trials against one setting: complete ones, others, those above `ceiling`, and a ring on the best."""
+
     def to_point(result: TrialResult) -> tuple[float, float]:
         value = result.settings[domain.name]
         x = domain.values.index(value) if isinstance(domain, Categorical) else value

@@ -1,4 +1,4 @@
-"""A run from its command to its end: a place on the disk, the ranks, a checkpoint to go on from, signals."""
+"""A training run from start to finish: output directory, process group, resuming from a checkpoint, signals."""
 
 import contextlib
 import dataclasses
@@ -21,10 +21,11 @@ log = logging.getLogger(__name__)
 
 
 def train(config: Config, run_dir: Path, *, resume: bool = False) -> BitsReport | None:
-    """Train in `run` (a new directory, or with `resume` one that holds a run). Returns the final evaluation.
+    """Train in `run_dir` and return the final evaluation; None without validation stories or if already finished.
 
-    Started by torchrun, this is one rank of several; `run` must be on a file system that all of them see.
-    Raises `Interrupted` after SIGINT or SIGTERM, once the checkpoint is on the disk.
+    `run_dir` is new or empty, or holds a run to continue with `resume`. Under torchrun this process is one of several
+    ranks, and `run_dir` must be on a file system that they share.
+    Raises `Interrupted` after SIGINT or SIGTERM, once the checkpoint is saved; `UserError` for bad settings or files.
     """
     world = World.from_environment()
     if world.is_main:
@@ -40,19 +41,19 @@ def train(config: Config, run_dir: Path, *, resume: bool = False) -> BitsReport 
                 return train_rank(
                     config, run_dir, checkpoint.checkpoint_folder(run_dir, step) if step >= 0 else None, world
                 )
-            except Interrupted as interrupt:  # all ranks have agreed on it, and part as after a finished run
+            except Interrupted as interrupt:  # on all ranks, which leave the process group as after a finished run
                 interruption = interrupt
         raise interruption
     except distributed.PeerLost:
         last_good = state.find_latest_checkpoint(run_dir)
-        resume_hint = f"go on from {last_good} with --resume" if last_good else "no checkpoint had been written yet"
+        resume_hint = f"continue from {last_good} with --resume" if last_good else "no checkpoint has been written yet"
         raise UserError(
-            f"another process of this run has ended or cannot be reached (see what it said); {resume_hint}"
+            f"another process of this run has ended or cannot be reached (see its error message); {resume_hint}"
         ) from None
 
 
 def train_rank(config: Config, run_dir: Path, last_checkpoint: Path | None, world: World) -> BitsReport | None:
-    """Train from the checkpoint `last`, or from the start."""
+    """Train on this rank from `last_checkpoint`, or from the beginning if it is None; return the final evaluation."""
     trainer = Trainer(
         config,
         run_dir,
@@ -66,7 +67,8 @@ def train_rank(config: Config, run_dir: Path, last_checkpoint: Path | None, worl
         trainer.train_state.micro_batch = trainer.micro_batch
         if trainer.train_state.data_sha256 != data_sha256:
             raise UserError(
-                f"{config.data.dir} is not the data that {run_dir} was trained on; give the same --data, or another --out"
+                f"--data {config.data.dir} is not the data that {run_dir} was trained on;"
+                " pass the original --data, or choose another --out"
             )
         train_state = trainer.train_state
         trainer.running_mean = RunningMean(
@@ -76,14 +78,13 @@ def train_rank(config: Config, run_dir: Path, last_checkpoint: Path | None, worl
         state.initialize_from(Path(config.train.init), trainer.model, trainer.tokenizer)
     if world.is_main:
         if last_checkpoint is not None:
-            checkpoint.publish(
-                last_checkpoint, run_dir
-            )  # a kill may have come between a checkpoint and its publication
+            # The earlier process may have been killed after writing a checkpoint and before publishing it.
+            checkpoint.publish(last_checkpoint, run_dir)
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             (run_dir / "config.toml").write_text(to_toml(trainer.config), encoding="utf-8")
         except OSError as error:
-            raise UserError(f"--out {run_dir} cannot be written: {error.strerror}; name another directory") from None
+            raise UserError(f"--out {run_dir} cannot be written: {error.strerror}; choose another directory") from None
         truncate(run_dir / "samples.md", trainer.train_state.samples_bytes)
     metrics = Metrics(
         run_dir if world.is_main else None,
@@ -91,7 +92,7 @@ def train_rank(config: Config, run_dir: Path, last_checkpoint: Path | None, worl
         tensorboard=config.train.tensorboard,
     )
     log.info(
-        "%s parameters, %s rows of %d tokens an epoch, %s in %s",
+        "%s parameters, %s rows of %d tokens per epoch, %s in %s",
         f"{trainer.config.model.n_params:,}",
         f"{trainer.rows.n_rows:,}",
         config.model.n_ctx,
@@ -99,7 +100,7 @@ def train_rank(config: Config, run_dir: Path, last_checkpoint: Path | None, worl
         trainer.precision,
     )
     optim = trainer.config.optim
-    muon_text = f"Muon {optim.muon_rate:g} for the matrices of the blocks, " if optim.kind == "muon" else ""
+    muon_text = f"Muon {optim.muon_rate:g} for the block matrices, " if optim.kind == "muon" else ""
     log.info("peak learning rates: %sAdamW %g", muon_text, optim.learning_rate)
     if last_checkpoint is not None:
         log.info("resuming at step %d of %d", trainer.train_state.step, config.train.steps)
@@ -113,21 +114,21 @@ def train_rank(config: Config, run_dir: Path, last_checkpoint: Path | None, worl
 
 
 def check_run_dir(run_dir: Path, resume: bool) -> None:
-    """A run is written into an empty place, or goes on where one is."""
+    """Raise `UserError` unless `run_dir` is new or empty, or holds a run and `resume` is set."""
     if run_dir.is_file():
-        raise UserError(f"--out {run_dir} is a file; name a directory")
+        raise UserError(f"--out {run_dir} is a file; choose a directory")
     if not run_dir.exists() or not any(run_dir.iterdir()):
         return
     if not (run_dir / "config.toml").exists():
-        raise UserError(f"--out {run_dir} holds something else than a training run; name another directory")
+        raise UserError(f"--out {run_dir} is neither empty nor a training run; choose another directory")
     if not resume:
         raise UserError(
-            f"--out {run_dir} already holds a training run; add --resume to go on, or name another directory"
+            f"--out {run_dir} already holds a training run; add --resume to continue it, or choose another directory"
         )
 
 
 def check_same_run(old_config: Config, new_config: Config, checkpoint_dir: Path) -> None:
-    """Settings that decide which weights come out must not change on the way."""
+    """Raise `UserError` if a setting changed that must stay fixed on resuming: model, seed, batch or optimizer kind."""
     old_settings, new_settings = dataclasses.asdict(old_config), dataclasses.asdict(new_config)
     fixed_settings = [("model", key) for key in new_settings["model"]]
     fixed_settings += [("train", "seed"), ("train", "batch_size"), ("optim", "kind")]
@@ -136,17 +137,21 @@ def check_same_run(old_config: Config, new_config: Config, checkpoint_dir: Path)
         if old_value != new_value:
             raise UserError(
                 f"{section}.{key} is {new_value} but {checkpoint_dir} was trained with {old_value};"
-                " resume with the same, or name another --out"
+                " resume with that value, or choose another --out"
             )
 
 
 def make_signal_handler(trainer: Trainer) -> Callable[[int], None]:
-    """The first signal lets the step finish and saves; the second one ends at once."""
+    """Return a signal handler: the first signal stops after the current step and saves, a second one immediately.
+
+    With several processes a second signal changes nothing, because torchrun sends one of its own.
+    """
 
     def on_signal(signum: int) -> None:
-        if trainer.stop_signal and trainer.world.size == 1:  # torchrun sends its own second one, and kills in the end
+        if trainer.stop_signal and trainer.world.size == 1:  # torchrun repeats the signal, and finally kills
             raise KeyboardInterrupt
         trainer.stop_signal = signum
-        log.info("stopping after this step and saving%s", "; once more to stop at once" * (trainer.world.size == 1))
+        hint = "; a second signal stops immediately" if trainer.world.size == 1 else ""
+        log.info("stopping after this step and saving a checkpoint%s", hint)
 
     return on_signal

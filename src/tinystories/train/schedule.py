@@ -1,17 +1,18 @@
-"""Learning rate as a function of the step."""
+"""Schedules: the learning rate and Muon's momentum as functions of the step."""
 
 import math
 
 from tinystories.config import ScheduleConfig
 
-INITIAL_MOMENTUM, MOMENTUM_WARMUP = 0.85, 0.3  # of Muon; the rise is a fraction of the steps
+# Muon's momentum at step 0, and the fraction of the steps over which it rises.
+INITIAL_MOMENTUM, MOMENTUM_WARMUP = 0.85, 0.3
 
 
 def get_learning_rate(step: int, steps: int, peak: float, schedule: ScheduleConfig) -> float:
-    """Rate of optimizer step `step` (0-based) of `steps`.
+    """Return the learning rate of optimizer step `step` (0-based) of `steps`.
 
-    A linear rise to `peak`, then either a cosine to `floor * peak` (Loshchilov and Hutter 2016, arXiv 1608.03983) or a
-    stable stretch and a linear fall to it (warm-up-stable-decay, Hu et al. 2024, arXiv 2404.06395).
+    Linear warmup to `peak`, then either cosine decay to `floor * peak` (Loshchilov and Hutter 2016, arXiv 1608.03983),
+    or a constant phase and linear decay to `floor * peak` (warmup-stable-decay, Hu et al. 2024, arXiv 2404.06395).
     """
     warmup_steps = round(schedule.warmup * steps)
     if step < warmup_steps:
@@ -26,6 +27,6 @@ def get_learning_rate(step: int, steps: int, peak: float, schedule: ScheduleConf
 
 
 def get_momentum(step: int, steps: int, final: float) -> float:
-    """Muon's momentum: rises in a line to `final` (Jordan's warm-up), since early gradients are soon out of date."""
+    """Return Muon's momentum at a step: linear warmup to `final` (Jordan), since early gradients are soon outdated."""
     initial = min(INITIAL_MOMENTUM, final)
     return initial + (final - initial) * min(1.0, step / max(1.0, MOMENTUM_WARMUP * steps))

@@ -1,4 +1,7 @@
-"""What a sweep searches: dotted settings whose text names several values, read by the types of `config.py`."""
+"""The search space of a sweep, parsed from the command line: `--optim.learning_rate 1e-4:1e-2:log` and the like.
+
+Values are parsed by the type of their setting (`config.setting_type`), so every setting can be searched.
+"""
 
 import dataclasses
 import itertools
@@ -16,14 +19,15 @@ if TYPE_CHECKING:
 
 CHOICES_PREFIX = "choose:"
 COMMAND_LINE = "command line"
-MAX_CANDIDATES = 200  # combinations looked at before a sweep is refused because none makes a config
+# Combinations tried, of the corners and again of the inside, before the space is refused as having no valid config.
+MAX_CANDIDATES = 200
 MAX_GRID_SIZE = 100_000
-MAX_RANGE_STEPS = 1e9
+MAX_RANGE_STEPS = 1e9  # values of a range with steps
 
 
 @dataclasses.dataclass(frozen=True)
 class Categorical:
-    """One of a list. Optuna knows them by their texts, so that any type of setting can be chosen."""
+    """A choice from a list. Optuna stores the texts, so the values can have any type a setting has."""
 
     name: str
     texts: tuple[str, ...]
@@ -49,7 +53,7 @@ class Categorical:
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """Numbers from low to high, both included: ints where both are, every `step`-th where there is one."""
+    """Numbers from `low` to `high`, both included. Integers if both are; with `step`, only low + n * step."""
 
     name: str
     low: int | float
@@ -67,14 +71,15 @@ class Range:
         return stored
 
     def value_at_step(self, n: int) -> int | float:
-        """The value after n steps, without the rounding of n additions."""
+        """Return low + n * step, computed in decimal: 0.1 + 2 * 0.1 is 0.3, not 0.30000000000000004."""
         return type(self.low)(Decimal(str(self.low)) + n * Decimal(str(self.step or 1)))
 
     def n_steps(self) -> int:
+        """Return how many steps fit between low and high."""
         return int((Decimal(str(self.high)) - Decimal(str(self.low))) / Decimal(str(self.step or 1)))
 
     def grid_values(self) -> Sequence[int | float]:
-        """All values; `UserError` where they are too many to be tried one by one."""
+        """Return all values. `UserError` if the range is continuous or has more than MAX_GRID_SIZE values."""
         if self.log or (self.step is None and isinstance(self.low, float)):
             raise UserError(f"--{self.name} is a range without steps; a grid needs a list, or LOW:HIGH:STEP")
         if self.n_steps() >= MAX_GRID_SIZE:
@@ -95,9 +100,10 @@ Domain = Categorical | Range
 
 @dataclasses.dataclass(frozen=True)
 class SearchSpace:
-    """`base` holds the tables of settings that all trials share, `texts` what was written for the searched ones.
+    """The settings of a sweep, both fixed and searched.
 
-    `where` is the file the tables come from, for messages.
+    `base`: the tables of settings that all trials share. `texts`: the ranges and lists of the searched settings as
+    typed, by dotted name. `where`: the file that `base` comes from, for error messages.
     """
 
     base: Mapping[str, Any]
@@ -106,16 +112,17 @@ class SearchSpace:
 
     @property
     def domains(self) -> list[Domain]:
+        """The domains of the searched settings, in the order of `texts`."""
         parsed_domains = [parse_domain(name, text, setting_type(name)) for name, text in self.texts.items()]
         assert all(parsed_domains)
         return [domain for domain in parsed_domains if domain is not None]
 
     def build_config(self, values: Mapping[str, Any]) -> Config:
-        """The config of a trial; `UserError` where its settings do not go together."""
+        """Return the config of a trial. `UserError` if its settings contradict each other."""
         return build_dataclass(Config, merge_overrides(self.base, values, self.where), self.where)
 
     def find_valid_config(self) -> Config:
-        """A config of the space. `UserError` where none can be found: then what is fixed must be wrong."""
+        """Return any valid config of the space. `UserError` if none is found: then a fixed setting must be wrong."""
         if not self.texts:
             raise UserError(
                 "nothing to search: give a setting several values, as in --optim.learning_rate 1e-4:1e-2:log or"
@@ -128,10 +135,10 @@ class SearchSpace:
             except UserError as error:
                 first_error = first_error or error
         assert first_error is not None
-        raise UserError(f"no combination of these settings makes a config: {first_error}")
+        raise UserError(f"no combination of these settings is a valid config: {first_error}")
 
     def iter_candidates(self) -> Iterator[dict[str, Any]]:
-        """The corners of the space first, then some of its inside."""
+        """Yield values by setting: corners of the space first, then random points inside it."""
         domains = self.domains
         corners = itertools.product(*(domain.bounds() for domain in domains))
         generator = random.Random(0)
@@ -140,12 +147,15 @@ class SearchSpace:
             yield dict(zip(self.texts, combination, strict=True))
 
     def data_dirs(self, config: Config) -> list[str]:
-        """The prepared data that the trials read; `config` is one of the space."""
+        """Return the folders of prepared data that trials read. `config` is any valid config of the space."""
         data_domains = [domain for domain in self.domains if domain.name == "data.dir"]
         return [str(folder) for domain in data_domains for folder in domain.grid_values()] or [config.data.dir]
 
     def grid(self) -> list[dict[str, Any]]:
-        """Every combination as Optuna stores it, the last setting changing fastest."""
+        """Return every combination, in the form Optuna stores; the last setting varies fastest.
+
+        `UserError` if a range is continuous or there are more than MAX_GRID_SIZE combinations.
+        """
         lists = [domain.texts if isinstance(domain, Categorical) else domain.grid_values() for domain in self.domains]
         if math.prod(len(values) for values in lists) > MAX_GRID_SIZE:
             raise UserError(f"the grid has more than {MAX_GRID_SIZE:,} combinations; list fewer values")
@@ -153,7 +163,10 @@ class SearchSpace:
 
 
 def parse_search_space(tables: Mapping[str, Any], where: str, overrides: Mapping[str, str]) -> SearchSpace:
-    """`{"section.key": text}` taken apart into what is fixed, laid over `tables`, and what is searched."""
+    """Split `overrides` (dotted setting: text) into fixed settings, merged over `tables`, and searched ones.
+
+    `where` names the file of `tables` in error messages. `UserError` names the setting that cannot be parsed.
+    """
     fixed: dict[str, Any] = {}
     searched: dict[str, str] = {}
     for name, text in overrides.items():
@@ -166,9 +179,9 @@ def parse_search_space(tables: Mapping[str, Any], where: str, overrides: Mapping
 
 
 def parse_domain(name: str, text: str, hint: Any) -> Domain | None:
-    """The values that a setting's text names; None where it is a single one.
+    """Parse the range or list of a searched setting; return None for a single value. `hint` is the setting's type.
 
-    Free text may hold commas and colons itself: there only a list after `choose:` is searched.
+    Free text may itself contain commas and colons, so for such settings only a list after `choose:` is searched.
     """
     if text.startswith(CHOICES_PREFIX):
         return parse_choices(name, text.removeprefix(CHOICES_PREFIX), hint)
@@ -180,22 +193,24 @@ def parse_domain(name: str, text: str, hint: Any) -> Domain | None:
 
 
 def parse_choices(name: str, text: str, hint: Any) -> Categorical:
+    """Parse the list A,B,C. `UserError` for empty, repeated or single values."""
     texts = tuple(part.strip() for part in text.split(","))
     if "" in texts:
-        raise UserError(f"--{name} {text!r}: there is nothing between two commas, or at an end")
+        raise UserError(f"--{name} {text!r}: empty value in the list; check the commas")
     values = tuple(parse_value(name, part, hint) for part in texts)
     for i, value in enumerate(values):
         if value in values[:i]:
-            raise UserError(f"--{name} {text!r}: {texts[i]} stands there twice")
+            raise UserError(f"--{name} {text!r}: {texts[i]} is listed twice")
     if len(values) == 1:
-        raise UserError(f"--{name} {text!r} is one value; list several, or fix it by --{name} {texts[0]}")
+        raise UserError(f"--{name} {text!r} is a single value; list several, or fix it with --{name} {texts[0]}")
     return Categorical(name, texts, values)
 
 
 def parse_range(name: str, text: str, hint: Any) -> Range:
+    """Parse LOW:HIGH, LOW:HIGH:log or LOW:HIGH:STEP; `high` becomes the last value that the steps reach."""
     number_type = get_args(hint)[0] if get_origin(hint) in UNION_TYPES else hint
     if number_type not in (int, float):
-        raise UserError(f"--{name} {text!r}: only numbers have ranges; list the values, as in --{name} A,B")
+        raise UserError(f"--{name} {text!r}: only numbers can have ranges; list the values, as in --{name} A,B")
     parts = [part.strip() for part in text.split(":")]
     if len(parts) not in (2, 3):
         raise UserError(f"--{name} {text!r}: a range is LOW:HIGH, LOW:HIGH:log or LOW:HIGH:STEP")
@@ -205,9 +220,9 @@ def parse_range(name: str, text: str, hint: Any) -> Range:
     if low > high:
         raise UserError(f"--{name} {text!r}: the range is empty; write {high}:{low}")
     if low == high:
-        raise UserError(f"--{name} {text!r}: the range is one value; fix it by --{name} {low}")
+        raise UserError(f"--{name} {text!r}: the range is a single value; fix it with --{name} {low}")
     if log and low <= 0:
-        raise UserError(f"--{name} {text!r}: a range on a logarithmic scale must begin above 0")
+        raise UserError(f"--{name} {text!r}: a range on a logarithmic scale must start above 0")
     if not math.isfinite(high - low) or (step and (high - low) / step > MAX_RANGE_STEPS):
         raise UserError(f"--{name} {text!r}: the range is too wide")
     value_domain = Range(name, low, high, step, log)
@@ -215,11 +230,9 @@ def parse_range(name: str, text: str, hint: Any) -> Range:
         return value_domain
     if step <= 0 or value_domain.n_steps() < 1:
         raise UserError(f"--{name} {text!r}: the step must be above 0 and at most {high - low:g}, or log")
-    return dataclasses.replace(
-        value_domain, high=value_domain.value_at_step(value_domain.n_steps())
-    )  # the last value that is reached
+    return dataclasses.replace(value_domain, high=value_domain.value_at_step(value_domain.n_steps()))
 
 
 def parse_value(name: str, text: str, hint: Any) -> Any:
-    """A text as a value of the setting's type."""
+    """Parse a text to a value of type `hint`. `UserError` names the setting."""
     return validate(parse_text(text, hint, name), hint, COMMAND_LINE, name)

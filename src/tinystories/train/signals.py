@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM, taken by what is under way."""
+"""Temporary handlers for SIGINT and SIGTERM."""
 
 import contextlib
 import signal
@@ -8,10 +8,10 @@ from types import FrameType
 
 @contextlib.contextmanager
 def handle_signals(on_signal: Callable[[int], None], *, ignore_after_error: bool = False) -> Iterator[None]:
-    """While it lasts, `ask` is called with the number of each SIGINT or SIGTERM; then the former handlers are back.
+    """Call `on_signal(number)` on SIGINT and SIGTERM inside the block; restore the previous handlers afterwards.
 
-    With `deaf_after_errors` both are ignored once an error has ended it: the process has only to say why it ends, and
-    whoever started it (torchrun) may tell it to end before it has said so.
+    With `ignore_after_error`, both signals stay ignored after an exception, so that torchrun cannot kill the process
+    before it has printed its error.
     """
 
     def handle(signum: int, _: FrameType | None) -> None:

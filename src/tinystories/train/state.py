@@ -1,4 +1,4 @@
-"""What a run needs to go on where it stopped: `state/` beside the weights of each checkpoint."""
+"""Checkpoints for resuming: each is a model directory with a `state/` folder (train state, optimizer, config)."""
 
 import dataclasses
 import logging
@@ -21,19 +21,19 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass
 class TrainState:
-    """Where a run stands. `step` counts finished optimizer steps; all else is derived or for people."""
+    """Progress of a run, saved as state/clock.json. `step` is the number of completed optimizer steps."""
 
     step: int = 0
     tokens: int = 0  # targets trained on
-    seconds: float = 0.0  # of work, over all sittings
-    best_step: int = -1
+    seconds: float = 0.0  # of training steps, over all sessions
+    best_step: int = -1  # of the best evaluation on the subset; -1: none yet
     best_bits_per_byte: float = float("inf")
     metrics_bytes: int = 0  # length of metrics.jsonl at this step
     samples_bytes: int = 0  # length of samples.md at this step
-    recent_nats: float = 0.0  # summed loss, targets and seconds since the last line of metrics.jsonl
+    recent_nats: float = 0.0  # sums of loss, targets and seconds since the last line of metrics.jsonl
     recent_targets: int = 0
     recent_seconds: float = 0.0
-    micro_batch: int = 0  # rows of a pass, which decide the order of sums
+    micro_batch: int = 0  # rows per forward pass; kept on resuming, since it determines the order of sums
     data_sha256: str = ""  # of train.bin
 
 
@@ -46,7 +46,10 @@ def save_checkpoint(
     tokenizer: Tokenizer,
     provenance: dict[str, Any],
 ) -> Path:
-    """Write the checkpoint of this step, make the run directory that model, and drop what is no longer kept."""
+    """Write the checkpoint of `train_state.step`, publish it in the run directory and prune old checkpoints.
+
+    Return its folder. `UserError` if it cannot be written; the earlier checkpoints are then unharmed.
+    """
     checkpoint_dir = checkpoint.checkpoint_folder(run_dir, train_state.step)
     try:
         with checkpoint.atomic_directory(
@@ -64,15 +67,15 @@ def save_checkpoint(
         checkpoint.publish(checkpoint_dir, run_dir)
     except OSError as error:
         raise UserError(
-            f"{checkpoint_dir} could not be written ({error.strerror}); the checkpoints before it are whole:"
-            " free some space, then add --resume"
+            f"{checkpoint_dir} could not be written ({error.strerror}); earlier checkpoints are intact:"
+            " free some disk space, then continue with --resume"
         ) from None
     prune_checkpoints(run_dir, train_state.best_step, config.train.keep_checkpoints)
     return checkpoint_dir
 
 
 def prune_checkpoints(run_dir: Path, best_step: int, keep: int) -> None:
-    """Remove checkpoints that are neither among the newest `keep` nor the best, and drafts that were left behind."""
+    """Remove checkpoints except the newest `keep` and the best, and leftover staging directories."""
     for step, folder in checkpoint.list_checkpoints(run_dir)[:-keep]:
         if step != best_step:
             shutil.rmtree(folder)
@@ -81,9 +84,9 @@ def prune_checkpoints(run_dir: Path, best_step: int, keep: int) -> None:
 
 
 def find_latest_checkpoint(run_dir: Path) -> Path | None:
-    """The newest checkpoint that is whole and undamaged; says so when it has to pass over one.
+    """Return the newest intact checkpoint, with a warning for each damaged one skipped.
 
-    None where there is no checkpoint at all; `UserError` where there are some and all are damaged.
+    None if there is no checkpoint at all; `UserError` if there are some and all are damaged.
     """
     checkpoints = checkpoint.list_checkpoints(run_dir)
     for _, folder in reversed(checkpoints):
@@ -91,16 +94,16 @@ def find_latest_checkpoint(run_dir: Path) -> Path | None:
             checkpoint.read_model(folder)
             read_train_state(folder)
         except UserError as error:
-            log.warning("passing over a damaged checkpoint: %s", error)
+            log.warning("skipping a damaged checkpoint: %s", error)
             continue
         return folder
     if checkpoints:
-        raise UserError(f"{run_dir}/checkpoints: every checkpoint is damaged; remove {run_dir} to train anew")
+        raise UserError(f"{run_dir}/checkpoints: every checkpoint is damaged; remove {run_dir} to start over")
     return None
 
 
 def read_train_state(folder: Path) -> TrainState:
-    """The clock of a checkpoint, after checking its optimizer state against the checksum."""
+    """Return the train state of a checkpoint. `UserError` if its optimizer state does not match the checksum."""
     record = checkpoint.read_json(folder / "state" / "clock.json")
     path = folder / "state" / "optimizer.safetensors"
     if not path.is_file() or checkpoint.sha256(path) != record.pop("optimizer_sha256", None):
@@ -112,17 +115,19 @@ def read_train_state(folder: Path) -> TrainState:
 
 
 def read_config(folder: Path) -> Config:
+    """Return the settings with which a checkpoint was trained."""
     return load_config(folder / "state" / "config.toml")
 
 
 def initialize_from(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
-    """Give a new run the weights of a model directory, whose context and dropout may be others.
+    """Load the weights of a model directory into the model of a new run (train.init).
 
-    `UserError` where its tokenizer or another setting of its shape is not the run's.
+    Context length and dropout may differ. `UserError` if the tokenizer or any other model setting differs, or if the
+    directory has int8 weights only.
     """
     source = checkpoint.read_model(folder)
     if source.tokenizer().sha256 != tokenizer.sha256:
-        raise UserError(f"{folder} has another tokenizer than the data; prepare them with --tokenizer {folder}")
+        raise UserError(f"{folder} has another tokenizer than the data; prepare the data with --tokenizer {folder}")
     source_settings, model_settings = dataclasses.asdict(source.config), dataclasses.asdict(model.config)
     for name in source_settings.keys() - {"n_ctx", "dropout"}:
         if source_settings[name] != model_settings[name]:
@@ -130,12 +135,14 @@ def initialize_from(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
                 f"model.{name} is {model_settings[name]}, but {folder} has {source_settings[name]}; set it to that"
             )
     if source.is_int8_only:
-        raise UserError(f"{folder} has packed weights alone, which are rounded; train on from the model they come from")
+        raise UserError(
+            f"{folder} has only int8 weights, which cannot be trained; pass the unquantized model to --train.init"
+        )
     checkpoint.load_weights(source, model)
 
 
 def restore_checkpoint(folder: Path, model: GPT, optimizers: Optimizers) -> TrainState:
-    """Bring model and optimizers to the state of a checkpoint; returns its clock."""
+    """Load a checkpoint into the model and the optimizers; return its train state. `UserError` if it is damaged."""
     checkpoint.load_weights(checkpoint.read_model(folder), model)
     path = folder / "state" / "optimizer.safetensors"
     try:

@@ -1,4 +1,4 @@
-"""A sweep on disk: what was asked for and its trials, in Optuna's tables in SWEEP/sweep.db."""
+"""A sweep on disk: its plan and its trials, stored by Optuna in SWEEP/sweep.db (SQLite)."""
 
 import contextlib
 import dataclasses
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
     from optuna.study import Study
 
 DATABASE = "sweep.db"
-STUDY_NAME = "sweep"  # of the only study in the file
-DATABASE_TIMEOUT = 60.0  # seconds to wait for another reader or writer of the file
+STUDY_NAME = "sweep"  # the only study in the database
+DATABASE_TIMEOUT = 60.0  # seconds to wait while another process holds the SQLite lock
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a sweep is asked for, stored with it. On resuming, only the number of trials may change."""
+    """The request behind a sweep, stored with it. When resuming, only the number of trials may change."""
 
     space: SearchSpace
-    trials: int = 20  # in all
+    trials: int = 20  # total over all sessions
     sampler: str = "tpe"
     prune: str = "none"
     seed: int = 0
@@ -42,7 +42,7 @@ class Plan:
         return Plan(**values | {"space": SearchSpace(**values["space"])})
 
     def flatten(self) -> dict[str, Any]:
-        """Everything that decides which trials come, by the name a user knows it by."""
+        """Return everything that determines the trials, by the name a user types."""
         fixed = {
             f"{section}.{key}": value for section, table in self.space.base.items() for key, value in table.items()
         }
@@ -51,7 +51,10 @@ class Plan:
 
 
 def merge_plan(stored: Plan | None, space: SearchSpace | None, requested: Mapping[str, Any], folder: Path) -> Plan:
-    """The plan of this sitting. What is asked for must not contradict what the sweep in `folder` was begun with."""
+    """Return the plan of this session: the stored one, updated by what the user requested.
+
+    `UserError` if the request contradicts what the sweep in `folder` was started with.
+    """
     if stored is None:
         assert space is not None, "a new sweep needs settings"
         plan = Plan(space, **requested)
@@ -63,10 +66,11 @@ def merge_plan(stored: Plan | None, space: SearchSpace | None, requested: Mappin
     plan = Plan.from_json(plan.to_json())
     stored_settings, new_settings = stored.flatten(), plan.flatten()
     for name in [*new_settings, *stored_settings]:
-        if stored_settings.get(name) != new_settings.get(name):
+        stored_value, new_value = stored_settings.get(name, "unset"), new_settings.get(name, "unset")
+        if stored_value != new_value:
             raise UserError(
-                f"{folder} was begun with {name} {stored_settings.get(name, 'not given')}, not {new_settings.get(name, 'left out')};"
-                " resume without settings, or name another --out"
+                f"{folder} was started with {name} {stored_value}, not {new_value};"
+                " resume without settings, or choose another --out"
             )
     if plan.sampler == "grid":
         plan = dataclasses.replace(plan, trials=min(plan.trials, len(plan.space.grid())))
@@ -74,23 +78,24 @@ def merge_plan(stored: Plan | None, space: SearchSpace | None, requested: Mappin
 
 
 def read_plan(folder: Path) -> Plan | None:
-    """The plan of the sweep in a folder; None where there is none yet. `UserError` where something else is."""
+    """Return the plan of the sweep in a folder, or None if the folder is empty or absent. Else `UserError`."""
     if folder.is_file():
-        raise UserError(f"--out {folder} is a file; name a directory")
+        raise UserError(f"--out {folder} is a file; choose a directory")
     if (folder / DATABASE).exists():
         return load_plan(open_study(folder))
     if folder.exists() and any(path.name != ".lock" for path in folder.iterdir()):
-        raise UserError(f"--out {folder} holds something else than a sweep; name another directory")
+        raise UserError(f"--out {folder} is not a sweep and not empty; choose another directory")
     return None
 
 
 def load_plan(study: "Study") -> Plan | None:
+    """Return the plan stored in a study; None if the sweep was killed before it stored one."""
     text = study.user_attrs.get("plan")
     return Plan.from_json(text) if text else None
 
 
 def open_study(folder: Path) -> "Study":
-    """The study of a sweep, made where it is not there yet."""
+    """Open the study of a sweep, creating it if needed. `UserError` if the database cannot be read."""
     import optuna
     from sqlalchemy.engine import URL
     from sqlalchemy.exc import DatabaseError
@@ -102,13 +107,15 @@ def open_study(folder: Path) -> "Study":
     try:
         storage = optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": DATABASE_TIMEOUT}})
         return optuna.create_study(storage=storage, study_name=STUDY_NAME, direction="minimize", load_if_exists=True)
-    except (DatabaseError, RuntimeError) as error:  # no database; or one of another version of Optuna
-        raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}; name another --out") from None
+    except (DatabaseError, RuntimeError) as error:  # not a database, or one of another version of Optuna
+        raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}; choose another --out") from None
 
 
 def make_sampler(plan: Plan, number: int) -> "BaseSampler":
-    """The sampler of one trial. Its seed is a function of the plan's and the trial's number, so resuming changes
-    nothing and there is no state to save. A grid brings its values itself.
+    """Return the sampler of trial `number`.
+
+    Its seed depends only on the plan's seed and the trial's number, so a resumed sweep draws what an uninterrupted one
+    would, without saved sampler state. With a grid the values are enqueued, and the sampler is not consulted.
     """
     import numpy as np
     from optuna.samplers import RandomSampler, TPESampler
@@ -118,6 +125,7 @@ def make_sampler(plan: Plan, number: int) -> "BaseSampler":
 
 
 def make_pruner(plan: Plan, config: Config) -> "BasePruner":
+    """Return the pruner that the plan names. `config` is any valid config of its search space."""
     from optuna.pruners import HyperbandPruner, MedianPruner, NopPruner
 
     if plan.prune == "hyperband":
@@ -127,7 +135,10 @@ def make_pruner(plan: Plan, config: Config) -> "BasePruner":
 
 @contextlib.contextmanager
 def exclusive_lock(folder: Path) -> Iterator[None]:
-    """While it lasts, no other sweep works in the folder. The lock goes with its process, whatever ends that."""
+    """Hold an exclusive lock on the sweep folder; it is released even if the process is killed.
+
+    The lock is SQLite's, on the file SWEEP/.lock. `UserError` if another sweep holds it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     lock = sqlite3.connect(folder / ".lock", timeout=0, isolation_level=None)
     try:
@@ -136,8 +147,8 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
     except sqlite3.OperationalError as error:
         lock.close()
         raise UserError(
-            f"{folder} is being swept already ({error}); look at it with --show, or stop the other one and --resume:"
-            " one command runs several trials at once by --workers"
+            f"another sweep is running in {folder} ({error}); watch it with --show, or stop it and add --resume;"
+            " to run trials in parallel, use --workers"
         ) from None
     try:
         yield

@@ -1,4 +1,8 @@
-"""The search: asks Optuna for settings, trains each trial in a process of its own, tells Optuna what came of it."""
+"""The search loop: ask Optuna for settings, train each trial in its own process, and report the result to Optuna.
+
+The ask-and-tell interface is used instead of `study.optimize` because trials are processes that can be pruned while
+they run, stopped by a signal, and resumed by a later session from their own checkpoints.
+"""
 
 import dataclasses
 import logging
@@ -30,15 +34,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-POLL_INTERVAL = 0.1  # seconds between looks at the trials
-PLOT_INTERVAL = 10.0  # seconds at least between two drawings of sweep.png: each takes a good part of one
-MAX_FAILED_STARTS = (
-    3  # trials in a row that fail before their first step: then something is wrong that all of them share
-)
+POLL_INTERVAL = 0.1  # seconds between two checks of the running trials
+# Minimum seconds between two updates of sweep.png; drawing takes most of a second.
+PLOT_INTERVAL = 10.0
+# If this many trials in a row fail before their first step, the cause is shared by all trials.
+MAX_FAILED_STARTS = 3
 
 
 class SweepInterrupted(Exception):
-    """The sweep was asked to stop; its trials are saved. `signal` is the signal's number."""
+    """Raised when a signal has stopped the sweep and its trials have saved. `signal` is the signal's number."""
 
     def __init__(self, number: int, finished: int, trials: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name} with {finished} of {trials} trials finished")
@@ -47,20 +51,20 @@ class SweepInterrupted(Exception):
 
 @dataclasses.dataclass
 class RunningTrial:
-    """A trial under way."""
+    """A trial whose process is running."""
 
     trial: "Trial"
     process: TrialProcess
     config: Config
     values: dict[str, Any]
-    n_records: int = 0  # lines of metrics.jsonl seen
+    n_records: int = 0  # lines of metrics.jsonl already processed
 
 
 class SweepRunner:
-    """One sitting of a sweep: starts trials, looks at them until there are as many as planned."""
+    """One session of a sweep: starts trials and monitors them until the planned number is finished."""
 
     def __init__(self, folder: Path, plan: Plan, config: Config, workers: int, display: SweepDisplay) -> None:
-        """`config` is one of the space. The caller holds the folder's lock."""
+        """`config` is any valid config of the search space. The caller must hold the folder's lock."""
         self.folder, self.plan, self.workers, self.display = folder, plan, workers, display
         self.study = open_study(folder)
         self.study.set_user_attr("plan", plan.to_json())
@@ -72,15 +76,16 @@ class SweepRunner:
         self.plotted_at = time.monotonic()
 
     def unfinished_trials(self) -> list["FrozenTrial"]:
+        """Return the trials that were started but have no result: running now, or left by an earlier session."""
         from optuna.trial import TrialState
 
         return self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
 
     def run(self) -> None:
-        """Raises `Stopped` after a signal, once all trials have saved."""
+        """Run trials until none is left. Raises `SweepInterrupted` after a signal, once all trials have saved."""
         n_stopped = stop_orphans(trial_dir(self.folder, trial.number) for trial in self.orphans)
         if n_stopped:
-            log.info("stopped %d trials that an earlier sweep had left running; they go on", n_stopped)
+            log.info("stopped %d trials left running by an earlier session; they will be resumed", n_stopped)
         try:
             try:
                 while not self.stop_signal and self.start_workers():
@@ -98,6 +103,7 @@ class SweepRunner:
             raise SweepInterrupted(self.stop_signal, n_finished, self.plan.trials)
 
     def stop_all(self) -> None:
+        """Ask all running trials to save and exit, and wait until they have."""
         for running in self.running:
             running.process.stop()
         while self.running:
@@ -105,7 +111,7 @@ class SweepRunner:
             self.poll()
 
     def start_workers(self) -> bool:
-        """Start trials until all workers have one; False when none is left to wait for."""
+        """Start trials until every worker has one; return whether any trial is running."""
         while len(self.running) < self.workers and not self.stop_signal:
             trial = self.next_trial()
             if trial is None:
@@ -114,7 +120,7 @@ class SweepRunner:
         return bool(self.running)
 
     def next_trial(self) -> "Trial | None":
-        """One that an earlier sitting has left unfinished, or else a new one."""
+        """Return a trial that an earlier session left unfinished, else a new one; None if all planned ones exist."""
         from optuna.trial import Trial, TrialState
 
         if self.orphans:
@@ -122,7 +128,8 @@ class SweepRunner:
             self.study.sampler = make_sampler(self.plan, orphan.number)
             return Trial(self.study, orphan._trial_id)
         trials = self.study.get_trials(deepcopy=False)
-        waiting = [trial for trial in trials if trial.state == TrialState.WAITING]  # a kill came before its start
+        # A trial is enqueued but not started if the sweep was killed between the two calls below.
+        waiting = [trial for trial in trials if trial.state == TrialState.WAITING]
         number = waiting[0].number if waiting else len(trials)
         if number >= self.plan.trials:
             return None
@@ -132,7 +139,7 @@ class SweepRunner:
         return self.study.ask()
 
     def start_trial(self, trial: "Trial") -> None:
-        """Start the process of a trial; it may also be over at once."""
+        """Start the process of a trial. Invalid settings, or a trial that is already complete, need no process."""
         values = {domain.name: domain.suggest(trial) for domain in self.plan.space.domains}
         try:
             config = self.plan.space.build_config(values)
@@ -142,7 +149,7 @@ class SweepRunner:
         folder = trial_dir(self.folder, trial.number)
         prepare_dir(folder, config)
         outcome = read_outcome(folder)
-        if outcome.state == "complete":  # a kill came before it was told
+        if outcome.state == "complete":  # a killed sweep could not report it to Optuna
             self.finish_trial(trial, values, outcome)
             return
         used_slots = {running.process.slot for running in self.running}
@@ -152,9 +159,9 @@ class SweepRunner:
         self.running.append(RunningTrial(trial, process, config, values))
 
     def poll(self) -> None:
-        """Take in what the trials have measured since the last look, and those that have ended."""
+        """Process the evaluations since the last call, and the trials whose process has ended."""
         for running in list(self.running):
-            ended = running.process.has_ended()  # before its last lines are read
+            ended = running.process.has_ended()  # read the metrics after this, to miss no line
             self.report_evaluations(running)
             if not ended:
                 continue
@@ -169,11 +176,11 @@ class SweepRunner:
             if self.failed_starts == MAX_FAILED_STARTS:
                 raise UserError(
                     f"{MAX_FAILED_STARTS} trials in a row failed before their first step, the last: {outcome.reason};"
-                    " mend what they share, and sweep in another --out"
+                    " fix the settings they share, and start a sweep in another --out"
                 )
 
     def report_evaluations(self, running: RunningTrial) -> None:
-        """Hand new evaluations to Optuna, and stop a trial that is worse than others were."""
+        """Report new evaluations to Optuna, and stop the trial if the pruner says so."""
         records = read_records(running.process.folder)
         new_records, running.n_records = records[running.n_records :], len(records)
         trial = running.trial
@@ -192,10 +199,10 @@ class SweepRunner:
                 running.process.stop()
 
     def finish_trial(self, trial: "Trial", values: dict[str, Any], outcome: Outcome) -> None:
-        """Store what came of a trial, and say so.
+        """Store the outcome of a trial, report it to Optuna, and print it.
 
-        Optuna calls it pruned where its settings are to blame, so that the sampler keeps away from them: what has
-        failed teaches it nothing.
+        If the settings are to blame, Optuna is told "pruned" rather than "failed": samplers ignore failed trials, but
+        learn to avoid pruned ones.
         """
         from optuna.trial import TrialState
 
@@ -215,7 +222,7 @@ class SweepRunner:
         self.display.print_line(f"trial {trial.number} of {self.plan.trials}  {settings}: {result_text}{best_text}")
 
     def update_outputs(self, *, last: bool = False) -> list[TrialResult]:
-        """Bring the files and the display up to date."""
+        """Update results.csv, best.toml, the display and, at most every PLOT_INTERVAL seconds, sweep.png."""
         space = self.plan.space
         results = read_results(self.study, space, self.folder)
         write_results(self.folder, space, results)
@@ -230,9 +237,10 @@ class SweepRunner:
 
 
 def run_sweep(folder: Path, plan: Plan, config: Config, workers: int) -> None:
-    """Run the trials of a plan that are not finished yet. `config` is one of its space.
+    """Run all unfinished trials of a plan. `config` is any valid config of its search space.
 
-    Raises `Stopped` after SIGINT or SIGTERM, once the trials have saved.
+    Raises `SweepInterrupted` after SIGINT or SIGTERM, once the trials have saved; `UserError` if another sweep is
+    running in the folder.
     """
     with exclusive_lock(folder), SweepDisplay(plan.trials, 0) as display:
         runner = SweepRunner(folder, plan, config, workers, display)
@@ -241,24 +249,24 @@ def run_sweep(folder: Path, plan: Plan, config: Config, workers: int) -> None:
 
 
 def check_runnable(plan: Plan, config: Config) -> None:
-    """Refuse at once what would make every trial fail. `config` is one of the space."""
+    """Raise `UserError` for what would make every trial fail. `config` is any valid config of the search space."""
     for folder in plan.space.data_dirs(config):
         if len(open_split(folder, "val")[1]) < 2:
-            raise UserError(f"{folder} has no validation stories to compare trials by; prepare it with --val")
+            raise UserError(f"{folder} has no validation stories to compare trials on; prepare it again with --val")
     if plan.prune != "none" and config.train.eval_every >= config.train.steps:
         raise UserError(
             f"train.eval_every={config.train.eval_every} leaves no evaluation before train.steps="
-            f"{config.train.steps}: nothing to prune by; lower train.eval_every, or leave out --prune"
+            f"{config.train.steps}, which --prune needs; lower train.eval_every, or leave out --prune"
         )
 
 
 def make_signal_handler(runner: SweepRunner) -> Callable[[int], None]:
-    """The first signal lets the trials save; the second one ends them at once."""
+    """Return a handler: the first signal lets all trials save, the second one kills them."""
 
     def on_signal(number: int) -> None:
         if runner.stop_signal:
             raise KeyboardInterrupt
         runner.stop_signal = number
-        log.info("stopping: the trials finish their steps and save; once more to stop at once")
+        log.info("stopping: the trials finish their current step and save; interrupt again to stop at once")
 
     return on_signal

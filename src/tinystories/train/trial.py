@@ -1,4 +1,4 @@
-"""One trial of a sweep: a run directory, the process that trains in it, and what came of it."""
+"""One trial of a sweep: its run directory, the process that trains in it, and its outcome."""
 
 import dataclasses
 import json
@@ -16,20 +16,23 @@ from tinystories.config import Config, to_toml
 from tinystories.errors import UserError
 
 LOG_FILE = "train.log"
-STOP_EXIT_CODES = (130, 143, -signal.SIGINT, -signal.SIGTERM)  # exit codes of a run that was asked to stop
+STOP_EXIT_CODES = (130, 143, -signal.SIGINT, -signal.SIGTERM)  # of a run that was asked to stop and has saved
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What came of a trial. `state`: complete, pruned, failed, unfinished, or invalid: not to be trained with."""
+    """The result of a trial.
+
+    `state`: complete, pruned, failed, unfinished, or invalid (the settings contradict each other; it was not trained).
+    """
 
     state: str
-    bits_per_byte: float | None = None  # of the last evaluation; the whole validation set's if complete
+    bits_per_byte: float | None = None  # last evaluation; on the whole validation set if complete
     step: int = 0
     tokens: int = 0
-    seconds: float = 0.0  # of training steps, over all sittings
+    seconds: float = 0.0  # spent in training steps, over all sessions
     reason: str = ""  # why it is not complete
-    settings_to_blame: bool = False  # other trials had better keep away from these settings
+    settings_to_blame: bool = False  # the sampler should avoid these settings
 
 
 def trial_dir(sweep_dir: Path, number: int) -> Path:
@@ -37,7 +40,7 @@ def trial_dir(sweep_dir: Path, number: int) -> Path:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """A text file that is whole or absent, whatever comes between."""
+    """Write a text file by rename, so that it is complete or unchanged even after a crash."""
     temp_path = path.with_name("." + path.name)
     with temp_path.open("w", encoding="utf-8", newline="") as file:
         file.write(text)
@@ -47,12 +50,12 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def train_command(folder: Path) -> list[str]:
-    """Starts a trial, and goes on with it: its settings lie in its folder."""
+    """Return the command that starts or resumes a trial; its settings are in `folder`/config.toml."""
     return [sys.executable, "-m", "tinystories", "train", "--out", str(folder.resolve()), "--resume"]
 
 
 def worker_environment(slot: int, workers: int, device: str) -> Mapping[str, str]:
-    """What the process of the `slot`-th worker runs in: its share of the cores, and of the GPUs a GPU of its own."""
+    """Return the environment of worker `slot`: its share of the CPU cores and, if there are several GPUs, its own."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     overrides = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // workers)))}
     if workers > 1 and device in ("auto", "cuda"):
@@ -66,18 +69,21 @@ def worker_environment(slot: int, workers: int, device: str) -> Mapping[str, str
 
 
 def prepare_dir(folder: Path, config: Config) -> None:
-    """Make the run directory of a trial. Where a kill came in between, it is made once more."""
+    """Create the run directory of a trial with its config.toml, if a killed sweep has not done so already."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "config.toml").exists():
         write_atomic(folder / "config.toml", to_toml(config))
 
 
 class TrialProcess:
-    """A trial under way, in a session of its own: a Ctrl-C reaches the sweep alone, which then asks it to stop."""
+    """The process of a running trial.
+
+    It has its own process session, so Ctrl-C reaches only the sweep, which then asks the trial to stop.
+    """
 
     def __init__(self, folder: Path, slot: int, workers: int, device: str) -> None:
         self.folder, self.slot = folder, slot
-        self.prune_reason = ""  # why it was stopped for good
+        self.prune_reason = ""  # set when the pruner has stopped it
         with (folder / LOG_FILE).open("ab") as log:
             self.popen = subprocess.Popen(
                 train_command(folder),
@@ -92,7 +98,7 @@ class TrialProcess:
         return self.popen.poll() is not None
 
     def stop(self) -> None:
-        """Let it finish its step and save."""
+        """Ask the trial to finish its step, save and exit."""
         if not self.has_ended():
             self.popen.terminate()
 
@@ -101,7 +107,7 @@ class TrialProcess:
             self.popen.kill()
 
     def final_outcome(self) -> Outcome | None:
-        """What came of it, once it has ended; None where it was interrupted and can go on."""
+        """Return the outcome of an ended process; None if the trial was interrupted and can be resumed."""
         assert self.popen.returncode is not None, "the trial is still running"
         exit_code = self.popen.returncode
         outcome = read_outcome(self.folder)
@@ -115,12 +121,12 @@ class TrialProcess:
         return dataclasses.replace(outcome, state="failed", reason=reason, settings_to_blame=exit_code == 2)
 
     def has_started(self) -> bool:
-        """Whether it came as far as its first step; what stops a run before that may stop all of them."""
+        """Return whether the first step was recorded. What stops a run before that may stop every trial."""
         return (self.folder / "metrics.jsonl").exists()
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
-    """The whole lines of metrics.jsonl, of a run that may be writing it."""
+    """Return the records of metrics.jsonl; an incomplete last line of a running trial is ignored."""
     try:
         text = (folder / "metrics.jsonl").read_bytes()
     except FileNotFoundError:
@@ -129,7 +135,10 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
 
 
 def read_outcome(folder: Path) -> Outcome:
-    """What metrics.jsonl tells: complete with a final evaluation, unfinished without."""
+    """Return the outcome recorded in metrics.jsonl: complete after a final evaluation, else unfinished.
+
+    A trial whose final bits per byte are not finite has failed.
+    """
     records = read_records(folder)
     if not records:
         return Outcome("unfinished")
@@ -150,7 +159,7 @@ def read_outcome(folder: Path) -> Outcome:
 
 
 def failure_reason(folder: Path, exit_code: int) -> str:
-    """The one line a run failed with, or else how it ended and where its log lies."""
+    """Return the error line that a run printed, or its exit code and the path of its log."""
     lines = (folder / LOG_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
     error_lines = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     if exit_code == 2 and error_lines:
@@ -160,9 +169,10 @@ def failure_reason(folder: Path, exit_code: int) -> str:
 
 
 def stop_orphans(folders: Iterable[Path]) -> int:
-    """Stop the processes that a killed sweep has left behind on this machine, and wait until they have saved.
+    """Stop the trials that a killed sweep left running on this machine, and wait until they have saved.
 
-    They are known by their command, which names the folder. Returns how many there were.
+    They are recognized by their command line, which contains the folder. Returns how many there were. `UserError` if
+    one of them belongs to another user.
     """
     import psutil
 
@@ -178,13 +188,16 @@ def stop_orphans(folders: Iterable[Path]) -> int:
         except psutil.NoSuchProcess:
             continue
         except psutil.AccessDenied:
-            raise UserError(f"process {process.pid} of an earlier sweep is still training here; end it first") from None
+            raise UserError(
+                f"process {process.pid} of an earlier sweep is still running and may not be stopped; end it first"
+            ) from None
     while any(is_alive(process) for process in processes):
         time.sleep(0.1)
     return len(processes)
 
 
 def is_alive(process: Any) -> bool:
+    """Return whether a psutil process is running; a zombie is not."""
     import psutil
 
     try:

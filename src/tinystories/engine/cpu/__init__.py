@@ -1,1 +1,1 @@
-"""Stories without torch: machine code over mapped weights. docs/cpu-engine.md says how it works."""
+"""CPU inference without torch: JIT-compiled kernels over memory-mapped weights. See docs/cpu-engine.md."""

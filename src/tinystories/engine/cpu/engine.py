@@ -1,4 +1,4 @@
-"""The engine protocol without torch: machine code over mapped weights (docs/cpu-engine.md explains how and why)."""
+"""`CpuEngine` implements the engine protocol without torch. docs/cpu-engine.md explains how and why."""
 
 import functools
 import math
@@ -21,7 +21,7 @@ Array = npt.NDArray[Any]
 
 
 class CpuEngine:
-    """`Engine` over weights as `weights.source_of` (fp32) or `weights.packed` give them."""
+    """An `Engine` that runs on the CPU in fp32, int8 or int4. See the protocol for its methods."""
 
     def __init__(
         self,
@@ -32,16 +32,21 @@ class CpuEngine:
         threads: int | None = None,
         shortlist: Array | None = None,
     ) -> None:
-        """With `shortlist` the logits of ids that are not in it are -inf; such an engine writes, and scores nothing."""
+        """Create an engine from the weights of `weights.load_fp32` or `weights.load_or_quantize`.
+
+        `threads`: by default one per physical core, at most 16. `shortlist`: ids whose logits are computed; those of
+        all others are -inf. An engine with a shortlist can generate but not score. Raises UserError if a number is out
+        of range or the KV cache would not fit in memory.
+        """
         if n_slots < 1:
             raise UserError(f"the number of slots must be at least 1, not {n_slots}")
         max_threads = 4 * (os.cpu_count() or 1)
         if threads is not None and not 1 <= threads <= max_threads:
-            raise UserError(f"the number of threads must be from 1 to {max_threads} (4 for each core), not {threads}")
+            raise UserError(f"the number of threads must be from 1 to {max_threads} (4 per core), not {threads}")
         n_bytes = 8 * n_slots * config.n_layer * config.kv_heads * config.n_ctx * config.head_dim
         if n_bytes > total_memory_bytes():
             raise UserError(
-                f"{n_slots:,} slots need {n_bytes / 1e9:,.1f} GB of memory, more than there is; ask for fewer"
+                f"{n_slots:,} slots need {n_bytes / 1e9:,.1f} GB of memory, more than this machine has; use fewer"
             )
         self.config, self.n_slots = config, n_slots
         self.lengths = [0] * n_slots
@@ -57,9 +62,13 @@ class CpuEngine:
         threads: int | None = None,
         shortlist: Array | None = None,
     ) -> "CpuEngine":
-        """The engine of a model directory, whose weights need not have been checked; packs them where needed."""
+        """Load a model directory; verify its weights, and quantize them unless a cached quantized file is valid.
+
+        Raises UserError if the precision is unknown or the weights are damaged.
+        """
         if precision not in get_args(Precision):
-            raise UserError(f"the CPU engine has no precision {precision}; use {', '.join(get_args(Precision))}")
+            choices = ", ".join(get_args(Precision))
+            raise UserError(f"the CPU engine does not support precision {precision}; use one of {choices}")
         if precision == "fp32":
             files.check_weights()
         weights = load_fp32(files) if precision == "fp32" else load_or_quantize(files, precision)
@@ -67,17 +76,18 @@ class CpuEngine:
 
     @functools.cached_property
     def kv_cache(self) -> "CpuKVCache":
+        """The cache of the slots, allocated on first use."""
         return CpuKVCache(self.config, self.n_slots)
 
     @functools.cached_property
     def scoring_cache(self) -> "CpuKVCache":
-        """For sequences that are only scored."""
+        """A cache of one slot for `logprobs`, so that scoring leaves the slots alone."""
         return CpuKVCache(self.config, 1)
 
     def prefill(self, slot: int, ids: Ids) -> Logits:
         tokens = validate_context(ids, self.config)
         validate_slot(slot, self.n_slots)
-        self.lengths[slot] = 0  # if it is interrupted
+        self.lengths[slot] = 0  # if prefill is interrupted, the slot is free
         *_, (_, logits) = self.forward_chunks(self.kv_cache, slot, tokens, all_logits=False)
         self.lengths[slot] = len(tokens)
         return logits[0]
@@ -100,7 +110,7 @@ class CpuEngine:
 
     def logprobs(self, sequences: Sequence[Ids]) -> list[npt.NDArray[np.floating[Any]]]:
         if self.runtime.shortlist is not None:
-            raise UserError("a shortlist gives no probabilities of the ids it leaves out; score without --shortlist")
+            raise UserError("ids outside a shortlist have no probabilities; score without --shortlist")
         results = []
         for ids in validate_sequences(sequences, self.config):
             token_logprobs = np.empty(len(ids) - 1, dtype=np.float32)
@@ -115,7 +125,10 @@ class CpuEngine:
     def forward_chunks(
         self, cache: "CpuKVCache", slot: int, ids: Array, *, all_logits: bool
     ) -> Iterator[tuple[int, Logits]]:
-        """(first position, logits) of the ids' chunks; of the last id alone unless `everything` is wanted."""
+        """Run ids through a slot in chunks of MAX_ROWS; yield (first position, logits) of each chunk.
+
+        Unless `all_logits`, only the logits of the last id are computed: the last chunk has one row, others have none.
+        """
         for start in range(0, len(ids), MAX_ROWS):
             chunk = ids[start : start + MAX_ROWS]
             is_last = start + len(chunk) == len(ids)
@@ -124,25 +137,28 @@ class CpuEngine:
             yield start, self.forward(cache, chunk, np.full(len(chunk), slot), positions, first_logits_row)
 
     def forward(self, cache: "CpuKVCache", ids: Array, slots: Array, positions: Array, first_logits_row: int) -> Logits:
-        """As `Machine.run`, with a cache."""
+        """Run at most MAX_ROWS rows (see `Runtime.run`) on a KV cache."""
         keys, values = cache.keys.ctypes.data, cache.values.ctypes.data
         return self.runtime.run(ids, slots, positions, keys, values, cache.n_slots, first_logits_row)
 
 
 class CpuKVCache:
-    """Keys and values of slots: (layers, slots, heads, S, D) fp32 each. Memory is taken as it is written."""
+    """KV cache: keys and values, each (layers, slots, KV heads, S, D) fp32.
+
+    The operating system commits its memory as it is written, so unused slots and positions cost nothing.
+    """
 
     def __init__(self, config: ModelConfig, n_slots: int) -> None:
         shape = (config.n_layer, n_slots, config.kv_heads, config.n_ctx, config.head_dim)
         try:
             self.keys, self.values = np.empty(shape, np.float32), np.empty(shape, np.float32)
         except MemoryError:
-            raise UserError(f"there is no memory for {n_slots:,} slots; ask for fewer") from None
+            raise UserError(f"not enough memory for {n_slots:,} slots; use fewer") from None
         self.n_slots = n_slots
 
 
 def total_memory_bytes() -> float:
-    """Of the machine; without end where it does not tell."""
+    """Return the physical memory of the machine; inf if the system does not report it."""
     try:
         return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     except (AttributeError, ValueError, OSError):

@@ -1,4 +1,4 @@
-"""Model directories whose only weights are packed ones: a quarter of the size, for every engine."""
+"""Model directories with int8 weights only: a quarter of the size, readable by every engine."""
 
 import json
 from pathlib import Path
@@ -10,9 +10,10 @@ from tinystories.engine.cpu.weights import FORMAT_VERSION, quantize, write_safet
 
 
 def write_int8_model(files: ModelFiles, folder: Path, sampling: SamplingConfig | None = None) -> None:
-    """Write the model as a directory with int8 weights, its tokenizer without spaces, and its provenance.
+    """Write a model directory with int8 weights, tokenizer.json without whitespace, and config.json with provenance.
 
-    `sampling` takes the place of its default settings.
+    `sampling` replaces the model's default sampling settings. Raises UserError if the weights do not match their
+    checksum.
     """
     files.check_weights()
     metadata = {"layout": str(FORMAT_VERSION), "precision": "int8", "source_sha256": files.weights_sha256}

@@ -1,6 +1,7 @@
-"""Machine code of `forward`: made by Numba once, kept on disk, and loaded without Numba, whose import takes longest.
+"""Compile `kernels` once with Numba, cache the object file, and load it with llvmlite alone.
 
-The file is an object file of this very processor; its name holds a hash of everything it depends on.
+Importing Numba would dominate the start-up time. The object file is specific to this CPU; its name contains a hash of
+everything it depends on.
 """
 
 import ctypes
@@ -26,16 +27,16 @@ from tinystories.errors import UserError
 log = logging.getLogger(__name__)
 
 SOURCE_FILES = ("layout.py", "kernels.py", "simd.py", "jit.py")
-MAX_CACHED_FILES = 8  # of other versions and environments
-_alive: list[Any] = []  # owners of the memory of machine code
-# What Numba's code names for exceptions and for arrays that own memory: here there are none. Numba registers its own
-# when it is imported.
+MAX_CACHED_FILES = 8  # object files of other versions and environments; the oldest are deleted
+_alive: list[Any] = []  # execution engines, which own the memory of the machine code
+# Runtime functions of Numba for exceptions and for arrays that own memory. The object file refers to them but never
+# calls them, so they resolve to `abort_stub`. If Numba is imported, it registers its own.
 UNUSED_SYMBOL_PREFIXES = ("NRT_", "numba_")
 Forward = Callable[[int, int, float, int, int], None]
 
 
 def cache_folder() -> Path:
-    """Where machine code is kept: $TINYSTORIES_CACHE, or the user's cache folder of the operating system."""
+    """Return the folder of cached object files: $TINYSTORIES_CACHE, or the user's cache folder of the platform."""
     if override := os.environ.get("TINYSTORIES_CACHE"):
         return Path(override)
     if sys.platform == "win32":
@@ -46,9 +47,10 @@ def cache_folder() -> Path:
 
 
 def cache_path() -> Path:
+    """Return the path of the object file, named by a hash of CPU, platform, NUMBA_* variables, versions and sources."""
     try:
         features = llvm.get_host_cpu_features().flatten()
-    except RuntimeError:  # LLVM does not know them on all platforms; Numba then uses none
+    except RuntimeError:  # LLVM cannot detect them on every platform; Numba then uses none either
         features = ""
     key_parts = [llvm.get_host_cpu_name(), features, platform.machine(), sys.platform]
     key_parts += sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith("NUMBA_"))
@@ -60,9 +62,9 @@ def cache_path() -> Path:
 
 
 def compile_object() -> bytes:
-    """A line of JSON (the function's name, and those of other functions that it may call) and an object file.
+    """Compile `kernels`; return a line of JSON followed by an object file. Takes some 10 seconds.
 
-    Takes seconds.
+    The JSON has the `name` of the entry point and in `calls` the external symbols that the code refers to.
     """
     from tinystories.engine.cpu.kernels import make_entry_point
 
@@ -76,37 +78,41 @@ def compile_object() -> bytes:
 
 
 def load_or_compile() -> bytes:
-    """From disk where it is whole, else made and kept. A folder that cannot be written to costs the time again."""
+    """Return the contents of the cached object file, or compile and cache it.
+
+    The file ends with its SHA-256. A damaged file is replaced; if it cannot be written, a warning is logged. Raises
+    UserError if it belongs to another user, since it is code that would be executed.
+    """
     path: Path | None = None
     try:
         path = cache_path()
         if hasattr(os, "getuid") and path.stat().st_uid not in (os.getuid(), 0):
-            raise UserError(f"{path} belongs to another user, and is code: set TINYSTORIES_CACHE to a folder of yours")
+            raise UserError(f"{path} is executable code of another user; set TINYSTORIES_CACHE to a folder of your own")
         data = path.read_bytes()
         content, digest = data[:-32], data[-32:]
         if hashlib.sha256(content).digest() == digest:
             return content
-        log.warning("%s is damaged; it is made again", path)
-    except (OSError, RuntimeError):  # not there, or no home folder to look in
+        log.warning("%s is damaged; compiling it again", path)
+    except (OSError, RuntimeError):  # not cached yet, or no home folder
         pass
-    log.info("compiling the CPU engine for this machine, once (some seconds) ...")
+    log.info("compiling the CPU engine for this machine (once, about 10 s) ...")
     started_at = time.perf_counter()
     content = compile_object()
     log.info("compiled in %.1f s", time.perf_counter() - started_at)
     try:
         if path is None:
-            raise OSError("there is no home folder; set TINYSTORIES_CACHE")
+            raise OSError("no home folder")
         store_in_cache(path, content + hashlib.sha256(content).digest())
     except OSError as error:
         log.warning(
-            "the machine code cannot be kept (%s): the next start compiles again; TINYSTORIES_CACHE names a folder",
+            "cannot cache the compiled code (%s): the next start compiles again; set TINYSTORIES_CACHE to a folder",
             error,
         )
     return content
 
 
 def store_in_cache(path: Path, content: bytes) -> None:
-    """Write whole or not at all; several processes may do so at once."""
+    """Write a file atomically (safe if several processes do so at once) and delete the oldest cached object files."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fd, temp_path = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     try:
@@ -123,11 +129,15 @@ def store_in_cache(path: Path, content: bytes) -> None:
 
 @ctypes.CFUNCTYPE(None)
 def abort_stub() -> None:
+    """Abort the process: stands in for functions that must never be called."""
     os.abort()
 
 
 def resolve_symbol(symbol: str) -> int:
-    """Of a function that machine code may call: the linker would take an unknown one for 0 and say nothing."""
+    """Return the address of a function that the machine code refers to.
+
+    Raises UserError if there is none, because the linker would silently use address 0.
+    """
     if symbol.startswith(UNUSED_SYMBOL_PREFIXES):
         return function_address(abort_stub)
     if symbol.startswith("Py"):
@@ -146,18 +156,23 @@ def resolve_symbol(symbol: str) -> int:
 
 
 def function_address(function: Any) -> int:
+    """Return the address of a ctypes function."""
     return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
 @functools.cache
 def load_forward() -> Forward:
-    """The function; a call of it lets other Python threads run."""
+    """Load the machine code (compile it if needed) and return its entry point.
+
+    Its arguments are those of `kernels.make_entry_point`: address of the model table, address of the call table, norm
+    eps, thread, n_threads. Being a ctypes function, it releases the GIL during a call.
+    """
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     header, _, machine_code = load_or_compile().partition(b"\n")
     header_fields = json.loads(header)
     for symbol in header_fields["calls"]:
-        if llvm.address_of_symbol(symbol) is None:  # else Numba is here, and needs its own
+        if llvm.address_of_symbol(symbol) is None:  # otherwise Numba is imported and has registered its own
             llvm.add_symbol(symbol, resolve_symbol(symbol))
     target_machine = llvm.Target.from_default_triple().create_target_machine()
     execution_engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target_machine)

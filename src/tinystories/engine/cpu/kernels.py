@@ -1,14 +1,19 @@
-"""Rows of new tokens through the whole model, in one call for each thread. Numba makes machine code of this once.
+"""The forward pass of the CPU engine: matmul, RMSNorm, RoPE, KV cache, attention and feed-forward, compiled by Numba.
 
-Decoding reads every weight once for each token and does little else, so a thread must never wait long: it computes its
-own rows of every matrix, and all meet at a barrier only where they need each other's results. What is small (norms,
-rounding of x) every thread does for itself. Each sum is made by one thread in one order, so results depend neither on
-the number of threads nor on the other rows.
+`forward` runs B rows (new tokens) through the whole model. Every thread of the pool makes one call to it.
 
-Only the compiler of `native` imports this module. Numbers reach it as two tables of 64-bit integers, addresses among
-them, which `plan` fills: `m` describes the model, `c` this call.
+Decoding is memory-bound: each weight is read once per token, so threads must rarely wait. Each thread computes its own
+output rows of every matrix, and all threads meet at a barrier only where one needs the results of the others. Cheap
+work (norms, quantizing activations) is repeated by every thread instead of shared. Each sum is computed by one thread
+in a fixed order, so results depend neither on the number of threads nor on the other rows of the batch.
 
-Letters: B rows of tokens, C = n_embd, H heads, D = head_dim, S = n_ctx places of the cache. Weights are (outer, inner).
+Only `jit.compile_object` imports this module. Its inputs are two tables of 64-bit integers, some of them addresses: `m`
+describes the model, `c` describes this call. `layout` names their fields, `runtime` fills them.
+
+Notation: B = rows (new tokens of any slots), C = n_embd, D = head_dim, S = n_ctx. Matrices are (out_features,
+in_features), and out_features is padded to a multiple of BLOCK_ROWS (`padded_out`), which is also the row stride of the
+outputs. `base` is the index in `m` where the fields of a matrix begin, `layer_base` that of a layer. Work is split by
+`thread` of `n_threads`; `lo` and `hi` bound the part of one thread.
 """
 
 import math
@@ -39,8 +44,10 @@ from tinystories.engine.cpu.simd import (
     make_pointer_cast,
 )
 
-MIN_AMAX = np.float32(1e-30)  # rows of x that are smaller count as zeros: the inverse would overflow
-FASTMATH = {"reassoc", "nsz", "contract"}  # lets sums be vectorised; infinities and NaN keep their meaning
+# Rows of x whose largest magnitude is below this are quantized to zeros: the inverse scale would overflow.
+MIN_AMAX = np.float32(1e-30)
+# Lets LLVM vectorize sums. "nnan" and "ninf" are left out on purpose: NaN and infinities must propagate.
+FASTMATH = {"reassoc", "nsz", "contract"}
 njit = numba.njit(fastmath=FASTMATH, error_model="numpy")
 
 to_f32_pointer, to_i64_pointer = make_pointer_cast(types.float32), make_pointer_cast(types.int64)
@@ -49,6 +56,7 @@ to_i8_pointer, to_i16_pointer, to_i32_pointer = (
     make_pointer_cast(types.int16),
     make_pointer_cast(types.int32),
 )
+# Inner loops of the matmuls. The suffix is (weight rows)x(rows of x) that one call multiplies.
 int8_kernel_8x1, int8_kernel_8x4 = make_int8_kernel(1), make_int8_kernel(4)
 int4_kernel_8x1, int4_kernel_8x4 = make_int4_kernel(1), make_int4_kernel(4)
 fp32_kernel_1x1, fp32_kernel_4x1, fp32_kernel_4x2 = (
@@ -59,7 +67,21 @@ fp32_kernel_1x1, fp32_kernel_4x1, fp32_kernel_4x2 = (
 
 
 class ThreadScratch(NamedTuple):
-    """Addresses of a thread's own memory: rows of x, the same as integers, their scales; their groups' sums, scales."""
+    """Addresses of one thread's private memory: the input x of the next matmul, in fp32 and quantized.
+
+    Memory map, for R = c[CALL.max_rows] rows of W = c[CALL.scratch_width] floats and groups of G = GROUP_SIZE columns:
+
+        offset                type           elements   field
+        0                     fp32           R W        x
+        4 R W                 int16 or int8  R W        quantized: int16 for int8 weights, int8 for int4 weights
+        6 R W                 fp32           R          scales: one per row (int8 weights)
+        6 R W + 4 R           int32          R W / G    group_sums: sum of the quantized values (int4 weights)
+        6 R W + 4 R + 4 R W/G fp32           R W / G    group_scales: one per group (int4 weights)
+
+    `forward` computes these addresses. `Workspace` in runtime.py allocates the memory, R (4 W + 2 W + 4 + 2 * 4 W / G)
+    bytes per thread: change both together. Rows are stored back to back at the width of the current matrix, not at W.
+    `attention` uses `x` for its S attention weights, so R W >= S.
+    """
 
     x: int
     quantized: int
@@ -70,13 +92,18 @@ class ThreadScratch(NamedTuple):
 
 @njit
 def view_f32(address, n):
+    """View n fp32 numbers at an address as an array, without a copy."""
     return carray(to_f32_pointer(address), (n,))
 
 
 @njit
 def exp(x):
-    """e^x within 2e-7 of itself; as at -87.3 below it, as at 88 above. Cephes' polynomial, which LLVM can vectorise."""
+    """Return e^x with a relative error below 2e-7; x is clamped to [-87.3, 88].
+
+    The polynomial of Cephes' expf. It has no branches, so LLVM can vectorize it.
+    """
     x = min(max(x, np.float32(-87.3)), np.float32(88))
+    # e^x = 2^n e^r with n = round(x / ln 2). ln 2 is subtracted in two parts, so that r keeps its low bits.
     n = np.rint(x * np.float32(1.44269504))
     r = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
     y = np.float32(1.9875691500e-4)
@@ -86,18 +113,25 @@ def exp(x):
     y = y * r + np.float32(1.6666665459e-1)
     y = y * r + np.float32(5.0000001201e-1)
     y = y * r * r + r + np.float32(1)
+    # Build 2^n from its bits: a biased exponent and an empty mantissa.
     return y * bitcast_f32((np.int32(n) + np.int32(127)) << np.int32(23))
 
 
 @njit
 def gelu_tanh(x):
-    """x (1 + tanh(u)) / 2 = x / (1 + e^-2u), u = sqrt(2 / pi) (x + 0.044715 x^3): Hendrycks and Gimpel 2016."""
+    """Tanh approximation of GELU (Hendrycks and Gimpel 2016), as in GPT-2.
+
+    x (1 + tanh(u)) / 2 = x / (1 + e^-2u) with u = sqrt(2 / pi) (x + 0.044715 x^3).
+    """
     return x / (np.float32(1) + exp(x * (np.float32(-1.5957691216) + np.float32(-0.0713548163) * x * x)))
 
 
 @njit
 def gelu_erf(x):
-    """x (1 + erf(x / sqrt(2))) / 2 within 1e-7 |x|: 7.1.26 of Abramowitz and Stegun."""
+    """Exact GELU, x (1 + erf(x / sqrt(2))) / 2, with an error below 1e-7 |x|.
+
+    Abramowitz and Stegun, formula 7.1.26.
+    """
     t = np.float32(1) / (np.float32(1) + np.float32(0.23164189) * abs(x))
     y = np.float32(1.061405429)
     y = y * t + np.float32(-1.453152027)
@@ -110,7 +144,7 @@ def gelu_erf(x):
 
 @njit
 def layer_or_rms_norm(x, weight, bias, modern, eps, y):
-    """RMSNorm or LayerNorm of one row."""
+    """Write the RMSNorm (`modern`, which ignores `bias`) or LayerNorm (otherwise) of row x into y, which may be x."""
     n = np.float32(len(x))
     mean = np.float32(0)
     if not modern:
@@ -131,7 +165,10 @@ def layer_or_rms_norm(x, weight, bias, modern, eps, y):
 
 @njit
 def quantize_rows(kind, x, n_rows, in_features, scratch):
-    """Integers for each row of x (B, inner), as a matrix of this kind needs them; into `own`."""
+    """Quantize each row of x (B, in_features) into `scratch`, in the format that weights of this kind multiply.
+
+    INT8 weights take 16-bit activations with one scale per row, INT4 weights 8-bit ones with a scale per group.
+    """
     for b in range(n_rows):
         if kind == INT8:
             quantize_row_i16(x[b * in_features : (b + 1) * in_features], b, scratch)
@@ -141,10 +178,10 @@ def quantize_rows(kind, x, n_rows, in_features, scratch):
 
 @njit
 def quantize_row_i16(x, b, scratch):
-    """16-bit integers of a row and its scale.
+    """Quantize row b of x to 16-bit integers with one scale, for int8 weights.
 
-    The largest integer is such that no sum of products with 8-bit weights leaves 32 bits. The scale of a row that is
-    not finite is NaN, and so is all that comes of it.
+    The range of the integers is chosen so that a sum of in_features products with 8-bit weights cannot overflow 32
+    bits. A row that is not finite gets the scale NaN, which propagates to the logits.
     """
     in_features = len(x)
     quant_max = np.float32(min(32767, (2**31 - 1) // (127 * in_features)))
@@ -153,18 +190,22 @@ def quantize_row_i16(x, b, scratch):
     amax, nan_if_bad = np.float32(0), np.float32(0)
     for j in range(in_features):
         amax = max(amax, abs(x[j]))
-        nan_if_bad += x[j] * np.float32(0)  # NaN where x holds NaN or an infinity
+        nan_if_bad += x[j] * np.float32(0)  # becomes NaN if any x is NaN or infinite, else stays 0
     inverse_scale = quant_max / amax if amax > MIN_AMAX and nan_if_bad == 0 else np.float32(0)
     for j in range(in_features):
         quantized[j] = np.int16(np.rint(x[j] * inverse_scale)) if inverse_scale > 0 else np.int16(0)
-    for j in range(in_features, width):
+    for j in range(in_features, width):  # the kernels read whole groups
         quantized[j] = 0
     view_f32(scratch.scales, b + 1)[b] = amax / quant_max + nan_if_bad
 
 
 @njit
 def quantize_row_i8(x, b, scratch):
-    """8-bit integers of a row, with a scale and the sum of the integers for each group of columns; NaN as above."""
+    """Quantize row b of x to 8-bit integers, for int4 weights.
+
+    Each group of GROUP_SIZE columns gets a scale and the sum of its integers; the kernel uses the sum to correct for
+    the offset of 8 in the stored weights. A group that is not finite gets the scale NaN, as in `quantize_row_i16`.
+    """
     in_features = len(x)
     n_groups = (in_features + GROUP_SIZE - 1) // GROUP_SIZE
     quantized = carray(to_i8_pointer(scratch.quantized + GROUP_SIZE * n_groups * b), (n_groups * GROUP_SIZE,))
@@ -190,7 +231,11 @@ def quantize_row_i8(x, b, scratch):
 
 @njit
 def matmul_rows_fp32(weights, in_features, lo, hi, x, n_rows, first_row, y, y_address, padded_out):
-    """y[b, lo:hi] = rows lo..hi-1 of the matrix at an address . x[b]: four rows by two of x at a time."""
+    """Matmul with fp32 weights: y[b, i] = weights[i] . x[b] for lo <= i < hi and first_row <= b < n_rows.
+
+    `weights` is the address of an unpadded (out_features, in_features) matrix, `y_address` that of y. The main loop
+    multiplies tiles of 4 weight rows by 2 rows of x, and single rows at the edges.
+    """
     x_address, n_chunks, stride = x.ctypes.data, in_features // 8, 4 * in_features
     i = lo
     while i < hi:
@@ -208,7 +253,7 @@ def matmul_rows_fp32(weights, in_features, lo, hi, x, n_rows, first_row, y, y_ad
                 fp32_kernel_1x1(w_ptr, stride, x_ptr, stride, n_chunks, y_ptr, 4 * padded_out)
             b += 2 if two_rows else 1
         i += n_weight_rows
-    if in_features % 8:
+    if in_features % 8:  # the kernels only read whole vectors of 8 columns; add the remaining columns
         w = view_f32(weights, hi * in_features)
         for i in range(lo, hi):
             for b in range(first_row, n_rows):
@@ -218,10 +263,11 @@ def matmul_rows_fp32(weights, in_features, lo, hi, x, n_rows, first_row, y, y_ad
 
 @njit
 def matmul_rows(m, base, x, n_rows, first_row, scratch, y_address, thread, n_threads):
-    """This thread's rows of a matrix times x: y[b, lo:hi] for b from `first` on, bias included; returns (lo, hi).
+    """Matmul of this thread's share of a matrix: y[b, lo:hi] = weights[lo:hi] . x[b] + bias[lo:hi] for b >= first_row.
 
-    `at`: where the matrix stands in the table; x (B, inner) fp32, and rounded in `own` where the matrix is packed;
-    y (B, outer) with the outer size of the table.
+    The matrix is described at m[base:]. x is (n_rows, in_features) fp32; for quantized weights `scratch` must hold x as
+    quantized by `quantize_rows`. y at `y_address` is (n_rows, padded_out) fp32. Returns (lo, hi), which are multiples
+    of BLOCK_ROWS, and hi may exceed out_features.
     """
     kind, padded_out, in_features, out_features = (
         m[base + MATRIX.kind],
@@ -233,6 +279,7 @@ def matmul_rows(m, base, x, n_rows, first_row, scratch, y_address, thread, n_thr
     lo, hi = n_blocks * thread // n_threads * BLOCK_ROWS, n_blocks * (thread + 1) // n_threads * BLOCK_ROWS
     weights, scales = m[base + MATRIX.weights], m[base + MATRIX.scales]
     n_groups = (in_features + GROUP_SIZE - 1) // GROUP_SIZE
+    # Bytes between rows of the quantized x (padded to whole groups) and of y.
     x_stride, y_stride = (2 if kind == INT8 else 1) * GROUP_SIZE * n_groups, 4 * padded_out
     y = view_f32(y_address, n_rows * padded_out)
     if kind == FP32:
@@ -240,7 +287,7 @@ def matmul_rows(m, base, x, n_rows, first_row, scratch, y_address, thread, n_thr
             weights, in_features, lo, min(hi, out_features), x, n_rows, first_row, y, y_address, padded_out
         )
     else:
-        for i in range(lo, hi, BLOCK_ROWS):
+        for i in range(lo, hi, BLOCK_ROWS):  # each block of weights is loaded once for four rows of x
             b = first_row
             while b < n_rows:
                 four_rows = b + 4 <= n_rows
@@ -255,7 +302,10 @@ def matmul_rows(m, base, x, n_rows, first_row, scratch, y_address, thread, n_thr
                         int8_kernel_8x1(w_ptr, x_ptr, x_stride, n_chunks, y_ptr, y_stride, w_scales_ptr, x_scales_ptr)
                 else:
                     w_ptr, w_scales_ptr = weights + GROUP_SIZE // 2 * n_groups * i, scales + 2 * n_groups * i
-                    x_scales_ptr, x_sums_ptr = scratch.group_scales + 4 * n_groups * b, scratch.group_sums + 4 * n_groups * b
+                    x_scales_ptr, x_sums_ptr = (
+                        scratch.group_scales + 4 * n_groups * b,
+                        scratch.group_sums + 4 * n_groups * b,
+                    )
                     if four_rows:
                         int4_kernel_8x4(
                             w_ptr,
@@ -293,13 +343,13 @@ def matmul_rows(m, base, x, n_rows, first_row, scratch, y_address, thread, n_thr
 
 @njit
 def opaque_zero(m):
-    """0, but no constant: for one Numba would make a second `product`."""
+    """Return 0 in a way that Numba cannot see: for a constant it would compile a second copy of `matmul_rows`."""
     return m[MODEL.n_layer] * 0
 
 
 @njit
 def matmul_add_residual(m, base, x, n_rows, scratch, c, thread, n_threads):
-    """x (B, C) += matrix times what `own` holds, this thread's part of C."""
+    """Matmul of the rows in `scratch`, added to the residual stream: x (B, C) += y, for this thread's columns of x."""
     C, padded_out = m[MODEL.n_embd], m[base + MATRIX.padded_out]
     lo, hi = matmul_rows(
         m,
@@ -320,7 +370,10 @@ def matmul_add_residual(m, base, x, n_rows, scratch, c, thread, n_threads):
 
 @njit
 def load_rows(m, base, source, stride, n_rows, scratch):
-    """Copy rows of a shared buffer (stride floats from row to row) to where this thread reads x, rounded if packed."""
+    """Copy the input of the matrix at `base` from a shared buffer to `scratch`; quantize it if the matrix is quantized.
+
+    `source` is the address of the buffer, `stride` the number of floats between its rows.
+    """
     in_features = m[base + MATRIX.in_features]
     x, source_rows = view_f32(scratch.x, n_rows * in_features), view_f32(source, n_rows * stride)
     for b in range(n_rows):
@@ -332,7 +385,10 @@ def load_rows(m, base, source, stride, n_rows, scratch):
 
 @njit
 def apply_rope(head, D, cos, sin, position):
-    """Rotate one head in place to its position; tables (S, D/2) as in `tinystories.position_tables`."""
+    """Rotate one head (D,) of q or k in place by RoPE. Dimension d is paired with d + D/2.
+
+    `cos` and `sin` are the flattened (S, D/2) tables of `tinystories.position_tables.build_rope_tables`.
+    """
     half = D // 2
     for d in range(half):
         a, b, c, s = head[d], head[d + half], cos[position * half + d], sin[position * half + d]
@@ -342,7 +398,10 @@ def apply_rope(head, D, cos, sin, position):
 
 @njit
 def norm_and_rope(m, c, eps, row, h, norm_weight, buffer, padded_out):
-    """Norm and rotate head h of a row of q or k in place; returns it as an array."""
+    """Apply QK-norm (if `norm_weight`, an address, is not 0) and RoPE to one head of q or k in place; return the head.
+
+    `buffer` is the address of q or k, (B, padded_out). Classic models have neither, so their heads stay as they are.
+    """
     D = m[MODEL.head_dim]
     head = view_f32(buffer + 4 * (row * padded_out + h * D), D)
     if m[MODEL.modern]:
@@ -356,7 +415,10 @@ def norm_and_rope(m, c, eps, row, h, norm_weight, buffer, padded_out):
 
 @njit
 def write_kv(m, c, layer_base, layer, eps, thread, n_threads):
-    """Norms and rotations of q and k; keys and values of all new tokens go into the cache."""
+    """Apply QK-norm and RoPE to q and k, and write the keys and values of all new tokens to the KV cache.
+
+    The (row, KV head) pairs are split among the threads. A pair includes the query heads that use this KV head.
+    """
     D, S, n_kv_head, n_rows = m[MODEL.head_dim], m[MODEL.n_ctx], m[MODEL.n_kv_head], c[CALL.n_rows]
     heads_per_kv = m[MODEL.n_head] // n_kv_head
     positions = carray(to_i64_pointer(c[CALL.positions]), (n_rows,))
@@ -370,6 +432,7 @@ def write_kv(m, c, layer_base, layer, eps, thread, n_threads):
             )
         key = norm_and_rope(m, c, eps, b, h, m[layer_base + LAYER.k_norm], c[CALL.k], padded_out)
         value = view_f32(c[CALL.v] + 4 * (b * padded_out + h * D), D)
+        # The cache is (layers, slots, KV heads, S, D) fp32: bytes to [layer, slot, h, position].
         offset = 4 * D * (((layer * c[CALL.n_slots] + slots[b]) * n_kv_head + h) * S + positions[b])
         cached_key, cached_value = view_f32(c[CALL.keys] + offset, D), view_f32(c[CALL.values] + offset, D)
         for d in range(D):
@@ -379,7 +442,12 @@ def write_kv(m, c, layer_base, layer, eps, thread, n_threads):
 
 @njit
 def attention(m, c, layer_base, layer, scratch, thread, n_threads):
-    """Each row's heads over the keys of its slot up to its own position, as far back as the block's window."""
+    """Causal attention: each row attends to the cached keys of its slot up to its own position, within the window.
+
+    Writes softmax(q . k / sqrt(D)) v of every query head to c[CALL.attn_out], (B, n_head D). The (row, KV
+    head) pairs are split among the threads, so that one thread reads the keys and values for all query heads of a
+    group (GQA).
+    """
     D, S, n_kv_head, n_rows = m[MODEL.head_dim], m[MODEL.n_ctx], m[MODEL.n_kv_head], c[CALL.n_rows]
     heads_per_kv = m[MODEL.n_head] // n_kv_head
     positions = carray(to_i64_pointer(c[CALL.positions]), (n_rows,))
@@ -398,6 +466,7 @@ def attention(m, c, layer_base, layer, scratch, thread, n_threads):
                 view_f32(c[CALL.q] + 4 * (b * padded_out + g * D), D),
                 view_f32(c[CALL.attn_out] + 4 * (b * C + g * D), D),
             )
+            # Scores q . k, and their maximum, which keeps the softmax from overflowing.
             max_score = np.float32(-np.inf)
             for s in range(kv_len):
                 score = np.float32(0)
@@ -405,10 +474,12 @@ def attention(m, c, layer_base, layer, scratch, thread, n_threads):
                     score += q[d] * keys[s * D + d]
                 attn_weights[s] = score * scale
                 max_score = max(max_score, attn_weights[s])
+            # Softmax, normalized only at the end: y is divided by the total.
             total = np.float32(0)
             for s in range(kv_len):
                 attn_weights[s] = exp(attn_weights[s] - max_score)
                 total += attn_weights[s]
+            # y = weighted sum of the values.
             for d in range(D):
                 y[d] = 0
             for s in range(kv_len):
@@ -421,12 +492,16 @@ def attention(m, c, layer_base, layer, scratch, thread, n_threads):
 
 @njit
 def feed_forward(m, c, layer_base, scratch, n_rows, thread, n_threads):
-    """This thread's part of the feed-forward's inner row: relu or gelu(up x), or silu(gate x) * up x."""
+    """Compute this thread's columns of the MLP's hidden layer: silu(gate x) * up x (SwiGLU), or relu or gelu(up x).
+
+    Reads x from `scratch` and writes to c[CALL.mlp_hidden]. The down projection follows after a barrier.
+    """
     up = layer_base + LAYER.up
     padded_out = m[up + MATRIX.padded_out]
     x = view_f32(scratch.x, n_rows * m[up + MATRIX.in_features])
     lo, hi = matmul_rows(m, up, x, n_rows, opaque_zero(m), scratch, c[CALL.mlp_hidden], thread, n_threads)
     hidden = view_f32(c[CALL.mlp_hidden], n_rows * padded_out)
+    # `gate` has the shape of `up`, so this thread computes the same columns lo:hi of both.
     if m[MODEL.modern]:
         matmul_rows(m, layer_base + LAYER.gate, x, n_rows, opaque_zero(m), scratch, c[CALL.gate], thread, n_threads)
         gate = view_f32(c[CALL.gate], n_rows * padded_out)
@@ -449,10 +524,13 @@ def feed_forward(m, c, layer_base, scratch, n_rows, thread, n_threads):
 
 @njit
 def norm_and_quantize(m, x, n_rows, weight, bias, base, eps, scratch):
-    """The residual stream's rows normed into `own`, rounded as the matrix at `at` needs them."""
+    """Norm the rows of the residual stream x into `scratch` and quantize them for the matrix at `base`.
+
+    `weight` and `bias` are addresses; `bias` is 0 for RMSNorm.
+    """
     C = m[MODEL.n_embd]
     y, w = view_f32(scratch.x, n_rows * C), view_f32(weight, C)
-    beta = view_f32(bias, C) if bias else w
+    beta = view_f32(bias, C) if bias else w  # RMSNorm ignores it
     for b in range(n_rows):
         layer_or_rms_norm(x[b * C : (b + 1) * C], w, beta, m[MODEL.modern] == 1, eps, y[b * C : (b + 1) * C])
     if m[base + MATRIX.kind] != FP32:
@@ -461,13 +539,19 @@ def norm_and_quantize(m, x, n_rows, weight, bias, base, eps, scratch):
 
 @njit
 def forward(m, c, eps, thread, n_threads):
-    """What one of the threads does; all of them are called at once with the same tables."""
+    """Run the forward pass of one call. All threads call it at the same time with the same tables.
+
+    Six barriers per layer separate the writes of a shared buffer from its reads by other threads, and one at the end
+    makes the logits complete. The barrier counter never goes back: the k-th barrier of a call waits until it reaches
+    barrier_start + k * n_threads.
+    """
     n_rows, C, counter = c[CALL.n_rows], m[MODEL.n_embd], c[CALL.barrier_counter]
     x = view_f32(c[CALL.x], n_rows * C)
     scratch_base, scratch_floats = (
         c[CALL.scratch] + thread * c[CALL.scratch_stride],
         c[CALL.scratch_width] * c[CALL.max_rows],
     )
+    # The memory map is explained at `ThreadScratch`; `Workspace` in runtime.py allocates as many bytes.
     group_sums = scratch_base + 6 * scratch_floats + 4 * c[CALL.max_rows]
     scratch = ThreadScratch(
         scratch_base,
@@ -479,6 +563,7 @@ def forward(m, c, eps, thread, n_threads):
     barrier_start = c[CALL.barrier_start]
     for layer in range(m[MODEL.n_layer]):
         layer_base = MODEL.layers + layer * LAYER.size
+        # Norm, then q, k and v.
         norm_and_quantize(
             m,
             x,
@@ -493,16 +578,16 @@ def forward(m, c, eps, thread, n_threads):
         matmul_rows(m, layer_base + LAYER.q, normed_x, n_rows, opaque_zero(m), scratch, c[CALL.q], thread, n_threads)
         matmul_rows(m, layer_base + LAYER.k, normed_x, n_rows, opaque_zero(m), scratch, c[CALL.k], thread, n_threads)
         matmul_rows(m, layer_base + LAYER.v, normed_x, n_rows, opaque_zero(m), scratch, c[CALL.v], thread, n_threads)
-        barrier_wait(counter, barrier_start + n_threads)
+        barrier_wait(counter, barrier_start + n_threads)  # q, k, v are complete
         write_kv(m, c, layer_base, layer, eps, thread, n_threads)
-        barrier_wait(counter, barrier_start + 2 * n_threads)
+        barrier_wait(counter, barrier_start + 2 * n_threads)  # q is rotated, the KV cache is up to date
         attention(m, c, layer_base, layer, scratch, thread, n_threads)
-        barrier_wait(counter, barrier_start + 3 * n_threads)
+        barrier_wait(counter, barrier_start + 3 * n_threads)  # attn_out is complete
         load_rows(
             m, layer_base + LAYER.o, c[CALL.attn_out], m[layer_base + LAYER.o + MATRIX.in_features], n_rows, scratch
         )
         matmul_add_residual(m, layer_base + LAYER.o, x, n_rows, scratch, c, thread, n_threads)
-        barrier_wait(counter, barrier_start + 4 * n_threads)
+        barrier_wait(counter, barrier_start + 4 * n_threads)  # x is complete: residual stream after attention
         norm_and_quantize(
             m,
             x,
@@ -514,7 +599,7 @@ def forward(m, c, eps, thread, n_threads):
             scratch,
         )
         feed_forward(m, c, layer_base, scratch, n_rows, thread, n_threads)
-        barrier_wait(counter, barrier_start + 5 * n_threads)
+        barrier_wait(counter, barrier_start + 5 * n_threads)  # mlp_hidden is complete
         load_rows(
             m,
             layer_base + LAYER.down,
@@ -524,8 +609,9 @@ def forward(m, c, eps, thread, n_threads):
             scratch,
         )
         matmul_add_residual(m, layer_base + LAYER.down, x, n_rows, scratch, c, thread, n_threads)
-        barrier_wait(counter, barrier_start + 6 * n_threads)
+        barrier_wait(counter, barrier_start + 6 * n_threads)  # x is complete: residual stream after the MLP
         barrier_start += 6 * n_threads
+    # Final norm and LM head, only for the rows whose logits the caller wants.
     if c[CALL.first_logits_row] < n_rows:
         norm_and_quantize(m, x, n_rows, m[MODEL.norm], m[MODEL.norm_bias], MODEL.lm_head, eps, scratch)
         y = view_f32(scratch.x, n_rows * C)
@@ -539,11 +625,11 @@ SIGNATURE = types.void(
 
 
 def make_entry_point() -> Any:
-    """The function that machine code is made of: model table, call table, eps, thread, threads."""
+    """Compile `forward` to a C function of (model table, call table, norm eps, thread, n_threads)."""
 
     @numba.cfunc(SIGNATURE, fastmath=FASTMATH, error_model="numpy")
     def tinystories_forward(model, call, eps, thread, n_threads):
-        m = carray(model, (MODEL.layers,))
+        m = carray(model, (MODEL.layers,))  # enough to read n_layer, which gives the length of the whole table
         m = carray(model, (MODEL.layers + m[MODEL.n_layer] * LAYER.size,))
         forward(m, carray(call, (CALL.size,)), np.float32(eps), thread, n_threads)
 

@@ -1,6 +1,7 @@
-"""Weights of fewer bits, laid out for the inner loops of `intrinsics`, which says how a block of 8 rows lies.
+"""Quantize weights to int8 or int4, in the block layout of the kernels (described in `simd`), and back.
 
-int8: one fp32 scale for each row. int4: one bf16 scale for each group of 32 columns; values -8..7, stored plus 8.
+int8: values -127..127 and one fp32 scale per row. int4: values -8..7, stored as 0..15, and one bf16 scale per group of
+32 columns.
 """
 
 from typing import Any
@@ -14,15 +15,17 @@ Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 Array = npt.NDArray[Any]
 
-MIN_SCALE = 1e-30  # a smaller scale stands for zeros: its inverse would overflow
+# Values with a smaller scale are quantized to zeros: the inverse of the scale would overflow.
+MIN_SCALE = 1e-30
 
 
 def round_up(n: int, multiple: int) -> int:
+    """Round n up to a multiple."""
     return -(-n // multiple) * multiple
 
 
 def allocate_aligned(shape: int | tuple[int, ...], dtype: Any) -> Array:
-    """A new array, not filled; it begins at a cache line of its own."""
+    """Return an uninitialized array that begins on a cache line (64 bytes) and shares none with other arrays."""
     n_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
     buffer = np.empty(n_bytes + 128, dtype=np.uint8)
     start = -buffer.ctypes.data % 64
@@ -30,7 +33,7 @@ def allocate_aligned(shape: int | tuple[int, ...], dtype: Any) -> Array:
 
 
 def round_to_int8(weight: Floats) -> tuple[npt.NDArray[np.int8], Floats]:
-    """Integers -127..127 and the scale of each row."""
+    """Quantize each row of a matrix symmetrically: return integers -127..127 and the scale of each row."""
     scales = np.abs(weight).max(axis=1) / np.float32(127)
     scales[scales < MIN_SCALE] = 0
     inverse_scales = np.divide(1, scales, out=np.zeros_like(scales), where=scales > 0)
@@ -38,7 +41,10 @@ def round_to_int8(weight: Floats) -> tuple[npt.NDArray[np.int8], Floats]:
 
 
 def quantize_int8(weight: Floats) -> tuple[Bytes, Floats]:
-    """A matrix (outer, inner): its blocks, and the scales of its rows, both padded with zeros to whole blocks."""
+    """Quantize a matrix (out_features, in_features) to int8; return the packed blocks and a scale per row.
+
+    Rows are padded with zeros to a multiple of 8, columns too. Blocks are (row block, column pair, row, column).
+    """
     out_features, in_features = weight.shape
     padded_values = np.zeros((round_up(out_features, BLOCK_ROWS), round_up(in_features, 8)), dtype=np.int8)
     scales = np.zeros(len(padded_values), dtype=np.float32)
@@ -48,26 +54,27 @@ def quantize_int8(weight: Floats) -> tuple[Bytes, Floats]:
 
 
 def dequantize_int8(quantized: Bytes, scales: Floats, out_features: int, in_features: int) -> Floats:
-    """The matrix (rows, inner) that `pack_int8` left."""
+    """Return the fp32 matrix (out_features, in_features) of the output of `quantize_int8`."""
     blocks = quantized.view(np.int8).reshape(-1, round_up(in_features, 8) // 2, BLOCK_ROWS, 2).transpose(0, 2, 1, 3)
     values = blocks.reshape(-1, round_up(in_features, 8)).astype(np.float32) * scales[:, None]
     return values[:out_features, :in_features]
 
 
 def to_bf16(values: Floats) -> npt.NDArray[np.uint16]:
-    """The nearest bf16 numbers, as their bits (ties away from zero)."""
+    """Round fp32 to bf16, ties away from zero; return the bits."""
     return ((values.view(np.uint32) + np.uint32(0x8000)) >> np.uint32(16)).astype(np.uint16)
 
 
 def from_bf16(bits: npt.NDArray[np.uint16]) -> Floats:
+    """Convert bits of bf16 numbers to fp32."""
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
 def round_to_int4(groups: Floats) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint16]]:
-    """Integers 0..15 (value + 8) and bf16 scales of groups (n, 32).
+    """Quantize groups (n, 32) to 4 bits; return integers 0..15 (value + 8) and a bf16 scale per group.
 
-    What is largest in magnitude becomes -8, as in llama.cpp's Q4_0. Looking for better scales gains nothing
-    (docs/log.md).
+    The value of largest magnitude becomes -8, as in llama.cpp's Q4_0, so a scale may be negative. Searching for better
+    scales gains nothing (docs/log.md).
     """
     signed_amax = np.take_along_axis(groups, np.abs(groups).argmax(axis=1)[:, None], axis=1)[:, 0]
     bits = to_bf16(signed_amax / np.float32(-8))
@@ -77,13 +84,17 @@ def round_to_int4(groups: Floats) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np
 
 
 def quantize_int4(weight: Floats) -> tuple[Bytes, npt.NDArray[np.uint16]]:
-    """A matrix (outer, inner): its blocks, and 8 scales for each group of a block."""
+    """Quantize a matrix (out_features, in_features) to int4; return the packed blocks and a scale per row and group.
+
+    Rows are padded with zeros to a multiple of 8, columns to a multiple of 32. Scales are (row block, group, row).
+    """
     out_features, in_features = weight.shape
     padded_weight = np.zeros((round_up(out_features, BLOCK_ROWS), round_up(in_features, GROUP_SIZE)), dtype=np.float32)
     padded_weight[:out_features, :in_features] = weight
     n_groups = padded_weight.shape[1] // GROUP_SIZE
     values, scales = round_to_int4(padded_weight.reshape(-1, GROUP_SIZE))
-    # block, row, group, half, four columns, column of the four
+    # Axes: block, row, group, half of the group, quad of columns, column of the quad. A byte holds a column of the
+    # first half in its low bits and the same column of the second half in its high bits.
     parts = values.reshape(-1, BLOCK_ROWS, n_groups, 2, GROUP_SIZE // 8, 4)
     nibbles = parts[:, :, :, 0] | parts[:, :, :, 1] << 4
     blocks = nibbles.transpose(0, 2, 3, 1, 4)
@@ -92,26 +103,26 @@ def quantize_int4(weight: Floats) -> tuple[Bytes, npt.NDArray[np.uint16]]:
 
 
 def dequantize_int4(quantized: Bytes, scales: npt.NDArray[np.uint16], out_features: int, in_features: int) -> Floats:
-    """The matrix (rows, inner) that `pack_int4` left."""
+    """Return the fp32 matrix (out_features, in_features) of the output of `quantize_int4`."""
     n_groups = round_up(in_features, GROUP_SIZE) // GROUP_SIZE
     nibbles = quantized.reshape(-1, n_groups, GROUP_SIZE // 8, BLOCK_ROWS, 4)
-    halves = (
-        np.stack([nibbles & 15, nibbles >> 4], axis=2).astype(np.float32) - 8
-    )  # block, group, half, four, row, column
+    # Axes: block, group, half of the group, quad of columns, row, column of the quad.
+    halves = np.stack([nibbles & 15, nibbles >> 4], axis=2).astype(np.float32) - 8
     values = halves * from_bf16(scales).reshape(-1, n_groups, 1, 1, BLOCK_ROWS, 1)
     return values.transpose(0, 4, 1, 2, 3, 5).reshape(-1, n_groups * GROUP_SIZE)[:out_features, :in_features]
 
 
 def gather_rows(quantized: Array, row_ids: npt.NDArray[np.int64], unit_dtype: type, n_rows: int) -> Array:
-    """Some rows of a packed matrix of n_rows, packed as well: of its blocks or of its scales.
+    """Gather rows of a packed matrix with n_rows rows into a new packed matrix; applies to blocks or to scales.
 
-    `word` is a type as wide as what stands together of one row: two columns of int8, four of int4, or one scale.
+    `unit_dtype` is an integer or float type as wide as the bytes of one row that are adjacent in a block: two int8
+    columns (uint16), four bytes of int4 columns (uint32), or one scale.
     """
     blocks: Array = quantized.view(unit_dtype).reshape(round_up(n_rows, BLOCK_ROWS) // BLOCK_ROWS, -1, BLOCK_ROWS)
     gathered = allocate_aligned(
         (round_up(len(row_ids), BLOCK_ROWS) // BLOCK_ROWS, blocks.shape[1], BLOCK_ROWS), unit_dtype
     )
-    gathered[-1] = 0  # what no row fills
+    gathered[-1] = 0  # rows that pad the last block
     destination_rows = np.arange(len(row_ids))
     gathered[destination_rows // BLOCK_ROWS, :, destination_rows % BLOCK_ROWS] = blocks[
         row_ids // BLOCK_ROWS, :, row_ids % BLOCK_ROWS

@@ -1,4 +1,7 @@
-"""The tables that the machine code reads, the memory it works in, and the calling of it."""
+"""Calls the machine code: `Runtime` runs a batch of rows, `WeightTable` and `Workspace` own the tables that it reads.
+
+`layout` names the fields of the tables, `kernels` is the code that reads them.
+"""
 
 import functools
 from collections.abc import Mapping
@@ -31,19 +34,20 @@ from tinystories.position_tables import build_rope_tables, build_sinusoid_table
 Array = npt.NDArray[Any]
 EMBEDDING, POSITION_EMBEDDING, LM_HEAD = "embed_tokens.weight", "embed_positions.weight", "lm_head.weight"
 ACTIVATIONS = {"relu": RELU, "gelu_tanh": GELU_TANH, "gelu_erf": GELU_ERF}
-SHORTLIST_HEAD = "shortlist.weight"  # made of some rows of the head
-MAX_ROWS = 64  # of one call: more rows use the weights better, and need more memory
+SHORTLIST_HEAD = "shortlist.weight"  # in memory only: the shortlist's rows of the LM head
+MAX_ROWS = 64  # rows per call: more rows reuse the weights more often but need more memory
 
 
 class Runtime:
-    """Runs new tokens through the model, in several threads."""
+    """Runs the forward pass on a thread pool."""
 
     def __init__(
         self, config: ModelConfig, weights: Mapping[str, Array], threads: int, shortlist: Array | None = None
     ) -> None:
-        """`weights`: fp32 arrays by their names in `model.safetensors`, or what `weights.pack` makes of them.
+        """Compile or load the machine code and set up its tables.
 
-        `shortlist`: ids whose rows of the head are computed; the logits of all others are -inf.
+        `weights`: fp32 arrays by their names in `model.safetensors`, or the quantized arrays of `weights.quantize`.
+        `shortlist`: ids whose rows of the LM head are computed; the logits of all other ids are -inf.
         """
         self.config, self.n_threads, self.shortlist = config, threads, shortlist
         self.forward = jit.load_forward()
@@ -60,16 +64,18 @@ class Runtime:
         n_slots: int,
         first_logits_row: int = 0,
     ) -> npt.NDArray[np.float32]:
-        """Logits (rows from `first` on, V) after at most ROWS new tokens. One call at a time: others wait.
+        """Run at most MAX_ROWS new tokens; return the logits (n_rows - first_logits_row, V) of the last rows, fp32.
 
-        Each row has the slot and the position of its token; rows of one slot stand in the order of their positions.
-        `keys`, `values`: addresses of (layers, n_slots, heads, S, D) fp32, which are read and written.
+        `ids`, `slots`, `positions` (n_rows,): each row's token, KV cache slot and position in it. Rows of the same slot
+        must be in ascending order of position. `keys`, `values`: addresses of the KV cache, each (layers, n_slots, KV
+        heads, S, D) fp32, read and written. Calls are serialized by the pool's lock. Raises IndexError if there are too
+        many rows, or a slot or position is out of range.
         """
         workspace, call, n_rows = self.workspace, self.workspace.table, len(ids)
         in_range = (slots >= 0) & (slots < n_slots) & (positions >= 0) & (positions < self.config.n_ctx)
         if not (0 <= first_logits_row <= n_rows <= MAX_ROWS and in_range.all()):
-            raise IndexError("rows, slots or positions outside the memory there is")
-        pool = ThreadPool.shared(self.n_threads)  # each time: a forked process has a new one
+            raise IndexError("rows, slots or positions out of range")
+        pool = ThreadPool.shared(self.n_threads)  # not kept: after a fork the child needs a new one
         with pool.lock:
             workspace.x[:n_rows] = self.weight_table.embed(ids, positions)
             workspace.slots[:n_rows], workspace.positions[:n_rows] = slots, positions
@@ -87,12 +93,12 @@ class Runtime:
             for row, shortlist_logits in zip(
                 logits, workspace.logits[first_logits_row:n_rows, : len(self.shortlist)], strict=True
             ):
-                row[self.shortlist] = shortlist_logits  # half the time of logits[:, shortlist] = ...
+                row[self.shortlist] = shortlist_logits  # twice as fast as logits[:, shortlist] = ...
             return logits
 
 
 class Workspace:
-    """Memory that calls work in, and the table that says where it is."""
+    """Buffers of a call and the call table (`CallLayout`) with their addresses."""
 
     def __init__(self, config: ModelConfig, weight_table: "WeightTable", n_threads: int) -> None:
         C, q, k, up, lm_head = (
@@ -119,8 +125,12 @@ class Workspace:
             (CALL.mlp_hidden, up),
             (CALL.gate, up),
         )
-        for at, width in (*widths, (CALL.delta, round_up(C, BLOCK_ROWS))):
-            self.allocate(at, (MAX_ROWS, width))
+        for field, width in (*widths, (CALL.delta, round_up(C, BLOCK_ROWS))):
+            self.allocate(field, (MAX_ROWS, width))
+        # Scratch of each thread. Its memory map is at `ThreadScratch` in kernels.py, whose `forward` computes the same
+        # offsets: change both together. Per row: x (4 bytes a column), quantized x (2 bytes a column), its scale (4
+        # bytes), and for each group the sum and the scale (4 bytes each). n_ctx matters because attention keeps the
+        # weights of a whole context in x. Rounding up to pages keeps threads off each other's cache lines.
         width = round_up(max(C, attn_width, config.n_ff, -(-config.n_ctx // MAX_ROWS)), GROUP_SIZE)
         scratch_bytes = round_up(MAX_ROWS * (4 * width + 2 * width + 4 + 2 * 4 * width // GROUP_SIZE), 4096)
         self.allocate(CALL.scratch, (n_threads, scratch_bytes), np.uint8)
@@ -131,7 +141,7 @@ class Workspace:
         )
 
     def allocate(self, field: int, shape: int | tuple[int, ...], dtype: Any = np.float32) -> Array:
-        """As `aligned`; its address goes into the table."""
+        """Return a new array, uninitialized and aligned to a cache line; write its address to a field of the table."""
         array = allocate_aligned(shape, dtype)
         self.table[field] = array.ctypes.data
         self._keepalive.append(array)
@@ -139,7 +149,10 @@ class Workspace:
 
 
 class WeightTable:
-    """The table that says where the weights are; embeds tokens."""
+    """The model table (`ModelLayout`) with the addresses of the weights; also embeds tokens.
+
+    `table_address` is passed to the machine code. The arrays must stay alive as long as the table is used.
+    """
 
     def __init__(self, config: ModelConfig, weights: Mapping[str, Array], shortlist: Array | None = None) -> None:
         self.config, self.weights = config, weights
@@ -192,13 +205,17 @@ class WeightTable:
         self.position_embedding = self.make_position_tables()
 
     def tensor_address(self, name: str, dtype: type, size: int) -> int:
-        """Of an array, which the machine code will believe to be of this type and size."""
+        """Return the address of a weight; raise UserError unless it has this dtype and number of elements.
+
+        The machine code cannot check either, and would read past the end.
+        """
         array = self.weights[name]
         if array.dtype != dtype or array.size != size or not array.flags.c_contiguous:
-            raise UserError(f"weight {name} is not of the model's size or type")
+            raise UserError(f"weight {name} does not have the size or dtype that config.json implies")
         return array.ctypes.data
 
     def add_matrix(self, base: int, name: str, out_features: int, in_features: int, bias: str = "") -> None:
+        """Describe a matrix at index `base`, in the precision in which `weights` has it; `bias` is a name, or empty."""
         table, padded_out = self.table, round_up(out_features, BLOCK_ROWS)
         table[base + MATRIX.out_features], table[base + MATRIX.padded_out], table[base + MATRIX.in_features] = (
             out_features,
@@ -219,7 +236,7 @@ class WeightTable:
         table[base + MATRIX.kind], table[base + MATRIX.weights], table[base + MATRIX.scales] = kind, weights, scales
 
     def gather_shortlist_head(self, ids: Array) -> dict[str, Array]:
-        """The rows of the head for these ids, as a matrix of its own."""
+        """Copy the rows of the LM head for these ids to a matrix of their own, in the same precision."""
         weights, head, V = self.weights, EMBEDDING if self.config.tied else LM_HEAD, self.config.vocab_size
         if head in weights:
             return {SHORTLIST_HEAD: weights[head][ids]}
@@ -232,12 +249,15 @@ class WeightTable:
         }
 
     def padded_out(self, name: str) -> int:
-        """Padded number of rows of a matrix: of the head, or of a kind of matrix of the blocks."""
+        """Return the padded out_features of "head" or of a matrix of the layers (a field of `LayerLayout`)."""
         base = MODEL.lm_head if name == "head" else MODEL.layers + getattr(LAYER, name)
         return int(self.table[base + MATRIX.padded_out])
 
     def make_position_tables(self) -> Array | None:
-        """What `classic` adds to embeddings; of `modern` the tables of rotations, whose addresses go into the table."""
+        """Return the (S, C) position embeddings of a classic model.
+
+        For a modern model, write the addresses of the RoPE tables to the model table and return None.
+        """
         config = self.config
         if config.learned_positions:
             return self.weights[POSITION_EMBEDDING].reshape(config.n_ctx, config.n_embd)
@@ -253,13 +273,13 @@ class WeightTable:
         return None
 
     def embed(self, ids: Array, positions: Array) -> Array:
-        """(B, C) fp32."""
+        """Return the embeddings (B, C) of the tokens, fp32, position embeddings included."""
         weights, C = self.weights, self.config.n_embd
         if EMBEDDING in weights:
             x = weights[EMBEDDING][ids]
         elif f"{EMBEDDING}.rows" in weights:
             x = weights[f"{EMBEDDING}.rows"][ids] * weights[f"{EMBEDDING}.scales"][ids, None]
-        else:  # the head's: its blocks that hold the ids are unpacked
+        else:  # tied to the quantized LM head: dequantize the blocks of 8 rows that contain the ids
             name, dequantize = (
                 ("int8", dequantize_int8) if f"{EMBEDDING}.int8" in weights else ("int4", dequantize_int4)
             )

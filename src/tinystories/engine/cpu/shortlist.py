@@ -1,4 +1,4 @@
-"""`shortlist.json` beside a model: the ids that writing may be limited to, so that the head has few rows to read."""
+"""`shortlist.json` in a model directory: token ids that generation is limited to, so the LM head has fewer rows."""
 
 import hashlib
 import json
@@ -13,18 +13,18 @@ from tinystories.checkpoint import BUNDLED_MODEL, TEMP_SUFFIX, ModelFiles, read_
 from tinystories.data.dataset import open_split, read_meta
 from tinystories.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 1  # of shortlist.json
 FILE_NAME = "shortlist.json"
-CHUNK_TOKENS = 1 << 24  # tokens counted at once
+CHUNK_TOKENS = 1 << 24  # tokens counted at a time, to limit memory
 
 Array = npt.NDArray[Any]
 
 
 def most_frequent_ids(files: ModelFiles, data: Path, n: int) -> tuple[Array, float]:
-    """The end's id and the n - 1 others that are most frequent in prepared training stories (of equals the lower ones),
-    ascending; and the share of the stories' tokens that they are.
+    """Return the end token and the n - 1 most frequent other ids in the training split, and their share of its tokens.
 
-    `UserError` where the data are of another tokenizer, or n is not from 2 to the number of ids that occur in them.
+    Ids are ascending; ties go to the lower id. Raises UserError if the data was prepared with a different tokenizer, or
+    n is not between 2 and the number of ids that occur in it.
     """
     tokens, _ = open_matching_split(files, data, "train")
     counts = np.zeros(files.config.vocab_size, dtype=np.int64)
@@ -32,7 +32,7 @@ def most_frequent_ids(files: ModelFiles, data: Path, n: int) -> tuple[Array, flo
         counts += np.bincount(tokens[start : start + CHUNK_TOKENS], minlength=len(counts))
     max_ids = min(int(np.count_nonzero(counts)), len(counts) - 1)
     if not 2 <= n <= max_ids:
-        raise UserError(f"a shortlist of {n:,} ids cannot be made of {data}; choose from 2 to {max_ids:,}")
+        raise UserError(f"cannot make a shortlist of {n:,} ids from {data}; choose --shortlist from 2 to {max_ids:,}")
     priorities = counts.copy()
     priorities[files.tokenizer().end_id] = len(tokens) + 1
     ids = np.sort(np.argsort(-priorities, kind="stable")[:n])
@@ -40,7 +40,10 @@ def most_frequent_ids(files: ModelFiles, data: Path, n: int) -> tuple[Array, flo
 
 
 def coverage_loss(files: ModelFiles, data: Path, ids: Array) -> tuple[float, float]:
-    """Shares of the validation tokens that are not among the ids, and of the validation stories that hold one."""
+    """Return the share of validation tokens that are not in `ids`, and of validation stories that have such a token.
+
+    Raises UserError if the data was prepared with a different tokenizer.
+    """
     tokens, index = open_matching_split(files, data, "val")
     is_excluded = np.ones(files.config.vocab_size, dtype=bool)
     is_excluded[ids] = False
@@ -51,18 +54,18 @@ def coverage_loss(files: ModelFiles, data: Path, ids: Array) -> tuple[float, flo
 
 
 def open_matching_split(files: ModelFiles, data: Path, split: str) -> tuple[np.memmap, npt.NDArray[np.uint64]]:
-    """As `open_split`, of data whose ids are the model's."""
+    """Return `open_split` of data that was prepared with the model's tokenizer; raise UserError if it was not."""
     if read_meta(data).tokenizer_sha256 != files.tokenizer().sha256:
-        cure = f"prepare it with --tokenizer {files.folder / 'tokenizer.json'}"
-        raise UserError(f"{data} was prepared with another tokenizer than the model's; {cure}")
+        hint = f"prepare it with --tokenizer {files.folder / 'tokenizer.json'}"
+        raise UserError(f"{data} was prepared with a different tokenizer from the model's; {hint}")
     tokens, index = open_split(data, split)
     if tokens.max() >= files.config.vocab_size:
-        raise UserError(f"{data / split}.bin is damaged: it holds id {tokens.max()}; prepare the data again")
+        raise UserError(f"{data / split}.bin is damaged: it contains id {tokens.max()}; prepare the data again")
     return tokens, index
 
 
 def write_shortlist(files: ModelFiles, ids: Array) -> Path:
-    """Beside the model; whole or not at all. `UserError` where that is refused."""
+    """Write shortlist.json to the model directory atomically and return its path; raise UserError if that fails."""
     path = files.folder / FILE_NAME
     temp_path = path.with_suffix(TEMP_SUFFIX)
     content = {
@@ -80,24 +83,30 @@ def write_shortlist(files: ModelFiles, ids: Array) -> Path:
 
 
 def read_shortlist(files: ModelFiles) -> Array:
-    """The model's list, ascending. `UserError` where there is none, or it is damaged or of another vocabulary."""
+    """Return the model's shortlist, ascending.
+
+    Raises UserError if there is none, or it is damaged or was made for a different vocabulary.
+    """
     path, n = files.folder / FILE_NAME, min(8000, files.config.vocab_size // 4)
-    cure = f"tinystories pack {files.folder} --shortlist {n} --data DIR"
+    command = f"tinystories quantize {files.folder} --shortlist {n} --data DIR"
     if files.folder.resolve() == BUNDLED_MODEL.resolve():
-        raise UserError(f"the bundled storyteller has no shortlist; its {files.config.vocab_size:,} ids are few")
+        n_ids = f"{files.config.vocab_size:,}"
+        raise UserError(f"the bundled storyteller has no shortlist: its vocabulary has only {n_ids} ids")
     if not path.exists():
-        raise UserError(f"{files.folder} has no shortlist; make one with: {cure}")
+        raise UserError(f"{files.folder} has no shortlist; make one with: {command}")
     content, end_id, vocab_size = read_json(path), files.tokenizer().end_id, files.config.vocab_size
     if content.pop("sha256", None) != compute_digest(content) or content.get("format") != FORMAT_VERSION:
-        raise UserError(f"{path} is damaged; make it again with: {cure}")
+        raise UserError(f"{path} is damaged; recreate it with: {command}")
     if (content.get("tokenizer_sha256"), content.get("vocab_size")) != (files.tokenizer().sha256, vocab_size):
-        raise UserError(f"{path} is of another vocabulary than the model's; make it again with: {cure}")
+        raise UserError(f"{path} was made for a different vocabulary; recreate it with: {command}")
     ids: Any = content.get("ids")
     is_valid = isinstance(ids, list) and all(type(i) is int and 0 <= i < vocab_size for i in ids)
     if not is_valid or ids != sorted(set(ids)) or end_id not in ids:
-        raise UserError(f"{path} does not hold ids of the model in order, the end's among them; make it with: {cure}")
+        problem = "ids must be ascending token ids of the model and include the end token"
+        raise UserError(f"{path}: {problem}; recreate it with: {command}")
     return np.array(ids)
 
 
 def compute_digest(content: dict[str, Any]) -> str:
+    """Return the SHA-256 of the contents of shortlist.json without its `sha256`."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

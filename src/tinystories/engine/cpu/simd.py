@@ -1,12 +1,13 @@
-"""What Numba cannot say: the inner products of packed weights as LLVM vectors, memory by address, and a barrier.
+"""SIMD inner loops of the matmuls as LLVM IR, and other things Numba cannot express: raw pointers and a spin barrier.
 
-LLVM turns the vectors into whatever the processor has (x86 to `vpmaddwd`, ARM to `smlal`); `vpmaddubsw`, which it does
-not find, is named where there is AVX2. Only the compiler of `native` imports this module.
+LLVM maps the vectors to the instructions of the CPU (`vpmaddwd` on x86, `smlal` on ARM). It does not find `vpmaddubsw`,
+so that one is called by name if the CPU has AVX2. Only `kernels` imports this module, when it is compiled.
 
-A packed matrix lies in blocks of 8 rows, so that a vector holds 8 sums at once and nothing is ever added across it:
-for two neighbouring columns the 8 rows' pairs of weights stand together (16 values). Four-bit weights stand in groups
-of 32 columns, four neighbouring columns of 8 rows together: those of the first 16 columns in the low and those of the
-second in the high bits of 32 bytes.
+Layout of quantized matrices. Rows come in blocks of 8, so that a vector holds the sums of 8 rows and no sum is ever
+taken across a vector.
+  int8: for each pair of adjacent columns, the pairs of the 8 rows are adjacent (16 bytes).
+  int4: for each group of 32 columns, 4 x 32 bytes. Each 32 bytes hold 4 adjacent columns of 8 rows: in the low bits
+  columns j..j+3 of the first 16 columns of the group, in the high bits the same columns of the second 16.
 """
 
 import sys
@@ -23,29 +24,34 @@ I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntTy
 I8X16, I16X16, I32X16 = (ir.VectorType(kind, 16) for kind in (I8, I16, I32))
 I8X32 = ir.VectorType(I8, 32)
 I32X8, F32X8, I16X8 = (ir.VectorType(kind, 8) for kind in (I32, F32, I16))
-SPINS_BEFORE_YIELD = 4096  # looks at the barrier before other processes may have the core
+SPINS_BEFORE_YIELD = 4096  # checks of the barrier before the thread starts to yield its core to other processes
 
-Value = Any  # of llvmlite, which has no types
+Value = Any  # llvmlite has no type annotations
 Builder = Any
 
 
 def const_i64(value: int) -> Value:
+    """Return a 64-bit integer constant."""
     return ir.Constant(I64, value)
 
 
 def splat(b: Builder, value: Value, vector: Value) -> Value:
-    """A vector that holds a scalar in every place."""
+    """Broadcast a scalar to all lanes of a vector type."""
     with_lane_0 = b.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(I32, 0))
     lane_0_mask = ir.Constant(ir.VectorType(I32, vector.count), None)
     return b.shuffle_vector(with_lane_0, ir.Constant(vector, ir.Undefined), lane_0_mask)
 
 
 def load(b: Builder, base: Value, offset: Value, kind: Value, align: int) -> Value:
+    """Load a value of type `kind` from the address base + offset (bytes)."""
     return b.load(b.inttoptr(b.add(base, offset), kind.as_pointer()), align=align)
 
 
 def madd_i16(b: Builder, weights: Value, x: Value) -> Value:
-    """8 sums of two products each: w[0] x[0] + w[1] x[1], ..., of 16-bit words; one instruction on x86."""
+    """Multiply 16 pairs of 16-bit integers and add adjacent products to 8 32-bit sums: w[0] x[0] + w[1] x[1], ...
+
+    LLVM compiles this to one instruction on x86 (`vpmaddwd`).
+    """
     products = b.mul(b.sext(weights, I32X16), b.sext(x, I32X16))
     undefined = ir.Constant(I32X16, ir.Undefined)
     even, odd = (ir.Constant(I32X8, list(range(first, 16, 2))) for first in (0, 1))
@@ -53,7 +59,10 @@ def madd_i16(b: Builder, weights: Value, x: Value) -> Value:
 
 
 def maddubs(b: Builder, weights: Value, x: Value) -> Value:
-    """16 sums of two products each, of 32 bytes without and 32 with a sign; they must fit 16 bits."""
+    """Multiply 32 unsigned by 32 signed bytes and add adjacent products to 16 sums, which must fit 16 bits.
+
+    One instruction with AVX2 (`vpmaddubsw`).
+    """
     if has_avx2(b):
         return call_intrinsic(b, "llvm.x86.avx2.pmadd.ub.sw", I16X16, weights, x)
     wide = ir.VectorType(I16, 32)
@@ -64,20 +73,21 @@ def maddubs(b: Builder, weights: Value, x: Value) -> Value:
 
 
 def madd_ones(b: Builder, words: Value) -> Value:
-    """8 sums (32 bits) of two 16-bit words each."""
+    """Add adjacent 16-bit integers to 8 32-bit sums."""
     ones = ir.Constant(I16X16, [1] * 16)
-    if has_avx2(b):  # LLVM does not find it by itself
+    if has_avx2(b):  # LLVM does not find the instruction by itself
         return call_intrinsic(b, "llvm.x86.avx2.pmadd.wd", I32X8, words, ones)
     return madd_i16(b, words, ones)
 
 
 def call_intrinsic(b: Builder, name: str, result: Value, *operands: Value) -> Value:
+    """Call an LLVM intrinsic by name; `result` is the type it returns."""
     kind = ir.FunctionType(result, [operand.type for operand in operands])
     return b.call(cgutils.get_or_insert_function(b.module, kind, name), operands)
 
 
 def has_avx2(b: Builder) -> bool:
-    """Of the machine that compiles, for which the code is."""
+    """Return whether this machine, for which the code is compiled, has AVX2."""
     return is_x86(b) and llvm.get_host_cpu_features().get("avx2", False)
 
 
@@ -86,19 +96,21 @@ def is_x86(b: Builder) -> bool:
 
 
 def broadcast_pair(b: Builder, row: Value, offset: Value) -> Value:
-    """Two neighbouring x (16 bits each), 8 times."""
+    """Load two adjacent 16-bit values of x and repeat the pair 8 times."""
     return b.bitcast(splat(b, load(b, row, offset, I32, 4), I32X8), I16X16)
 
 
 def store_f32x8(b: Builder, y: Value, offset: Value, values: Value) -> None:
+    """Store 8 fp32 values at the address y + offset (bytes)."""
     b.store(values, b.inttoptr(b.add(y, offset), F32X8.as_pointer()), align=4)
 
 
 def make_int8_kernel(n_rows: int) -> Callable[..., None]:
-    """y[i, :8] = scales * x_scales[i] * (the block's 8 rows . x[i]) for n_rows rows of x.
+    """Make the int8 matmul kernel: one block of 8 weight rows times n_rows rows of x.
 
-    Arguments, all addresses or numbers of bytes: block, x, bytes from row to row of x, columns / 8, y, bytes from row
-    to row of y, scales (8 fp32), x_scales (n_rows fp32). Sums are exact in 32 bits: see `forward.round_rows`.
+    It computes y[i, :8] = scales * x_scales[i] * (w . x[i]). Arguments, addresses unless noted: block w, quantized x
+    (16 bits), row stride of x (bytes), columns / 8 (number), y (fp32), row stride of y (bytes), scales (8 fp32),
+    x_scales (n_rows fp32). The 32-bit sums cannot overflow: see `kernels.quantize_row_i16`.
     """
 
     @intrinsic
@@ -106,7 +118,7 @@ def make_int8_kernel(n_rows: int) -> Callable[..., None]:
         def codegen(context: Any, b: Builder, _: Any, args: Any) -> Value:
             weights, x, x_stride, n_chunks, y, y_stride, scales, x_scales = args
             rows = [b.add(x, b.mul(x_stride, const_i64(i))) for i in range(n_rows)]
-            # Two sums for each row of x: an addition need not wait for the one before.
+            # Two accumulators per row of x, so that an addition need not wait for the previous one.
             sums = [[cgutils.alloca_once_value(b, ir.Constant(I32X8, None)) for _ in range(2)] for _ in rows]
             with cgutils.for_range(b, n_chunks) as loop:
                 w_offset, x_offset = b.mul(loop.index, const_i64(64)), b.mul(loop.index, const_i64(16))
@@ -128,11 +140,13 @@ def make_int8_kernel(n_rows: int) -> Callable[..., None]:
 
 
 def make_int4_kernel(n_rows: int) -> Callable[..., None]:
-    """As `int8_block`, for weights of 4 bits (value + 8) with a scale for each group of 32 columns, and x of 8 bits.
+    """Make the int4 matmul kernel: one block of 8 weight rows times n_rows rows of x.
 
-    Arguments: block, x (8 bits), bytes from row to row of x, groups, y, bytes from row to row of y, scales (8 bf16 for
-    each group), scales of x in each group (fp32), sums (32 bits) of x in each group, bytes from row to row of both.
-    A group's products are added in 16 bits, which they cannot leave: 15 * 127 * 2 * 8 < 2^15.
+    It computes y[i, :8] = sum over groups g of scales[g] * x_scales[i, g] * (w[g] . x[i, g] - 8 * x_sums[i, g]) with
+    the stored weights w in 0..15 (value + 8). Arguments, addresses unless noted: block w, quantized x (8 bits), row
+    stride of x (bytes), groups (number), y (fp32), row stride of y (bytes), scales (8 bf16 per group), x_scales (fp32
+    per group), x_sums (int32 per group), row stride of both (bytes).
+    The products of a group are summed in 16 bits without overflow: 15 * 127 * 2 * 8 < 2^15.
     """
 
     @intrinsic
@@ -141,6 +155,7 @@ def make_int4_kernel(n_rows: int) -> Callable[..., None]:
             weights, x, x_stride, n_groups, y, y_stride, scales, x_scales, x_sums, group_stride = args
             rows = [b.add(x, b.mul(x_stride, const_i64(i))) for i in range(n_rows)]
             totals = [cgutils.alloca_once_value(b, ir.Constant(F32X8, None)) for _ in rows]
+            # Per group: load 4 x 32 bytes of weights, multiply the low and the high nibbles by 4 columns of x each.
             low_nibble_mask, nibble_shift = (ir.Constant(I8X32, [value] * 32) for value in (15, 4))
             with cgutils.for_range(b, n_groups) as loop:
                 w_offset, x_offset, group_offset = (b.mul(loop.index, const_i64(n)) for n in (128, 32, 4))
@@ -156,6 +171,7 @@ def make_int4_kernel(n_rows: int) -> Callable[..., None]:
                 scale = b.bitcast(b.shl(scale_bits, ir.Constant(I32X8, [16] * 8)), F32X8)
                 for i, (pointer, words) in enumerate(zip(totals, sums, strict=True)):
                     offset = b.add(b.mul(group_stride, const_i64(i)), group_offset)
+                    # The weights are stored plus 8: subtract 8 times the sum of x.
                     zero_point_correction = b.mul(load(b, x_sums, offset, I32, 4), ir.Constant(I32, -8))
                     group_sum = b.add(madd_ones(b, words), splat(b, zero_point_correction, I32X8))
                     combined_scale = b.fmul(scale, splat(b, load(b, x_scales, offset, F32, 4), F32X8))
@@ -171,10 +187,11 @@ def make_int4_kernel(n_rows: int) -> Callable[..., None]:
 
 
 def make_fp32_kernel(n_weights: int, n_rows: int) -> Callable[..., None]:
-    """y[i, :n_weights] = (n_weights rows of a matrix) . x[i] for n_rows rows of x, over whole eighths of the columns.
+    """Make the fp32 matmul kernel: n_weights weight rows times n_rows rows of x, y[i, :n_weights] = w . x[i].
 
-    Arguments: first row of the matrix, bytes from row to row, x, bytes from row to row of x, columns // 8, y, bytes
-    from row to row of y. A sum is made in one order, however many rows there are.
+    It covers whole chunks of 8 columns; the caller adds the rest. Arguments, addresses unless noted: first weight row,
+    its row stride (bytes), x, its row stride (bytes), columns // 8 (number), y, its row stride (bytes). The order of
+    summation does not depend on n_weights or n_rows, so neither do the results.
     """
 
     @intrinsic
@@ -205,7 +222,7 @@ def make_fp32_kernel(n_weights: int, n_rows: int) -> Callable[..., None]:
 
 
 def horizontal_sum(b: Builder, vector: Value) -> Value:
-    """The sum of a vector of 8: halves are added until one is left."""
+    """Add up a vector of 8 by adding its halves three times."""
     for n in (4, 2, 1):
         undefined = ir.Constant(vector.type, ir.Undefined)
         low, high = (ir.Constant(ir.VectorType(I32, n), list(range(first, first + n))) for first in (0, n))
@@ -214,7 +231,7 @@ def horizontal_sum(b: Builder, vector: Value) -> Value:
 
 
 def make_pointer_cast(kind: Any) -> Callable[[int], Any]:
-    """From an address to a typed pointer, which `numba.carray` makes an array of."""
+    """Return a Numba function that casts an address (int64) to a pointer to `kind`, for `numba.carray`."""
 
     @intrinsic
     def cast_to_pointer(context: Any, address: Any) -> Any:  # noqa: ARG001
@@ -230,9 +247,10 @@ def make_pointer_cast(kind: Any) -> Callable[[int], Any]:
 
 @intrinsic
 def barrier_wait(context: Any, counter: Any, target: Any) -> Any:  # noqa: ARG001
-    """Add one to the counter (64 bits) at an address and return when it has reached the target.
+    """Spin barrier: add 1 to the 64-bit counter at an address and wait until it has reached the target.
 
-    All that other threads wrote before they came is seen afterwards. Looks for a while, then yields between looks.
+    Writes of the other threads before their barrier are visible afterwards (acquire and release). Spins
+    SPINS_BEFORE_YIELD times, then yields the core between checks.
     """
 
     def codegen(context: Any, b: Builder, _: Any, args: Any) -> Value:
@@ -244,7 +262,7 @@ def barrier_wait(context: Any, counter: Any, target: Any) -> Any:  # noqa: ARG00
         b.atomic_rmw("add", pointer, const_i64(1), "acq_rel")
         spins = cgutils.alloca_once_value(b, const_i64(0))
         check_block, retry_block, pause_block, yield_block, done_block = (
-            b.append_basic_block(n) for n in ("look", "again", "relax", "give", "done")
+            b.append_basic_block(n) for n in ("check", "retry", "pause", "yield", "done")
         )
         b.branch(check_block)
         b.position_at_end(check_block)
@@ -269,7 +287,7 @@ def barrier_wait(context: Any, counter: Any, target: Any) -> Any:  # noqa: ARG00
 
 @intrinsic
 def bitcast_f32(context: Any, bits: Any) -> Any:  # noqa: ARG001
-    """The fp32 number whose representation is a 32-bit integer."""
+    """Reinterpret the bits of a 32-bit integer as fp32."""
     return types.float32(types.int32), lambda context, b, _, args: b.bitcast(args[0], F32)  # noqa: ARG005
 
 

@@ -1,4 +1,4 @@
-"""Threads that call one function together. They sleep between calls."""
+"""A thread pool whose threads call one function together and sleep between calls, and how many threads to use."""
 
 import _thread
 import collections
@@ -15,18 +15,26 @@ from typing import Any
 
 import numpy as np
 
-MAX_THREADS = 16  # threads by default: they meet six times a layer, and the slowest sets the pace
+# Limit of the default: threads meet at six barriers per layer, and the slowest sets the pace.
+MAX_THREADS = 16
 
 
 def count_physical_cores() -> int:
-    """Cores that this process may use, each counted once however many threads it runs; at most `MOST`."""
+    """Return how many threads to use by default: the physical cores this process may use, at most `MAX_THREADS`.
+
+    SMT siblings count as one core. The CPU quota of a container lowers the number.
+    """
     return max(1, math.ceil(min(MAX_THREADS, count_available_cores(), cgroup_cpu_quota())))
 
 
 def count_available_cores() -> int:
+    """Return the number of physical cores in this process's CPU affinity, or an estimate where the system has none.
+
+    macOS: performance cores only. Without affinity (Windows): half of the logical CPUs.
+    """
     threads = os.cpu_count() or 1
     if sys.platform == "darwin":
-        command = ["sysctl", "-n", "hw.perflevel0.physicalcpu"]  # the fast ones
+        command = ["sysctl", "-n", "hw.perflevel0.physicalcpu"]  # performance cores
         output = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
         return int(output) if output.isdigit() else threads
     if not hasattr(os, "sched_getaffinity"):
@@ -42,7 +50,7 @@ def count_available_cores() -> int:
 
 
 def cgroup_cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> float:
-    """Cores' worth of time that a container is given; without end where there is no limit."""
+    """Return the CPU quota of the container (cgroup v2 or v1) in cores; inf if there is no limit."""
     try:
         if (root / "cpu.max").exists():
             limit, period = (root / "cpu.max").read_text().split()
@@ -54,16 +62,15 @@ def cgroup_cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> float:
 
 
 class ThreadPool:
-    """`run(f)` calls f(thread, n_threads) in n threads at once, the caller's among them as number 0.
+    """`run(task)` calls task(thread, n_threads) on all threads at once; the caller's thread is number 0.
 
-    It returns when the caller's own call has: f must end by waiting for the others. They wait by `counter` (int64),
-    which only ever grows: it is the team's, since a thread may look at it when the caller is gone already. Who runs
-    holds `busy`.
+    Returns when the caller's share is done, so `task` must end at a barrier. The barrier counter (int64) is monotonic
+    and owned by the pool, because a worker may still read it after `run` has returned. Hold `lock` while calling `run`.
     """
 
     def __init__(self, n_threads: int) -> None:
         self.n_threads = n_threads
-        self.task: Callable[[int, int], None] = print
+        self.task: Callable[[int, int], None] = print  # placeholder until the first run
         self.lock = threading.Lock()
         self.counter = np.zeros(1, dtype=np.int64)
         self.start_locks = [_thread.allocate_lock() for _ in range(1, n_threads)]
@@ -73,7 +80,7 @@ class ThreadPool:
 
     @staticmethod
     def shared(n_threads: int) -> "ThreadPool":
-        """One team of each size serves all engines of the process, one call at a time."""
+        """Return the pool of this size that all engines of the process share; its `lock` serializes their calls."""
         return shared_pool(n_threads)
 
     def run_worker(self, thread: int, start_lock: "_thread.LockType") -> None:
@@ -82,10 +89,14 @@ class ThreadPool:
             self.task(thread, self.n_threads)
 
     def run(self, task: Callable[[int, int], None]) -> None:
-        """`work` must be no Python function, so that no signal's handler can run between the first start and its end:
-        threads that were started would wait for ever.
+        """Run `task` on all threads. It must not be a Python function, but may be a partial of a ctypes function.
+
+        Otherwise a signal handler (Ctrl-C) could run and raise after some workers have started but before the caller
+        has done its share, which would leave the workers waiting at the barrier forever.
         """
         self.task = task
+        # Start the workers, then do share 0, all inside one C call (deque of map): Python only handles signals between
+        # bytecodes.
         call: Any = operator.call
         actions = [*(start_lock.release for start_lock in self.start_locks), functools.partial(task, 0, self.n_threads)]
         collections.deque(map(call, actions), maxlen=0)
@@ -96,5 +107,5 @@ def shared_pool(n_threads: int) -> ThreadPool:
     return ThreadPool(n_threads)
 
 
-if hasattr(os, "register_at_fork"):  # a child process has none of its parent's threads
+if hasattr(os, "register_at_fork"):  # threads do not survive a fork: the child process needs new pools
     os.register_at_fork(after_in_child=shared_pool.cache_clear)

@@ -1,6 +1,7 @@
-"""A model's weights in memory without a copy: `model.safetensors` itself, or a packed file made from it.
+"""Memory-mapped weights: `model.safetensors` itself, or a cached file of quantized weights made from it.
 
-A packed file is a safetensors file as well. Its metadata say what it was made from and the SHA-256 of its tensors.
+The cached file, packed-int8.safetensors or packed-int4.safetensors, is a safetensors file too. Its metadata names the
+weights it was made from and holds a SHA-256 of its contents.
 """
 
 import hashlib
@@ -27,17 +28,20 @@ log = logging.getLogger(__name__)
 
 Array = npt.NDArray[Any]
 Precision = Literal["fp32", "int8", "int4"]
-FORMAT_VERSION = 2  # of packed files; another number is packed anew
-ALIGNMENT = 64
-PADDING = ".filling"  # ends the names of what stands between tensors
-# What a hostile header may lead to.
+FORMAT_VERSION = 2  # of quantized files; files of another version are made again
+ALIGNMENT = 64  # bytes; a cache line
+PADDING = ".filling"  # suffix of the names of padding tensors
+# What a malformed or malicious header can raise.
 PARSE_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError)
 DTYPES = {"F32": np.float32, "I8": np.int8, "U8": np.uint8, "U16": np.uint16}
 DTYPE_NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 
 
 class SafetensorsFile(Mapping[str, Array]):
-    """The tensors of a safetensors file, mapped and read-only."""
+    """The tensors of a safetensors file by name, memory-mapped and read-only.
+
+    The constructor raises one of `PARSE_ERRORS` if the file cannot be read; `open_safetensors` makes that a UserError.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -53,16 +57,18 @@ class SafetensorsFile(Mapping[str, Array]):
         self.tensors = {name: self.view(**entry) for name, entry in header.items()}
 
     def view(self, dtype: str, shape: list[int], data_offsets: list[int]) -> Array:
+        """Return a tensor as a view of the mapped file; the arguments are its entry of the header."""
         if dtype not in DTYPES:
-            raise ValueError(f"it holds numbers of type {dtype}, which are not supported")
+            raise ValueError(f"unsupported dtype {dtype}")
         np_dtype = np.dtype(DTYPES[dtype])
         begin, end = data_offsets
         count = int(np.prod(shape, dtype=object)) if shape else 1
         if not 0 <= begin <= end <= len(self.buffer) - self.data_start or end - begin != count * np_dtype.itemsize:
-            raise ValueError("a tensor does not fit the file")
+            raise ValueError("a tensor ends after the end of the file, or its size does not match its shape")
         return np.frombuffer(self.buffer, np_dtype, count, self.data_start + begin).reshape(shape)
 
     def digest(self) -> str:
+        """Return the SHA-256 of the contents, to compare with `metadata["sha256"]`."""
         return compute_digest(self.header, self.metadata, memoryview(self.buffer)[self.data_start :])
 
     def __getitem__(self, name: str) -> Array:
@@ -76,7 +82,7 @@ class SafetensorsFile(Mapping[str, Array]):
 
 
 def compute_digest(header: Mapping[str, Any], metadata: Mapping[str, str], *parts: Any) -> str:
-    """SHA-256 of all that a packed file holds but the digest itself."""
+    """Return the SHA-256 of everything in a quantized file except the digest itself; `parts` are its data in order."""
     hashed_metadata = {name: value for name, value in metadata.items() if name != "sha256"}
     digest = hashlib.sha256(json.dumps([header, hashed_metadata], sort_keys=True).encode())
     for part in parts:
@@ -85,7 +91,7 @@ def compute_digest(header: Mapping[str, Any], metadata: Mapping[str, str], *part
 
 
 def open_safetensors(path: Path) -> SafetensorsFile:
-    """`UserError` where the file is no safetensors file."""
+    """Map a safetensors file; raise UserError if it is not a valid one."""
     try:
         return SafetensorsFile(path)
     except PARSE_ERRORS as error:
@@ -93,7 +99,7 @@ def open_safetensors(path: Path) -> SafetensorsFile:
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the weights of a model."""
+    """Return the shape of each weight by its name in `model.safetensors`."""
     C, F, D = config.n_embd, config.n_ff, config.head_dim
     q, kv = config.n_head * D, config.kv_heads * D
     classic = config.architecture == "classic"
@@ -128,22 +134,30 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def load_int8_only(files: ModelFiles) -> SafetensorsFile:
-    """The weights of a directory that has none but packed ones, checked. `UserError` where they are damaged."""
+    """Load the quantized weights of a directory that has only int8 weights (see `int8_model`).
+
+    Raises UserError if they are damaged, as they cannot be made again.
+    """
     path = files.weights_path
     try:
         file = SafetensorsFile(path)
         if file.metadata.get("layout") != str(FORMAT_VERSION):
-            raise ValueError("its layout is that of another version of this program")
+            raise ValueError("it was written by an incompatible version of tinystories")
         if file.metadata.get("sha256") != file.digest():
             raise ValueError("it does not match its checksum")
         check_sizes(file, files.config, "int8")
     except PARSE_ERRORS as error:
-        raise UserError(f"{path} is damaged ({error}), and there is no other copy of these weights here") from None
+        raise UserError(
+            f"{path} is damaged ({error}) and there is no other copy of these weights here; restore it from its source"
+        ) from None
     return file
 
 
 def dequantize(files: ModelFiles) -> Mapping[str, Array]:
-    """The same in fp32, by their names in `model.safetensors`."""
+    """Load the weights of a directory that has only int8 weights and dequantize them to fp32.
+
+    Returns arrays by their names in `model.safetensors`, in the shapes of `expected_shapes`.
+    """
     file = load_int8_only(files)
     weights: dict[str, Array] = {}
     for name, shape in expected_shapes(files.config).items():
@@ -158,7 +172,10 @@ def dequantize(files: ModelFiles) -> Mapping[str, Array]:
 
 
 def load_fp32(files: ModelFiles) -> Mapping[str, Array]:
-    """The model's own weights, checked: names, shapes, and that all are finite numbers."""
+    """Load the model's fp32 weights by name; raise UserError unless names, shapes and dtypes match and all are finite.
+
+    The weights of an int8-only directory are dequantized.
+    """
     if files.is_int8_only:
         return dequantize(files)
     file, expected = open_safetensors(files.weights_path), expected_shapes(files.config)
@@ -166,28 +183,32 @@ def load_fp32(files: ModelFiles) -> Mapping[str, Array]:
         if name not in file or name not in expected:
             raise UserError(f"{file.path}: weight {quoted(name)} is {'unknown' if name in file else 'missing'}")
         if file[name].shape != expected[name]:
-            raise UserError(f"{file.path}: {name} is {file[name].shape}, not {expected[name]}")
+            raise UserError(f"{file.path}: {name} has shape {file[name].shape}, not {expected[name]}")
         if file[name].dtype != np.float32:
-            raise UserError(f"{file.path}: {name} is {file[name].dtype}, not fp32")
+            raise UserError(f"{file.path}: {name} has dtype {file[name].dtype}, not fp32")
         with np.errstate(invalid="ignore"):
             finite = np.isfinite(file[name].sum(dtype=np.float64))
         if not finite:
-            raise UserError(f"{file.path}: {name} holds numbers that are not finite; use another checkpoint")
+            raise UserError(f"{file.path}: {name} has values that are not finite; use another checkpoint")
     return file
 
 
 def quantized_path(files: ModelFiles, precision: Precision) -> Path:
+    """Return where the quantized weights of a model are cached."""
     return files.folder / f"packed-{precision}.safetensors"
 
 
 def load_or_quantize(files: ModelFiles, precision: Precision) -> Mapping[str, Array]:
-    """Packed weights: from the file beside the model where it is whole and of these weights, else made now.
+    """Load quantized weights from the cached file next to the model, or quantize and cache them.
 
-    The model's own weights are only read again when their file has changed, in size, date, or by config.json.
+    The cached file is used if its checksum matches and it was made from the weights that config.json names. The model's
+    own weights are hashed only if their size or modification time is not what the cached file recorded. If the folder
+    is not writable, a warning is logged and the quantized weights stay in memory. Raises UserError if the model's own
+    weights do not match their checksum or are not valid.
     """
     if files.is_int8_only and precision == "int8":
         return load_int8_only(files)
-    if files.folder.resolve() == BUNDLED_MODEL.resolve():  # small, and not a place to write to
+    if files.folder.resolve() == BUNDLED_MODEL.resolve():  # small, and site-packages is not ours to write to
         files.check_weights()
         return dict(quantize(files, precision))
     path, status = quantized_path(files, precision), files.weights_path.stat()
@@ -203,31 +224,33 @@ def load_or_quantize(files: ModelFiles, precision: Precision) -> Mapping[str, Ar
                 reason = "is damaged"
             else:
                 check_sizes(file, files.config, precision)
-                if (
-                    not source_stat.items() <= file.metadata.items()
-                ):  # copied, or weights that config.json does not know
+                # The model was copied, or its weights were replaced without an update of config.json.
+                if not source_stat.items() <= file.metadata.items():
                     files.check_weights()
                 return file
         except PermissionError as error:
             reason = f"cannot be read ({error})"
         except PARSE_ERRORS as error:
             reason = f"is damaged ({error})"
-        file = None  # or Windows would not let go of the file
-        log.warning("%s %s: packing the weights again", path, reason)
+        file = None  # close the mapping, else Windows does not allow the file to be replaced
+        log.warning("%s %s: quantizing the weights again", path, reason)
     else:
-        log.info("packing the weights to %s, once: %s", precision, path)
+        log.info("quantizing the weights to %s (once): %s", precision, path)
     files.check_weights()
     tensors = dict(quantize(files, precision))
     try:
         write_safetensors(path, tensors, metadata | source_stat)
     except OSError as error:
-        log.warning("%s cannot be written (%s): the next start packs again", path, error)
+        log.warning("%s cannot be written (%s): the next start quantizes again", path, error)
         return tensors
     return SafetensorsFile(path)
 
 
 def quantized_sizes(config: ModelConfig, precision: Precision) -> dict[str, tuple[type, int]]:
-    """Type and number of elements of each tensor of a packed file: the machine code believes them."""
+    """Return the dtype and number of elements of each tensor of a quantized file, without padding tensors.
+
+    They must be checked before use, because the machine code cannot check them.
+    """
     sizes: dict[str, tuple[type, int]] = {}
     for name, shape in expected_shapes(config).items():
         if len(shape) == 1 or name == POSITION_EMBEDDING:
@@ -245,18 +268,21 @@ def quantized_sizes(config: ModelConfig, precision: Precision) -> dict[str, tupl
 
 
 def check_sizes(tensors: Mapping[str, Array], config: ModelConfig, precision: Precision) -> None:
-    """`ValueError` unless every tensor is there, as large as it must be, and no other is."""
+    """Raise ValueError unless the tensors are exactly those of `quantized_sizes`; padding tensors are ignored."""
     sizes = quantized_sizes(config, precision)
     for name in tensors:
         if name not in sizes and not name.endswith(PADDING):
-            raise ValueError(f"it holds {name}, of which the model knows nothing")
+            raise ValueError(f"unknown tensor {quoted(name)}")
     for name, (dtype, size) in sizes.items():
         if name not in tensors or tensors[name].dtype != dtype or tensors[name].size != size:
-            raise ValueError(f"{name} is not of the model's size")
+            raise ValueError(f"{name} is missing, or its size or dtype is wrong")
 
 
 def quantize(files: ModelFiles, precision: Precision) -> Iterator[tuple[str, Array]]:
-    """Every matrix in few bits, everything else as it is."""
+    """Yield (name, array) of the quantized file: matrices as int8 or int4 with scales, everything else in fp32.
+
+    An embedding that is not tied to the LM head is int8 in plain row order (`.rows`), since only single rows are read.
+    """
     source = load_fp32(files)
     for name, weight in source.items():
         if weight.ndim == 1 or name == POSITION_EMBEDDING:
@@ -273,7 +299,7 @@ def quantize(files: ModelFiles, precision: Precision) -> Iterator[tuple[str, Arr
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Array], extra_metadata: Mapping[str, str]) -> None:
-    """A safetensors file whose tensors begin at multiples of 64 bytes; whole or not at all."""
+    """Write a safetensors file atomically. Tensors begin at multiples of 64 bytes; its SHA-256 is in the metadata."""
     header: dict[str, Any] = {}
     offset = 0
     parts: list[bytes | memoryview] = []
@@ -285,7 +311,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Array], extra_metadata: 
             "shape": list(array.shape),
             "data_offsets": [offset, offset + len(data)],
         }
-        if padding:  # safetensors allows no holes
+        if padding:  # the format does not allow gaps, so padding is stored as tensors
             header[f"{name}{PADDING}"] = {
                 "dtype": "U8",
                 "shape": [len(padding)],
@@ -301,7 +327,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Array], extra_metadata: 
     try:
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(temp_path, 0o666 & ~umask)  # as any new file: others may read it
+        os.chmod(temp_path, 0o666 & ~umask)  # mkstemp creates private files; use the mode of any new file
         with os.fdopen(fd, "wb") as file:
             for part in (len(header_bytes).to_bytes(8, "little"), header_bytes, *parts):
                 file.write(part)

@@ -1,4 +1,4 @@
-"""`tinystories pack` and `tinystories warmup`: what `generate` does by itself when it is needed, ahead of time."""
+"""`tinystories quantize` and `tinystories warmup`: do ahead of time what `generate` otherwise does on first use."""
 
 import dataclasses
 from pathlib import Path
@@ -20,20 +20,23 @@ if TYPE_CHECKING:
     multiple=True,
     default=["int8"],
     show_default=True,
-    help="Bits of a weight; may be repeated.",
+    help="Weight precision; can be repeated.",
 )
 @click.option(
     "--shortlist",
     type=int,
     metavar="N",
-    help="Also choose the N ids that are most frequent in the stories of --data, for `generate --shortlist`.",
+    help="Also store the N most frequent ids in the stories of --data, for `generate --shortlist`.",
 )
-@click.option("--data", type=click.Path(path_type=Path), help="Folder made by `tinystories prepare`.")
+@click.option("--data", type=click.Path(path_type=Path), help="Folder written by `tinystories prepare`.")
 @click.option(
-    "--out", type=click.Path(path_type=Path), metavar="DIR", help="Write a small model directory: int8 weights alone."
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Write a small model directory with int8 weights only.",
 )
 @sampling_options
-def pack(
+def quantize(
     model: Path,
     precision: tuple[str, ...],
     shortlist: int | None,
@@ -41,15 +44,16 @@ def pack(
     out: Path | None,
     **sampling: float | int | None,
 ) -> None:
-    """Pack the weights of MODEL for the CPU engine.
+    """Quantize the weights of MODEL for the CPU engine.
 
-    Writes packed-int8.safetensors or packed-int4.safetensors into its folder; `generate` does so when it needs one.
+    Writes packed-int8.safetensors or packed-int4.safetensors into the folder of MODEL. `generate` does the same when it
+    first needs one.
 
-    With --out nothing is written there: DIR becomes a model directory of a quarter of the size, with int8 weights and
-    no others. Every command and engine reads it. Settings of `generate` (--temperature and so on) become its defaults.
+    With --out, MODEL is left as it is, and DIR becomes a model directory of a quarter of the size, with int8 weights
+    only. Every command and engine can read it. Sampling options (--temperature and so on) become its defaults.
 
-    With --shortlist also shortlist.json, and says what it costs: `generate --shortlist` (in any precision of the CPU
-    engine) computes the logits of these ids alone, and never writes another. `eval` always uses all ids.
+    With --shortlist, also write shortlist.json and print what it costs: `generate --shortlist` (in any precision of the
+    CPU engine) computes the logits of these ids only and never generates another. `eval` always uses all ids.
     """
     from tinystories.checkpoint import read_model
     from tinystories.engine.cpu.int8_model import write_int8_model
@@ -57,18 +61,18 @@ def pack(
     from tinystories.errors import UserError
 
     if (shortlist is None) != (data is None):
-        raise UserError("--shortlist N and --data DIR belong together")
+        raise UserError("--shortlist N and --data DIR go together; give both or neither")
     sampling_overrides = {name: value for name, value in sampling.items() if value is not None}
     if sampling_overrides and out is None:
         raise UserError(
-            f"--{next(iter(sampling_overrides)).replace('_', '-')} is a default of the model that --out writes"
+            f"--{next(iter(sampling_overrides)).replace('_', '-')} sets a default of the model that --out writes"
         )
     files = read_model(model, check_weights=False)
     if out is not None:
         if (precision, shortlist) != (("int8",), None):
-            raise UserError("--out is for int8 and all ids: leave --precision and --shortlist out")
+            raise UserError("--out is for int8 and all ids: leave out --precision and --shortlist")
         if out.exists():
-            raise UserError(f"{out} exists; choose another --out")
+            raise UserError(f"--out {out} exists; choose another --out")
         write_int8_model(files, out, dataclasses.replace(files.sampling, **sampling_overrides))  # type: ignore[arg-type]
         click.echo(f"{out}: {sum(file.stat().st_size for file in out.iterdir()) / 1e6:,.1f} MB")
         return
@@ -77,13 +81,13 @@ def pack(
     for name in precision:
         path = quantized_path(files, name)  # type: ignore[arg-type]
         if not isinstance(load_or_quantize(files, name), SafetensorsFile):  # type: ignore[arg-type]
-            raise UserError(f"{path} could not be written; the folder or the disk refuses it")
+            raise UserError(f"{path} could not be written; check free space and the permissions of the folder")
         sizes = path.stat().st_size / 1e6, 4 * files.config.n_params / 1e6
         click.echo(f"{path}: {sizes[0]:,.1f} MB ({sizes[1]:,.1f} MB in fp32)")
 
 
 def create_shortlist(files: "ModelFiles", n: int, data: Path) -> None:
-    """Write the shortlist of a model, and say what it costs."""
+    """Write the shortlist of a model, and print how many tokens and stories it cannot express."""
     from tinystories.data.dataset import read_meta
     from tinystories.engine.cpu.shortlist import coverage_loss, most_frequent_ids, write_shortlist
 
@@ -93,16 +97,16 @@ def create_shortlist(files: "ModelFiles", n: int, data: Path) -> None:
     click.echo(f"{path}: {n:,} of {files.config.vocab_size:,} ids, {coverage:.2%} of the training tokens")
     if uncovered:
         click.echo(
-            f"{uncovered[0]:.2%} of the validation tokens are others; {uncovered[1]:.1%} of the stories need one"
+            f"not in it: {uncovered[0]:.2%} of the validation tokens; {uncovered[1]:.1%} of the stories need one"
         )
 
 
 @click.command(context_settings=CONTEXT_SETTINGS)
 def warmup() -> None:
-    """Compile the CPU engine for this machine, so that the first story starts at once.
+    """Compile the CPU engine for this machine, so that the first story starts instantly.
 
-    Takes some seconds, once. The code is kept in the user's cache folder; the environment variable TINYSTORIES_CACHE
-    names another.
+    This takes several seconds, once. The compiled code is stored in the user's cache folder, or in the folder named by
+    the environment variable TINYSTORIES_CACHE.
     """
     from tinystories.engine.cpu import jit
     from tinystories.errors import UserError
@@ -110,5 +114,5 @@ def warmup() -> None:
     jit.load_forward()
     path = jit.cache_path()
     if not path.exists():
-        raise UserError(f"{path.parent} cannot be written: set TINYSTORIES_CACHE to a folder that can")
+        raise UserError(f"{path.parent} cannot be written: set TINYSTORIES_CACHE to a writable folder")
     click.echo(f"ready: {path}")
