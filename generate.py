@@ -3,7 +3,7 @@
 import sys
 
 from tinystories.cli.common import run
-from tinystories.cli.original import generate
+from tinystories.cli.write.original import generate
 
 if __name__ == "__main__":
     sys.exit(run(generate, name="python generate.py"))

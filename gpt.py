@@ -3,7 +3,7 @@
 import sys
 
 from tinystories.cli.common import run
-from tinystories.cli.original import gpt
+from tinystories.cli.write.original import gpt
 
 if __name__ == "__main__":
     sys.exit(run(gpt, name="python gpt.py"))

@@ -3,7 +3,7 @@
 import sys
 
 from tinystories.cli.common import run
-from tinystories.cli.original import sample
+from tinystories.cli.write.original import sample
 
 if __name__ == "__main__":
     sys.exit(run(sample, name="python sample.py"))

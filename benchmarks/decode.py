@@ -31,8 +31,8 @@ from tinystories.engine.cpu.engine import CpuEngine
 from tinystories.engine.cpu.weights import load_fp32, quantize
 from tinystories.engine.protocol import Engine
 from tinystories.engine.torch_engine import TorchEngine
+from tinystories.formats.hf.mapping import to_transformers
 from tinystories.generate.sampling import sample
-from tinystories.interop.hf import to_transformers
 from tinystories.model import GPT
 
 GREEDY = SamplingConfig(temperature=0.0)

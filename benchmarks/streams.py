@@ -29,9 +29,9 @@ from tinystories.data.tokenizer import Tokenizer
 from tinystories.engine.device import select_device, select_precision
 from tinystories.engine.torch_engine import TorchEngine
 from tinystories.errors import UserError
+from tinystories.formats.hf.mapping import to_transformers
 from tinystories.generate.batching import Request, generate_all
 from tinystories.generate.sampling import sample
-from tinystories.interop.hf import to_transformers
 from tinystories.model import GPT
 
 TokenIds = list[list[int]]

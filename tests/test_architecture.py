@@ -17,8 +17,11 @@ ORDER = [
     "engine",
     "generate",
     "evaluate",
-    "interop",
+    "formats",
+    "hub",
+    "bench",
     "train",
+    "sweep",
     "serve",
     "cli",
     "__main__",
@@ -72,13 +75,24 @@ def test_rule_detects_imports_inside_functions() -> None:
         "tinystories.generate.output",
         "tinystories.generate.sampling",
         "tinystories.generate.batching",
-        "tinystories.interop.model_card",
-        "tinystories.interop.hub",
+        "tinystories.hub.card",
+        "tinystories.hub.client",
     ],
 )
 def test_imports_no_torch(module: str) -> None:
     program = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_no_format_imports_another() -> None:
+    packages = [path.name for path in (SRC / "formats").iterdir() if (path / "__init__.py").exists()]
+    assert len(packages) == 5
+    for package in packages:
+        others = tuple(f"tinystories.formats.{name}" for name in packages if name != package)
+        for path in (SRC / "formats" / package).glob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
+                assert not module.startswith(others), f"{path} imports {module}"
 
 
 def test_no_pickle_and_no_eval() -> None:
@@ -90,5 +104,5 @@ def test_no_pickle_and_no_eval() -> None:
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
                 assert node.func.id not in {"eval", "exec"}, path
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
-                assert path.relative_to(SRC).as_posix() == "interop/state_dict.py", path
+                assert path.relative_to(SRC).as_posix() == "formats/torch_file.py", path
                 assert "weights_only=True" in ast.unparse(node)

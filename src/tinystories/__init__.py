@@ -48,7 +48,7 @@ def load(
     Raises `UserError` if the model is missing or damaged, or if a package that it needs is not installed.
     """
     from tinystories.generate.storyteller import Storyteller
-    from tinystories.interop.hub import resolve_model_folder
+    from tinystories.hub.client import resolve_model_folder
 
     return Storyteller.load(
         resolve_model_folder(model),

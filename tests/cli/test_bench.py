@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from tinystories.bench import competitors as bench_competitors
 from tinystories.cli import main
-from tinystories.interop import bench_competitors
 
 SMALL = ["--preset", "nano", "--vocab", "64", "--runs", "1"]
 PEERS = ["torch:fp32", "transformers:fp32", "ctranslate2:fp32", "llama.cpp:fp32"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tinystories.checkpoint import BUNDLED_MODEL
-from tinystories.cli import original
+from tinystories.cli.write import original
 from tinystories.config import load_config
 
 ROOT = Path(__file__).parents[2]

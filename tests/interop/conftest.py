@@ -10,7 +10,7 @@ import pytest
 from tinystories.checkpoint import state_dict_to_save
 from tinystories.config import ModelConfig, SamplingConfig
 from tinystories.data.tokenizer import Tokenizer
-from tinystories.interop.model_bundle import ModelBundle
+from tinystories.formats.bundle import ModelBundle
 from tinystories.model import GPT
 
 GPT2 = {"architecture": "classic", "learned_positions": True, "activation": "gelu_tanh"}

@@ -14,8 +14,8 @@ from tinystories.cli.common import run
 from tinystories.config import ModelConfig, SamplingConfig
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.engine.cpu.weights import expected_shapes
-from tinystories.interop.model_bundle import ModelBundle
-from tinystories.interop.model_card import build_model_card
+from tinystories.formats.bundle import ModelBundle
+from tinystories.hub.card import build_model_card
 
 FACTS = {
     "code_version": "0.1.0",

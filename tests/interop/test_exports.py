@@ -9,10 +9,10 @@ import pytest
 
 from tinystories.data.tokenizer import END
 from tinystories.errors import UserError
-from tinystories.interop import exports
-from tinystories.interop.exports import FORMATS, compare_logits, export
-from tinystories.interop.imports import import_model
-from tinystories.interop.model_bundle import ModelBundle
+from tinystories.formats import exports
+from tinystories.formats.bundle import ModelBundle
+from tinystories.formats.exports import FORMATS, compare_logits, export
+from tinystories.formats.imports import import_model
 
 Build = Callable[..., ModelBundle]
 

@@ -20,12 +20,12 @@ from tinystories.config import ModelConfig, SamplingConfig
 from tinystories.data.sources import iter_stories
 from tinystories.data.tokenizer import END, Tokenizer
 from tinystories.errors import UserError
-from tinystories.interop import gguf
-from tinystories.interop.exports import FORMATS, export
-from tinystories.interop.gguf_tensors import build_tensor_map
-from tinystories.interop.imports import import_model
-from tinystories.interop.model_bundle import ModelBundle
-from tinystories.interop.tokenizer_conversion import BYTE_PIECES, build_sentencepiece_bpe
+from tinystories.formats.bundle import ModelBundle
+from tinystories.formats.exports import FORMATS, export
+from tinystories.formats.gguf import format as gguf
+from tinystories.formats.gguf.tensors import build_tensor_map
+from tinystories.formats.imports import import_model
+from tinystories.formats.tokenizer_conversion import BYTE_PIECES, build_sentencepiece_bpe
 from tinystories.model import GPT
 
 Make = Callable[..., ModelBundle]

@@ -11,8 +11,8 @@ import torch
 from tinystories.checkpoint import state_dict_to_save
 from tinystories.config import ModelConfig
 from tinystories.data.tokenizer import Tokenizer
-from tinystories.interop.exports import export
-from tinystories.interop.model_bundle import ModelBundle
+from tinystories.formats.bundle import ModelBundle
+from tinystories.formats.exports import export
 from tinystories.model import GPT
 
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("default")]

@@ -15,7 +15,7 @@ from tinystories.config import ModelConfig
 from tinystories.engine.cpu.engine import CpuEngine
 from tinystories.engine.torch_engine import TorchEngine
 from tinystories.errors import UserError
-from tinystories.interop.hf import from_transformers, to_hf_config_and_weights, to_transformers
+from tinystories.formats.hf.mapping import from_transformers, to_hf_config_and_weights, to_transformers
 from tinystories.model import GPT
 
 GPT2 = {"architecture": "classic", "learned_positions": True, "activation": "gelu_tanh", "qkv_bias": True}

@@ -12,10 +12,10 @@ from safetensors.numpy import load_file, save_file
 
 from tinystories.data.sources import iter_stories
 from tinystories.errors import UserError
-from tinystories.interop.exports import export
-from tinystories.interop.hf_folder import read
-from tinystories.interop.imports import import_model
-from tinystories.interop.model_bundle import ModelBundle
+from tinystories.formats.bundle import ModelBundle
+from tinystories.formats.exports import export
+from tinystories.formats.hf.format import read
+from tinystories.formats.imports import import_model
 
 Build = Callable[[str], ModelBundle]
 

@@ -21,12 +21,12 @@ from tinystories.data.sources import iter_stories
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.engine.cpu.weights import expected_shapes
 from tinystories.errors import UserError
+from tinystories.formats.bundle import ModelBundle
+from tinystories.formats.exports import export
+from tinystories.formats.imports import import_model
+from tinystories.formats.llama2c import format as llama2c
+from tinystories.formats.tokenizer_conversion import BYTE_PIECES, build_sentencepiece_bpe
 from tinystories.generate.storyteller import Storyteller
-from tinystories.interop import llama2c
-from tinystories.interop.exports import export
-from tinystories.interop.imports import import_model
-from tinystories.interop.model_bundle import ModelBundle
-from tinystories.interop.tokenizer_conversion import BYTE_PIECES, build_sentencepiece_bpe
 
 TEXT = "Once upon a time there was a caf\u00e9. \u201cHello,\u201d said Tom.\n\nThe end."
 PIECES = [b"<unk>", b"<s>", b"</s>", *(name.encode() for name in BYTE_PIECES), b" ", b"o", b"n", b" o", b" on"]

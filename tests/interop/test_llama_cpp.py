@@ -16,11 +16,11 @@ from tinystories.config import ModelConfig, SamplingConfig
 from tinystories.data.sources import iter_stories
 from tinystories.data.tokenizer import END, Tokenizer
 from tinystories.engine.cpu.engine import CpuEngine
+from tinystories.formats.bundle import ModelBundle
+from tinystories.formats.exports import export
+from tinystories.formats.gguf import format as gguf
+from tinystories.formats.tokenizer_conversion import BYTE_PIECES, build_sentencepiece_bpe
 from tinystories.generate.batching import Request, generate_all
-from tinystories.interop import gguf
-from tinystories.interop.exports import export
-from tinystories.interop.model_bundle import ModelBundle
-from tinystories.interop.tokenizer_conversion import BYTE_PIECES, build_sentencepiece_bpe
 from tinystories.model import GPT
 
 # Not imported here: it leaves a file open when the process ends, which a warning would tell.

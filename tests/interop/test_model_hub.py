@@ -22,10 +22,10 @@ from tinystories.config import ModelConfig, SamplingConfig
 from tinystories.data.hub_source import parse_hub_name
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.errors import UserError
-from tinystories.interop import hub as hub_module
-from tinystories.interop.model_bundle import ModelBundle
-from tinystories.interop.model_card import build_model_card
-from tinystories.interop.published import read_registry
+from tinystories.formats.bundle import ModelBundle
+from tinystories.hub import client as hub_module
+from tinystories.hub.card import build_model_card
+from tinystories.hub.published import read_registry
 from tinystories.model import GPT
 
 pytest.importorskip("huggingface_hub")
@@ -51,7 +51,7 @@ WANTED = ["config.json", "model.safetensors", "tokenizer.json"]
 READ = """
 import json, pathlib, sys
 from tinystories.errors import UserError
-from tinystories.interop.hub import download, resolve_model_folder
+from tinystories.hub.client import download, resolve_model_folder
 
 def attempt(source, call=download):
     try:
@@ -247,7 +247,7 @@ FULL = """
 import collections, errno, shutil, sys
 import huggingface_hub
 from tinystories.errors import UserError
-from tinystories.interop.hub import download
+from tinystories.hub.client import download
 
 def full(*_, **__):
     raise OSError(errno.ENOSPC, "No space left on device", "/some/file")
@@ -317,7 +317,7 @@ def test_what_is_pushed_comes_back_bit_for_bit(hub: ModelHub, model: Path, tmp_p
 FETCH = """
 import json, pathlib, sys
 from tinystories.errors import UserError
-from tinystories.interop.published import fetch
+from tinystories.hub.published import fetch
 
 known, out = json.loads(sys.argv[1]), pathlib.Path(sys.argv[2])
 for name in ("good", "altered", "gone", "unknown"):
@@ -362,7 +362,7 @@ def test_the_table_of_published_weights_is_whole() -> None:
 PUSH = """
 import json, os, sys
 from tinystories.errors import UserError
-from tinystories.interop.hub import push
+from tinystories.hub.client import push
 
 for name, token in json.loads(sys.argv[1]):
     os.environ["HF_TOKEN"] = token
@@ -439,10 +439,14 @@ def test_every_command_takes_a_model_of_the_hub(
     assert load("hf:someone/model", engine="cpu", precision="fp32").settings.temperature == 0.7
 
 
-def test_a_model_of_ours_is_imported_as_it_is(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    imports = pytest.importorskip("tinystories.interop.imports")
+def test_a_model_of_ours_is_imported_as_it_is(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    imports = pytest.importorskip("tinystories.formats.imports")
     monkeypatch.setattr(hub_module, "download", lambda _: model)
-    for source in ("hf:me/stories", str(model)):
-        assert imports.import_model(source).provenance == ModelBundle.read(model).provenance
+    for number, source in enumerate(("hf:me/stories", str(model))):
+        out = tmp_path / str(number)
+        assert run_command(cli, ["import", source, "--out", str(out)]) == 0, capsys.readouterr().err
+        assert ModelBundle.read(out).provenance == ModelBundle.read(model).provenance
     with pytest.raises(UserError, match="leave --tokenizer out"):
         imports.import_model(str(model), model / "tokenizer.json")

@@ -18,9 +18,10 @@ from tinystories.data.build_tokenizer import train_bpe
 from tinystories.data.sources import iter_stories
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.errors import UserError
-from tinystories.interop import onnx_builder, onnx_format
-from tinystories.interop.exports import export
-from tinystories.interop.model_bundle import ModelBundle
+from tinystories.formats.bundle import ModelBundle
+from tinystories.formats.exports import export
+from tinystories.formats.onnx import builder as onnx_builder
+from tinystories.formats.onnx import format as onnx_format
 from tinystories.model import GPT
 
 MORE: dict[str, dict[str, object]] = SHAPES | {

@@ -15,10 +15,10 @@ from safetensors import numpy as safetensors_numpy
 from tinystories import checkpoint
 from tinystories.cli import cli, run
 from tinystories.errors import UserError
-from tinystories.interop import exports, imports
-from tinystories.interop.exports import FORMATS, export
-from tinystories.interop.imports import import_to_directory
-from tinystories.interop.model_bundle import ModelBundle
+from tinystories.formats import exports, imports
+from tinystories.formats.bundle import ModelBundle
+from tinystories.formats.exports import FORMATS, export
+from tinystories.formats.imports import import_to_directory
 
 Build = Callable[..., ModelBundle]
 FILES = [name for name in FORMATS if name != "hf"]

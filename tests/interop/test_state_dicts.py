@@ -21,9 +21,9 @@ from tinystories.config import ModelConfig
 from tinystories.data.build_tokenizer import train_bpe
 from tinystories.data.sources import iter_stories
 from tinystories.errors import UserError
-from tinystories.interop.imports import import_model
-from tinystories.interop.model_bundle import ModelBundle
-from tinystories.interop.pickle_check import check_pickle
+from tinystories.formats.bundle import ModelBundle
+from tinystories.formats.imports import import_model
+from tinystories.formats.pt.pickle_check import check_pickle
 from tinystories.model import GPT
 from tinystories.position_tables import build_sinusoid_table
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from tinystories import checkpoint
-from tinystories.cli.train import ensure_prepared
+from tinystories.cli.train.train import ensure_prepared
 from tinystories.config import load_config
 from tinystories.errors import UserError
 from tinystories.train import state

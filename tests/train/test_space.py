@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tinystories.config import load_config
 from tinystories.errors import UserError
-from tinystories.train.search_space import Categorical, Range, SearchSpace, parse_search_space
+from tinystories.sweep.search_space import Categorical, Range, SearchSpace, parse_search_space
 
 quick = settings(deadline=None, max_examples=60)
 

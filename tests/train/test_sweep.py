@@ -21,11 +21,11 @@ import pytest
 
 from tinystories.config import load_config
 from tinystories.errors import UserError
-from tinystories.train import trial
-from tinystories.train.results import TrialResult, at_boundary, find_best, format_table, read_results
-from tinystories.train.search_space import parse_search_space
-from tinystories.train.study import Plan, exclusive_lock, merge_plan, open_study, read_plan
-from tinystories.train.sweep import SweepInterrupted, check_runnable, run_sweep
+from tinystories.sweep import trial
+from tinystories.sweep.results import TrialResult, at_boundary, find_best, format_table, read_results
+from tinystories.sweep.runner import SweepInterrupted, check_runnable, run_sweep
+from tinystories.sweep.search_space import parse_search_space
+from tinystories.sweep.study import Plan, exclusive_lock, merge_plan, open_study, read_plan
 
 # Bits per byte are 2 + (lg rate + 2)^2 at the end and one more for each step before it; `sample_tokens` hundredths of a
 # second make a step. A trial with a file SWEEP/hold-trial-NNNN waits after the step named there until it is
@@ -70,8 +70,8 @@ PROGRAM = """
 import sys
 from pathlib import Path
 from tinystories.train import trial
-from tinystories.train.study import Plan
-from tinystories.train.sweep import run_sweep
+from tinystories.sweep.study import Plan
+from tinystories.sweep.runner import run_sweep
 trial.train_command = lambda folder: [sys.executable, "-S", {stand_in!r}, "train", str(folder.resolve()), "--resume"]
 plan = Plan.from_json({plan!r})
 run_sweep(Path({folder!r}), plan, plan.space.find_valid_config(), workers=2)
@@ -96,7 +96,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than all else here."""
-    monkeypatch.setattr("tinystories.train.sweep.plot_results", lambda *_: None)
+    monkeypatch.setattr("tinystories.sweep.runner.plot_results", lambda *_: None)
 
 
 def plan_of(settings: dict[str, str], **options: Any) -> Plan:
@@ -253,7 +253,7 @@ def test_killed_it_loses_no_trial_and_repeats_none(stand_in: Path, tmp_path: Pat
 
 
 def test_two_sweeps_do_not_work_in_one_folder(tmp_path: Path) -> None:
-    program = "import sys; from pathlib import Path; from tinystories.train.study import exclusive_lock\n"
+    program = "import sys; from pathlib import Path; from tinystories.sweep.study import exclusive_lock\n"
     program += f"with exclusive_lock(Path({str(tmp_path)!r})):\n print('in', flush=True); sys.stdin.read()"
     other = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stdin=subprocess.PIPE)
     assert other.stdout is not None

@@ -9,17 +9,17 @@ import sys
 
 import click
 
-from tinystories.cli.bench import bench
 from tinystories.cli.common import CONTEXT_SETTINGS, run
-from tinystories.cli.evaluate import evaluate
-from tinystories.cli.fetch import fetch
-from tinystories.cli.generate import generate
-from tinystories.cli.info import info
-from tinystories.cli.interop import export, import_, push
-from tinystories.cli.prepare import prepare
-from tinystories.cli.quantize import quantize, warmup
-from tinystories.cli.sweep import sweep
-from tinystories.cli.train import train
+from tinystories.cli.exchange.fetch import fetch
+from tinystories.cli.exchange.interop import export, import_, push
+from tinystories.cli.measure.bench import bench
+from tinystories.cli.measure.evaluate import evaluate
+from tinystories.cli.measure.info import info
+from tinystories.cli.train.prepare import prepare
+from tinystories.cli.train.sweep import sweep
+from tinystories.cli.train.train import train
+from tinystories.cli.write.generate import generate
+from tinystories.cli.write.quantize import quantize, warmup
 
 
 @click.group(context_settings=CONTEXT_SETTINGS)

@@ -39,7 +39,7 @@ def model_argument(
         @click.argument(name, required=not bundled)
         @functools.wraps(command)
         def wrapper(**kwargs: Any) -> None:
-            from tinystories.interop.hub import resolve_model_folder
+            from tinystories.hub.client import resolve_model_folder
 
             kwargs[name] = resolve_model_folder(kwargs[name])
             command(**kwargs)

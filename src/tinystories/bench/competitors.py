@@ -1,0 +1,339 @@
+"""The programs that `tinystories bench` compares, all running the same weights: each is a function from prompts to ids.
+
+`python -m tinystories.bench.competitors NAME PRECISION FOLDER WORKLOAD` runs one of them as a child process;
+`bench_runner.BenchProcess` talks to it over stdin and stdout.
+"""
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tinystories.checkpoint import ModelFiles, sha256, write_json
+from tinystories.config import ModelConfig, SamplingConfig
+from tinystories.engine.protocol import Engine
+from tinystories.errors import UserError
+from tinystories.formats.gguf import format as gguf
+
+Prompts = list[list[int]]
+GenerateFn = Callable[[Prompts, int], Prompts]  # (prompts, n) -> n new ids for each prompt, decoded greedily
+SHAPE_FILE, WEIGHTS_FILE = "shape.json", "model.safetensors"
+# Python packages each program needs; `tinystories` itself needs none.
+REQUIRED_PACKAGES = {
+    "tinystories": (),
+    "torch": ("torch", "jaxtyping"),
+    "transformers": ("torch", "transformers"),
+    "ctranslate2": ("torch", "transformers", "ctranslate2"),
+    "llama.cpp": ("llama_cpp", "gguf"),
+}
+PRECISIONS = {
+    "tinystories": ("fp32", "int8", "int4"),
+    "torch": ("fp32",),
+    "transformers": ("fp32",),
+    "ctranslate2": ("fp32", "int8"),
+    "llama.cpp": ("fp32", "int8", "int4"),
+}
+LLAMA_FILE_TYPES = {"fp32": 0, "int8": 7, "int4": 2}  # LLAMA_FTYPE_ALL_F32, _MOSTLY_Q8_0, _MOSTLY_Q4_0
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """What a benchmark runs: batch size, length and hardware."""
+
+    threads: int
+    # Batch size: sequences that are decoded together.
+    streams: int
+    # Length of one sequence, prompt included.
+    tokens: int
+    device: str = "cpu"
+    # Rows of the LM head that our CPU engine computes (the first ones); 0 computes all.
+    shortlist: int = 0
+
+
+def unavailable_reason(name: str, config: ModelConfig) -> str | None:
+    """Return why program `name` cannot run `config` (continues a sentence: "it ..."); None if it can."""
+    missing = [package for package in REQUIRED_PACKAGES[name] if importlib.util.find_spec(package) is None]
+    if missing:
+        return f"needs {' and '.join(missing)}: pip install 'tinystories-gpt[bench]'"
+    if name == "llama.cpp":
+        return gguf.unsupported_reason(config)
+    if name == "ctranslate2" and not config.qk_norm and config.architecture != "classic":
+        return "is only built for models with QK-norm"
+    if name == "ctranslate2" and not config.scaled_scores:
+        return "scales attention scores"
+    return None
+
+
+def package_version(name: str) -> str:
+    """Return the installed version of the Python package behind program `name`."""
+    package = {"tinystories": "tinystories-gpt", "llama.cpp": "llama-cpp-python"}.get(name, name)
+    return importlib.metadata.version(package)
+
+
+def prepare_files(folder: Path, name: str, precision: str) -> None:
+    """Convert the weights in `folder` to the files that program `name` loads; call it once per precision."""
+    if name == "tinystories":
+        from tinystories.engine.cpu.weights import load_or_quantize
+
+        if precision != "fp32":
+            load_or_quantize(read_model_files(folder), precision)  # type: ignore[arg-type]
+    elif name == "llama.cpp":
+        prepare_gguf(folder, precision)
+    elif name in ("transformers", "ctranslate2"):
+        if not (folder / "hf").exists():
+            prepare_hf(folder)
+        if name == "ctranslate2":
+            from ctranslate2.converters import TransformersConverter
+
+            quantization = "float32" if precision == "fp32" else precision
+            TransformersConverter(str(folder / "hf")).convert(
+                str(folder / f"ct2-{precision}"), quantization=quantization
+            )
+
+
+def prepare_gguf(folder: Path, precision: str) -> None:
+    """Write `fp32.gguf` and let llama.cpp itself quantize it to `precision`."""
+    from tinystories.engine.cpu.weights import load_fp32
+
+    fp32_path = folder / "fp32.gguf"
+    files = read_model_files(folder)
+    if not fp32_path.exists():
+        gguf.write_gguf(files.config, load_fp32(files), fp32_path)
+    if precision == "fp32":
+        return
+    import llama_cpp
+
+    silence_log(llama_cpp)
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype, params.nthread = LLAMA_FILE_TYPES[precision], os.cpu_count() or 1
+    params.pure = precision == "int4"  # otherwise the head is stored in 6 bits, which is slower
+    if llama_cpp.llama_model_quantize(str(fp32_path).encode(), str(folder / f"{precision}.gguf").encode(), params):
+        raise UserError(f"llama.cpp could not quantize these weights to {precision}")
+
+
+def prepare_hf(folder: Path) -> None:
+    """Write `folder/hf` for transformers, with a tokenizer that maps "17" to id 17, which CTranslate2 requires."""
+    from safetensors.torch import load_file
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+    from transformers.utils.logging import disable_progress_bar
+
+    from tinystories.formats.hf.mapping import to_transformers
+
+    disable_progress_bar()
+    config = read_model_files(folder).config
+    to_transformers(config, load_file(folder / WEIGHTS_FILE)).save_pretrained(folder / "hf")
+    id_tokenizer = Tokenizer(WordLevel({str(i): i for i in range(config.vocab_size)}, unk_token="0"))
+    PreTrainedTokenizerFast(tokenizer_object=id_tokenizer, unk_token="0", bos_token="0", eos_token="0").save_pretrained(
+        folder / "hf"
+    )
+
+
+def read_model_files(folder: Path) -> ModelFiles:
+    """Describe the weights in `folder` by its shape file (without a tokenizer)."""
+    shape = json.loads((folder / SHAPE_FILE).read_text(encoding="utf-8"))
+    return ModelFiles(folder, ModelConfig(**shape["config"]), {}, SamplingConfig(), {WEIGHTS_FILE: shape["sha256"]})
+
+
+def write_shape_file(folder: Path, config: ModelConfig) -> None:
+    """Record the config and the weights' SHA-256 in `folder`, for `read_model_files`."""
+    write_json(folder / SHAPE_FILE, {"config": dataclasses.asdict(config), "sha256": sha256(folder / WEIGHTS_FILE)})
+
+
+def make_generator(name: str, precision: str, folder: Path, workload: Workload) -> GenerateFn:
+    """Load program `name` with the files of `prepare_files`."""
+    if name == "tinystories":
+        return make_cpu_generator(folder, precision, workload)
+    return {
+        "torch": make_torch_generator,
+        "transformers": make_transformers_generator,
+        "ctranslate2": make_ctranslate2_generator,
+        "llama.cpp": make_llama_cpp_generator,
+    }[name](folder, precision, workload)
+
+
+def make_cpu_generator(folder: Path, precision: str, workload: Workload) -> GenerateFn:
+    from tinystories.engine.cpu.engine import CpuEngine
+
+    engine = CpuEngine.load(
+        read_model_files(folder),
+        precision=precision,  # type: ignore[arg-type]
+        n_slots=workload.streams,
+        threads=workload.threads,
+        shortlist=np.arange(workload.shortlist) if workload.shortlist else None,
+    )
+    return from_engine(engine)
+
+
+def make_torch_generator(folder: Path, precision: str, workload: Workload) -> GenerateFn:
+    import torch
+
+    from tinystories.engine.torch_engine import TorchEngine
+
+    torch.set_num_threads(workload.threads)
+    return from_engine(
+        TorchEngine.load(
+            read_model_files(folder), n_slots=workload.streams, device=workload.device, precision=precision
+        )
+    )
+
+
+def from_engine(engine: Engine) -> GenerateFn:
+    """Greedy batched decoding with one of our engines."""
+    from tinystories.generate.sampling import sample
+
+    greedy = SamplingConfig(temperature=0.0)
+
+    def generate(prompts: Prompts, n: int) -> Prompts:
+        u = np.zeros(len(prompts), dtype=np.float32)
+        slots = list(range(len(prompts)))
+        generated = [sample(engine.prefill(slot, prompts[slot])[None], greedy, u[:1]) for slot in slots]
+        while len(generated[0]) < n:
+            for ids, new in zip(
+                generated, sample(engine.step(slots, [ids[-1] for ids in generated]), greedy, u), strict=True
+            ):
+                ids.append(new)
+        return generated
+
+    return generate
+
+
+def make_transformers_generator(folder: Path, precision: str, workload: Workload) -> GenerateFn:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(workload.threads)
+    model = AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32).to(workload.device).eval()
+    model.generation_config.eos_token_id = None
+    assert precision == "fp32"
+
+    def generate(prompts: Prompts, n: int) -> Prompts:
+        tokens = torch.tensor(prompts, device=workload.device)
+        with torch.inference_mode():
+            sequences = model.generate(
+                tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=n, do_sample=False, pad_token_id=0
+            )
+        ids: Prompts = sequences[:, tokens.shape[1] :].tolist()
+        return ids
+
+    return generate
+
+
+def make_ctranslate2_generator(folder: Path, precision: str, workload: Workload) -> GenerateFn:
+    from ctranslate2 import Generator
+
+    compute_type = "float32" if precision == "fp32" else precision
+    generator = Generator(
+        str(folder / f"ct2-{precision}"),
+        device=workload.device,
+        compute_type=compute_type,
+        intra_threads=workload.threads,
+    )
+
+    def generate(prompts: Prompts, n: int) -> Prompts:
+        results = generator.generate_batch(
+            [[str(i) for i in prompt] for prompt in prompts],
+            max_length=n,
+            min_length=n,
+            sampling_topk=1,
+            include_prompt_in_result=False,
+        )
+        return [result.sequences_ids[0] for result in results]
+
+    return generate
+
+
+def silence_log(llama: Any) -> None:
+    """Disable llama.cpp's log. The module holds the callback, so that it is not garbage-collected while in use."""
+    llama.tinystories_log = llama.llama_log_callback(lambda *_: None)
+    llama.llama_log_set(llama.tinystories_log, None)
+
+
+def make_llama_cpp_generator(folder: Path, precision: str, workload: Workload) -> GenerateFn:
+    """Use llama.cpp's C API, because the Python class `Llama` adds overhead to every token."""
+    import llama_cpp as llama
+
+    silence_log(llama)
+    llama.llama_backend_init()
+    model = llama.llama_model_load_from_file(
+        str(folder / f"{precision}.gguf").encode(), llama.llama_model_default_params()
+    )
+    params = llama.llama_context_default_params()
+    params.n_ctx, params.n_seq_max = workload.tokens * workload.streams, workload.streams
+    params.n_batch = params.n_ubatch = max(512, workload.streams)
+    params.n_threads = params.n_threads_batch = workload.threads
+    context = llama.llama_init_from_model(model, params) if model else None
+    if not context:
+        raise UserError(f"llama.cpp cannot load {folder / f'{precision}.gguf'}")
+    memory = llama.llama_get_memory(context)
+    batch = llama.llama_batch_init(params.n_batch, 0, 1)
+    vocab_size = read_model_files(folder).config.vocab_size
+
+    def decode_greedy(rows: list[tuple[int, int, int]]) -> list[int]:
+        """Decode rows of (id, position, stream) and return the argmax ids.
+
+        Rows of different streams (a decode step) give one id each; rows of one stream (prefill) give that of the last.
+        """
+        all_rows = len({stream for *_, stream in rows}) == len(rows)
+        batch.n_tokens = len(rows)
+        for i, (token, position, stream) in enumerate(rows):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = token, position, 1, stream
+            batch.logits[i] = all_rows or i == len(rows) - 1
+        if llama.llama_decode(context, batch):
+            raise UserError("llama.cpp's KV cache is too small for these tokens")
+        n = len(rows) if all_rows else 1
+        logits = np.ctypeslib.as_array(llama.llama_get_logits(context), (n, vocab_size))
+        ids: list[int] = logits.argmax(axis=1).tolist()
+        return ids
+
+    def generate(prompts: Prompts, n: int) -> Prompts:
+        llama.llama_memory_clear(memory, True)
+        generated = [decode_greedy([(id, at, s) for at, id in enumerate(prompt)]) for s, prompt in enumerate(prompts)]
+        while len(generated[0]) < n:
+            rows = [(ids[-1], len(prompts[s]) + len(ids) - 1, s) for s, ids in enumerate(generated)]
+            for ids, new in zip(generated, decode_greedy(rows), strict=True):
+                ids.append(new)
+        return generated
+
+    return generate
+
+
+def peak_memory_mb() -> float | None:
+    """Return this process's peak resident memory in MB (10^6 bytes); None where /proc does not exist."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) / 1000 for line in lines if line.startswith("VmHWM")), None)
+
+
+def serve(generate: GenerateFn, requests: Iterator[str]) -> Iterator[dict[str, Any]]:
+    """Answer each JSON line {"prompts", "tokens"} with {"seconds", "ids", "peak_mb"}."""
+    for line in requests:
+        request = json.loads(line)
+        started_at = time.perf_counter()
+        ids = generate(request["prompts"], request["tokens"])
+        yield {"seconds": time.perf_counter() - started_at, "ids": ids, "peak_mb": peak_memory_mb()}
+
+
+def main() -> None:
+    name, precision, folder, workload_json = sys.argv[1:]
+    out = os.fdopen(os.dup(1), "w")  # stdout is for replies; what libraries print goes to stderr
+    os.dup2(2, 1)
+    generate = make_generator(name, precision, Path(folder), Workload(**json.loads(workload_json)))
+    print(json.dumps({"ready": True}), file=out, flush=True)
+    for reply in serve(generate, sys.stdin):
+        print(json.dumps(reply), file=out, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Commands that exchange models with others: export, import, push, fetch."""

@@ -1,0 +1,1 @@
+"""Commands that measure and describe: eval, bench, info."""

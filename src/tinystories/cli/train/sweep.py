@@ -1,0 +1,153 @@
+"""`tinystories sweep`: hyperparameter search."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tinystories.cli.common import CONTEXT_SETTINGS, json_option
+from tinystories.cli.train.train import ensure_prepared, parse_overrides
+from tinystories.config import PRESETS, Config, read_toml
+from tinystories.errors import UserError
+from tinystories.train.distributed import World
+
+if TYPE_CHECKING:
+    from tinystories.sweep.search_space import SearchSpace
+    from tinystories.sweep.study import Plan
+
+
+@click.command(context_settings=CONTEXT_SETTINGS | {"ignore_unknown_options": True, "allow_extra_args": True})
+@click.option(
+    "--config", "config_file", default="nano", show_default=True, help=f"TOML file, or a preset: {', '.join(PRESETS)}."
+)
+@click.option("--data", type=click.Path(path_type=Path), help="Folder written by `tinystories prepare`.")
+@click.option("--out", type=click.Path(path_type=Path), help="Sweep folder.  [default: runs/NAME-sweep of --config]")
+@click.option("--trials", type=click.IntRange(min=1), help="Total, with finished ones.  [default: 20; grid: all]")
+@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Trials to run in parallel.")
+@click.option(
+    "--sampler",
+    type=click.Choice(["tpe", "random", "grid"]),
+    help="tpe: Bayesian, near the best trials so far; random; grid: every combination.  [default: tpe]",
+)
+@click.option(
+    "--prune",
+    type=click.Choice(["none", "median", "hyperband"]),
+    help="Stop a trial early if its evaluations are worse than other trials' were.  [default: none]",
+)
+@click.option("--seed", type=click.IntRange(min=0), help="Seed of the sampler (not train.seed).  [default: 0]")
+@click.option("--resume", is_flag=True, help="Resume the sweep in --out; its settings are stored there.")
+@click.option("--show", is_flag=True, help="Print the table of the sweep in --out, which may be running, and exit.")
+@json_option
+@click.pass_context
+def sweep(
+    context: click.Context,
+    /,
+    config_file: str,
+    data: Path | None,
+    out: Path | None,
+    workers: int,
+    resume: bool,
+    show: bool,
+    as_json: bool,
+    **plan_options: Any,
+) -> int:
+    """Search hyperparameters for the fewest bits per byte. Each trial trains in its own run directory.
+
+    \b
+    A setting with several values is searched; a setting with a single value is fixed:
+      --optim.learning_rate 1e-4:1e-2:log    a range, on a logarithmic scale
+      --schedule.warmup 0:0.2                a range
+      --model.n_embd 64:256:32               every 32nd number in a range
+      --train.batch_size 8,16,32             a list
+      --data.dir choose:data/a,data/b        a list for settings of free text
+      --train.steps 500                      fixed
+    All settings: tinystories train --help
+
+    \b
+    Example: 20 trials, 2 at a time, then 20 more:
+      tinystories sweep --config nano --data data/sample --out runs/rates --trials 20 --workers 2 \\
+        --optim.learning_rate 3e-4:3e-2:log --train.batch_size 8,16,32 --train.steps 300
+      tinystories sweep --out runs/rates --resume --trials 40
+      tinystories train --config runs/rates/best.toml --out runs/best
+
+    Trials are compared by bits per byte on the whole validation set after their last step. Ctrl-C saves them and
+    prints how to resume. The sweep folder holds results.csv, sweep.png, best.toml, sweep.db (Optuna) and trial-NNNN.
+    """
+    from tinystories.sweep.runner import check_runnable
+    from tinystories.sweep.study import merge_plan, read_plan
+
+    if World.from_environment().size > 1:
+        raise UserError("a sweep starts its own processes: run it without torchrun, with --workers N")
+    out = out or Path("runs") / f"{Path(config_file).stem}-sweep"
+    stored_plan = read_plan(out)
+    if show and stored_plan is not None:
+        return print_results(out, as_json)
+    if show:
+        raise UserError(f"--show found no sweep in --out {out}")
+    if stored_plan is not None and not resume:
+        raise UserError(f"--out {out} already holds a sweep; add --resume to continue it, or choose another directory")
+    overrides = parse_overrides(context) | ({"data.dir": str(data)} if data else {})
+    has_config_flag = context.get_parameter_source("config_file") is not click.core.ParameterSource.DEFAULT
+    space = load_search_space(config_file, overrides) if stored_plan is None or overrides or has_config_flag else None
+    if space is not None and (stored_plan is None or space.texts):
+        space.find_valid_config()
+    requested = {name: value for name, value in plan_options.items() if value is not None}
+    merged_plan = merge_plan(stored_plan, space, requested, out)
+    example_config = merged_plan.space.find_valid_config()
+    if data is None and merged_plan.space.data_dirs(example_config) == [example_config.data.dir]:
+        ensure_prepared(example_config)
+    check_runnable(merged_plan, example_config)
+    return run_search(out, merged_plan, example_config, workers, as_json)
+
+
+def load_search_space(config_file: str, overrides: dict[str, str]) -> "SearchSpace":
+    """Return the search space of a preset or TOML file and the command line's settings, which override it."""
+    from tinystories.sweep.search_space import parse_search_space
+
+    return parse_search_space(read_toml(config_file), config_file, overrides)
+
+
+def run_search(out: Path, plan: "Plan", example_config: Config, workers: int, as_json: bool) -> int:
+    """Run the trials, print the results, and return the exit code: 0, or 128 + n after signal n."""
+    from tinystories.sweep.runner import SweepInterrupted, run_sweep
+
+    try:
+        run_sweep(out, plan, example_config, workers)
+    except SweepInterrupted as stop:
+        click.echo(f"{stop}; saved. Resume with: tinystories sweep --out {out} --resume", err=True)
+        return 128 + stop.signal
+    return print_results(out, as_json)
+
+
+def print_results(out: Path, as_json: bool) -> int:
+    """Print the table of a sweep and what to do next; return exit code 0."""
+    from tinystories.sweep.results import at_boundary, find_best, format_table, read_results
+    from tinystories.sweep.study import load_plan, open_study
+
+    study = open_study(out)
+    plan = load_plan(study)
+    assert plan is not None, "the plan was read before"
+    results = read_results(study, plan.space, out)
+    best = find_best(results)
+    click.echo(format_table(results, list(plan.space.texts)))
+    files = [name for name in ("results.csv", "sweep.png", "best.toml") if (out / name).exists()]
+    click.echo(f"\n{out}: {', '.join(files)}")
+    for name in at_boundary(best, plan.space.domains) if best else []:
+        click.echo(
+            f"the best {name} is at the edge of its range {plan.space.texts[name]}: a wider range may hold a better one"
+        )
+    if best is None:
+        click.echo("no trial is complete yet")
+    else:
+        click.echo(
+            f"best: trial {best.number}, {best.bits:.4f} bits per byte. Train with its settings:"
+            f" tinystories train --config {out / 'best.toml'} --out runs/best"
+        )
+    if as_json:
+        trials = [{"trial": r.number, "settings": r.settings} | dataclasses.asdict(r.outcome) for r in results]
+        for trial in trials:
+            del trial["settings_to_blame"]
+        click.echo(json.dumps({"out": str(out), "best": trials[0] if best else None, "trials": trials}))
+    return 0

@@ -1,0 +1,159 @@
+"""`tinystories train`."""
+
+import dataclasses
+import difflib
+import json
+from pathlib import Path
+from typing import get_type_hints
+
+import click
+
+from tinystories.cli.common import CONTEXT_SETTINGS, json_option
+from tinystories.cli.train.prepare import print_prepare_report
+from tinystories.config import PRESETS, Config, load_config
+from tinystories.errors import UserError
+from tinystories.train.distributed import World
+
+
+class SettingsCommand(click.Command):
+    """A click command whose --help also lists every `--SECTION.KEY` setting with its default."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        defaults = load_config("nano")
+        for section in get_type_hints(Config):
+            rows = []
+            for field in dataclasses.fields(getattr(defaults, section)):
+                value = getattr(getattr(defaults, section), field.name)
+                default_text = " | ".join(value) if isinstance(value, tuple) else str(value)
+                default_text = str(value).lower() if isinstance(value, bool) else default_text or "empty"
+                rows.append((f"--{section}.{field.name}", f"{field.metadata['help']}  [{default_text}]"))
+            with formatter.section(f"Settings of [{section}], with the values of preset nano"):
+                formatter.write_dl(rows)
+
+
+@click.command(
+    cls=SettingsCommand, context_settings=CONTEXT_SETTINGS | {"ignore_unknown_options": True, "allow_extra_args": True}
+)
+@click.option(
+    "--config", "config_file", default="nano", show_default=True, help=f"TOML file, or a preset: {', '.join(PRESETS)}."
+)
+@click.option("--data", type=click.Path(path_type=Path), help="Folder written by `tinystories prepare`.")
+@click.option("--out", type=click.Path(path_type=Path), help="Run directory.  [default: runs/NAME of --config]")
+@click.option("--resume", is_flag=True, help="Resume from the last checkpoint in --out.")
+@click.option("--print-config", is_flag=True, help="Print the resolved settings as TOML and exit.")
+@json_option
+@click.pass_context
+def train(
+    context: click.Context,
+    config_file: str,
+    data: Path | None,
+    out: Path | None,
+    resume: bool,
+    print_config: bool,
+    as_json: bool,
+) -> int:
+    """Train a model. Settings come from --config; any --SECTION.KEY VALUE below overrides them.
+
+    \b
+    Ctrl-C saves a checkpoint and prints how to resume. The run directory is a model:
+      tinystories generate runs/nano          read its stories
+      tinystories eval runs/nano --data FILE  measure its bits per byte
+    It also holds loss.png, samples.md, metrics.jsonl and config.toml.
+    """
+    out = out or Path("runs") / Path(config_file).stem
+    overrides = parse_overrides(context)
+    saved_config = out / "config.toml"
+    has_config_flag = context.get_parameter_source("config_file") is not click.core.ParameterSource.DEFAULT
+    source = saved_config if resume and not has_config_flag and saved_config.exists() else config_file
+    config = load_config(source, overrides | ({"data.dir": str(data)} if data else {}))
+    if print_config:
+        from tinystories.config import to_toml
+
+        click.echo(to_toml(config), nl=False)
+        return 0
+    if resume and not saved_config.exists() and World.from_environment().is_main:
+        click.echo(f"no run in {out} yet: starting a new one", err=True)
+    if data is None:
+        ensure_prepared(config)
+    return run_training(config, out, resume=resume, as_json=as_json)
+
+
+def run_training(config: Config, out: Path, *, resume: bool, as_json: bool = False) -> int:
+    """Train, print what to do next, and return the exit code: 0, or 128 + n after signal n."""
+    from tinystories.train.loop import Interrupted
+    from tinystories.train.run import train
+
+    is_main = World.from_environment().is_main
+    try:
+        report = train(config, out, resume=resume)
+    except Interrupted as stop:
+        if not is_main:
+            return 0  # on an error code, torchrun would kill the main process before it has printed how to resume
+        click.echo(f"{stop}; saved. Resume with: tinystories train --out {out} --resume", err=True)
+        return 128 + stop.signum
+    if not is_main:
+        return 0
+    if report is not None:
+        click.echo(f"{report.bits_per_byte:.4f} bits per byte on {report.stories:,} validation stories", err=True)
+    click.echo(f"done: {out} (loss.png, samples.md). Read a story: tinystories generate {out}", err=True)
+    if as_json:
+        score = dataclasses.asdict(report) if report is not None else {}
+        click.echo(json.dumps({"out": str(out), "steps": config.train.steps} | score))
+    return 0
+
+
+def is_finished(run: Path) -> bool:
+    """Return whether the run in a run directory has finished: its last step and its final evaluation are recorded."""
+    metrics = run / "metrics.jsonl"
+    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
+    return bool(lines) and bool(json.loads(lines[-1]).get("final"))
+
+
+def ensure_prepared(config: Config) -> None:
+    """Prepare the data that a config names, unless it exists. `UserError` if several processes would do so at once."""
+    folder = Path(config.data.dir)
+    if (folder / "meta.json").exists():
+        return
+    if World.from_environment().size > 1:
+        raise UserError(
+            f"{folder} holds no prepared data; before starting several processes, prepare it once: tinystories prepare"
+            f" {config.data.source} --tokenizer {config.data.tokenizer} --out {folder}"
+        )
+    from tinystories.data.prepare import prepare as prepare_data
+
+    click.echo(
+        f"{folder} holds no prepared data yet: preparing {config.data.source} ({config.data.tokenizer})", err=True
+    )
+    report = prepare_data(config.data.source, folder, val=config.data.val or None, tokenizer=config.data.tokenizer)
+    print_prepare_report(report)
+
+
+def parse_overrides(context: click.Context) -> dict[str, str]:
+    """Parse what click left over: `--train.steps 40` and `--train.steps=40` become {"train.steps": "40"}."""
+    overrides: dict[str, str] = {}
+    remaining = list(context.args)
+    while remaining:
+        flag = remaining.pop(0)
+        if not flag.startswith("--") or "." not in flag:
+            raise UserError(f"unexpected argument {flag}; {suggest_fix(flag, context.command)}")
+        name, equals, value = flag[2:].partition("=")
+        if not equals:
+            if not remaining:
+                raise UserError(f"--{name} needs a value")
+            value = remaining.pop(0)
+        overrides[name] = value
+    return overrides
+
+
+def suggest_fix(argument: str, command: click.Command) -> str:
+    """Suggest what was meant by an argument that is neither an option nor a setting."""
+    word = argument.removeprefix("--").partition("=")[0]
+    if word in PRESETS:
+        return f"did you mean --config {word}?"
+    defaults = load_config("nano")
+    flags = [name for option in command.params for name in option.opts if name.startswith("--")]
+    for section in get_type_hints(Config):
+        flags += [f"--{section}.{field.name}" for field in dataclasses.fields(getattr(defaults, section))]
+    settings = {flag.removeprefix("--").rpartition(".")[2]: flag for flag in reversed(flags)}
+    matches = difflib.get_close_matches(word, settings, n=1, cutoff=0.7)
+    return f"did you mean {settings[matches[0]]}?" if matches else "settings look like --train.steps 40"

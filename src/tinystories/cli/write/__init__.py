@@ -1,0 +1,1 @@
+"""Commands that write stories, and what they need: generate, quantize, warmup."""

@@ -1,0 +1,1 @@
+"""Models of other programs: read, write and verify each format. No format imports another."""

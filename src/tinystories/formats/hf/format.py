@@ -1,0 +1,215 @@
+"""Hugging Face model folders: written so that `from_pretrained` loads them without custom code, and read."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tinystories import checkpoint
+from tinystories.config import SamplingConfig, build_dataclass
+from tinystories.data.tokenizer import END, Tokenizer, sanitize
+from tinystories.errors import UserError, error_context
+from tinystories.formats.bundle import ModelBundle
+from tinystories.formats.hf.mapping import from_transformers, to_hf_config_and_weights
+from tinystories.formats.tokenizer_conversion import set_end_token
+from tinystories.formats.torch_file import load_state_dict
+
+Array = npt.NDArray[Any]
+
+MODEL_CLASSES = {"gpt2": "GPT2", "gpt_neo": "GPTNeo", "llama": "Llama", "qwen3": "Qwen3"}
+SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+GPT2_VOCAB_SIZE = 50257
+FILE_NAME = re.compile(r"\w[\w.-]{0,199}", re.ASCII)
+INSTALL_HINT = 'verifying a Hugging Face export needs transformers: pip install "tinystories-gpt[export]"'
+
+
+def write(model: ModelBundle, path: Path, precision: str) -> None:
+    """Write the model to a new folder `path`.
+
+    The folder's tokenizer puts END before a text, because the model was trained on stories that begin with END.
+    """
+    assert precision == "f32"
+    settings, weights = to_hf_config_and_weights(model.config, model.weights)
+    end_id = model.tokenizer.end_id
+    special_ids = {"bos_token_id": end_id, "eos_token_id": end_id, "pad_token_id": end_id}
+    settings |= special_ids | {
+        "architectures": [f"{MODEL_CLASSES[settings['model_type']]}ForCausalLM"],
+        "dtype": "float32",
+    }
+    path.mkdir()
+    checkpoint.save_weights(path / checkpoint.WEIGHTS, weights)
+    checkpoint.write_json(path / "config.json", settings)
+    sampling = {name: getattr(model.sampling, name) for name in SAMPLING_FIELDS}
+    if sampling["temperature"] == 0:  # greedy, which transformers expresses as do_sample=false
+        sampling = {"do_sample": False, "repetition_penalty": sampling["repetition_penalty"]}
+    else:
+        sampling["do_sample"] = True
+    checkpoint.write_json(path / "generation_config.json", sampling | special_ids | {"max_length": model.config.n_ctx})
+    bos = {"SpecialToken": {"id": END, "type_id": 0}}
+    parts = model.tokenizer.json_data | {
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [bos, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [bos, {"Sequence": {"id": "A", "type_id": 0}}, bos, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {END: {"id": END, "ids": [end_id], "tokens": [END]}},
+        }
+    }
+    (path / "tokenizer.json").write_text(json.dumps(parts, ensure_ascii=False), encoding="utf-8", newline="\n")
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), END),
+        "model_max_length": model.config.n_ctx,
+        "clean_up_tokenization_spaces": False,
+    }
+    checkpoint.write_json(path / "tokenizer_config.json", tokenizer_config)
+
+
+def next_steps(path: Path) -> str:
+    return f"next, in Python: transformers.pipeline('text-generation', {str(path)!r})('Once upon a time')"
+
+
+def logits(path: Path, ids: list[int]) -> Array:
+    """Return (T, V) logits of the folder's model as transformers computes them.
+
+    `UserError` if transformers is missing, or if its tokenizer encodes the text of `ids` differently from ours.
+    """
+    try:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils.logging import disable_progress_bar
+    except ModuleNotFoundError:
+        raise UserError(INSTALL_HINT) from None
+    disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    our_tokenizer = Tokenizer.load(path)
+    text = our_tokenizer.decode(ids[1:])
+    if tokenizer(text).input_ids != [our_tokenizer.end_id, *our_tokenizer.encode(text)]:
+        raise UserError(
+            "verification failed: transformers' tokenizer encodes a text differently from ours; nothing was written"
+        )
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+    with torch.inference_mode():
+        file_logits: Array = model(torch.tensor([ids])).logits[0].numpy()
+    return file_logits
+
+
+def read(path: Path, tokenizer: Path | None) -> ModelBundle:
+    """Read a folder of model_type gpt2, gpt_neo, llama or qwen3; `UserError` if it is another or damaged.
+
+    `tokenizer`: a tokenizer.json that replaces the folder's own.
+    """
+    with error_context(path):
+        settings = checkpoint.read_json(path / "config.json")
+        config, weights = from_transformers(settings, load_weights(path))
+        generation_path = path / "generation_config.json"
+        generation_config = checkpoint.read_json(generation_path) if generation_path.is_file() else {}
+        return ModelBundle(
+            config=config,
+            weights=weights,
+            tokenizer=load_tokenizer(path, tokenizer, settings, config.vocab_size),
+            sampling=parse_sampling(generation_config, generation_path),
+            provenance={"imported_from": path.name, "format": f"Hugging Face {settings['model_type']}"},
+        )
+
+
+def load_weights(path: Path) -> dict[str, Array]:
+    """Load all weights of a folder, sharded or not, as fp32. No code in the files is run."""
+    for name, read_tensors in ((checkpoint.WEIGHTS, read_safetensors), ("pytorch_model.bin", read_state_dict)):
+        files, index_path = [name], path / f"{name}.index.json"
+        if not (path / name).is_file():
+            if not index_path.is_file():
+                continue
+            weight_map = checkpoint.read_json(index_path).get("weight_map")
+            file_names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+            if not file_names or not all(isinstance(file, str) and FILE_NAME.fullmatch(file) for file in file_names):
+                raise UserError(
+                    f"{index_path} names files outside its folder, or none at all; download the model again"
+                )
+            files = sorted(set(file_names))
+        for file in files:
+            if not (path / file).is_file():
+                raise UserError(f"{path / file} is missing, or not a regular file; download the model again")
+        return {name: weight for file in files for name, weight in read_tensors(path / file)}
+    raise UserError(f"{path} contains no weights (model.safetensors or pytorch_model.bin)")
+
+
+def read_state_dict(path: Path) -> Iterator[tuple[str, Array]]:
+    for name, tensor in load_state_dict(path)[0].items():
+        if tensor.is_floating_point():
+            yield name, tensor.float().numpy(force=True)
+
+
+def read_safetensors(path: Path) -> Iterator[tuple[str, Array]]:
+    """Yield the floating-point tensors of a file as fp32; bf16 is widened by its bits, since NumPy lacks it."""
+    from safetensors import SafetensorError, deserialize
+
+    dtypes = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+    try:
+        tensors = deserialize(path.read_bytes())
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read: {sanitize(error)}") from None
+    for name, info in tensors:
+        if info["dtype"] not in dtypes:
+            continue  # integer buffers such as masks; a missing weight is detected later
+        array = np.frombuffer(info["data"], dtypes[info["dtype"]])
+        if info["dtype"] == "BF16":
+            array = (array.astype(np.uint32) << 16).view(np.float32)
+        with np.errstate(over="ignore"):  # `ModelBundle.check` rejects infinities
+            array = array.reshape(info["shape"]).astype(np.float32, copy=False)
+        yield name, array
+
+
+def load_tokenizer(path: Path, tokenizer_path: Path | None, settings: Mapping[str, Any], vocab_size: int) -> Tokenizer:
+    """Load `tokenizer_path`, else the folder's tokenizer, else GPT-2's if the vocabulary size is GPT-2's.
+
+    END becomes the name of the BOS token (without one, the EOS token) in `settings`, the folder's config.json.
+    """
+    file = tokenizer_path or path / "tokenizer.json"
+    end_id = next((settings[name] for name in ("bos_token_id", "eos_token_id") if settings.get(name) is not None), None)
+    if isinstance(end_id, list) and end_id:
+        end_id = end_id[0]
+    text = (
+        Tokenizer.load(file).json_text if tokenizer_path or file.is_file() else build_tokenizer_json(path, vocab_size)
+    )
+    if end_id is None and json.loads(text)["added_tokens"]:
+        return Tokenizer(text, str(file))
+    if type(end_id) is not int:
+        raise UserError(
+            f"{path}/config.json: bos_token_id and eos_token_id are both missing or invalid; one must be a token id"
+        )
+    return set_end_token(text, end_id, str(file))
+
+
+def build_tokenizer_json(path: Path, vocab_size: int) -> str:
+    """Return a tokenizer.json made of vocab.json and merges.txt, else GPT-2's own if the vocabulary size matches."""
+    from tinystories.data.build_tokenizer import load_gpt2, new_byte_level_bpe
+
+    if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
+        try:
+            lines = (path / "merges.txt").read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError:
+            raise UserError(f"{path}/merges.txt is not UTF-8 text; download the model again") from None
+        merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
+        try:
+            text: str = new_byte_level_bpe(checkpoint.read_json(path / "vocab.json"), merges).to_str()  # type: ignore[arg-type]
+        except Exception as error:  # the Rust library raises plain Exception
+            raise UserError(f"{path}: merges.txt and vocab.json are not a valid tokenizer: {sanitize(error)}") from None
+        return text
+    if vocab_size == GPT2_VOCAB_SIZE:
+        return load_gpt2().json_text
+    raise UserError(f"{path} has no tokenizer; pass one with --tokenizer FILE")
+
+
+def parse_sampling(generation_config: Mapping[str, Any], where: Path) -> SamplingConfig:
+    """Return the sampling settings of generation_config.json, with our defaults for those it lacks."""
+    if generation_config.get("do_sample") is False and "temperature" not in generation_config:
+        return SamplingConfig(temperature=0.0)
+    return build_dataclass(
+        SamplingConfig,
+        {name: generation_config[name] for name in SAMPLING_FIELDS if generation_config.get(name) is not None},
+        str(where),
+    )

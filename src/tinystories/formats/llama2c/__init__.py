@@ -1,0 +1,1 @@
+"""llama2.c checkpoints and their tokenizer.bin."""

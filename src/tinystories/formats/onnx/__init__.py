@@ -1,0 +1,1 @@
+"""ONNX graphs with a KV cache."""

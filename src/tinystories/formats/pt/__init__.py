@@ -1,0 +1,1 @@
+"""State dicts saved by torch.save."""

@@ -1,0 +1,1 @@
+"""Hyperparameter search: many trainings, one study."""

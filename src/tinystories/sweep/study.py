@@ -1,0 +1,156 @@
+"""A sweep on disk: its plan and its trials, stored by Optuna in SWEEP/sweep.db (SQLite)."""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import sqlite3
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tinystories.config import Config
+from tinystories.errors import UserError
+from tinystories.sweep.search_space import SearchSpace
+
+if TYPE_CHECKING:
+    from optuna.pruners import BasePruner
+    from optuna.samplers import BaseSampler
+    from optuna.study import Study
+
+DATABASE = "sweep.db"
+STUDY_NAME = "sweep"  # the only study in the database
+DATABASE_TIMEOUT = 60.0  # seconds to wait while another process holds the SQLite lock
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The request behind a sweep, stored with it. When resuming, only the number of trials may change."""
+
+    space: SearchSpace
+    trials: int = 20  # total over all sessions
+    sampler: str = "tpe"
+    prune: str = "none"
+    seed: int = 0
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> "Plan":
+        values = json.loads(text)
+        return Plan(**values | {"space": SearchSpace(**values["space"])})
+
+    def flatten(self) -> dict[str, Any]:
+        """Return everything that determines the trials, by the name a user types."""
+        fixed = {
+            f"{section}.{key}": value for section, table in self.space.base.items() for key, value in table.items()
+        }
+        options = {"--sampler": self.sampler, "--prune": self.prune, "--seed": self.seed}
+        return fixed | dict(self.space.texts) | options
+
+
+def merge_plan(stored: Plan | None, space: SearchSpace | None, requested: Mapping[str, Any], folder: Path) -> Plan:
+    """Return the plan of this session: the stored one, updated by what the user requested.
+
+    `UserError` if the request contradicts what the sweep in `folder` was started with.
+    """
+    if stored is None:
+        assert space is not None, "a new sweep needs settings"
+        plan = Plan(space, **requested)
+        if plan.sampler == "grid":
+            size = len(space.grid())
+            plan = dataclasses.replace(plan, trials=min(size, requested.get("trials", size)))
+        return Plan.from_json(plan.to_json())
+    plan = dataclasses.replace(stored, space=space or stored.space, **requested)
+    plan = Plan.from_json(plan.to_json())
+    stored_settings, new_settings = stored.flatten(), plan.flatten()
+    for name in [*new_settings, *stored_settings]:
+        stored_value, new_value = stored_settings.get(name, "unset"), new_settings.get(name, "unset")
+        if stored_value != new_value:
+            raise UserError(
+                f"{folder} was started with {name} {stored_value}, not {new_value};"
+                " resume without settings, or choose another --out"
+            )
+    if plan.sampler == "grid":
+        plan = dataclasses.replace(plan, trials=min(plan.trials, len(plan.space.grid())))
+    return plan
+
+
+def read_plan(folder: Path) -> Plan | None:
+    """Return the plan of the sweep in a folder, or None if the folder is empty or absent. Else `UserError`."""
+    if folder.is_file():
+        raise UserError(f"--out {folder} is a file; choose a directory")
+    if (folder / DATABASE).exists():
+        return load_plan(open_study(folder))
+    if folder.exists() and any(path.name != ".lock" for path in folder.iterdir()):
+        raise UserError(f"--out {folder} is not a sweep and not empty; choose another directory")
+    return None
+
+
+def load_plan(study: "Study") -> Plan | None:
+    """Return the plan stored in a study; None if the sweep was killed before it stored one."""
+    text = study.user_attrs.get("plan")
+    return Plan.from_json(text) if text else None
+
+
+def open_study(folder: Path) -> "Study":
+    """Open the study of a sweep, creating it if needed. `UserError` if the database cannot be read."""
+    import optuna
+    from sqlalchemy.engine import URL
+    from sqlalchemy.exc import DatabaseError
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    path = (folder / DATABASE).absolute()
+    url = URL.create("sqlite", database=str(path)).render_as_string(hide_password=False)
+    try:
+        storage = optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": DATABASE_TIMEOUT}})
+        return optuna.create_study(storage=storage, study_name=STUDY_NAME, direction="minimize", load_if_exists=True)
+    except (DatabaseError, RuntimeError) as error:  # not a database, or one of another version of Optuna
+        raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}; choose another --out") from None
+
+
+def make_sampler(plan: Plan, number: int) -> "BaseSampler":
+    """Return the sampler of trial `number`.
+
+    Its seed depends only on the plan's seed and the trial's number, so a resumed sweep draws what an uninterrupted one
+    would, without saved sampler state. With a grid the values are enqueued, and the sampler is not consulted.
+    """
+    import numpy as np
+    from optuna.samplers import RandomSampler, TPESampler
+
+    seed = int(np.random.SeedSequence([plan.seed, number]).generate_state(1)[0])
+    return TPESampler(seed=seed) if plan.sampler == "tpe" else RandomSampler(seed=seed)
+
+
+def make_pruner(plan: Plan, config: Config) -> "BasePruner":
+    """Return the pruner that the plan names. `config` is any valid config of its search space."""
+    from optuna.pruners import HyperbandPruner, MedianPruner, NopPruner
+
+    if plan.prune == "hyperband":
+        return HyperbandPruner(min_resource=config.train.eval_every, max_resource=config.train.steps)
+    return MedianPruner() if plan.prune == "median" else NopPruner()
+
+
+@contextlib.contextmanager
+def exclusive_lock(folder: Path) -> Iterator[None]:
+    """Hold an exclusive lock on the sweep folder; it is released even if the process is killed.
+
+    The lock is SQLite's, on the file SWEEP/.lock. `UserError` if another sweep holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = sqlite3.connect(folder / ".lock", timeout=0, isolation_level=None)
+    try:
+        lock.execute("PRAGMA journal_mode = off")
+        lock.execute("BEGIN EXCLUSIVE")
+    except sqlite3.OperationalError as error:
+        lock.close()
+        raise UserError(
+            f"another sweep is running in {folder} ({error}); watch it with --show, or stop it and add --resume;"
+            " to run trials in parallel, use --workers"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.close()
