@@ -11,7 +11,7 @@ HOOK := --jaxtyping-packages=tinystories.model,tinystories.engine.native_step,ti
 # Options of gpu-kit and gpu-rehearsal; whatever is not given is replaced by a stand-in.
 KIT := $(if $(NANOGPT),--nanogpt "$(NANOGPT)") $(if $(DATA),--data "$(DATA)")
 
-.PHONY: help install demo storyteller test test-slow test-interop test-gpu gpu-kit gpu-rehearsal check format dist clean
+.PHONY: help install demo storyteller test test-all test-slow test-interop test-gpu gpu-kit gpu-rehearsal check format dist clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
@@ -51,10 +51,14 @@ storyteller: install  ## retrain the bundled storyteller: TRAIN=train.txt VAL=va
 	rm -rf runs/storyteller-packed && $(TS) pack runs/storyteller-512 --out runs/storyteller-packed --repetition-penalty 1.2
 	$(PY) benchmarks/storyteller.py runs/storyteller-packed --train "$(TRAIN)" --val "$(VAL)"
 
-test: install  ## fast tests: no network, no GPU
+test: install  ## fast tests, about a minute: no network, no GPU
 	@$(TS) warmup
-	OMP_NUM_THREADS=1 $(PY) -m pytest $(WORKERS) $(HOOK) -m "not compile and not slow and not gpu and not interop"
-	OMP_NUM_THREADS=1 $(PY) -m pytest $(WORKERS) -m "compile and not slow and not gpu and not interop"
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(WORKERS) $(HOOK) -m "not extended and not compile and $(HERE)"
+
+test-all: install  ## everything that CI runs: the fast tests, those that take longer, and torch.compile
+	@$(TS) warmup
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(WORKERS) $(HOOK) -m "not compile and $(HERE)"
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(WORKERS) -m "compile and $(HERE)"
 
 test-slow: install  ## tests that take minutes
 	$(PY) -m pytest -m "slow and not gpu and not interop" --timeout=3600

@@ -46,6 +46,7 @@ def test_bundled_model_is_under_16_mb() -> None:
     assert sum(path.stat().st_size for path in BUNDLED_MODEL.iterdir()) < 16e6
 
 
+@pytest.mark.extended
 def test_bundled_model_scores_what_config_and_card_say() -> None:
     """Scored on the bundled stories, which are not in its training data; TinyStories' own is a slow test."""
     facts, card = read_model(BUNDLED_MODEL).provenance, (BUNDLED_MODEL / "README.md").read_text(encoding="utf-8")
@@ -63,6 +64,7 @@ def test_bundled_model_scores_what_the_card_says_on_tinystories() -> None:
     assert score == pytest.approx(read_model(BUNDLED_MODEL).provenance["val_bits_per_byte"], abs=1e-3)
 
 
+@pytest.mark.extended
 def test_bundled_model_stories_end_and_do_not_loop() -> None:
     stories = tinystories.load().generate(num=24, seed=5, max_tokens=400)
     assert sum(story.stop_reason == "end" for story in stories) >= 21

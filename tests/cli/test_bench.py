@@ -11,6 +11,8 @@ import pytest
 from tinystories.bench import competitors as bench_competitors
 from tinystories.cli import main
 
+pytestmark = pytest.mark.extended
+
 SMALL = ["--preset", "nano", "--vocab", "64", "--runs", "1"]
 PEERS = ["torch:fp32", "transformers:fp32", "ctranslate2:fp32", "llama.cpp:fp32"]
 

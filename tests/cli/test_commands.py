@@ -15,6 +15,8 @@ from tinystories import checkpoint, cli
 from tinystories.data.prepare import prepare
 from tinystories.engine.cpu import jit
 
+pytestmark = pytest.mark.extended
+
 ROOT = Path(__file__).parents[2]
 TINY = "--model.n_layer 1 --model.n_embd 16 --model.n_ff 32 --model.n_head 2 --model.n_ctx 64 --train.device cpu"
 SHORT = "--train.steps 6 --train.batch_size 4 --train.micro_batch 2 --train.log_every 2 --train.eval_every 4"

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.extended
+
 PROGRAM = "from tinystories.cli import main; main()"
 
 # As above, but the process kills itself when the checkpoint of step 8 has its weights and not yet its config.

@@ -11,6 +11,8 @@ from tinystories.checkpoint import BUNDLED_MODEL
 from tinystories.cli.write import original
 from tinystories.config import load_config
 
+pytestmark = pytest.mark.extended
+
 ROOT = Path(__file__).parents[2]
 
 

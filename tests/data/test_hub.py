@@ -21,6 +21,8 @@ from pyarrow import parquet
 
 from tinystories.data.tokenizer import END
 
+pytestmark = pytest.mark.extended
+
 pytest.importorskip("datasets")
 
 READ = """

@@ -19,6 +19,8 @@ from tinystories.data.sources import iter_stories
 from tinystories.data.tokenizer import END, Tokenizer
 from tinystories.errors import UserError
 
+pytestmark = pytest.mark.extended
+
 
 def texts_of(out: Path, split: str) -> list[str]:
     """Decode the stories of a split via the index and the tokenizer; also check the layout."""

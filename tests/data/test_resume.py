@@ -19,6 +19,8 @@ from tinystories.data.prepare import prepare
 from tinystories.data.staging import StagingDir
 from tinystories.errors import UserError
 
+pytestmark = pytest.mark.extended
+
 CHILD = """
 import json, os, signal, sys
 from tinystories.data import reader, staging

@@ -29,6 +29,7 @@ from tinystories.hub.published import read_registry
 from tinystories.model import GPT
 
 pytest.importorskip("huggingface_hub")
+pytestmark = pytest.mark.extended
 
 CONFIG = b'{"model_type": "gpt2"}'
 WEIGHTS = bytes(range(256)) * 40

@@ -20,6 +20,8 @@ from tinystories.errors import UserError
 from tinystories.train import state
 from tinystories.train.distributed import World
 
+pytestmark = pytest.mark.extended
+
 STEPS = 20
 SETTINGS = (
     "--model.n_layer 2 --model.n_embd 16 --model.n_ff 32 --model.n_head 2 --model.n_ctx 32 --optim.kind muon"

@@ -19,6 +19,8 @@ from tinystories.train import estimate, state
 from tinystories.train.loop import Interrupted, Trainer
 from tinystories.train.run import train
 
+pytestmark = pytest.mark.extended
+
 
 def changed(config: Config, section: str, **values: Any) -> Config:
     """The config with some settings of one section replaced."""

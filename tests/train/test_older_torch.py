@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.extended
+
 # Public names that torch 2.13 has and 2.10 has not, in the modules that this package might use.
 NEWER = """
 torch thread_safe_generator

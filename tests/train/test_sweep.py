@@ -27,6 +27,8 @@ from tinystories.sweep.runner import SweepInterrupted, check_runnable, run_sweep
 from tinystories.sweep.search_space import parse_search_space
 from tinystories.sweep.study import Plan, exclusive_lock, merge_plan, open_study, read_plan
 
+pytestmark = pytest.mark.extended
+
 # Bits per byte are 2 + (lg rate + 2)^2 at the end and one more for each step before it; `sample_tokens` hundredths of a
 # second make a step. A trial with a file SWEEP/hold-trial-NNNN waits after the step named there until it is
 # stopped. The rate 1 is not finite; n_layer 7 crashes, 8 is refused before the first step.
