@@ -23,7 +23,7 @@ from tinystories.data.sources import iter_stories
 from tinystories.errors import UserError
 from tinystories.formats.bundle import ModelBundle
 from tinystories.formats.imports import import_model
-from tinystories.formats.pt.pickle_check import check_pickle
+from tinystories.formats.torch_file import check_pickle
 from tinystories.model import GPT
 from tinystories.position_tables import build_sinusoid_table
 
