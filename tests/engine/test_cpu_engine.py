@@ -572,9 +572,13 @@ def test_the_engine_that_is_meant(given: dict[str, Any], expected: str) -> None:
         ({"engine": "cpu", "device": "cuda"}, "device cuda"),
         ({"engine": "cpu", "precision": "bf16"}, "bf16"),
         ({"engine": "torch", "precision": "int8"}, "int8"),
+        ({"engine": "torch", "shortlist": True}, "--shortlist is for the CPU engine"),
+        ({"engine": "torch", "threads": 2}, "--threads is for the CPU engine"),
+        ({"n_slots": 0}, "number of slots must be at least 1, not 0"),
+        ({"threads": 0}, "number of threads must be from 1"),
     ],
     ids=str,
 )
 def test_engines_that_cannot_be_are_refused(given: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        select_engine(EngineConfig(**given))
+        EngineConfig(**given)

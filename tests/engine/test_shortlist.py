@@ -64,9 +64,8 @@ def test_greedy_ids_are_the_same_until_one_is_not_listed(
 ) -> None:
     def ids(listed: Any) -> tuple[int, ...]:
         request = Request(prompt="Once", settings=SamplingConfig(temperature=0), max_tokens=60, ignore_end=True)
-        return generate_all(opened(folder, precision, shortlist_ids=listed), Tokenizer.load(sample_data), [request])[
-            0
-        ].ids
+        engine = opened(folder, precision, shortlist_ids=listed)
+        return generate_all(engine, Tokenizer.load(sample_data), [request])[0].ids
 
     first = ids(None)
     used = np.union1d(first, LIST)

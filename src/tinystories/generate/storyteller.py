@@ -106,7 +106,7 @@ class Storyteller:
         (index, Story) when a story is complete.
 
         The requests are consumed only as slots become free. The storyteller is busy from the first item until the
-        generator is exhausted or closed; a call in between raises `UserError`.
+        generator is exhausted or closed; generating in between raises `UserError`.
         """
         with self._exclusive():
             yield from stream_all(self.engine, self.tokenizer, requests)
