@@ -29,6 +29,7 @@ from tinystories.checkpoint import ModelFiles, state_dict_to_save
 from tinystories.config import SamplingConfig, load_config
 from tinystories.engine.cpu.engine import CpuEngine
 from tinystories.engine.cpu.weights import load_fp32, quantize
+from tinystories.engine.engine_config import EngineConfig
 from tinystories.engine.protocol import Engine
 from tinystories.engine.torch_engine import TorchEngine
 from tinystories.formats.hf.mapping import to_transformers
@@ -69,7 +70,7 @@ def main() -> None:
     }
     if options.device == "cpu":
         for precision, weights in build_cpu_weights(model).items():
-            engine = CpuEngine(config, weights, threads=options.threads)
+            engine = CpuEngine(config, weights, EngineConfig(n_slots=1, threads=options.threads))
             decoders[f"cpu {precision}"] = make_engine_decoder(engine, prompt, options.tokens)
     seconds, ids = time_interleaved(decoders, options.runs)
     for name in ids.keys() - {"cpu int8", "cpu int4"}:

@@ -1,5 +1,6 @@
 """The public API of `import tinystories`."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import tinystories
 from tinystories import checkpoint
 from tinystories.config import ModelConfig, SamplingConfig
 from tinystories.data.tokenizer import Tokenizer
+from tinystories.engine.engine_config import EngineConfig
 from tinystories.engine.sliding_window import sliding_window_logprobs
 from tinystories.errors import UserError
 from tinystories.model import GPT
@@ -82,6 +84,16 @@ def test_score_adds_up_to_what_evaluation_counts(model_folder: Path) -> None:
 def test_invalid_load_options_are_refused(model_folder: Path, options: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         tinystories.load(model_folder, **options)  # type: ignore[arg-type]
+
+
+def test_load_passes_every_setting_of_the_engine_on(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    received = []
+    monkeypatch.setattr(tinystories.Storyteller, "load", lambda _, config: received.append(config))
+    options = {"engine": "cpu", "device": "cpu", "precision": "int4", "n_slots": 3, "threads": 2, "shortlist": True}
+    assert options.keys() == {field.name for field in dataclasses.fields(EngineConfig)}
+    tinystories.load(model_folder, **options)  # type: ignore[arg-type]
+    tinystories.load(model_folder)
+    assert received == [EngineConfig(**options), EngineConfig()]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("model", ["no/such/folder", "hf:owner/name", ""])

@@ -7,6 +7,7 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tinystories.engine.engine_config import EngineConfig
 from tinystories.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,11 +30,12 @@ LAZY_EXPORTS = {
 def load(
     model: str | Path | None = None,
     *,
-    engine: str = "auto",
-    device: "str | torch.device" = "auto",
-    precision: str = "auto",
-    threads: int | None = None,
-    shortlist: bool = False,
+    engine: str = EngineConfig.engine,
+    device: "str | torch.device" = EngineConfig.device,
+    precision: str = EngineConfig.precision,
+    n_slots: int = EngineConfig.n_slots,
+    threads: int | None = EngineConfig.threads,
+    shortlist: bool = EngineConfig.shortlist,
 ) -> "Storyteller":
     """Load a storyteller from a model directory, as written by `tinystories train`, or from the Hub.
 
@@ -42,6 +44,7 @@ def load(
         engine: auto, cpu or torch. auto: torch if CUDA is available, otherwise cpu (no torch needed, starts instantly).
         device: device of the torch engine: auto, cpu, cuda, cuda:1 or mps.
         precision: auto or fp32; int8 or int4 (cpu engine); bf16 (torch engine, if the hardware supports it).
+        n_slots: stories generated at once.
         threads: threads of the CPU engine. None: one per core.
         shortlist: generate only token ids that `tinystories quantize --shortlist` selected; faster (cpu engine).
 
@@ -50,14 +53,11 @@ def load(
     from tinystories.generate.storyteller import Storyteller
     from tinystories.hub.client import resolve_model_folder
 
-    return Storyteller.load(
-        resolve_model_folder(model),
-        engine=engine,
-        device=device,
-        precision=precision,
-        threads=threads,
-        shortlist=shortlist,
+    folder = resolve_model_folder(model)
+    engine_config = EngineConfig(
+        engine=engine, device=device, precision=precision, n_slots=n_slots, threads=threads, shortlist=shortlist
     )
+    return Storyteller.load(folder, engine_config)
 
 
 def __getattr__(name: str) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tinystories import checkpoint, cli
+from tinystories import checkpoint, cli, load
 from tinystories.data.prepare import prepare
 from tinystories.engine.cpu import jit
 
@@ -91,6 +91,15 @@ def test_generate_writes_jsonl_and_txt(run: Path, tmp_path: Path) -> None:
     text = (tmp_path / "s.txt").read_text(encoding="utf-8")
     assert text == "".join(story["text"] + "\n<|endoftext|>\n" for story in stories)
     assert "must end in .txt or .jsonl" in one_line_error(tinystories(*common, "--out", str(tmp_path / "s.doc")))
+
+
+def test_generate_writes_the_stories_of_the_python_api(run: Path, tmp_path: Path) -> None:
+    words = ["--prompt", "The cat", "--num", "10", "--seed", "5", "--max-tokens", "20", "--engine", "cpu"]
+    shown = tinystories("generate", str(run), *words, "--out", str(tmp_path / "s.jsonl"))
+    stories = load(run, engine="cpu").generate("The cat", num=10, seed=5, max_tokens=20)
+    assert shown.stdout == "\n\n---\n\n".join(story.text for story in stories) + "\n"
+    lines = (tmp_path / "s.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["ids"] for line in lines] == [list(story.ids) for story in stories]
 
 
 def test_eval_ends_with_one_json_object(run: Path, sample_data: Path, tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tinystories import checkpoint
 from tinystories.config import SamplingConfig
 from tinystories.data.tokenizer import Tokenizer
-from tinystories.engine.cpu import weights
 from tinystories.engine.cpu.engine import CpuEngine
+from tinystories.engine.engine_config import EngineConfig
 from tinystories.model import GPT
 
 
@@ -17,5 +19,10 @@ def saved(folder: Path, model: GPT, data: Path) -> Path:
     return folder
 
 
-def opened(folder: Path, precision: weights.Precision = "int8", **options: Any) -> CpuEngine:
-    return CpuEngine.load(checkpoint.read_model(folder, check_weights=False), precision=precision, **options)
+def opened(
+    folder: Path, precision: str = "int8", *, shortlist_ids: np.ndarray | None = None, **options: Any
+) -> CpuEngine:
+    files = checkpoint.read_model(folder, check_weights=False)
+    return CpuEngine.load(
+        files, EngineConfig(**{"precision": precision, "n_slots": 1} | options), shortlist_ids=shortlist_ids
+    )

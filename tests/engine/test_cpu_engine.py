@@ -24,6 +24,7 @@ from tinystories.config import ModelConfig, SamplingConfig
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.engine.cpu import jit, quantize, thread_pool, weights
 from tinystories.engine.cpu.engine import CpuEngine
+from tinystories.engine.engine_config import EngineConfig
 from tinystories.engine.select import has_cuda, select_engine
 from tinystories.engine.torch_engine import TorchEngine
 from tinystories.errors import UserError
@@ -44,7 +45,7 @@ def arrays_of(model: GPT) -> dict[str, np.ndarray]:
 
 
 def fp32(model: GPT, **options: Any) -> CpuEngine:
-    return CpuEngine(model.config, arrays_of(model), **options)
+    return CpuEngine(model.config, arrays_of(model), EngineConfig(**{"n_slots": 1} | options))
 
 
 def uncached(model: GPT, ids: list[int]) -> np.ndarray:
@@ -554,26 +555,30 @@ def test_numba_still_works_after_the_machine_code_was_loaded_without_it(folder: 
         ({"device": torch.device("cpu")}, "cpu"),
         ({"precision": "int4"}, "cpu"),
         ({"precision": "bf16"}, "torch"),
-        ({"name": "torch"}, "torch"),
-        ({"name": "cpu", "precision": "fp32"}, "cpu"),
+        ({"engine": "torch"}, "torch"),
+        ({"engine": "cpu", "precision": "fp32"}, "cpu"),
     ],
     ids=str,
 )
 def test_the_engine_that_is_meant(given: dict[str, Any], expected: str) -> None:
-    assert select_engine(**given) == expected
+    assert select_engine(EngineConfig(**given)) == expected
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"name": "gpu"}, "engine gpu"),
+        ({"engine": "gpu"}, "engine gpu"),
         ({"precision": "int3"}, "precision int3"),
-        ({"name": "cpu", "device": "cuda"}, "device cuda"),
-        ({"name": "cpu", "precision": "bf16"}, "bf16"),
-        ({"name": "torch", "precision": "int8"}, "int8"),
+        ({"engine": "cpu", "device": "cuda"}, "device cuda"),
+        ({"engine": "cpu", "precision": "bf16"}, "bf16"),
+        ({"engine": "torch", "precision": "int8"}, "int8"),
+        ({"engine": "torch", "shortlist": True}, "--shortlist is for the CPU engine"),
+        ({"engine": "torch", "threads": 2}, "--threads is for the CPU engine"),
+        ({"n_slots": 0}, "number of slots must be at least 1, not 0"),
+        ({"threads": 0}, "number of threads must be from 1"),
     ],
     ids=str,
 )
 def test_engines_that_cannot_be_are_refused(given: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        select_engine(**given)
+        EngineConfig(**given)

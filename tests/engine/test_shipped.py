@@ -14,6 +14,7 @@ from tinystories.data.tokenizer import Tokenizer
 from tinystories.engine.cpu.engine import CpuEngine
 from tinystories.engine.cpu.int8_model import write_int8_model
 from tinystories.engine.cpu.weights import load_fp32
+from tinystories.engine.engine_config import EngineConfig
 from tinystories.engine.torch_engine import TorchEngine
 from tinystories.errors import UserError
 from tinystories.model import GPT
@@ -64,10 +65,10 @@ def test_other_engines_and_precisions_have_the_rounded_weights(whole: Path, smal
         assert rounded[name].shape == weight.shape
         step = np.abs(weight).max(axis=-1, keepdims=True) / 127 if weight.ndim == 2 else 0
         assert (np.abs(rounded[name] - weight) <= 0.51 * step).all()
-    exact = CpuEngine.load(files, precision="fp32").prefill(0, IDS)
-    assert np.abs(TorchEngine.load(files, device="cpu").prefill(0, IDS) - exact).max() < 1e-4
-    assert np.abs(CpuEngine.load(files, precision="int8").prefill(0, IDS) - exact).max() < 0.01
-    assert np.corrcoef(CpuEngine.load(files, precision="int4").prefill(0, IDS), exact)[0, 1] > 0.9
+    exact = CpuEngine.load(files, EngineConfig(precision="fp32")).prefill(0, IDS)
+    assert np.abs(TorchEngine.load(files, EngineConfig(device="cpu")).prefill(0, IDS) - exact).max() < 1e-4
+    assert np.abs(CpuEngine.load(files, EngineConfig(precision="int8")).prefill(0, IDS) - exact).max() < 0.01
+    assert np.corrcoef(CpuEngine.load(files, EngineConfig(precision="int4")).prefill(0, IDS), exact)[0, 1] > 0.9
 
 
 @pytest.mark.parametrize("engine", [CpuEngine, TorchEngine])

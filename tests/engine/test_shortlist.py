@@ -18,6 +18,7 @@ from tinystories.data.dataset import open_split
 from tinystories.data.prepare import prepare
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.engine.cpu import shortlist, weights
+from tinystories.engine.engine_config import EngineConfig
 from tinystories.engine.select import load_engine
 from tinystories.errors import UserError
 from tinystories.generate.batching import Request, generate_all
@@ -43,7 +44,7 @@ def test_logits_of_listed_ids_are_those_of_the_whole_head(
 ) -> None:
     """Bit for bit, after prompts and steps, in one stream and in several; -inf elsewhere."""
     folder = saved(tmp_path / "model", build(vocab_size=400, **shape), sample_data)
-    whole, short = (opened(folder, precision, n_slots=3, shortlist=ids) for ids in (None, LIST))
+    whole, short = (opened(folder, precision, n_slots=3, shortlist_ids=ids) for ids in (None, LIST))
     outside = np.setdiff1d(np.arange(400), LIST)
     for ask in (
         lambda engine: np.stack([engine.prefill(slot, IDS[slot:]) for slot in range(3)]),
@@ -63,7 +64,8 @@ def test_greedy_ids_are_the_same_until_one_is_not_listed(
 ) -> None:
     def ids(listed: Any) -> tuple[int, ...]:
         request = Request(prompt="Once", settings=SamplingConfig(temperature=0), max_tokens=60, ignore_end=True)
-        return generate_all(opened(folder, precision, shortlist=listed), Tokenizer.load(sample_data), [request])[0].ids
+        engine = opened(folder, precision, shortlist_ids=listed)
+        return generate_all(engine, Tokenizer.load(sample_data), [request])[0].ids
 
     first = ids(None)
     used = np.union1d(first, LIST)
@@ -83,7 +85,7 @@ def test_greedy_ids_are_the_same_until_one_is_not_listed(
 def test_no_setting_draws_another_id(folder: Path, sample_data: Path, settings: dict[str, Any]) -> None:
     chosen = SamplingConfig(**{"temperature": 1.0, "min_p": 0.0} | settings)
     requests = [Request(settings=chosen, max_tokens=60, ignore_end=True, number=i) for i in range(4)]
-    stories = generate_all(opened(folder, n_slots=4, shortlist=LIST), Tokenizer.load(sample_data), requests)
+    stories = generate_all(opened(folder, n_slots=4, shortlist_ids=LIST), Tokenizer.load(sample_data), requests)
     drawn = {token for story in stories for token in story.ids}
     assert len(drawn) > 5
     assert drawn <= set(LIST.tolist())
@@ -91,7 +93,7 @@ def test_no_setting_draws_another_id(folder: Path, sample_data: Path, settings: 
 
 def test_a_shortlist_scores_nothing(folder: Path) -> None:
     with pytest.raises(UserError, match="score without --shortlist"):
-        opened(folder, shortlist=LIST).logprobs([[1, 2]])
+        opened(folder, shortlist_ids=LIST).logprobs([[1, 2]])
 
 
 @pytest.mark.parametrize("n", [100, 180, 195])
@@ -205,8 +207,9 @@ def test_lists_that_are_not_whole_are_refused(
 
 
 def test_engines_that_cannot_use_one_say_so(folder: Path) -> None:
-    given: dict[str, Any] = {"device": "auto", "precision": "auto", "n_slots": 1, "shortlist": True}
     with pytest.raises(UserError, match="add --engine cpu"):
-        load_engine(folder, engine="torch", **given)
+        EngineConfig(engine="torch", shortlist=True)
+    with pytest.raises(UserError, match="add --engine cpu"):
+        load_engine(folder, EngineConfig(device="cuda", shortlist=True))
     with pytest.raises(UserError, match="has no shortlist; make one with: tinystories quantize"):
-        load_engine(folder, engine="cpu", **given)
+        load_engine(folder, EngineConfig(engine="cpu", shortlist=True))

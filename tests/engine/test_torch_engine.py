@@ -17,6 +17,7 @@ from tinystories import checkpoint
 from tinystories.config import SamplingConfig
 from tinystories.data.build_tokenizer import build_from_spec as build_tokenizer
 from tinystories.engine import torch_engine
+from tinystories.engine.engine_config import EngineConfig
 from tinystories.engine.torch_engine import TorchEngine, group_by_length
 from tinystories.errors import UserError
 from tinystories.model import GPT
@@ -247,7 +248,7 @@ def test_loads_a_model_directory(build: Build, shape: dict[str, object], tmp_pat
     model = build(**shape | {"vocab_size": tokenizer.vocab_size})
     with checkpoint.atomic_directory(tmp_path / "model") as draft:
         checkpoint.write_model(draft, model, tokenizer, SamplingConfig(), {})
-    engine = TorchEngine.load(checkpoint.read_model(tmp_path / "model"), n_slots=2, device="cpu")
+    engine = TorchEngine.load(checkpoint.read_model(tmp_path / "model"), EngineConfig(n_slots=2, device="cpu"))
     close(engine.prefill(1, IDS[:5]), uncached(model, IDS)[4])
     close(engine.step([1], [IDS[5]]), uncached(model, IDS)[5:6])
 

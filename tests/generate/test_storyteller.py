@@ -1,14 +1,20 @@
+import concurrent.futures
 import dataclasses
+import gc
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tinystories.cli.write.generate import print_stories
 from tinystories.config import SamplingConfig
 from tinystories.data.tokenizer import END, Tokenizer
 from tinystories.errors import UserError
-from tinystories.generate.batching import Request
+from tinystories.generate.batching import Request, Story
+from tinystories.generate.output import STORY_SEPARATOR
 from tinystories.generate.storyteller import Storyteller
 
 DEFAULTS = SamplingConfig(temperature=0.9, top_k=50, min_p=0.0)
@@ -89,6 +95,91 @@ def test_closing_a_stream_frees_the_engine(teller: Storyteller) -> None:
     pieces.close()
     assert teller.engine.content == {}  # type: ignore[attr-defined]
     teller.generate("The")
+
+
+def requests(teller: Storyteller, num: int) -> list[Request]:
+    first = teller.build_request("The", {"seed": 5, "max_tokens": 20})
+    return [dataclasses.replace(first, number=number) for number in range(num)]
+
+
+def test_events_give_the_stories_of_generate_and_their_text(teller: Storyteller) -> None:
+    events = list(teller.events(requests(teller, 4)))
+    stories = {index: item for index, item in events if isinstance(item, Story)}
+    texts = {i: "".join(item for index, item in events if index == i and isinstance(item, str)) for i in range(4)}
+    expected = teller.generate("The", seed=5, max_tokens=20, num=4)
+    assert [stories[i].ids for i in range(4)] == [story.ids for story in expected]
+    assert [texts[i] for i in range(4)] == [story.continuation for story in expected]
+
+
+def test_open_events_refuse_a_call_of_another_thread_and_go_on(teller: Storyteller) -> None:
+    expected = [(i, item) for i, item in teller.events(requests(teller, 4)) if isinstance(item, str)]
+    events = teller.events(requests(teller, 4))
+    head = [next(events)]
+    calls: list[Callable[[], object]] = [
+        lambda: teller.generate("The"),
+        lambda: next(teller.stream("The")),
+        lambda: next(teller.events(requests(teller, 2))),
+    ]
+    with concurrent.futures.ThreadPoolExecutor(1) as other_thread:
+        for call in calls:
+            with pytest.raises(UserError, match="still open"):
+                other_thread.submit(call).result()
+    assert [(i, item) for i, item in [*head, *events] if isinstance(item, str)] == expected
+    teller.generate("The", max_tokens=3)
+
+
+def test_events_reserve_the_storyteller_from_the_first_item_on(teller: Storyteller) -> None:
+    events = teller.events(requests(teller, 2))
+    teller.generate("The", max_tokens=3)
+    next(events)
+    with pytest.raises(UserError, match="still open"):
+        teller.generate("The")
+    events.close()
+
+
+@pytest.mark.parametrize("name", ["events", "stream"])
+def test_a_dropped_iterator_frees_slots_and_lock(teller: Storyteller, name: str) -> None:
+    iterator: Iterator[object] = (
+        teller.stream("The", seed=1) if name == "stream" else teller.events(requests(teller, 4))
+    )
+    next(iterator)
+    assert teller.engine.content  # type: ignore[attr-defined]
+    del iterator
+    gc.collect()
+    assert teller.engine.content == {}  # type: ignore[attr-defined]
+    teller.generate("The", max_tokens=3)
+
+
+def test_an_interrupt_frees_slots_and_lock(teller: Storyteller, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(teller.engine, "step", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            teller.generate("The", seed=1, num=4)
+    assert teller.engine.content == {}  # type: ignore[attr-defined]
+    teller.generate("The", max_tokens=3)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_the_command_prints_the_stories_of_generate(
+    teller: Storyteller, capsys: pytest.CaptureFixture[str], tmp_path: Path, stream: bool
+) -> None:
+    out = tmp_path / "stories.jsonl"
+    print_stories(teller, requests(teller, 1)[0], 4, stream=stream, out=out)
+    stories = teller.generate("The", seed=5, max_tokens=20, num=4)
+    assert capsys.readouterr().out == STORY_SEPARATOR.join(story.text for story in stories) + "\n"
+    written = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert [line["ids"] for line in written] == [list(story.ids) for story in stories]
+
+
+def test_the_command_reserves_the_storyteller(teller: Storyteller) -> None:
+    events = teller.events(requests(teller, 2))
+    next(events)
+    with pytest.raises(UserError, match="still open"):
+        print_stories(teller, requests(teller, 1)[0], 1, stream=True, out=None)
+    events.close()
 
 
 def test_score_gives_each_token_and_the_end(teller: Storyteller, tokenizer: Tokenizer) -> None:

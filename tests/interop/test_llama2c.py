@@ -20,6 +20,7 @@ from tinystories.data.build_tokenizer import train_bpe
 from tinystories.data.sources import iter_stories
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.engine.cpu.weights import expected_shapes
+from tinystories.engine.engine_config import EngineConfig
 from tinystories.errors import UserError
 from tinystories.formats.bundle import ModelBundle
 from tinystories.formats.exports import export
@@ -275,7 +276,7 @@ BEGINNING = (
 
 @pytest.mark.parametrize("engine", ["cpu", "torch"])
 def test_the_published_model_tells_its_story(published: Path, engine: str) -> None:
-    teller = Storyteller.load(published, engine=engine, n_slots=1)
+    teller = Storyteller.load(published, EngineConfig(engine=engine, n_slots=1))
     story = teller.generate("Once upon a time", temperature=0, max_tokens=100)
     assert story.text.startswith(BEGINNING)
 
@@ -308,7 +309,7 @@ def told(program: Path, checkpoint: Path, prompt: str) -> str:
 @pytest.mark.interop
 def test_run_c_tells_what_we_tell(programs: Path, published: Path, tmp_path: Path) -> None:
     export(ModelBundle.read(published), "llama2c", tmp_path / "m.bin")
-    teller = Storyteller.load(published, engine="cpu", precision="fp32", n_slots=1)
+    teller = Storyteller.load(published, EngineConfig(engine="cpu", precision="fp32", n_slots=1))
     story = teller.generate("Once upon a time", temperature=0, max_tokens=100)
     theirs = told(programs / "run", tmp_path / "m.bin", "Once upon a time")
     assert len(theirs) > 200
@@ -320,7 +321,7 @@ def test_run_c_reads_our_own_vocabulary(programs: Path, model: ModelBundle, tmp_
     """It puts a space in front, so it tells what we tell after one; it prints no bytes that are no text."""
     model.write(tmp_path / "model")
     export(model, "llama2c", tmp_path / "m.bin")
-    teller = Storyteller.load(tmp_path / "model", engine="cpu", precision="fp32", n_slots=1)
+    teller = Storyteller.load(tmp_path / "model", EngineConfig(engine="cpu", precision="fp32", n_slots=1))
     story = teller.generate(" Once upon a time", temperature=0, max_tokens=12)
     theirs = told(programs / "run", tmp_path / "m.bin", "Once upon a time")
     theirs, ours = (re.sub(r"[^ -~]", "", text) for text in (theirs, story.text.lstrip()))

@@ -19,6 +19,7 @@ import numpy as np
 
 from tinystories.checkpoint import ModelFiles, sha256, write_json
 from tinystories.config import ModelConfig, SamplingConfig
+from tinystories.engine.engine_config import EngineConfig
 from tinystories.engine.protocol import Engine
 from tinystories.errors import UserError
 from tinystories.formats.gguf import format as gguf
@@ -166,10 +167,8 @@ def make_cpu_generator(folder: Path, precision: str, workload: Workload) -> Gene
 
     engine = CpuEngine.load(
         read_model_files(folder),
-        precision=precision,  # type: ignore[arg-type]
-        n_slots=workload.streams,
-        threads=workload.threads,
-        shortlist=np.arange(workload.shortlist) if workload.shortlist else None,
+        EngineConfig(precision=precision, n_slots=workload.streams, threads=workload.threads),
+        shortlist_ids=np.arange(workload.shortlist) if workload.shortlist else None,
     )
     return from_engine(engine)
 
@@ -182,7 +181,8 @@ def make_torch_generator(folder: Path, precision: str, workload: Workload) -> Ge
     torch.set_num_threads(workload.threads)
     return from_engine(
         TorchEngine.load(
-            read_model_files(folder), n_slots=workload.streams, device=workload.device, precision=precision
+            read_model_files(folder),
+            EngineConfig(n_slots=workload.streams, device=workload.device, precision=precision),
         )
     )
 

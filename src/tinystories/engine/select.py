@@ -4,42 +4,29 @@ import ctypes
 import importlib.metadata
 import importlib.util
 import sys
-from typing import Any, Literal
+from pathlib import Path
+from typing import Literal
 
 from tinystories.checkpoint import ModelFiles, read_model
+from tinystories.engine.engine_config import QUANTIZED_PRECISIONS, EngineConfig
 from tinystories.engine.protocol import Engine
 from tinystories.errors import UserError
 
 EngineName = Literal["torch", "cpu"]
-ENGINES = ("auto", "cpu", "torch")
-ENGINE_PRECISIONS = ("auto", "fp32", "bf16", "int8", "int4")
-QUANTIZED_PRECISIONS = ("int8", "int4")
 
 
-def select_engine(name: str = "auto", device: Any = "auto", precision: str = "auto") -> EngineName:
+def select_engine(config: EngineConfig) -> EngineName:
     """Return the engine to use. `auto` is the torch engine if CUDA and torch with GPU support are available, or if bf16
     or a device other than the CPU is requested; otherwise the CPU engine.
-
-    Raises `UserError` for unknown names and for a device or precision that the engine does not support.
     """
-    if name not in ENGINES:
-        raise UserError(f"engine {name} is unknown; use one of {', '.join(ENGINES)}")
-    if precision not in ENGINE_PRECISIONS:
-        raise UserError(f"precision {precision} is unknown; use one of {', '.join(ENGINE_PRECISIONS)}")
-    device = str(device)
-    if name == "cpu" and device not in ("auto", "cpu"):
-        raise UserError(f"the CPU engine does not run on device {device}; use --engine torch")
-    if name == "cpu" and precision == "bf16":
-        raise UserError("the CPU engine does not support bf16; use fp32, int8 or int4, or --engine torch")
-    if name == "torch" and precision in QUANTIZED_PRECISIONS:
-        raise UserError(f"the torch engine does not support {precision}; use fp32 or bf16, or --engine cpu")
-    if name == "cpu":
+    if config.engine == "cpu":
         return "cpu"
-    if name == "torch" or precision == "bf16" or device not in ("auto", "cpu"):
+    device = str(config.device)
+    if config.engine == "torch" or config.precision == "bf16" or device not in ("auto", "cpu"):
         return "torch"
     return (
         "torch"
-        if device == "auto" and precision not in QUANTIZED_PRECISIONS and is_gpu_torch_available() and has_cuda()
+        if device == "auto" and config.precision not in QUANTIZED_PRECISIONS and is_gpu_torch_available() and has_cuda()
         else "cpu"
     )
 
@@ -61,37 +48,20 @@ def has_cuda() -> bool:
     return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
 
 
-def load_engine(
-    model: Any,
-    *,
-    engine: str,
-    device: Any,
-    precision: str,
-    n_slots: int,
-    threads: int | None = None,
-    shortlist: bool = False,
-) -> tuple[ModelFiles, Engine]:
+def load_engine(model: str | Path, config: EngineConfig) -> tuple[ModelFiles, Engine]:
     """Read a model directory and load an engine for it.
-
-    `shortlist` restricts generation to the ids of the model's shortlist; `threads` is only for the CPU engine.
 
     Raises `UserError` if the model is missing or damaged, or if the engine does not support the request or cannot run
     on this machine.
     """
-    if select_engine(engine, device, precision) == "cpu":
-        from tinystories.engine.cpu import shortlist as short
+    if select_engine(config) == "cpu":
         from tinystories.engine.cpu.engine import CpuEngine
+        from tinystories.engine.cpu.shortlist import read_shortlist
 
         files = read_model(model, check_weights=False)
-        cpu_precision: Any = "int8" if precision == "auto" else precision
-        shortlist_ids = short.read_shortlist(files) if shortlist else None
-        return files, CpuEngine.load(
-            files, precision=cpu_precision, n_slots=n_slots, threads=threads, shortlist=shortlist_ids
-        )
-    if shortlist:
-        raise UserError("--shortlist is for the CPU engine: add --engine cpu")
-    if threads is not None:
-        raise UserError("--threads is for the CPU engine; set OMP_NUM_THREADS for the torch engine")
+        shortlist_ids = read_shortlist(files) if config.shortlist else None
+        return files, CpuEngine.load(files, config, shortlist_ids=shortlist_ids)
+    config.check_torch()
     files = read_model(model)
     try:
         from tinystories.engine.torch_engine import TorchEngine
@@ -102,4 +72,4 @@ def load_engine(
         raise UserError(
             f"the torch engine needs {error.name}, which is not installed; run: {install_command}"
         ) from None
-    return files, TorchEngine.load(files, n_slots=n_slots, device=device, precision=precision)
+    return files, TorchEngine.load(files, config)

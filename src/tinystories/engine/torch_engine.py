@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from tinystories.engine.cuda_graph import CudaGraphStep
 from tinystories.engine.device import Precision, select_device, select_precision
+from tinystories.engine.engine_config import DEFAULT_ENGINE_CONFIG, EngineConfig
 from tinystories.engine.native_step import MAX_NATIVE_ROWS, NativeStep
 from tinystories.engine.protocol import Ids, Logits, validate_context, validate_sequences, validate_slot, validate_step
 from tinystories.errors import UserError
@@ -59,14 +60,12 @@ class TorchEngine:
             cast_linears_to_bf16(model)
 
     @classmethod
-    def load(
-        cls, files: "ModelFiles", *, n_slots: int = 1, device: str | torch.device = "auto", precision: str = "auto"
-    ) -> "TorchEngine":
+    def load(cls, files: "ModelFiles", engine_config: EngineConfig = DEFAULT_ENGINE_CONFIG) -> "TorchEngine":
         """Load the model of a model directory (weights in fp32, or dequantized if it has only int8 weights)."""
         from tinystories.checkpoint import copy_into_model, load_weights
 
-        device = select_device(device)
-        select_precision(device, precision)  # raise before reading the weights
+        device = select_device(engine_config.device)
+        precision = select_precision(device, engine_config.precision)  # raise before reading the weights
         model = GPT(files.config)
         if files.is_int8_only:
             from tinystories.engine.cpu.weights import dequantize
@@ -76,7 +75,7 @@ class TorchEngine:
             )
         else:
             load_weights(files, model)
-        return cls(model.eval(), n_slots=n_slots, device=device, precision=precision, owns_model=True)
+        return cls(model.eval(), n_slots=engine_config.n_slots, device=device, precision=precision, owns_model=True)
 
     def prefill(self, slot: int, ids: Ids) -> Logits:
         array = validate_context(ids, self.config)

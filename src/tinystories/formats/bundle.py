@@ -13,6 +13,7 @@ from tinystories.config import ModelConfig, SamplingConfig
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.engine.cpu.engine import CpuEngine, CpuKVCache
 from tinystories.engine.cpu.weights import expected_shapes, load_fp32
+from tinystories.engine.engine_config import EngineConfig
 from tinystories.errors import UserError, quoted
 
 Array = npt.NDArray[Any]
@@ -75,6 +76,6 @@ class ModelBundle:
 
     def logits(self, ids: npt.ArrayLike) -> npt.NDArray[np.float32]:
         """Return (T, V) logits of our CPU engine in fp32, one row for each of the T ids."""
-        engine = CpuEngine(self.config, self.weights)
+        engine = CpuEngine(self.config, self.weights, EngineConfig(n_slots=1))
         chunks = engine.forward_chunks(CpuKVCache(self.config, 1), 0, np.asarray(ids, np.int64), all_logits=True)
         return np.concatenate([logits for _, logits in chunks])

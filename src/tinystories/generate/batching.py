@@ -120,7 +120,12 @@ def generate(
 
 def generate_all(engine: Engine, tokenizer: Tokenizer, requests: Iterable[Request]) -> list[Story]:
     """Generate all stories, batched over the engine's slots; return them in the order of the requests."""
-    stories = {i: item for i, item in stream_all(engine, tokenizer, requests) if isinstance(item, Story)}
+    return collect_stories(stream_all(engine, tokenizer, requests))
+
+
+def collect_stories(events: Iterable[tuple[int, str | Story]]) -> list[Story]:
+    """Return the stories among the events of `stream_all`, in the order of the requests."""
+    stories = {i: item for i, item in events if isinstance(item, Story)}
     return [stories[i] for i in sorted(stories)]
 
 

@@ -15,7 +15,7 @@ STORY_SEPARATOR = "\n\n---\n\n"  # between stories on the screen
 def reorder(events: Iterable[tuple[int, str | Story]], on_story: Callable[[Story], None]) -> Iterator[str]:
     """Yield the text of concurrently generated stories as if they were generated one after the other.
 
-    `events` are those of `batching.stream_all`. The first unfinished story streams, the text of later ones is buffered.
+    `events` are those of `Storyteller.events`. The first unfinished story streams, the text of later ones is buffered.
     Prompts are not part of the text. `on_story` is called with each Story when all its text has been yielded, in order.
     """
     current, buffered, finished = 0, dict[int, str](), dict[int, Story]()

@@ -5,22 +5,18 @@ import dataclasses
 import difflib
 import secrets
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack, overload
+from typing import Any, TypedDict, Unpack, overload
 
 from tinystories.config import SamplingConfig
 from tinystories.data.tokenizer import END, Tokenizer
+from tinystories.engine.engine_config import DEFAULT_ENGINE_CONFIG, EngineConfig
 from tinystories.engine.protocol import Engine
 from tinystories.engine.select import load_engine
 from tinystories.engine.sliding_window import sliding_window_logprobs
 from tinystories.errors import UserError
-from tinystories.generate.batching import Request, Story, check_text, generate_all, stream_all
-
-if TYPE_CHECKING:
-    import torch
-
-N_SLOTS = 8  # default number of stories generated at once
+from tinystories.generate.batching import Request, Story, check_text, collect_stories, stream_all
 
 
 class GenerationOptions(TypedDict, total=False):
@@ -62,32 +58,14 @@ class Storyteller:
         self._lock = threading.Lock()
 
     @classmethod
-    def load(
-        cls,
-        model: str | Path,
-        *,
-        engine: str = "auto",
-        device: "str | torch.device" = "auto",
-        precision: str = "auto",
-        n_slots: int = N_SLOTS,
-        threads: int | None = None,
-        shortlist: bool = False,
-    ) -> "Storyteller":
+    def load(cls, model: str | Path, engine_config: EngineConfig = DEFAULT_ENGINE_CONFIG) -> "Storyteller":
         """Load a model directory.
 
-        With `shortlist`, only the ids selected by `tinystories quantize --shortlist` are generated, and scoring is not
+        With a shortlist, only the ids selected by `tinystories quantize --shortlist` are generated, and scoring is not
         available. Raises `UserError` if the model is missing or damaged, or if the engine cannot run on this machine.
         """
-        files, loaded_engine = load_engine(
-            model,
-            engine=engine,
-            device=device,
-            precision=precision,
-            n_slots=n_slots,
-            threads=threads,
-            shortlist=shortlist,
-        )
-        return cls(loaded_engine, files.tokenizer(), files.sampling)
+        files, engine = load_engine(model, engine_config)
+        return cls(engine, files.tokenizer(), files.sampling)
 
     @overload
     def generate(self, prompt: str = "", *, num: None = None, **options: Unpack[GenerationOptions]) -> Story: ...
@@ -106,8 +84,8 @@ class Storyteller:
             raise UserError(f"num={num} must be at least 1")
         first = self.build_request(prompt, options)
         requests = (dataclasses.replace(first, number=number) for number in range(num or 1))
-        with self._exclusive():
-            stories = generate_all(self.engine, self.tokenizer, requests)
+        with contextlib.closing(self.events(requests)) as events:
+            stories = collect_stories(events)
         return stories[0] if num is None else stories
 
     def stream(self, prompt: str = "", **options: Unpack[GenerationOptions]) -> Generator[str, None, None]:
@@ -118,10 +96,20 @@ class Storyteller:
         return self._stream_request(self.build_request(prompt, options))
 
     def _stream_request(self, request: Request) -> Generator[str, None, None]:
-        with self._exclusive(), contextlib.closing(stream_all(self.engine, self.tokenizer, [request])) as events:
+        with contextlib.closing(self.events([request])) as events:
             for _, item in events:
                 if isinstance(item, str):
                     yield item
+
+    def events(self, requests: Iterable[Request]) -> Generator[tuple[int, str | Story], None, None]:
+        """Generate several stories at once; yield (index of the request, piece of text) as text is generated, and
+        (index, Story) when a story is complete.
+
+        The requests are consumed only as slots become free. The storyteller is busy from the first item until the
+        generator is exhausted or closed; generating in between raises `UserError`.
+        """
+        with self._exclusive():
+            yield from stream_all(self.engine, self.tokenizer, requests)
 
     def score(self, text: str) -> list[TokenScore]:
         """Return the score of each token of a story and of its closing END, by the protocol of docs/evaluation.md.

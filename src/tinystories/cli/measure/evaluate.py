@@ -65,7 +65,7 @@ def evaluate(
     Each story is scored on its own, after <|endoftext|>; its closing <|endoftext|> counts. Lower is better. With
     --precision int8 or int4, the difference to fp32 is the cost of quantization.
     """
-    from tinystories.engine.select import QUANTIZED_PRECISIONS
+    from tinystories.engine.engine_config import QUANTIZED_PRECISIONS, EngineConfig
     from tinystories.evaluate.report import evaluate_model
     from tinystories.generate.storyteller import Storyteller
 
@@ -73,7 +73,9 @@ def evaluate(
         engine = "torch" if importlib.util.find_spec("torch") and precision not in QUANTIZED_PRECISIONS else "cpu"
     if engine == "cpu" and precision == "auto":
         precision = "fp32"  # by default, score the weights as they were trained
-    storyteller = Storyteller.load(model, engine=engine, device=device, precision=precision, threads=threads)
+    storyteller = Storyteller.load(
+        model, EngineConfig(engine=engine, device=device, precision=precision, threads=threads)
+    )
     with show_progress("stories scored") as progress:
         report = evaluate_model(storyteller, data, text_field=text_field, errors=errors, limit=limit, progress=progress)
     low, high = report.interval

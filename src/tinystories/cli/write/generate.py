@@ -19,7 +19,7 @@ from tinystories.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from tinystories.generate.batching import Request
+    from tinystories.generate.batching import Request, Story
     from tinystories.generate.storyteller import Storyteller
 
 
@@ -68,19 +68,20 @@ def generate(
 
     Sampling defaults come from the model (generation.json). The text goes to stdout, everything else to stderr.
     """
-    from tinystories.generate.storyteller import N_SLOTS, Storyteller
+    from tinystories.engine.engine_config import EngineConfig
+    from tinystories.generate.storyteller import Storyteller
 
     if prompt.endswith(" "):
         click.echo("note: the prompt ends in a space; leave it out, since tokens start with their own space", err=True)
-    storyteller = Storyteller.load(
-        model,
+    engine_config = EngineConfig(
         engine=engine,
         device=device,
         precision=precision,
-        n_slots=min(num, N_SLOTS),
+        n_slots=min(num, EngineConfig.n_slots),
         threads=threads,
         shortlist=shortlist,
     )
+    storyteller = Storyteller.load(model, engine_config)
     request = storyteller.build_request(
         prompt,
         {"max_tokens": max_tokens, "seed": seed, "stop": stop, "ignore_end": ignore_end, **sampling},  # type: ignore[typeddict-item]
@@ -94,13 +95,12 @@ def print_stories(storyteller: "Storyteller", request: "Request", num: int, *, s
     `request` is repeated for each story. With `stream`, text is printed as it is generated.
     """
     from tinystories.generate import output
-    from tinystories.generate.batching import Story, stream_all
 
     stories: list[Story] = []
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(output.StoryWriter(out)) if out else None
 
-        def on_story(story: Story) -> None:
+        def on_story(story: "Story") -> None:
             if file:
                 file.write(story)
             if not stream:
@@ -114,9 +114,7 @@ def print_stories(storyteller: "Storyteller", request: "Request", num: int, *, s
 
         started_at = time.perf_counter()
         requests = (dataclasses.replace(request, number=number) for number in range(num))
-        events = stack.enter_context(
-            contextlib.closing(stream_all(storyteller.engine, storyteller.tokenizer, requests))
-        )
+        events = stack.enter_context(contextlib.closing(storyteller.events(requests)))
         print_prompt(0)
         try:
             for piece in output.reorder(events, on_story):

@@ -116,11 +116,15 @@ def choose_model(model: Path | None) -> Path:
 
 def write_tokens(model: Path, *, prompt: str, tokens: int, seed: int | None, stream: bool, text: Path | None) -> int:
     """Print `tokens` tokens, story after story, and write them to `text` if given; return exit code 0."""
+    from tinystories.engine.engine_config import EngineConfig
     from tinystories.generate.storyteller import Storyteller
 
-    storyteller = Storyteller.load(model, n_slots=1)
-    options = {"max_tokens": tokens, "ignore_end": True} | ({} if seed is None else {"seed": seed})
-    print_stories(storyteller, storyteller.build_request(prompt, options), 1, stream=stream, out=text)  # type: ignore[arg-type]
+    storyteller = Storyteller.load(model, EngineConfig(n_slots=1))
+    request = storyteller.build_request(
+        prompt,
+        {"max_tokens": tokens, "seed": seed, "ignore_end": True},  # type: ignore[typeddict-item]
+    )
+    print_stories(storyteller, request, 1, stream=stream, out=text)
     return 0
 
 

@@ -14,6 +14,7 @@ from tinystories.config import ModelConfig
 from tinystories.engine.cpu.runtime import MAX_ROWS, Runtime
 from tinystories.engine.cpu.thread_pool import count_physical_cores
 from tinystories.engine.cpu.weights import Precision, load_fp32, load_or_quantize
+from tinystories.engine.engine_config import DEFAULT_ENGINE_CONFIG, EngineConfig
 from tinystories.engine.protocol import Ids, Logits, validate_context, validate_sequences, validate_slot, validate_step
 from tinystories.errors import UserError
 
@@ -27,22 +28,16 @@ class CpuEngine:
         self,
         config: ModelConfig,
         weights: Mapping[str, Array],
+        engine_config: EngineConfig = DEFAULT_ENGINE_CONFIG,
         *,
-        n_slots: int = 1,
-        threads: int | None = None,
-        shortlist: Array | None = None,
+        shortlist_ids: Array | None = None,
     ) -> None:
         """Create an engine from the weights of `weights.load_fp32` or `weights.load_or_quantize`.
 
-        `threads`: by default one per physical core, at most 16. `shortlist`: ids whose logits are computed; those of
-        all others are -inf. An engine with a shortlist can generate but not score. Raises UserError if a number is out
-        of range or the KV cache would not fit in memory.
+        `shortlist_ids`: ids whose logits are computed; those of all others are -inf. An engine with a shortlist can
+        generate but not score. Raises UserError if the KV cache would not fit in memory.
         """
-        if n_slots < 1:
-            raise UserError(f"the number of slots must be at least 1, not {n_slots}")
-        max_threads = 4 * (os.cpu_count() or 1)
-        if threads is not None and not 1 <= threads <= max_threads:
-            raise UserError(f"the number of threads must be from 1 to {max_threads} (4 per core), not {threads}")
+        n_slots = engine_config.n_slots
         n_bytes = 8 * n_slots * config.n_layer * config.kv_heads * config.n_ctx * config.head_dim
         if n_bytes > total_memory_bytes():
             raise UserError(
@@ -50,29 +45,28 @@ class CpuEngine:
             )
         self.config, self.n_slots = config, n_slots
         self.lengths = [0] * n_slots
-        self.runtime = Runtime(config, weights, threads or count_physical_cores(), shortlist)
+        self.runtime = Runtime(config, weights, engine_config.threads or count_physical_cores(), shortlist_ids)
 
     @classmethod
     def load(
         cls,
         files: ModelFiles,
+        engine_config: EngineConfig = DEFAULT_ENGINE_CONFIG,
         *,
-        precision: Precision = "int8",
-        n_slots: int = 1,
-        threads: int | None = None,
-        shortlist: Array | None = None,
+        shortlist_ids: Array | None = None,
     ) -> "CpuEngine":
         """Load a model directory; verify its weights, and quantize them unless a cached quantized file is valid.
 
-        Raises UserError if the precision is unknown or the weights are damaged.
+        Raises UserError if the precision is not supported or the weights are damaged.
         """
+        precision: Any = "int8" if engine_config.precision == "auto" else engine_config.precision
         if precision not in get_args(Precision):
             choices = ", ".join(get_args(Precision))
             raise UserError(f"the CPU engine does not support precision {precision}; use one of {choices}")
         if precision == "fp32":
             files.check_weights()
         weights = load_fp32(files) if precision == "fp32" else load_or_quantize(files, precision)
-        return cls(files.config, weights, n_slots=n_slots, threads=threads, shortlist=shortlist)
+        return cls(files.config, weights, engine_config, shortlist_ids=shortlist_ids)
 
     @functools.cached_property
     def kv_cache(self) -> "CpuKVCache":
