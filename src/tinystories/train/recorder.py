@@ -64,7 +64,7 @@ class Recorder:
             self.metrics.close()
 
     def record_step(self, in_flight: InFlightStep, loss: float, grad_norm: float, seconds: float) -> None:
-        """Add a finished step that took `seconds` to the running means; write and start them anew if a line is due."""
+        """Add a finished step that took `seconds` to the running means; write and reset them if a log line is due."""
         train_state = self.train_state
         train_state.recent_nats += loss * in_flight.n_targets
         train_state.recent_targets += in_flight.n_targets
