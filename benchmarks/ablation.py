@@ -26,7 +26,7 @@ from tinystories.cli import main as tinystories_main
 from tinystories.config import load_config
 from tinystories.data import loader
 from tinystories.model import GPT
-from tinystories.train import loop, optim
+from tinystories.train import optim, step
 from tinystories.train.learning_rate import resolve_auto_rates
 
 
@@ -153,7 +153,7 @@ def two_quintics() -> None:
 
 
 def fixed_momentum() -> None:
-    loop.get_momentum = lambda step, steps, final: final  # noqa: ARG005
+    step.get_momentum = lambda step, steps, final: final  # noqa: ARG005
 
 
 def plain_muon() -> None:

@@ -9,7 +9,6 @@ device is busy, and the blocking calls per step. A step waits once, for the resu
 """
 
 import argparse
-import contextlib
 import json
 import tempfile
 import time
@@ -21,9 +20,7 @@ from script import parse_settings, run_main
 from torch.profiler import ProfilerActivity, profile
 
 from tinystories.config import load_config
-from tinystories.train.display import Display
 from tinystories.train.loop import Trainer
-from tinystories.train.metrics import Metrics
 
 # CUDA runtime calls that block the host. Copies are not listed: one that blocks (from unpinned memory) is followed by a
 # stream synchronization, which is.
@@ -52,14 +49,13 @@ def main() -> None:
 def profile_steps(trainer: Trainer, n_steps: int, n_rows: int) -> dict[str, Any]:
     on_cuda = trainer.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_cuda]
-    metrics = Metrics(None)
-    with contextlib.closing(metrics), trainer.prefetch_batches(), Display(1, 0, quiet=True) as display:
+    with trainer.open_recorder(quiet=True), trainer.prefetch_batches():
         for _ in range(WARM_UP_STEPS):
-            trainer.launch_step(metrics, display)
+            trainer.launch_step()
         with profile(activities=activities) as profiler:
             start_time = time.perf_counter()
             for _ in range(n_steps):
-                trainer.launch_step(metrics, display)
+                trainer.launch_step()
             launch_seconds = time.perf_counter() - start_time
             if on_cuda:
                 torch.cuda.synchronize(trainer.device)

@@ -1,6 +1,5 @@
 """Training on a GPU: the host never waits for it inside a step, and it learns what a CPU learns."""
 
-import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +10,7 @@ from torch.nn import functional as F
 
 from tinystories.config import Config
 from tinystories.model.loss import IGNORE_INDEX, fused_linear_cross_entropy
-from tinystories.train.display import Display
 from tinystories.train.loop import Trainer
-from tinystories.train.metrics import Metrics
 from tinystories.train.run import train
 
 pytestmark = [
@@ -53,28 +50,26 @@ def test_no_step_waits_for_the_device(
     """Two micro-batches, dropout, clipping, both optimizers, and lines of metrics on the way."""
     model = dataclasses.replace(config.model, architecture=architecture, tied=architecture == "modern")
     trainer = Trainer(on_cuda(dataclasses.replace(config, model=model), kind, compiled), tmp_path)
-    metrics = Metrics(None)
-    with contextlib.closing(metrics), trainer.prefetch_batches(), Display(100, 0, quiet=True) as display:
+    with trainer.open_recorder(quiet=True), trainer.prefetch_batches():
         for _ in range(4):  # compiles, makes the optimizers' state, and fills the caches of memory
-            trainer.launch_step(metrics, display)
+            trainer.launch_step()
         torch.cuda.set_sync_debug_mode("error")
         with pytest.raises(RuntimeError, match="synchroniz"):
-            trainer.train_step(trainer.train_state.step)[0].item()
+            trainer.train_step(trainer.train_state.step).loss.item()
         trainer.train_state.step += 1  # that step was taken, and is not counted
         for _ in range(6):
-            trainer.launch_step(metrics, display)
+            trainer.launch_step()
         torch.cuda.set_sync_debug_mode("default")
-        trainer.drain(metrics, display)
+        trainer.drain()
     assert trainer.train_state.step == 11
 
 
 def test_the_host_is_at_most_one_step_ahead(config: Config, tmp_path: Path) -> None:
     trainer = Trainer(on_cuda(config), tmp_path)
-    metrics = Metrics(None)
-    with contextlib.closing(metrics), trainer.prefetch_batches(), Display(100, 0, quiet=True) as display:
+    with trainer.open_recorder(quiet=True), trainer.prefetch_batches():
         for _ in range(5):
             before = trainer.in_flight
-            trainer.launch_step(metrics, display)
+            trainer.launch_step()
             assert before is None or (before.ready_event is not None and before.ready_event.query())
 
 
@@ -86,7 +81,7 @@ def test_it_learns_what_a_cpu_learns(config: Config, tmp_path: Path, kind: str, 
     for precision, device in (("fp32", "cpu"), ("fp32", "cuda"), ("auto", "cuda")):
         cuda = on_cuda(config, kind, compiled if device == "cuda" else "off", precision)
         trainer = Trainer(dataclasses.replace(cuda, train=dataclasses.replace(cuda.train, device=device)), tmp_path)
-        losses.append([trainer.train_step(step)[0].item() for step in range(8)])
+        losses.append([trainer.train_step(step).loss.item() for step in range(8)])
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
     assert losses[2] == pytest.approx(losses[0], rel=0.02)
     assert losses[0][-1] < losses[0][0]

@@ -246,12 +246,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_good(
     plain = Trainer.train_step
 
     def exploding(self: Trainer, step: int) -> Any:
-        loss, norm, n_targets, rate = plain(self, step)
+        result = plain(self, step)
         if step == bad_step - 1:
             with torch.no_grad():
                 self.model.norm.weight.fill_(float("nan"))
+            loss, norm = result.loss, result.grad_norm
             loss, norm = (loss * float("nan"), norm) if where == "loss" else (loss, norm * float("inf"))
-        return loss, norm, n_targets, rate
+            result = dataclasses.replace(result, loss=loss, grad_norm=norm)
+        return result
 
     monkeypatch.setattr(Trainer, "train_step", exploding)
     good = "step-0000008" if bad_step == 10 else "step-0000005"
@@ -382,9 +384,9 @@ def test_tensorboard_when_asked(config: Config, tmp_path: Path) -> None:
 
 
 def test_the_first_loss_of_a_seed_is_golden(config: Config, tmp_path: Path) -> None:
-    loss, _, n_targets, _ = Trainer(config, tmp_path).train_step(0)
-    assert n_targets == 256
-    assert loss.item() == pytest.approx(5.9914, abs=0.02), (
+    result = Trainer(config, tmp_path).train_step(0)
+    assert result.n_targets == 256
+    assert result.loss.item() == pytest.approx(5.9914, abs=0.02), (
         "initialization, data order or loss changed: if that was intended, say so in CHANGELOG.md and set the new value"
     )
 

@@ -40,11 +40,11 @@ def test_a_step_reads_nothing_from_the_device(config: Config, tmp_path: Path, ar
     trainer = Trainer(dataclasses.replace(config, model=model, optim=optim), tmp_path)
     trainer.train_step(0)
     with NothingIsRead():
-        loss, norm, n_targets, rate = trainer.train_step(1)
-        pending = InFlightStep(2, 512, n_targets, rate, loss, norm)
+        result = trainer.train_step(1)
+        pending = InFlightStep(2, 512, result)
         with pytest.raises(AssertionError, match="reads from the device"):
-            loss.item()
-    assert pending.read() == (loss.item(), norm.item())
+            result.loss.item()
+    assert pending.read() == (result.loss.item(), result.grad_norm.item())
 
 
 class Device:

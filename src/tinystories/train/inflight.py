@@ -1,7 +1,8 @@
 """A training step that has been launched on the device but whose results have not been read yet."""
 
 import torch
-from torch import Tensor
+
+from tinystories.train.step import StepResult
 
 
 class InFlightStep:
@@ -11,12 +12,11 @@ class InFlightStep:
     after the step, and an event marks the end of the copy.
     """
 
-    def __init__(
-        self, step: int, tokens: int, n_targets: int, learning_rate: float, loss: Tensor, grad_norm: Tensor
-    ) -> None:
-        """`step` and `tokens` (targets) are totals including this step; `loss` and `grad_norm` are device scalars."""
-        self.step, self.tokens, self.n_targets, self.learning_rate = step, tokens, n_targets, learning_rate
-        self.scalars = torch.stack((loss, grad_norm))
+    def __init__(self, step: int, tokens: int, result: StepResult) -> None:
+        """`step` and `tokens` (targets) are totals including this step."""
+        self.step, self.tokens = step, tokens
+        self.n_targets, self.learning_rate = result.n_targets, result.learning_rate
+        self.scalars = torch.stack((result.loss, result.grad_norm))
         self.ready_event: torch.cuda.Event | None = None
         if self.scalars.device.type == "cuda":
             stream = torch.cuda.current_stream(self.scalars.device)

@@ -36,6 +36,12 @@ class Metrics:
                 if key != "step" and isinstance(value, int | float):
                     self.tensorboard_writer.add_scalar(key, value, record["step"])
 
+    def get_step_records(self, step: int) -> list[dict[str, Any]]:
+        """Return the records of `step`, which must be the current step of the run."""
+        # No record has a later step, and a step has at most three (training, evaluation, final evaluation), so all of
+        # its records are among the last three.
+        return [record for record in self.records[-3:] if record["step"] == step]
+
     def flush_and_get_size(self) -> int:
         """Force the file to disk and return its length in bytes."""
         self.file.flush()

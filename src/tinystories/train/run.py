@@ -1,6 +1,5 @@
 """A training run from start to finish: output directory, process group, resuming from a checkpoint, signals."""
 
-import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable
@@ -12,10 +11,9 @@ from tinystories.engine.device import select_device
 from tinystories.errors import UserError
 from tinystories.evaluate.bits import BitsReport
 from tinystories.train import distributed, signals, state
-from tinystories.train.display import Display
 from tinystories.train.distributed import World
-from tinystories.train.loop import Interrupted, RunningMean, Trainer
-from tinystories.train.metrics import Metrics, truncate
+from tinystories.train.loop import Interrupted, Trainer
+from tinystories.train.metrics import truncate
 
 log = logging.getLogger(__name__)
 
@@ -70,10 +68,6 @@ def train_rank(config: Config, run_dir: Path, last_checkpoint: Path | None, worl
                 f"--data {config.data.dir} is not the data that {run_dir} was trained on;"
                 " pass the original --data, or choose another --out"
             )
-        train_state = trainer.train_state
-        trainer.running_mean = RunningMean(
-            train_state.recent_nats, train_state.recent_targets, train_state.recent_seconds
-        )
     elif config.train.init:
         state.initialize_from(Path(config.train.init), trainer.model, trainer.tokenizer)
     if world.is_main:
@@ -86,18 +80,13 @@ def train_rank(config: Config, run_dir: Path, last_checkpoint: Path | None, worl
         except OSError as error:
             raise UserError(f"--out {run_dir} cannot be written: {error.strerror}; choose another directory") from None
         truncate(run_dir / "samples.md", trainer.train_state.samples_bytes)
-    metrics = Metrics(
-        run_dir if world.is_main else None,
-        resume_bytes=trainer.train_state.metrics_bytes,
-        tensorboard=config.train.tensorboard,
-    )
     log.info(
         "%s parameters, %s rows of %d tokens per epoch, %s in %s",
         f"{trainer.config.model.n_params:,}",
         f"{trainer.rows.n_rows:,}",
         config.model.n_ctx,
         trainer.device if world.size == 1 else f"{world.size} processes, the first on {trainer.device}",
-        trainer.precision,
+        trainer.take_step.precision,
     )
     optim = trainer.config.optim
     muon_text = f"Muon {optim.muon_rate:g} for the block matrices, " if optim.kind == "muon" else ""
@@ -105,12 +94,11 @@ def train_rank(config: Config, run_dir: Path, last_checkpoint: Path | None, worl
     if last_checkpoint is not None:
         log.info("resuming at step %d of %d", trainer.train_state.step, config.train.steps)
     with (
-        contextlib.closing(metrics),
         signals.handle_signals(make_signal_handler(trainer), ignore_after_error=world.size > 1),
         trainer.prefetch_batches(),
-        Display(config.train.steps, trainer.train_state.step, quiet=not world.is_main) as display,
+        trainer.open_recorder(quiet=not world.is_main),
     ):
-        return trainer.train(metrics, display)
+        return trainer.train()
 
 
 def check_run_dir(run_dir: Path, resume: bool) -> None:

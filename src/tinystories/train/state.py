@@ -30,7 +30,7 @@ class TrainState:
     best_bits_per_byte: float = float("inf")
     metrics_bytes: int = 0  # length of metrics.jsonl at this step
     samples_bytes: int = 0  # length of samples.md at this step
-    recent_nats: float = 0.0  # sums of loss, targets and seconds since the last line of metrics.jsonl
+    recent_nats: float = 0.0  # running means: sums of loss, targets, seconds since the last line of metrics.jsonl
     recent_targets: int = 0
     recent_seconds: float = 0.0
     micro_batch: int = 0  # rows per forward pass; kept on resuming, since it determines the order of sums

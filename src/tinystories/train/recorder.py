@@ -1,0 +1,190 @@
+"""What a run leaves besides checkpoints: metrics, the loss curve, samples, provenance, and the progress display."""
+
+import math
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil
+import torch
+
+import tinystories
+from tinystories.config import SamplingConfig
+from tinystories.data.loader import PackedRows
+from tinystories.data.tokenizer import Tokenizer
+from tinystories.evaluate.bits import BitsReport
+from tinystories.generate.batching import generate
+from tinystories.train.display import Display
+from tinystories.train.inflight import InFlightStep
+from tinystories.train.metrics import Metrics, plot_curves
+from tinystories.train.state import TrainState
+from tinystories.train.step import TrainStep
+
+
+class Recorder:
+    """Records the steps and evaluations of a run in its directory. Use it as a context manager.
+
+    It keeps the sums since the last log line, the best score and the lengths of the files in `train_state`. On ranks
+    other than 0 it writes and shows nothing, but keeps the same state.
+    """
+
+    def __init__(
+        self,
+        train_step: TrainStep,
+        train_state: TrainState,
+        rows: PackedRows,
+        tokenizer: Tokenizer,
+        run_dir: Path,
+        *,
+        quiet: bool,
+    ) -> None:
+        """Cut metrics.jsonl back to its length in `train_state`; with `quiet`, use neither that file nor a bar."""
+        self.train_step, self.train_state, self.rows, self.tokenizer = train_step, train_state, rows, tokenizer
+        self.run_dir, self.config, self.world = run_dir, train_step.config, train_step.world
+        self.metrics = Metrics(
+            None if quiet else run_dir,
+            resume_bytes=train_state.metrics_bytes,
+            tensorboard=self.config.train.tensorboard,
+        )
+        self.display = Display(self.config.train.steps, train_state.step, quiet=quiet)
+        self.samples_path = run_dir / "samples.md"
+        train_split = rows.meta.splits["train"]
+        self.tokens_per_byte = (train_split.tokens - 1) / max(1, train_split.bytes)
+
+    def __enter__(self) -> "Recorder":
+        self.display.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.display.__exit__(kind, value, trace)
+        finally:
+            self.metrics.close()
+
+    def record_step(self, in_flight: InFlightStep, loss: float, grad_norm: float, seconds: float) -> None:
+        """Add a finished step that took `seconds` to the running means; write and reset them if a log line is due."""
+        train_state = self.train_state
+        train_state.recent_nats += loss * in_flight.n_targets
+        train_state.recent_targets += in_flight.n_targets
+        train_state.recent_seconds += seconds
+        if in_flight.step % self.config.train.log_every and in_flight.step != self.config.train.steps:
+            return
+        if self.world.is_main:
+            self.log_metrics(in_flight, grad_norm)
+        train_state.recent_nats, train_state.recent_targets, train_state.recent_seconds = 0.0, 0, 0.0
+
+    def log_metrics(self, in_flight: InFlightStep, grad_norm: float) -> None:
+        """Write the means since the last log line to metrics.jsonl and the display."""
+        train_state = self.train_state
+        loss = train_state.recent_nats / train_state.recent_targets
+        bits_per_byte = loss / math.log(2) * self.tokens_per_byte
+        tokens_per_s = train_state.recent_targets / train_state.recent_seconds
+        self.metrics.write(
+            {
+                "step": in_flight.step,
+                "tokens": in_flight.tokens,
+                "loss": loss,
+                "bits_per_byte": bits_per_byte,
+                "learning_rate": in_flight.learning_rate,
+                "grad_norm": grad_norm,
+                "seconds": round(train_state.seconds, 3),
+                "tokens_per_s": round(tokens_per_s, 1),
+            }
+        )
+        memory_gb = measure_memory_bytes(self.train_step.device) / 1e9
+        text = f"loss {loss:.4f}  {bits_per_byte:.3f} bits/byte  {tokens_per_s:,.0f} tokens/s  {memory_gb:.1f} GB"
+        self.display.update(in_flight.step, text, log_line=True)
+
+    def is_evaluated(self) -> bool:
+        """Return whether the evaluation of the current step is already in metrics.jsonl."""
+        return any("evaluated" in record for record in self.metrics.get_step_records(self.train_state.step))
+
+    def is_finished(self) -> bool:
+        """Return whether the latest record is a final evaluation, so that the run has nothing left to do."""
+        records = self.metrics.records
+        return bool(records) and bool(records[-1].get("final"))
+
+    def record_evaluation(self, evaluation: BitsReport | None, *, final: bool = False) -> bool:
+        """Write the evaluation, samples and the curve; return True if it is the best so far and not the final one."""
+        train_state, is_best = self.train_state, False
+        summary = "no validation stories"
+        record: dict[str, Any] = {"step": train_state.step, "tokens": train_state.tokens, "evaluated": True}
+        if evaluation is not None:
+            # The best is chosen on the fixed subset; the final score is on the whole set and not comparable.
+            is_best = evaluation.bits_per_byte < train_state.best_bits_per_byte
+            if is_best and not final:
+                train_state.best_step, train_state.best_bits_per_byte = train_state.step, evaluation.bits_per_byte
+            summary = f"{evaluation.bits_per_byte:.4f} bits per byte on {evaluation.stories:,} validation stories"
+            record |= {
+                "val_bits_per_byte": evaluation.bits_per_byte,
+                "val_nats_per_token": evaluation.nats_per_token,
+                "val_stories": evaluation.stories,
+            }
+        if final:
+            record["final"] = True
+        if self.world.is_main:
+            self.write_samples(summary)
+            self.metrics.write(record)
+            title = f"{self.run_dir.name}: {self.config.model.n_params / 1e6:.1f}M parameters"
+            plot_curves(self.metrics.records, self.run_dir / "loss.png", title)
+            self.display.print_line(f"step {train_state.step}: {summary}")
+        return is_best and not final
+
+    def write_samples(self, metrics_text: str) -> None:
+        """Append a story for each sample prompt to samples.md; fixed seeds make evaluations comparable."""
+        engine = self.train_step.make_engine()
+        sections = [f"## Step {self.train_state.step:,} ({metrics_text})\n"]
+        for i, prompt in enumerate(self.config.train.sample_prompts):
+            story = generate(
+                engine,
+                self.tokenizer,
+                prompt,
+                settings=SamplingConfig(),
+                seed=i,
+                max_tokens=self.config.train.sample_tokens,
+            )
+            quote = "\n".join("> " + line for line in story.text.splitlines())
+            sections.append(f"{quote}\n")
+        with self.samples_path.open("a", encoding="utf-8") as file:
+            file.write("\n".join(sections) + "\n")
+
+    def update_file_sizes(self) -> None:
+        """Force metrics.jsonl to disk; store its length and that of samples.md in the train state."""
+        self.train_state.metrics_bytes = self.metrics.flush_and_get_size()
+        self.train_state.samples_bytes = self.samples_path.stat().st_size if self.samples_path.exists() else 0
+
+    def build_provenance(self) -> dict[str, Any]:
+        """Return the facts about the origin of the weights: versions, data, tokenizer, progress, seed.
+
+        Includes the validation score only if this very step was evaluated.
+        """
+        meta, train_state = self.rows.meta, self.train_state
+        facts: dict[str, Any] = {
+            "code_version": tinystories.__version__,
+            "torch": torch.__version__,
+            "data_source": meta.source,
+            "data_revision": meta.revision,
+            "data_sha256": train_state.data_sha256,
+            "tokenizer": meta.tokenizer,
+            "tokenizer_sha256": meta.tokenizer_sha256,
+            "step": train_state.step,
+            "tokens_seen": train_state.tokens,
+            "epochs": round(train_state.step * self.config.train.batch_size / self.rows.n_rows, 3),
+            "train_seconds": round(train_state.seconds, 1),
+            "seed": self.config.train.seed,
+        }
+        if self.config.train.init:
+            facts["began_with"] = self.config.train.init
+        for record in self.metrics.get_step_records(train_state.step):
+            if "val_stories" in record:
+                facts |= {name: record[name] for name in ("val_bits_per_byte", "val_stories")}
+        return facts
+
+
+def measure_memory_bytes(device: torch.device) -> int:
+    """Return the resident memory of this process, or on CUDA the peak memory allocated on its GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return int(psutil.Process().memory_info().rss)

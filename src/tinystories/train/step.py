@@ -1,0 +1,125 @@
+"""One training step: forward and backward passes over micro-batches, clipping, and the optimizer step."""
+
+import contextlib
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tinystories.config import Config
+from tinystories.engine.device import select_device, select_precision
+from tinystories.engine.torch_engine import TorchEngine
+from tinystories.model import GPT
+from tinystories.model.loss import Objective
+from tinystories.train import distributed
+from tinystories.train.distributed import World
+from tinystories.train.estimate import auto_micro_batch
+from tinystories.train.learning_rate import get_learning_rate, get_momentum
+from tinystories.train.optim import build_optimizers
+from tinystories.train.prefetch import Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class StepResult:
+    """What a step measured, over the whole batch.
+
+    `loss` and `grad_norm` are scalars that are still on the device: reading them makes the host wait.
+    """
+
+    loss: Tensor  # mean, in nats per target
+    grad_norm: Tensor  # before clipping
+    n_targets: int
+    learning_rate: float
+
+
+class TrainStep:
+    """Model, optimizers and objective, which are equal on all ranks. Call it with a batch and the number of the step.
+
+    It is a function of the weights, the optimizer state, the batch, the seed and the step, so that a resumed run ends
+    with the same bits.
+    """
+
+    def __init__(self, config: Config, previous_micro_batch: int, world: World) -> None:
+        """Initialize the weights from the seed. `config` has numbers in place of "auto" learning rates.
+
+        `previous_micro_batch` is the micro-batch of the run being resumed (0: none).
+        """
+        self.config, self.world = config, world
+        self.device = select_device(world.resolve_device(config.train.device))
+        self.precision = select_precision(self.device, config.train.precision)
+        self.micro_batch = auto_micro_batch(config, self.device, previous_micro_batch, world)
+        torch.manual_seed(config.train.seed)
+        self.model = GPT(config.model).to(self.device)
+        self.optimizers = build_optimizers(self.model, config.optim, config.train.shard_optimizer and world.size > 1)
+        self.objective = distributed.wrap_ddp(self.maybe_compile(Objective(self.model)), world, self.device)
+
+    def maybe_compile(self, objective: Objective) -> Any:
+        """Apply torch.compile if train.compile is "on", or if it is "auto" and the device is CUDA."""
+        mode = self.config.train.compile
+        if mode == "on" or (mode == "auto" and self.device.type == "cuda"):
+            return torch.compile(objective)
+        return objective
+
+    def make_engine(self) -> TorchEngine:
+        """Return an engine with one slot that shares the weights being trained."""
+        return TorchEngine(self.model, device=self.device, precision=self.precision)
+
+    def __call__(self, batch: Batch, step: int) -> StepResult:
+        """Run optimizer step `step` (0-based) on this rank's share of the batch."""
+        inputs, targets = batch.to_device(self.device)
+        self.set_schedules(step)
+
+        # Dropout is seeded per step, so that resuming needs no saved generator state.
+        if self.config.model.dropout:
+            torch.manual_seed(derive_seed(self.config.train.seed, step, self.world.rank))
+        loss_sum = self.accumulate_gradients(inputs, targets, batch.n_targets)
+        self.world.all_reduce_(loss_sum)  # only for the metrics: the gradients were reduced by DDP
+
+        # Clip by the global norm over all weights, equal on all ranks. With grad_clip = 0 the norm is only measured.
+        max_norm = self.config.optim.grad_clip or math.inf
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
+
+        # Optimizer step. Setting gradients to None frees their memory and saves the next backward pass an addition.
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        learning_rate = self.optimizers[0].param_groups[0]["lr"]
+        return StepResult(loss_sum / batch.n_targets, grad_norm, batch.n_targets, learning_rate)
+
+    def set_schedules(self, step: int) -> None:
+        """Set the learning rate of each parameter group, scaled from its peak, and Muon's momentum."""
+        steps = self.config.train.steps
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = get_learning_rate(step, steps, group["peak"], self.config.schedule)
+                if "momentum" in group:
+                    group["momentum"] = get_momentum(step, steps, self.config.optim.momentum)
+
+    def accumulate_gradients(self, inputs: Tensor, targets: Tensor, n_targets: int) -> Tensor:
+        """Add up the gradient of the mean loss in weight.grad, by a backward pass for each micro-batch.
+
+        Return the sum of the losses on this rank, on the device. `n_targets` counts the targets of all ranks.
+        """
+        world = self.world
+        loss_sum = torch.zeros((), device=self.device)
+        for start in range(0, len(inputs), self.micro_batch):
+            rows = slice(start, start + self.micro_batch)
+            # With several ranks, DDP all-reduces the gradients once, in the last backward pass.
+            skip_sync = world.size > 1 and rows.stop < len(inputs)
+            with self.objective.no_sync() if skip_sync else contextlib.nullcontext():
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+                    loss = self.objective(inputs[rows], targets[rows])
+                # `loss` is a sum over this micro-batch. Dividing it by the targets of the whole step, not of the
+                # micro-batch, makes the accumulated gradient that of the batch mean, wherever the padding is.
+                # DDP averages gradients over the ranks, but their sum is needed: hence the factor world.size.
+                (loss / n_targets * world.size).backward()
+            loss_sum += loss.detach()
+        return loss_sum
+
+
+def derive_seed(seed: int, step: int, rank: int) -> int:
+    """Return the dropout seed of a step and rank; a pure function, so resuming needs no generator state."""
+    return int(np.random.SeedSequence([seed, step, *[rank] * (rank > 0)]).generate_state(1, np.uint64)[0])
