@@ -52,7 +52,7 @@ class StagingDir:
                 f"{folder} exists but is not a staging directory of prepare; remove it or choose another --out"
             )
         folder.mkdir(parents=True, exist_ok=True)
-        lock = acquire_lock(folder / "lock")
+        lock = acquire_lock(folder / "lock")  # on Windows, that the append-only files are open has the same effect
         if lock is None:
             raise UserError(f"{folder} is in use by another prepare; wait for it or choose another --out")
         self._lock = lock
