@@ -235,6 +235,7 @@ def unpack(folder: Path, to: Path) -> None:
     from tinystories import checkpoint
     from tinystories.config import ModelConfig, SamplingConfig, build_dataclass
     from tinystories.data.tokenizer import Tokenizer
+    from tinystories.files import atomic_directory
 
     names = sorted({path.name.partition(".tar")[0] for path in folder.glob("[0-9]-*.tar*")})
     to.mkdir(parents=True, exist_ok=True)
@@ -252,7 +253,7 @@ def unpack(folder: Path, to: Path) -> None:
             config_json = json.loads((extracted / "config.json").read_text(encoding="utf-8"))
             config = build_dataclass(ModelConfig, config_json["model"], str(extracted), "model.")
             weights = {key: np.float32(value) for key, value in load_file(extracted / "model-fp16.safetensors").items()}
-            with checkpoint.atomic_directory(to / name.removesuffix("-fp16")) as model_dir:
+            with atomic_directory(to / name.removesuffix("-fp16")) as model_dir:
                 tokenizer, provenance = Tokenizer.load(extracted), config_json["provenance"]
                 checkpoint.write_arrays(model_dir, config, weights, tokenizer, SamplingConfig(), provenance)
         shutil.rmtree(to / f"{name}.draft")

@@ -15,6 +15,7 @@ from tinystories.data.tokenizer import Tokenizer
 from tinystories.engine.engine_config import EngineConfig
 from tinystories.engine.sliding_window import sliding_window_logprobs
 from tinystories.errors import UserError
+from tinystories.files import atomic_directory
 from tinystories.model import GPT
 
 
@@ -24,7 +25,7 @@ def model_folder(sample_data: Path, tmp_path_factory: pytest.TempPathFactory) ->
     torch.manual_seed(0)
     model = GPT(ModelConfig(vocab_size=tokenizer.vocab_size, n_ctx=32, n_layer=1, n_head=2, n_embd=16, n_ff=16))
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    with checkpoint.atomic_directory(folder) as draft:
+    with atomic_directory(folder) as draft:
         checkpoint.write_model(draft, model, tokenizer, SamplingConfig(top_k=40), {})
     return folder
 

@@ -12,6 +12,7 @@ from tinystories import checkpoint
 from tinystories.config import ModelConfig, SamplingConfig
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.errors import UserError, quoted
+from tinystories.files import atomic_directory
 from tinystories.model import GPT
 
 
@@ -22,7 +23,7 @@ def tiny(**changes: object) -> GPT:
 
 
 def write(folder: Path, model: GPT, data: Path) -> Path:
-    with checkpoint.atomic_directory(folder) as draft:
+    with atomic_directory(folder) as draft:
         checkpoint.write_model(draft, model, Tokenizer.load(data), SamplingConfig(top_k=7), {"step": 3})
     return folder
 
@@ -115,7 +116,7 @@ def test_failed_write_keeps_the_old_directory_and_leaves_no_trace(folder: Path) 
     before = (folder / "model.safetensors").read_bytes()
 
     def fail_half_way() -> None:
-        with checkpoint.atomic_directory(folder) as draft:
+        with atomic_directory(folder) as draft:
             (draft / "model.safetensors").write_bytes(b"half")
             raise RuntimeError
 
@@ -172,7 +173,7 @@ def test_explicit_staging_path(tmp_path: Path, sample_data: Path) -> None:
     """Training uses one, and a killed run leaves it behind."""
     (tmp_path / "step.draft").mkdir()
     (tmp_path / "step.draft" / "half").write_text("")
-    with checkpoint.atomic_directory(tmp_path / "step", tmp_path / "step.draft") as draft:
+    with atomic_directory(tmp_path / "step", tmp_path / "step.draft") as draft:
         assert draft == tmp_path / "step.draft"
         checkpoint.write_model(draft, tiny(), Tokenizer.load(sample_data), SamplingConfig(), {})
     assert [path.name for path in tmp_path.iterdir()] == ["step"]

@@ -1,18 +1,14 @@
-"""Model directories and checkpoints: read, verify, write atomically. Reading needs no torch; nothing is pickled.
+"""Model directories and checkpoints: read, verify, write. Reading needs no torch; nothing is pickled.
 
 `config.json` holds the architecture, the provenance and the SHA-256 of every other file, which reading verifies.
 """
 
-import contextlib
 import dataclasses
 import functools
-import hashlib
-import json
 import os
 import shlex
 import shutil
-import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +16,12 @@ import numpy.typing as npt
 
 from tinystories.config import PRESETS, ModelConfig, SamplingConfig, build_dataclass
 from tinystories.data.tokenizer import Tokenizer
-from tinystories.errors import UserError, os_errors, quoted, read_limited
+from tinystories.errors import UserError, quoted
+from tinystories.files import TEMP_SUFFIX as TEMP_SUFFIX
+from tinystories.files import atomic_directory as atomic_directory
+from tinystories.files import fsync, os_errors, read_json_object
+from tinystories.files import sha256 as sha256
+from tinystories.files import write_json as write_json
 
 if TYPE_CHECKING:
     import torch
@@ -31,8 +32,6 @@ FORMAT_VERSION = 1
 WEIGHTS = "model.safetensors"
 # Replaces WEIGHTS in an int8-only model directory (engine/cpu/int8_model.py).
 INT8_WEIGHTS = "packed-int8.safetensors"
-TEMP_SUFFIX = ".draft"
-MAX_JSON_BYTES = 64_000_000  # real files have a few thousand
 BUNDLED_MODEL = Path(__file__).parent / "bundled"  # the model shipped with the package
 
 
@@ -156,21 +155,9 @@ def verify_checksums(folder: Path, checksums: object, unchecked: Collection[str]
 def read_json(path: Path) -> dict[str, Any]:
     """Read an untrusted file that holds a JSON object. `UserError` if it is missing, too large or malformed."""
     try:
-        value = json.loads(read_limited(path, MAX_JSON_BYTES).decode())
+        return read_json_object(path)
     except FileNotFoundError:
         raise UserError(f"{path} is missing; the model is incomplete") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} must hold a JSON object")
-    return value
-
-
-def sha256(path: Path) -> str:
-    with os_errors(path), path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_weights(files: ModelFiles, model: "GPT") -> None:
@@ -255,76 +242,6 @@ def write_config(
         "files": {name: sha256(folder / name) for name in names},
     }
     write_json(folder / "config.json", config_json)
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON object, indented by two spaces."""
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-@contextlib.contextmanager
-def atomic_directory(target: Path, staging: Path | None = None) -> Iterator[Path]:
-    """Yield a staging folder that is renamed to `target` when the block succeeds, and removed when it fails.
-
-    Everything is synced to disk before the rename. An existing `target` is replaced. By default the staging folder is
-    created in a hidden folder next to `target`; a given `staging` path is reserved for it, so leftovers of a killed
-    process are removed first.
-    """
-    require_name(target)
-    with contextlib.ExitStack() as stack:
-        if staging is None:
-            staging = stack.enter_context(temp_sibling(target)) / target.name
-        else:
-            shutil.rmtree(staging, ignore_errors=True)
-            stack.callback(shutil.rmtree, staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-        yield staging
-        for path in (*staging.rglob("*"), staging):
-            fsync(path)
-        atomic_replace(staging, target)
-        fsync(target.parent)
-
-
-def require_name(path: Path) -> None:
-    """`UserError` if an output path has no name of its own ("", "..")."""
-    if path.name in ("", ".."):
-        raise UserError(f"{path} is not a valid output path; use a path such as {path / 'stories'}")
-
-
-@contextlib.contextmanager
-def temp_sibling(path: Path) -> Iterator[Path]:
-    """Yield a new hidden folder in the same directory, for staging; remove it afterwards."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=".", suffix=TEMP_SUFFIX, dir=path.parent))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def atomic_replace(source: Path, target: Path) -> None:
-    """Rename `source` to `target`. An existing target directory is removed on success and restored on failure."""
-    if not target.is_dir():
-        os.replace(source, target)
-        return
-    with temp_sibling(target) as backup_dir:
-        os.replace(target, backup_dir / target.name)
-        try:
-            os.replace(source, target)
-        except OSError:
-            os.replace(backup_dir / target.name, target)
-            raise
-
-
-def fsync(path: Path) -> None:
-    """Flush a file or directory to disk (a no-op for directories on Windows)."""
-    if path.is_dir() and os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def publish(checkpoint: Path, run: Path) -> None:

@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 
 MAX_QUOTED_CHARS = 60  # longest piece of untrusted text in a message
 
@@ -32,25 +31,3 @@ def error_context(where: object) -> Iterator[None]:
         text = str(error)
         already_named = text.startswith(f"{where} ") or f"{where}/" in text or f"{where}:" in text
         raise error if already_named else UserError(f"{where}: {text}") from None
-
-
-@contextlib.contextmanager
-def os_errors(where: object) -> Iterator[None]:
-    """Turn an `OSError` raised inside the block into a `UserError` that names `where`."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{where} cannot be read: {error.strerror or error}") from None
-
-
-def read_limited(path: Path, max_bytes: int) -> bytes:
-    """Read a whole untrusted file. `UserError` if it is larger than `max_bytes`, or is not a regular file."""
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path} is not a regular file")
-    with path.open("rb") as file:
-        data = file.read(max_bytes + 1)
-    if len(data) > max_bytes:
-        raise UserError(
-            f"{path} is larger than {max_bytes / 1e6:,.0f} MB, which is too large for a valid file of this kind"
-        )
-    return data

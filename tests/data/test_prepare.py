@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from story_files import write_jsonl, write_txt
 
-from tinystories.data import reader, staging
+from tinystories import files
+from tinystories.data import reader
 from tinystories.data.build_tokenizer import train_bpe
 from tinystories.data.dataset import open_split, read_meta
 from tinystories.data.prepare import PrepareReport, prepare
@@ -272,7 +273,10 @@ def test_a_split_may_have_no_validation_stories(tmp_path: Path, caplog: pytest.L
 def test_two_runs_at_once_do_not_mix(source: Path, tmp_path: Path) -> None:
     pytest.importorskip("fcntl")
     (tmp_path / "out.draft").mkdir()
-    with staging.acquire_lock(tmp_path / "out.draft"), pytest.raises(UserError, match="in use by another prepare"):
+    with (
+        files.acquire_lock(tmp_path / "out.draft" / "lock"),
+        pytest.raises(UserError, match="in use by another prepare"),
+    ):
         run(source, tmp_path / "out")
     run(source, tmp_path / "out")
 

@@ -162,7 +162,7 @@ staging.write_atomic = write_whole
     "before the result is in place": """
 def sync(folder):
     os.kill(os.getpid(), signal.{signal})
-staging.fsync_dir = sync
+staging.fsync = sync
 """,
 }
 

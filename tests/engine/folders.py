@@ -10,11 +10,12 @@ from tinystories.config import SamplingConfig
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.engine.cpu.engine import CpuEngine
 from tinystories.engine.engine_config import EngineConfig
+from tinystories.files import atomic_directory
 from tinystories.model import GPT
 
 
 def saved(folder: Path, model: GPT, data: Path) -> Path:
-    with checkpoint.atomic_directory(folder) as draft:
+    with atomic_directory(folder) as draft:
         checkpoint.write_model(draft, model, Tokenizer.load(data), SamplingConfig(), {})
     return folder
 

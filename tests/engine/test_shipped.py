@@ -17,6 +17,7 @@ from tinystories.engine.cpu.weights import load_fp32
 from tinystories.engine.engine_config import EngineConfig
 from tinystories.engine.torch_engine import TorchEngine
 from tinystories.errors import UserError
+from tinystories.files import atomic_directory
 from tinystories.model import GPT
 
 IDS = [7, 3, 9, 1, 4, 300, 2]
@@ -31,7 +32,7 @@ def config(request: pytest.FixtureRequest) -> ModelConfig:
 
 @pytest.fixture
 def whole(config: ModelConfig, awake: Callable[[ModelConfig], GPT], sample_data: Path, tmp_path: Path) -> Path:
-    with checkpoint.atomic_directory(tmp_path / "whole") as draft:
+    with atomic_directory(tmp_path / "whole") as draft:
         tokenizer = Tokenizer.load(sample_data)
         checkpoint.write_model(draft, awake(config), tokenizer, SamplingConfig(top_k=7), {"tokens": 3})
     return tmp_path / "whole"

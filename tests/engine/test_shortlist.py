@@ -3,6 +3,7 @@
 import collections
 import itertools
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -156,7 +157,7 @@ def test_a_folder_that_cannot_be_written_to_is_named(folder: Path, monkeypatch: 
     def refuse(*_: Any) -> Any:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(shortlist.os, "replace", refuse)
+    monkeypatch.setattr(os, "replace", refuse)
     with pytest.raises(UserError, match=r"shortlist\.json could not be written: Permission denied"):
         shortlist.write_shortlist(checkpoint.read_model(folder), LIST)
 

@@ -20,6 +20,7 @@ from tinystories.engine import torch_engine
 from tinystories.engine.engine_config import EngineConfig
 from tinystories.engine.torch_engine import TorchEngine, group_by_length
 from tinystories.errors import UserError
+from tinystories.files import atomic_directory
 from tinystories.model import GPT
 
 Build = Callable[..., GPT]
@@ -246,7 +247,7 @@ def test_bf16_is_near_fp32(build: Build, monkeypatch: pytest.MonkeyPatch, shape:
 def test_loads_a_model_directory(build: Build, shape: dict[str, object], tmp_path: Path) -> None:
     tokenizer = build_tokenizer("bpe:257", lambda: ["a"])
     model = build(**shape | {"vocab_size": tokenizer.vocab_size})
-    with checkpoint.atomic_directory(tmp_path / "model") as draft:
+    with atomic_directory(tmp_path / "model") as draft:
         checkpoint.write_model(draft, model, tokenizer, SamplingConfig(), {})
     engine = TorchEngine.load(checkpoint.read_model(tmp_path / "model"), EngineConfig(n_slots=2, device="cpu"))
     close(engine.prefill(1, IDS[:5]), uncached(model, IDS)[4])

@@ -22,6 +22,7 @@ from tinystories.config import ModelConfig, SamplingConfig
 from tinystories.data.hub_source import parse_hub_name
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.errors import UserError
+from tinystories.files import atomic_directory, sha256
 from tinystories.formats.bundle import ModelBundle
 from tinystories.hub import client as hub_module
 from tinystories.hub.card import build_model_card
@@ -288,7 +289,7 @@ def model(
         "val_bits_per_byte": 0.71234,
         "val_stories": 4000,
     }
-    with checkpoint.atomic_directory(folder) as draft:
+    with atomic_directory(folder) as draft:
         config = tiny(vocab_size=tokenizer.vocab_size)
         checkpoint.write_model(draft, awake(config), tokenizer, SamplingConfig(temperature=0.7), provenance)
     for name in ("packed-int8.safetensors", "metrics.jsonl", "samples.md", "state/optimizer.safetensors"):
@@ -338,7 +339,7 @@ def test_published_weights_are_fetched_at_their_commit_and_by_their_hash(
         "text": "a test",
         "repository": "us/stories",
         "revision": there.tags["main"],
-        "sha256": checkpoint.sha256(model / "config.json"),
+        "sha256": sha256(model / "config.json"),
     }
     there.commit(own | {"model.safetensors": b"a later version"})
     known = {"good": entry, "altered": entry | {"sha256": "0" * 64}, "gone": entry | {"revision": "0" * 40}}

@@ -15,6 +15,7 @@ from safetensors import numpy as safetensors_numpy
 from tinystories import checkpoint
 from tinystories.cli import cli, run
 from tinystories.errors import UserError
+from tinystories.files import atomic_directory
 from tinystories.formats import exports, imports
 from tinystories.formats.bundle import ModelBundle
 from tinystories.formats.exports import FORMATS, export
@@ -150,7 +151,7 @@ def test_no_name_is_refused(
             export(portable("llama"), name, Path(out), force=force)
     with pytest.raises(UserError, match="output path"):
         import_to_directory(str(model), Path(out), force=force)
-    with pytest.raises(UserError, match="output path"), checkpoint.atomic_directory(Path(out)):
+    with pytest.raises(UserError, match="output path"), atomic_directory(Path(out)):
         pass
     assert contents(tmp_path) == before
 

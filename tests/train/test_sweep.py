@@ -71,7 +71,7 @@ with metrics.open("a") as file:
 PROGRAM = """
 import sys
 from pathlib import Path
-from tinystories.train import trial
+from tinystories.sweep import trial
 from tinystories.sweep.study import Plan
 from tinystories.sweep.runner import run_sweep
 trial.train_command = lambda folder: [sys.executable, "-S", {stand_in!r}, "train", str(folder.resolve()), "--resume"]

@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from tinystories.checkpoint import ModelFiles, sha256, write_json
+from tinystories.checkpoint import ModelFiles
 from tinystories.config import ModelConfig, SamplingConfig
 from tinystories.engine.engine_config import EngineConfig
 from tinystories.engine.protocol import Engine
 from tinystories.errors import UserError
+from tinystories.files import sha256, write_json
 from tinystories.formats.gguf import format as gguf
 
 Prompts = list[list[int]]

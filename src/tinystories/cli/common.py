@@ -1,6 +1,5 @@
 """Run a command so that errors become one line on stderr and an exit code; options that several commands share."""
 
-import errno
 import functools
 import logging
 import os
@@ -11,6 +10,7 @@ from typing import Any
 import click
 
 from tinystories.errors import UserError
+from tinystories.files import DISK_FULL_ERRNOS, describe_write_error
 from tinystories.train.distributed import claim_error_message
 
 CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -72,8 +72,6 @@ threads_option = click.option(
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print a JSON object as the last line.")
 
-DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota used up, file too large
-
 SAMPLING_OPTIONS = (
     click.option("--temperature", type=float, help="Randomness of sampling (0: greedy, always the most likely token)."),
     click.option("--top-k", type=int, help="Sample from the K most likely tokens (0: off)."),
@@ -133,7 +131,7 @@ def run(command: click.Command, argv: list[str] | None = None, name: str = "tiny
         if error.errno not in DISK_FULL_ERRNOS:
             raise
         discard_stdout()
-        click.echo(f"error: {error.filename or 'the output'} cannot be written: {error.strerror}", err=True)
+        click.echo(f"error: {describe_write_error(error, 'the output')}", err=True)
         return 1
     except ModuleNotFoundError as error:
         click.echo(f"error: {error.name} is not installed; {TRAIN_EXTRA_HINT}", err=True)

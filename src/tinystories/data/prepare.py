@@ -20,9 +20,10 @@ from tinystories.data.progress import track_progress
 from tinystories.data.reader import DecodeErrors, ReadOptions, StoryBatch
 from tinystories.data.sources import Source, SourceNames, resolve_source
 from tinystories.data.spec import PrepareSpec, disk_error_message, existing_output
-from tinystories.data.staging import StagingDir, write_atomic, write_json
+from tinystories.data.staging import StagingDir, write_json
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.errors import UserError
+from tinystories.files import write_atomic
 
 log = logging.getLogger(__name__)
 

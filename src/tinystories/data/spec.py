@@ -1,7 +1,6 @@
 """The request of `prepare`: its fingerprint, whether the output already matches it, and disk error messages."""
 
 import dataclasses
-import errno
 import hashlib
 import json
 from pathlib import Path
@@ -13,6 +12,7 @@ from tinystories.data.reader import ReadOptions
 from tinystories.data.sources import Source
 from tinystories.data.staging import read_json
 from tinystories.errors import UserError
+from tinystories.files import DISK_FULL_ERRNOS, describe_write_error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,8 +80,8 @@ def existing_output(out: Path, spec: PrepareSpec) -> DatasetMeta | None:
 
 def disk_error_message(error: OSError, staging_path: Path, spec: PrepareSpec) -> str:
     """Return the message for a failed write. For a full disk it estimates how much space is still needed."""
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"{error.filename or staging_path} cannot be written: {error.strerror}"
+    if error.errno not in DISK_FULL_ERRNOS:
+        return describe_write_error(error, staging_path)
     total_bytes = spec.source.total_bytes + (spec.val.total_bytes if spec.val else 0)
     bytes_read = (read_json(staging_path / "journal.json") or {}).get("read", 0)
     staged_bytes = sum(path.stat().st_size for path in staging_path.rglob("*") if path.is_file())

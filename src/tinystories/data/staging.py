@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from tinystories.errors import UserError
+from tinystories.files import acquire_lock, fsync, read_json_object, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,10 @@ class StagingDir:
                 f"{folder} exists but is not a staging directory of prepare; remove it or choose another --out"
             )
         folder.mkdir(parents=True, exist_ok=True)
-        self._lock = acquire_lock(folder)
+        lock = acquire_lock(folder / "lock")  # on Windows, that the append-only files are open has the same effect
+        if lock is None:
+            raise UserError(f"{folder} is in use by another prepare; wait for it or choose another --out")
+        self._lock = lock
         self._resume(spec)
         self.data_dir.mkdir(exist_ok=True)
         write_json(folder / "request.json", spec)
@@ -114,12 +118,12 @@ class StagingDir:
     def publish(self, out: Path) -> None:
         """Move the `data` folder to `out` with one rename and remove the staging directory."""
         self._sync_files()
-        fsync_dir(self.data_dir)
+        fsync(self.data_dir)
         self.__exit__()  # Windows cannot move or remove open files
         if out.exists():
             out.rmdir()  # fails unless it is empty
         self.data_dir.rename(out)
-        fsync_dir(out.parent)
+        fsync(out.parent)
         shutil.rmtree(self.folder)
 
     def _sync_files(self) -> None:
@@ -127,49 +131,14 @@ class StagingDir:
             os.fsync(file.fileno())
 
 
-def acquire_lock(folder: Path) -> BinaryIO:
-    """Lock the folder against a second `prepare` until the returned file is closed or the process exits."""
-    file = (folder / "lock").open("wb")
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Return the object in a JSON file, or None if the file is missing or invalid."""
     try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # Windows: its file sharing rules keep the append-only files from being opened twice
-        pass
-    except OSError:
-        file.close()
-        raise UserError(f"{folder} is in use by another prepare; wait for it or choose another --out") from None
-    return file
-
-
-def read_json(path: Path) -> Any:
-    """Return the value in a JSON file, or None if the file is missing or invalid."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json_object(path)
+    except (FileNotFoundError, UserError):
         return None
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write a JSON file atomically."""
     write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write a small UTF-8 file atomically: to a temporary file, fsync, then rename."""
-    temp_path = path.with_name(path.name + ".new")
-    with temp_path.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temp_path.replace(path)
-
-
-def fsync_dir(folder: Path) -> None:
-    """Fsync a directory, so that renames in it are durable. POSIX only; does nothing elsewhere."""
-    if os.name == "posix":
-        fd = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)

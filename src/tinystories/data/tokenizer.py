@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tinystories.errors import UserError, read_limited
+from tinystories.errors import UserError
+from tinystories.files import read_limited
 
 END = "<|endoftext|>"  # precedes every story and follows the last one
 # How many times longer a normalizer, pre-tokenizer or decoder may make a text. Real tokenizers: 2 times.

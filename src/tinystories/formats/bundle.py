@@ -15,6 +15,7 @@ from tinystories.engine.cpu.engine import CpuEngine, CpuKVCache
 from tinystories.engine.cpu.weights import expected_shapes, load_fp32
 from tinystories.engine.engine_config import EngineConfig
 from tinystories.errors import UserError, quoted
+from tinystories.files import atomic_directory
 
 Array = npt.NDArray[Any]
 
@@ -54,7 +55,7 @@ class ModelBundle:
     def write(self, folder: Path) -> None:
         """Write a model directory atomically, after `check`."""
         self.check()
-        with checkpoint.atomic_directory(folder) as staging_dir:
+        with atomic_directory(folder) as staging_dir:
             weights = {name: np.ascontiguousarray(weight, np.float32) for name, weight in self.weights.items()}
             checkpoint.write_arrays(staging_dir, self.config, weights, self.tokenizer, self.sampling, self.provenance)
 

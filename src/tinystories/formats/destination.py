@@ -5,10 +5,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from tinystories.checkpoint import INT8_WEIGHTS, WEIGHTS, read_json, require_name
+from tinystories.checkpoint import INT8_WEIGHTS, WEIGHTS, read_json
 from tinystories.data.tokenizer import sanitize
 from tinystories.engine.cpu import shortlist
 from tinystories.errors import UserError
+from tinystories.files import require_name
 
 # The files that this program writes into a model directory, or into an export for transformers. A training run has
 # more, such as checkpoints/, and is therefore never replaced.

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tinystories import checkpoint
 from tinystories.data.sources import SAMPLE_PATH
 from tinystories.data.tokenizer import END
 from tinystories.errors import UserError
+from tinystories.files import atomic_replace, require_name, temp_sibling
 from tinystories.formats.bundle import ModelBundle
 from tinystories.formats.destination import check_destination, translate_write_errors
 from tinystories.formats.gguf import format as gguf
@@ -81,14 +81,14 @@ def export(model: ModelBundle, name: str, out: Path, *, precision: str = "", for
         raise UserError(
             f"--format {name} has no --precision {precision}; use {', '.join(export_format.max_divergence)}"
         )
-    checkpoint.require_name(out)
+    require_name(out)
     sidecars = export_format.sidecars(out)
     if out.name.lower() in (path.name.lower() for path in sidecars):
         raise UserError(f"{out} is also the name of a file that the export writes beside --out; choose another --out")
     with translate_write_errors(out):
         for path in (out, *sidecars):
             check_destination(path, is_folder=export_format.is_folder, force=force, source=model.folder)
-        with checkpoint.temp_sibling(out) as staging_dir:
+        with temp_sibling(out) as staging_dir:
             id_permutation = export_format.write(model, staging_dir / out.name, precision)
             ids = encode_sample_story(model)
             if id_permutation is None:
@@ -102,7 +102,7 @@ def export(model: ModelBundle, name: str, out: Path, *, precision: str = "", for
             paths = [out.parent / path.name for path in sorted(staging_dir.iterdir())]
             assert set(paths) <= {out, *sidecars}
             for path in paths:
-                checkpoint.atomic_replace(staging_dir / path.name, path)
+                atomic_replace(staging_dir / path.name, path)
         for path in sidecars:
             if path not in paths:
                 path.unlink(missing_ok=True)

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tinystories.checkpoint import is_model, is_native_model
-from tinystories.errors import UserError, error_context, os_errors
+from tinystories.errors import UserError, error_context
+from tinystories.files import os_errors
 from tinystories.formats.bundle import ModelBundle
 from tinystories.formats.destination import check_destination, translate_write_errors
 from tinystories.formats.gguf import format as gguf

@@ -20,6 +20,7 @@ from tinystories.data.hub_source import CONNECT_TIMEOUT_SECONDS, parse_hub_name
 from tinystories.data.timeout import call_with_timeout
 from tinystories.data.tokenizer import sanitize
 from tinystories.errors import UserError
+from tinystories.files import sha256
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +126,7 @@ def verify_hash(source: str, path: Path, remote_file: Any) -> None:
     Large (LFS) files are listed with their SHA-256, others with git's blob hash.
     """
     if remote_file.lfs is not None:
-        matches = checkpoint.sha256(path) == remote_file.lfs.sha256
+        matches = sha256(path) == remote_file.lfs.sha256
     else:
         data = path.read_bytes()
         matches = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() == remote_file.blob_id

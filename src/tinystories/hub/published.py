@@ -7,6 +7,7 @@ from typing import Any
 
 from tinystories import checkpoint
 from tinystories.errors import UserError
+from tinystories.files import atomic_directory, sha256
 from tinystories.formats.destination import translate_write_errors
 from tinystories.hub import client as hub
 
@@ -34,9 +35,9 @@ def fetch(name: str, out: Path, registry: dict[str, dict[str, Any]]) -> None:
         raise UserError(f"no published weights are called {name}; {available}")
     entry = registry[name]
     folder = hub.download(f"hf:{entry['repository']}@{entry['revision']}")
-    if checkpoint.sha256(folder / "config.json") != entry["sha256"]:
+    if sha256(folder / "config.json") != entry["sha256"]:
         raise UserError(f"{entry['repository']}: config.json does not match the published hash; nothing was written")
     files = checkpoint.read_model(folder)
-    with translate_write_errors(out), checkpoint.atomic_directory(out) as staging_dir:
+    with translate_write_errors(out), atomic_directory(out) as staging_dir:
         for file in ("config.json", *files.checksums):
             shutil.copyfile(folder / file, staging_dir / file)

@@ -4,14 +4,14 @@ import csv
 import dataclasses
 import io
 import math
-import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tinystories.files import atomic_file, write_atomic
 from tinystories.sweep.search_space import Categorical, Domain, SearchSpace
-from tinystories.sweep.trial import Outcome, read_outcome, trial_dir, write_atomic
+from tinystories.sweep.trial import Outcome, read_outcome, trial_dir
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -135,9 +135,8 @@ def plot_results(results: Sequence[TrialResult], domains: Sequence[Domain], path
     handles, labels = panels[0, 0].get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    temp_path = path.with_name("." + path.name)
-    figure.savefig(temp_path, format="png")
-    os.replace(temp_path, path)
+    with atomic_file(path, sync=False) as file:
+        figure.savefig(file, format="png")
 
 
 def clip_threshold(finite_results: Sequence[TrialResult]) -> float:

@@ -14,6 +14,7 @@ from typing import Any
 
 from tinystories.config import Config, to_toml
 from tinystories.errors import UserError
+from tinystories.files import write_atomic
 
 LOG_FILE = "train.log"
 STOP_EXIT_CODES = (130, 143, -signal.SIGINT, -signal.SIGTERM)  # of a run that was asked to stop and has saved
@@ -37,16 +38,6 @@ class Outcome:
 
 def trial_dir(sweep_dir: Path, number: int) -> Path:
     return sweep_dir / f"trial-{number:04d}"
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write a text file by rename, so that it is complete or unchanged even after a crash."""
-    temp_path = path.with_name("." + path.name)
-    with temp_path.open("w", encoding="utf-8", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temp_path, path)
 
 
 def train_command(folder: Path) -> list[str]:

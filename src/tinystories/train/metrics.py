@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from tinystories.files import atomic_file
+
 
 class Metrics:
     """Appends records to metrics.jsonl, one JSON object per line, and keeps all of them in `records`.
@@ -99,6 +101,5 @@ def plot_curves(records: list[dict[str, Any]], path: Path, title: str) -> None:
     lr_axis.plot([r["tokens"] for r in train], [r["learning_rate"] for r in train], lw=1, color="#636363")
     lr_axis.set(xlabel="training tokens", ylabel="learning rate")
     lr_axis.grid(alpha=0.3)
-    temp_path = path.with_name("." + path.name)
-    figure.savefig(temp_path, format="png")
-    os.replace(temp_path, path)
+    with atomic_file(path, sync=False) as file:
+        figure.savefig(file, format="png")

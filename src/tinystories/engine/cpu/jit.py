@@ -13,7 +13,6 @@ import logging
 import os
 import platform
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from importlib import metadata
@@ -23,6 +22,7 @@ from typing import Any
 import llvmlite.binding as llvm
 
 from tinystories.errors import UserError
+from tinystories.files import atomic_file
 
 log = logging.getLogger(__name__)
 
@@ -114,14 +114,8 @@ def load_or_compile() -> bytes:
 def store_in_cache(path: Path, content: bytes) -> None:
     """Write a file atomically (safe if several processes do so at once) and delete the oldest cached object files."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    fd, temp_path = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(fd, "wb") as file:
-            file.write(content)
-        os.replace(temp_path, path)
-    except BaseException:
-        os.unlink(temp_path)
-        raise
+    with atomic_file(path, concurrent=True, private=True, sync=False) as file:
+        file.write(content)
     cached_files = sorted(path.parent.glob("forward-*.o"), key=lambda cached_file: cached_file.stat().st_mtime)
     for other in cached_files[:-MAX_CACHED_FILES]:
         other.unlink(missing_ok=True)

@@ -2,16 +2,16 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from tinystories.checkpoint import BUNDLED_MODEL, TEMP_SUFFIX, ModelFiles, read_json, write_json
+from tinystories.checkpoint import BUNDLED_MODEL, ModelFiles, read_json
 from tinystories.data.dataset import open_split, read_meta
 from tinystories.errors import UserError
+from tinystories.files import write_json
 
 FORMAT_VERSION = 1  # of shortlist.json
 FILE_NAME = "shortlist.json"
@@ -67,7 +67,6 @@ def open_matching_split(files: ModelFiles, data: Path, split: str) -> tuple[np.m
 def write_shortlist(files: ModelFiles, ids: Array) -> Path:
     """Write shortlist.json to the model directory atomically and return its path; raise UserError if that fails."""
     path = files.folder / FILE_NAME
-    temp_path = path.with_suffix(TEMP_SUFFIX)
     content = {
         "format": FORMAT_VERSION,
         "tokenizer_sha256": files.tokenizer().sha256,
@@ -75,8 +74,7 @@ def write_shortlist(files: ModelFiles, ids: Array) -> Path:
         "ids": ids.tolist(),
     }
     try:
-        write_json(temp_path, content | {"sha256": compute_digest(content)})
-        os.replace(temp_path, path)
+        write_json(path, content | {"sha256": compute_digest(content)})
     except OSError as error:
         raise UserError(f"{path} could not be written: {error.strerror}") from None
     return path

@@ -8,8 +8,6 @@ import hashlib
 import json
 import logging
 import mmap
-import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +21,7 @@ from tinystories.engine.cpu.layout import BLOCK_ROWS, GROUP_SIZE
 from tinystories.engine.cpu.quantize import dequantize_int8, quantize_int4, quantize_int8, round_to_int8, round_up
 from tinystories.engine.cpu.runtime import EMBEDDING, LM_HEAD, POSITION_EMBEDDING
 from tinystories.errors import UserError, quoted
+from tinystories.files import atomic_file
 
 log = logging.getLogger(__name__)
 
@@ -323,15 +322,6 @@ def write_safetensors(path: Path, tensors: Mapping[str, Array], extra_metadata: 
     metadata = {**extra_metadata, "sha256": compute_digest(header, extra_metadata, *parts)}
     header_bytes = json.dumps(header | {"__metadata__": metadata}).encode()
     header_bytes += b" " * (-(8 + len(header_bytes)) % ALIGNMENT)
-    fd, temp_path = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temp_path, 0o666 & ~umask)  # mkstemp creates private files; use the mode of any new file
-        with os.fdopen(fd, "wb") as file:
-            for part in (len(header_bytes).to_bytes(8, "little"), header_bytes, *parts):
-                file.write(part)
-        os.replace(temp_path, path)
-    except BaseException:
-        os.unlink(temp_path)
-        raise
+    with atomic_file(path, concurrent=True, sync=False) as file:
+        for part in (len(header_bytes).to_bytes(8, "little"), header_bytes, *parts):
+            file.write(part)

@@ -13,6 +13,7 @@ from tinystories import checkpoint
 from tinystories.config import SamplingConfig, build_dataclass
 from tinystories.data.tokenizer import END, Tokenizer, sanitize
 from tinystories.errors import UserError, error_context
+from tinystories.files import write_json
 from tinystories.formats.bundle import ModelBundle
 from tinystories.formats.hf.mapping import from_transformers, to_hf_config_and_weights
 from tinystories.formats.tokenizer_conversion import set_end_token
@@ -42,13 +43,13 @@ def write(model: ModelBundle, path: Path, precision: str) -> None:
     }
     path.mkdir()
     checkpoint.save_weights(path / checkpoint.WEIGHTS, weights)
-    checkpoint.write_json(path / "config.json", settings)
+    write_json(path / "config.json", settings)
     sampling = {name: getattr(model.sampling, name) for name in SAMPLING_FIELDS}
     if sampling["temperature"] == 0:  # greedy, which transformers expresses as do_sample=false
         sampling = {"do_sample": False, "repetition_penalty": sampling["repetition_penalty"]}
     else:
         sampling["do_sample"] = True
-    checkpoint.write_json(path / "generation_config.json", sampling | special_ids | {"max_length": model.config.n_ctx})
+    write_json(path / "generation_config.json", sampling | special_ids | {"max_length": model.config.n_ctx})
     bos = {"SpecialToken": {"id": END, "type_id": 0}}
     parts = model.tokenizer.json_data | {
         "post_processor": {
@@ -65,7 +66,7 @@ def write(model: ModelBundle, path: Path, precision: str) -> None:
         "model_max_length": model.config.n_ctx,
         "clean_up_tokenization_spaces": False,
     }
-    checkpoint.write_json(path / "tokenizer_config.json", tokenizer_config)
+    write_json(path / "tokenizer_config.json", tokenizer_config)
 
 
 def next_steps(path: Path) -> str:

@@ -1,0 +1,194 @@
+"""Files on disk: atomic writes, JSON, checksums, a lock, and one-line messages for what the disk refuses.
+
+Whatever is written atomically is complete or unchanged after an exception, a kill or, if it is synced, a power failure.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from tinystories.errors import UserError
+
+TEMP_SUFFIX = ".draft"  # of unfinished directories, and of files on their way into a run directory
+MAX_JSON_BYTES = 64_000_000  # real files have a few thousand
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota used up, file too large
+
+
+@contextlib.contextmanager
+def os_errors(where: object) -> Iterator[None]:
+    """Turn an `OSError` raised inside the block into a `UserError` that names `where`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{where} cannot be read: {error.strerror or error}") from None
+
+
+def describe_write_error(error: OSError, where: object) -> str:
+    """Return the message for a failed write; `where` is named if the error does not name a file."""
+    return f"{error.filename or where} cannot be written: {error.strerror}"
+
+
+def read_limited(path: Path, max_bytes: int) -> bytes:
+    """Read a whole untrusted file. `UserError` if it is larger than `max_bytes`, or is not a regular file."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is not a regular file")
+    with path.open("rb") as file:
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise UserError(
+            f"{path} is larger than {max_bytes / 1e6:,.0f} MB, which is too large for a valid file of this kind"
+        )
+    return data
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read an untrusted file that holds a JSON object.
+
+    `UserError` if it is too large, malformed or cannot be read, but FileNotFoundError if there is none.
+    """
+    try:
+        value = json.loads(read_limited(path, MAX_JSON_BYTES).decode())
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} must hold a JSON object")
+    return value
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object atomically, indented by two spaces."""
+    write_atomic(path, json.dumps(value, indent=2) + "\n")
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hex. `UserError` if it cannot be read."""
+    with os_errors(path), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Write a file atomically and sync it to disk. Text becomes UTF-8, with its line ends as they are."""
+    with atomic_file(path) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+
+
+@contextlib.contextmanager
+def atomic_file(
+    path: Path, *, concurrent: bool = False, private: bool = False, sync: bool = True
+) -> Iterator[BinaryIO]:
+    """Yield a temporary file that replaces `path` when the block succeeds, and is removed when it fails.
+
+    With `concurrent`, several processes may write `path` at once; without it, the temporary file has a fixed name, so
+    the next write replaces what a killed process left. `private`: only the owner may read it. `sync` the file before
+    the rename and the folder after it; needless for a cache that is verified when it is read.
+    """
+    temp_name = f".{path.name}.{os.urandom(4).hex()}" if concurrent else f"{path.name}.new"
+    temp_path = path.with_name(temp_name)
+    flags = os.O_WRONLY | os.O_CREAT | (os.O_EXCL if concurrent else os.O_TRUNC) | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(temp_path, flags, 0o600 if private else 0o666)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(temp_path, path)
+    except BaseException:
+        temp_path.unlink(missing_ok=True)
+        raise
+    if sync:
+        fsync(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_directory(target: Path, staging: Path | None = None) -> Iterator[Path]:
+    """Yield a staging folder that is renamed to `target` when the block succeeds, and removed when it fails.
+
+    Everything is synced to disk before the rename. An existing `target` is replaced. By default the staging folder is
+    created in a hidden folder next to `target`; a given `staging` path is reserved for it, so leftovers of a killed
+    process are removed first.
+    """
+    require_name(target)
+    with contextlib.ExitStack() as stack:
+        if staging is None:
+            staging = stack.enter_context(temp_sibling(target)) / target.name
+        else:
+            shutil.rmtree(staging, ignore_errors=True)
+            stack.callback(shutil.rmtree, staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        yield staging
+        for path in (*staging.rglob("*"), staging):
+            fsync(path)
+        atomic_replace(staging, target)
+        fsync(target.parent)
+
+
+def require_name(path: Path) -> None:
+    """`UserError` if an output path has no name of its own ("", "..")."""
+    if path.name in ("", ".."):
+        raise UserError(f"{path} is not a valid output path; use a path such as {path / 'stories'}")
+
+
+@contextlib.contextmanager
+def temp_sibling(path: Path) -> Iterator[Path]:
+    """Yield a new hidden folder in the same directory, for staging; remove it afterwards."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=".", suffix=TEMP_SUFFIX, dir=path.parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def atomic_replace(source: Path, target: Path) -> None:
+    """Rename `source` to `target`. An existing target directory is removed on success and restored on failure."""
+    if not target.is_dir():
+        os.replace(source, target)
+        return
+    with temp_sibling(target) as backup_dir:
+        os.replace(target, backup_dir / target.name)
+        try:
+            os.replace(source, target)
+        except OSError:
+            os.replace(backup_dir / target.name, target)
+            raise
+
+
+def fsync(path: Path) -> None:
+    """Flush a file or directory to disk (a no-op for directories on Windows)."""
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def acquire_lock(path: Path) -> BinaryIO | None:
+    """Create and lock a file until the returned object is closed or the process ends, however it ends.
+
+    None if another process holds the lock. On Windows, which has no fcntl, nothing is locked.
+    """
+    file = path.open("wb")
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass
+    except OSError:
+        file.close()
+        return None
+    return file
