@@ -17,11 +17,7 @@ import numpy.typing as npt
 from tinystories.config import PRESETS, ModelConfig, SamplingConfig, build_dataclass
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.errors import UserError, quoted
-from tinystories.files import TEMP_SUFFIX as TEMP_SUFFIX
-from tinystories.files import atomic_directory as atomic_directory
-from tinystories.files import fsync, os_errors, read_json_object
-from tinystories.files import sha256 as sha256
-from tinystories.files import write_json as write_json
+from tinystories.files import TEMP_SUFFIX, fsync, os_errors, read_json_object, sha256, write_json
 
 if TYPE_CHECKING:
     import torch

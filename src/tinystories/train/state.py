@@ -13,6 +13,7 @@ from tinystories import checkpoint
 from tinystories.config import Config, SamplingConfig, load_config, to_toml
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.errors import UserError
+from tinystories.files import TEMP_SUFFIX, atomic_directory, sha256, write_json
 from tinystories.model import GPT
 from tinystories.train.optim import Optimizers, flatten_optimizer_state, load_optimizer_state
 
@@ -52,18 +53,16 @@ def save_checkpoint(
     """
     checkpoint_dir = checkpoint.checkpoint_folder(run_dir, train_state.step)
     try:
-        with checkpoint.atomic_directory(
-            checkpoint_dir, checkpoint_dir.with_name(checkpoint_dir.name + checkpoint.TEMP_SUFFIX)
+        with atomic_directory(
+            checkpoint_dir, checkpoint_dir.with_name(checkpoint_dir.name + TEMP_SUFFIX)
         ) as staging_dir:
             checkpoint.write_model(staging_dir, model, tokenizer, SamplingConfig(), provenance)
             state_dir = staging_dir / "state"
             state_dir.mkdir()
             save_file(flatten_optimizer_state(model, optimizers), state_dir / "optimizer.safetensors")
             (state_dir / "config.toml").write_text(to_toml(config), encoding="utf-8")
-            record = dataclasses.asdict(train_state) | {
-                "optimizer_sha256": checkpoint.sha256(state_dir / "optimizer.safetensors")
-            }
-            checkpoint.write_json(state_dir / "clock.json", record)
+            record = dataclasses.asdict(train_state) | {"optimizer_sha256": sha256(state_dir / "optimizer.safetensors")}
+            write_json(state_dir / "clock.json", record)
         checkpoint.publish(checkpoint_dir, run_dir)
     except OSError as error:
         raise UserError(
@@ -79,7 +78,7 @@ def prune_checkpoints(run_dir: Path, best_step: int, keep: int) -> None:
     for step, folder in checkpoint.list_checkpoints(run_dir)[:-keep]:
         if step != best_step:
             shutil.rmtree(folder)
-    for staging_dir in (run_dir / "checkpoints").glob("*" + checkpoint.TEMP_SUFFIX):
+    for staging_dir in (run_dir / "checkpoints").glob("*" + TEMP_SUFFIX):
         shutil.rmtree(staging_dir)
 
 
@@ -106,7 +105,7 @@ def read_train_state(folder: Path) -> TrainState:
     """Return the train state of a checkpoint. `UserError` if its optimizer state does not match the checksum."""
     record = checkpoint.read_json(folder / "state" / "clock.json")
     path = folder / "state" / "optimizer.safetensors"
-    if not path.is_file() or checkpoint.sha256(path) != record.pop("optimizer_sha256", None):
+    if not path.is_file() or sha256(path) != record.pop("optimizer_sha256", None):
         raise UserError(f"{path} is missing or does not match its checksum")
     try:
         return TrainState(**record)
