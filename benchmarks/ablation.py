@@ -26,8 +26,9 @@ from tinystories.cli import main as tinystories_main
 from tinystories.config import load_config
 from tinystories.data import loader
 from tinystories.model import GPT
-from tinystories.train import optim, step
-from tinystories.train.learning_rate import resolve_auto_rates
+from tinystories.train import step
+from tinystories.train.optimizer import build as optim
+from tinystories.train.optimizer.learning_rate import resolve_auto_rates
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from tinystories.config import OptimConfig, load_config
 from tinystories.model import GPT
 from tinystories.model.loss import Objective
 from tinystories.train.estimate import estimate_train_bytes
-from tinystories.train.optim import build_optimizers
+from tinystories.train.optimizer.build import build_optimizers
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ from pathlib import Path
 import psutil
 from script import run_main
 
-from tinystories.data.sources import iter_stories
+from tinystories.data.source.resolve import iter_stories
 from tinystories.data.tokenizer import END
 
 OUR_SCRIPT = """

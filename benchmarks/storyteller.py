@@ -27,7 +27,7 @@ from script import run_main
 
 from tinystories import load
 from tinystories.config import SamplingConfig
-from tinystories.data.sources import iter_stories
+from tinystories.data.source.resolve import iter_stories
 from tinystories.evaluate.bits import encode_stories, evaluate_bits_per_byte
 from tinystories.evaluate.report import evaluate_model
 from tinystories.evaluate.text_statistics import NgramIndex, measure_diversity

@@ -52,7 +52,7 @@ from tinystories.errors import UserError
 from tinystories.model import GPT
 from tinystories.model.loss import Objective
 from tinystories.train.estimate import estimate_flops_per_token
-from tinystories.train.optim import Optimizers, build_optimizers
+from tinystories.train.optimizer.build import Optimizers, build_optimizers
 
 PEAK_BF16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense FLOP/s from the vendors' data sheets
 

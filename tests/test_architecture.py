@@ -68,7 +68,7 @@ def test_rule_detects_imports_inside_functions() -> None:
         "tinystories.cli",
         "tinystories.checkpoint",
         "tinystories.data.prepare",
-        "tinystories.data.sources",
+        "tinystories.data.source.resolve",
         "tinystories.data.tokenizer",
         "tinystories.engine.cpu.engine",
         "tinystories.engine.protocol",

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tinystories.data.sources import iter_stories
+from tinystories.data.source.resolve import iter_stories
 
 OUT = Path(__file__).with_name("story_endings.jsonl")
 N_CHOICES = 4

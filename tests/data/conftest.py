@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tinystories.data.build_tokenizer import load_gpt2, train_bpe
-from tinystories.data.sources import iter_stories
+from tinystories.data.source.resolve import iter_stories
 from tinystories.data.tokenizer import Tokenizer
 
 SHARED = Path(__file__).parents[3] / "shared"

@@ -27,9 +27,9 @@ pytest.importorskip("datasets")
 
 READ = """
 import itertools, json
-from tinystories.data import hub_source, reader
-from tinystories.data.reader import ReadOptions
-from tinystories.data.sources import resolve_source, iter_stories
+from tinystories.data.source import hub as hub_source, reader
+from tinystories.data.source.reader import ReadOptions
+from tinystories.data.source.resolve import resolve_source, iter_stories
 from tinystories.errors import UserError
 
 def attempt(call):
@@ -195,7 +195,7 @@ def test_what_is_wrong_on_the_hub_is_said_in_one_line(answers: dict[str, Any], w
 PREPARE = """
 import dataclasses, json, sys
 from pathlib import Path
-from tinystories.data import reader
+from tinystories.data.source import reader
 from tinystories.data.staging import StagingDir
 from tinystories.data.prepare import prepare
 
@@ -237,7 +237,7 @@ def test_prepare_records_the_commit_resumes_and_then_needs_no_network(hub: Hub, 
 
 OFFLINE = """
 import sys
-from tinystories.data import hub_source
+from tinystories.data.source import hub as hub_source
 from tinystories.data.prepare import prepare
 from tinystories.errors import UserError
 

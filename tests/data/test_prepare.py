@@ -12,11 +12,11 @@ import pytest
 from story_files import write_jsonl, write_txt
 
 from tinystories import files
-from tinystories.data import reader
 from tinystories.data.build_tokenizer import train_bpe
 from tinystories.data.dataset import open_split, read_meta
 from tinystories.data.prepare import PrepareReport, prepare
-from tinystories.data.sources import iter_stories
+from tinystories.data.source import reader
+from tinystories.data.source.resolve import iter_stories
 from tinystories.data.tokenizer import END, Tokenizer
 from tinystories.errors import UserError
 

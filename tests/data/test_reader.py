@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 from story_files import put, write_csv, write_jsonl, write_parquet, write_txt
 
-from tinystories.data import reader
-from tinystories.data.file_source import read_file
-from tinystories.data.reader import ReadOptions
-from tinystories.data.sources import iter_stories
+from tinystories.data.source import reader
+from tinystories.data.source.files import read_file
+from tinystories.data.source.reader import ReadOptions
+from tinystories.data.source.resolve import iter_stories
 from tinystories.data.tokenizer import END
 from tinystories.errors import UserError
 

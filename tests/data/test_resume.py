@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 from story_files import put, write_csv, write_jsonl, write_parquet, write_txt
 
-from tinystories.data import reader, staging
+from tinystories.data import staging
 from tinystories.data.prepare import prepare
+from tinystories.data.source import reader
 from tinystories.data.staging import StagingDir
 from tinystories.errors import UserError
 
@@ -23,7 +24,8 @@ pytestmark = pytest.mark.extended
 
 CHILD = """
 import json, os, signal, sys
-from tinystories.data import reader, staging
+from tinystories.data import staging
+from tinystories.data.source import reader
 from tinystories.data.prepare import prepare
 
 reader.BATCH_BYTES, staging.JOURNAL_INTERVAL_SECONDS, os.fsync = 500, 0.0, lambda _: None

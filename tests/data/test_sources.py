@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from story_files import put, write_txt
 
-from tinystories.data import file_source
-from tinystories.data.file_source import FileSource, fingerprint_file
-from tinystories.data.hub_source import HubSource
-from tinystories.data.sources import get_named_sources, iter_stories, resolve_source
+from tinystories.data.source import files as file_source
+from tinystories.data.source.files import FileSource, fingerprint_file
+from tinystories.data.source.hub import HubSource
+from tinystories.data.source.resolve import get_named_sources, iter_stories, resolve_source
 from tinystories.errors import UserError
 
 

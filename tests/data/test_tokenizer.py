@@ -208,7 +208,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 def test_importing_needs_nothing_heavy() -> None:
     code = (
-        "import sys, tinystories.data.tokenizer, tinystories.data.dataset, tinystories.data.sources;"
+        "import sys, tinystories.data.tokenizer, tinystories.data.dataset, tinystories.data.source.resolve;"
         "print(*{m.partition('.')[0] for m in sys.modules} & {'torch', 'tiktoken', 'datasets', 'tokenizers', 'pyarrow',"
         " 'gigatoken', 'huggingface_hub', 'xxhash'})"
     )

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tinystories.data import build_tokenizer
 from tinystories.data.build_tokenizer import build_from_spec, fingerprint_spec, train_bpe
 from tinystories.data.encoder import make_bulk_encoder
-from tinystories.data.sources import iter_stories
+from tinystories.data.source.resolve import iter_stories
 from tinystories.data.tokenizer import END, Tokenizer
 from tinystories.errors import UserError
 

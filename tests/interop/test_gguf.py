@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from tinystories.checkpoint import state_dict_to_save
 from tinystories.config import ModelConfig, SamplingConfig
-from tinystories.data.sources import iter_stories
+from tinystories.data.source.resolve import iter_stories
 from tinystories.data.tokenizer import END, Tokenizer
 from tinystories.errors import UserError
 from tinystories.formats.bundle import ModelBundle

@@ -10,7 +10,7 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
-from tinystories.data.sources import iter_stories
+from tinystories.data.source.resolve import iter_stories
 from tinystories.errors import UserError
 from tinystories.formats.bundle import ModelBundle
 from tinystories.formats.exports import export

@@ -17,7 +17,7 @@ from run_c import decode, encode, peer, read_table
 
 from tinystories.config import ModelConfig
 from tinystories.data.build_tokenizer import train_bpe
-from tinystories.data.sources import iter_stories
+from tinystories.data.source.resolve import iter_stories
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.engine.cpu.weights import expected_shapes
 from tinystories.engine.engine_config import EngineConfig

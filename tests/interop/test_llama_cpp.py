@@ -13,7 +13,7 @@ from run_llama import ask, quantize
 
 from tinystories.checkpoint import BUNDLED_MODEL, state_dict_to_save
 from tinystories.config import ModelConfig, SamplingConfig
-from tinystories.data.sources import iter_stories
+from tinystories.data.source.resolve import iter_stories
 from tinystories.data.tokenizer import END, Tokenizer
 from tinystories.engine.cpu.engine import CpuEngine
 from tinystories.formats.bundle import ModelBundle

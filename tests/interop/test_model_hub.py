@@ -19,7 +19,7 @@ from tinystories import checkpoint, load
 from tinystories.cli import cli
 from tinystories.cli.common import run as run_command
 from tinystories.config import ModelConfig, SamplingConfig
-from tinystories.data.hub_source import parse_hub_name
+from tinystories.data.source.hub import parse_hub_name
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.errors import UserError
 from tinystories.files import atomic_directory, sha256

@@ -15,7 +15,7 @@ from shapes import SHAPES
 from tinystories.checkpoint import state_dict_to_save
 from tinystories.config import ModelConfig
 from tinystories.data.build_tokenizer import train_bpe
-from tinystories.data.sources import iter_stories
+from tinystories.data.source.resolve import iter_stories
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.errors import UserError
 from tinystories.formats.bundle import ModelBundle

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from run_c import decode, encode, peer, read_table
 
 from tinystories.data.build_tokenizer import train_bpe
-from tinystories.data.sources import iter_stories
+from tinystories.data.source.resolve import iter_stories
 from tinystories.data.tokenizer import END, Tokenizer
 from tinystories.errors import UserError
 from tinystories.formats.tokenizer_conversion import BYTE_PIECES, build_sentencepiece_bpe, extract_pieces, set_end_token

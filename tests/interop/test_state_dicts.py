@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tinystories.config import ModelConfig
 from tinystories.data.build_tokenizer import train_bpe
-from tinystories.data.sources import iter_stories
+from tinystories.data.source.resolve import iter_stories
 from tinystories.errors import UserError
 from tinystories.formats.bundle import ModelBundle
 from tinystories.formats.imports import import_model

@@ -9,8 +9,8 @@ from torch import nn
 
 from tinystories.config import ModelConfig, OptimConfig
 from tinystories.model import GPT
-from tinystories.train.muon import Muon, orthogonalized
-from tinystories.train.optim import build_optimizers, flatten_optimizer_state, load_optimizer_state
+from tinystories.train.optimizer.build import build_optimizers, flatten_optimizer_state, load_optimizer_state
+from tinystories.train.optimizer.muon import Muon, orthogonalized
 
 RATES = {"learning_rate": 0.01, "muon_rate": 0.02}
 JORDAN = (3.4445, -4.7750, 2.0315)  # torch.optim.Muon's quintic

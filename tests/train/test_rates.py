@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from tinystories.config import Config, ModelConfig, OptimConfig, TrainConfig, load_config
-from tinystories.train.learning_rate import resolve_auto_rates
+from tinystories.train.optimizer.learning_rate import resolve_auto_rates
 
 
 def rates(n_embd: int = 192, batch_size: int = 8, **optim: object) -> tuple[float, float]:

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from tinystories.config import ScheduleConfig
-from tinystories.train.learning_rate import get_learning_rate, get_momentum
+from tinystories.train.optimizer.learning_rate import get_learning_rate, get_momentum
 
 STEPS, PEAK = 200, 2.0
 

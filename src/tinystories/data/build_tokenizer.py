@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tinystories.data.timeout import call_with_timeout
+from tinystories.data.source.timeout import call_with_timeout
 from tinystories.data.tokenizer import END, Tokenizer, char_to_byte
 from tinystories.errors import UserError
 

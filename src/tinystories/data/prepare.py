@@ -17,8 +17,8 @@ from tinystories.data.dataset import FORMAT_VERSION, SPLITS, DatasetMeta, SplitM
 from tinystories.data.dedup import Assignment, Role, SplitAssigner, hash_stories, is_held_out
 from tinystories.data.encoder import EncodeFn, make_bulk_encoder
 from tinystories.data.progress import track_progress
-from tinystories.data.reader import DecodeErrors, ReadOptions, StoryBatch
-from tinystories.data.sources import Source, SourceNames, resolve_source
+from tinystories.data.source.reader import DecodeErrors, ReadOptions, StoryBatch
+from tinystories.data.source.resolve import Source, SourceNames, resolve_source
 from tinystories.data.spec import PrepareSpec, disk_error_message, existing_output
 from tinystories.data.staging import StagingDir, write_json
 from tinystories.data.tokenizer import Tokenizer

@@ -8,8 +8,8 @@ from typing import Any
 
 from tinystories.data import build_tokenizer
 from tinystories.data.dataset import FORMAT_VERSION, DatasetMeta, read_meta
-from tinystories.data.reader import ReadOptions
-from tinystories.data.sources import Source
+from tinystories.data.source.reader import ReadOptions
+from tinystories.data.source.resolve import Source
 from tinystories.data.staging import read_json
 from tinystories.errors import UserError
 from tinystories.files import DISK_FULL_ERRNOS, describe_write_error

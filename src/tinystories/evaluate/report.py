@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tinystories.data.dataset import open_split, read_meta
-from tinystories.data.reader import DecodeErrors
-from tinystories.data.sources import iter_stories
+from tinystories.data.source.reader import DecodeErrors
+from tinystories.data.source.resolve import iter_stories
 from tinystories.errors import UserError
 from tinystories.evaluate.bits import (
     BitsReport,

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tinystories.data.sources import SAMPLE_PATH
+from tinystories.data.source.resolve import SAMPLE_PATH
 from tinystories.data.tokenizer import END
 from tinystories.errors import UserError
 from tinystories.files import atomic_replace, require_name, temp_sibling

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import PurePath
 from typing import Any
 
-from tinystories.data.hub_source import HubSource, parse_hub_name
-from tinystories.data.sources import get_named_sources
+from tinystories.data.source.hub import HubSource, parse_hub_name
+from tinystories.data.source.resolve import get_named_sources
 from tinystories.data.tokenizer import sanitize
 from tinystories.errors import UserError
 from tinystories.formats.bundle import ModelBundle

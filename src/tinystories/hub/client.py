@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from tinystories import checkpoint
-from tinystories.data.hub_source import CONNECT_TIMEOUT_SECONDS, parse_hub_name
-from tinystories.data.timeout import call_with_timeout
+from tinystories.data.source.hub import CONNECT_TIMEOUT_SECONDS, parse_hub_name
+from tinystories.data.source.timeout import call_with_timeout
 from tinystories.data.tokenizer import sanitize
 from tinystories.errors import UserError
 from tinystories.files import sha256

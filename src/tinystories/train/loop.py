@@ -24,8 +24,8 @@ from tinystories.evaluate.bits import BitsReport, read_prepared_stories, score_s
 from tinystories.train import state
 from tinystories.train.distributed import SINGLE, World
 from tinystories.train.inflight import InFlightStep
-from tinystories.train.learning_rate import resolve_auto_rates
-from tinystories.train.optim import consolidate_state
+from tinystories.train.optimizer.build import consolidate_state
+from tinystories.train.optimizer.learning_rate import resolve_auto_rates
 from tinystories.train.prefetch import Batch, Prefetch
 from tinystories.train.recorder import Recorder
 from tinystories.train.step import StepResult, TrainStep

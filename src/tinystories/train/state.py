@@ -15,7 +15,7 @@ from tinystories.data.tokenizer import Tokenizer
 from tinystories.errors import UserError
 from tinystories.files import TEMP_SUFFIX, atomic_directory, sha256, write_json
 from tinystories.model import GPT
-from tinystories.train.optim import Optimizers, flatten_optimizer_state, load_optimizer_state
+from tinystories.train.optimizer.build import Optimizers, flatten_optimizer_state, load_optimizer_state
 
 log = logging.getLogger(__name__)
 

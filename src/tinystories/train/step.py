@@ -17,8 +17,8 @@ from tinystories.model.loss import Objective
 from tinystories.train import distributed
 from tinystories.train.distributed import World
 from tinystories.train.estimate import auto_micro_batch
-from tinystories.train.learning_rate import get_learning_rate, get_momentum
-from tinystories.train.optim import build_optimizers
+from tinystories.train.optimizer.build import build_optimizers
+from tinystories.train.optimizer.learning_rate import get_learning_rate, get_momentum
 from tinystories.train.prefetch import Batch
 
 

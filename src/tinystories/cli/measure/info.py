@@ -11,7 +11,7 @@ import click
 from tinystories.cli.common import CONTEXT_SETTINGS, json_option
 from tinystories.config import PRESETS, Config, load_config
 from tinystories.errors import UserError
-from tinystories.train.learning_rate import resolve_auto_rates
+from tinystories.train.optimizer.learning_rate import resolve_auto_rates
 
 CARD_FILE = "README.md"
 FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)  # a card's YAML metadata, read by the Hub

@@ -7,9 +7,9 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from tinystories.data.arrow import ROWS_PER_BATCH, select_text_column
-from tinystories.data.reader import ReadOptions, StoryBatch, batch_texts, decode_text, read_txt
-from tinystories.data.timeout import call_with_timeout
+from tinystories.data.source.arrow import ROWS_PER_BATCH, select_text_column
+from tinystories.data.source.reader import ReadOptions, StoryBatch, batch_texts, decode_text, read_txt
+from tinystories.data.source.timeout import call_with_timeout
 from tinystories.data.tokenizer import sanitize
 from tinystories.errors import UserError
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from tinystories.data.reader import ReadOptions, StoryBatch, batch_texts, decode_text, missing_field_message
+from tinystories.data.source.reader import ReadOptions, StoryBatch, batch_texts, decode_text, missing_field_message
 from tinystories.data.tokenizer import sanitize
 from tinystories.errors import UserError
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tinystories.data.arrow import read_parquet
-from tinystories.data.reader import ReadOptions, StoryBatch, read_csv, read_jsonl, read_txt
+from tinystories.data.source.arrow import read_parquet
+from tinystories.data.source.reader import ReadOptions, StoryBatch, read_csv, read_jsonl, read_txt
 from tinystories.data.tokenizer import sanitize
 from tinystories.errors import UserError
 

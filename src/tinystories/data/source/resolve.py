@@ -4,9 +4,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from tinystories.data.file_source import FileSource, find_story_files
-from tinystories.data.hub_source import HubSource, parse_hub_name
-from tinystories.data.reader import DecodeErrors, ReadOptions
+from tinystories.data.source.files import FileSource, find_story_files
+from tinystories.data.source.hub import HubSource, parse_hub_name
+from tinystories.data.source.reader import DecodeErrors, ReadOptions
 
 SAMPLE_PATH = Path(__file__).parent / "sample" / "stories.txt"
 

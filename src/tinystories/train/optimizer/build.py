@@ -7,7 +7,7 @@ import torch
 
 from tinystories.config import OptimConfig
 from tinystories.model import GPT
-from tinystories.train.muon import Muon
+from tinystories.train.optimizer.muon import Muon
 
 Optimizers = Sequence[torch.optim.Optimizer]
 

@@ -1,0 +1,1 @@
+"""Where stories come from: named sources, files and the Hugging Face Hub."""
