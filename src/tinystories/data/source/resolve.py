@@ -8,7 +8,7 @@ from tinystories.data.source.files import FileSource, find_story_files
 from tinystories.data.source.hub import HubSource, parse_hub_name
 from tinystories.data.source.reader import DecodeErrors, ReadOptions
 
-SAMPLE_PATH = Path(__file__).parent / "sample" / "stories.txt"
+SAMPLE_PATH = Path(__file__).parents[1] / "sample" / "stories.txt"
 
 
 Source = FileSource | HubSource
