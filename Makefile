@@ -11,6 +11,9 @@ HOOK := --jaxtyping-packages=tinystories.model,tinystories.engine.native_step,ti
 # Options of gpu-kit and gpu-rehearsal; whatever is not given is replaced by a stand-in.
 KIT := $(if $(NANOGPT),--nanogpt "$(NANOGPT)") $(if $(DATA),--data "$(DATA)")
 
+# Tests that need nothing but the dev extra and a few minutes.
+HERE := not slow and not gpu and not interop
+
 .PHONY: help install demo storyteller test test-all test-slow test-interop test-gpu gpu-kit gpu-rehearsal check format dist clean
 
 help:
@@ -48,7 +51,7 @@ storyteller: install  ## retrain the bundled storyteller: TRAIN=train.txt VAL=va
 	$(TS) train --config storyteller --data data/storyteller --out runs/storyteller-512 --resume --train.compile on \
 	  --train.init runs/storyteller --model.n_ctx 512 --train.batch_size 4 --train.micro_batch 4 --train.steps 1500 \
 	  --optim.muon_rate 0.006 --optim.learning_rate 0.0027
-	rm -rf runs/storyteller-packed && $(TS) pack runs/storyteller-512 --out runs/storyteller-packed --repetition-penalty 1.2
+	rm -rf runs/storyteller-packed && $(TS) quantize runs/storyteller-512 --out runs/storyteller-packed --repetition-penalty 1.2
 	$(PY) benchmarks/storyteller.py runs/storyteller-packed --train "$(TRAIN)" --val "$(VAL)"
 
 test: install  ## fast tests, about a minute: no network, no GPU
