@@ -28,6 +28,7 @@ from tinystories.data import staging
 from tinystories.data.source import reader
 from tinystories.data.prepare import prepare
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if the tests run as a background job
 reader.BATCH_BYTES, staging.JOURNAL_INTERVAL_SECONDS, os.fsync = 500, 0.0, lambda _: None
 {fault}
 prepare(sys.argv[1], sys.argv[2], tokenizer="bpe:300", val_fraction=0.2, progress=False)
