@@ -26,7 +26,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from gpu_plans import GPU, GRACE_SECONDS, KIT, ROOT, TOY, PlanConfig, Step, measure_plan, train_plan
 
@@ -55,7 +55,10 @@ class Session:
         }
         # Steps run in parallel; using all cores in each would oversubscribe the CPU.
         self.environment["OMP_NUM_THREADS"] = "1" if config.device == "cpu" else "2"
-        self.records = [*read_records(KIT / "records.jsonl"), *read_records(work / "records.jsonl")]
+        self.records_path = work / "records.jsonl"
+        if not self.records_path.exists() and (KIT / "records.jsonl").exists():  # continue from another machine
+            shutil.copyfile(KIT / "records.jsonl", self.records_path)
+        self.records = read_records(self.records_path)
 
     def seconds_left(self) -> float:
         return self.deadline - time.monotonic()
@@ -64,9 +67,11 @@ class Session:
         """Append a record, and sync it to disk before returning."""
         context = {"plan": self.plan, "step": step.name, **query_device(), "commit": self.commit}
         entry = context | {"command": step.command, "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())} | values
-        with self.lock, (self.work / "records.jsonl").open("a", encoding="utf-8") as file:
+        with self.lock, self.records_path.open("a+b") as file:
             self.records.append(entry)
-            file.write(json.dumps(entry) + "\n")
+            if file.tell() and not ends_with_newline(file):
+                file.write(b"\n")  # a kill truncated the last line
+            file.write(json.dumps(entry).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
 
@@ -143,6 +148,12 @@ def kill_process_group(process: subprocess.Popen[str], signal_number: signal.Sig
         os.killpg(process.pid, signal_number)
 
 
+def ends_with_newline(file: BinaryIO) -> bool:
+    """Whether the last byte is a newline; leaves the position at the end."""
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"
+
+
 def parse_json_object(line: str) -> dict[str, Any] | None:
     if line.startswith("{"):
         with contextlib.suppress(ValueError):
@@ -199,7 +210,8 @@ def pack_outputs(session: Session) -> None:
     out, work = session.out, session.work
     for file in out.glob("[0-9]-*"):
         file.unlink()
-    shutil.copyfile(work / "records.jsonl", out / "records.jsonl")
+    if session.records:
+        shutil.copyfile(session.records_path, out / "records.jsonl")
     with tarfile.open(out / "logs.tar.gz", "w:gz") as tar:
         for path in [*(work / "logs").glob("*.log"), *work.glob("*/metrics.jsonl"), *work.glob("*/samples.md")]:
             tar.add(path, path.relative_to(work))

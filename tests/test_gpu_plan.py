@@ -72,7 +72,22 @@ def test_truncated_record_is_ignored(gpu: ModuleType, tmp_path: Path) -> None:
     session_of(gpu, tmp_path).run([python_step(gpu, "good", PRINT)])
     path = tmp_path / "work" / "records.jsonl"
     path.write_text(path.read_text() + '{"step": "next", "outc')
-    assert session_of(gpu, tmp_path).is_done(python_step(gpu, "good", PRINT))
+    session = session_of(gpu, tmp_path)
+    assert session.is_done(python_step(gpu, "good", PRINT))
+    session.run([python_step(gpu, "later", PRINT)])
+    assert len(session_of(gpu, tmp_path).results("x")) == 2, "a record follows the truncated line"
+
+
+def test_another_machine_continues_from_the_records_in_the_kit(gpu: ModuleType, tmp_path: Path) -> None:
+    step = python_step(gpu, "good", PRINT)
+    session_of(gpu, tmp_path / "first").run([step])
+    (tmp_path / "kit").mkdir()
+    (tmp_path / "first" / "out" / "records.jsonl").rename(tmp_path / "kit" / "records.jsonl")
+    session = session_of(gpu, tmp_path / "second")
+    session.run([step])
+    assert session.outcomes == {"good": "done before"}
+    assert session_of(gpu, tmp_path / "second").is_done(step)
+    assert (tmp_path / "second" / "out" / "records.jsonl").read_text().count('"value": 8') == 1
 
 
 def trained(session: Any, gpu: ModuleType, run: str, score: float, parameters: float, megabytes: float) -> None:

@@ -51,7 +51,7 @@ class Plan:
 
 
 def merge_plan(stored: Plan | None, space: SearchSpace | None, requested: Mapping[str, Any], folder: Path) -> Plan:
-    """Return the plan of this session: the stored one, updated by what the user requested.
+    """Return the plan to continue with: the stored one, updated by what the user requested.
 
     `UserError` if the request contradicts what the sweep in `folder` was started with.
     """
