@@ -49,7 +49,7 @@ def main() -> None:
 def profile_steps(trainer: Trainer, n_steps: int, n_rows: int) -> dict[str, Any]:
     on_cuda = trainer.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_cuda]
-    with trainer.open_recorder(quiet=True), trainer.prefetch_batches():
+    with trainer.open_recorder(), trainer.prefetch_batches():
         for _ in range(WARM_UP_STEPS):
             trainer.launch_step()
         with profile(activities=activities) as profiler:

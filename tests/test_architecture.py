@@ -11,7 +11,7 @@ import pytest
 SRC = Path(__file__).parents[1] / "src" / "tinystories"
 ORDER = [
     "errors",
-    "files",
+    "files progress",
     "config position_tables",
     "model data",
     "checkpoint",

@@ -50,7 +50,7 @@ def test_no_step_waits_for_the_device(
     """Two micro-batches, dropout, clipping, both optimizers, and lines of metrics on the way."""
     model = dataclasses.replace(config.model, architecture=architecture, tied=architecture == "modern")
     trainer = Trainer(on_cuda(dataclasses.replace(config, model=model), kind, compiled), tmp_path)
-    with trainer.open_recorder(quiet=True), trainer.prefetch_batches():
+    with trainer.open_recorder(), trainer.prefetch_batches():
         for _ in range(4):  # compiles, makes the optimizers' state, and fills the caches of memory
             trainer.launch_step()
         torch.cuda.set_sync_debug_mode("error")
@@ -66,7 +66,7 @@ def test_no_step_waits_for_the_device(
 
 def test_the_host_is_at_most_one_step_ahead(config: Config, tmp_path: Path) -> None:
     trainer = Trainer(on_cuda(config), tmp_path)
-    with trainer.open_recorder(quiet=True), trainer.prefetch_batches():
+    with trainer.open_recorder(), trainer.prefetch_batches():
         for _ in range(5):
             before = trainer.in_flight
             trainer.launch_step()

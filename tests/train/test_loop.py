@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from runs import changed, read_records
 from safetensors.torch import load_file
 
 from tinystories import checkpoint
@@ -18,22 +19,14 @@ from tinystories.errors import UserError
 from tinystories.train import estimate, state
 from tinystories.train.loop import Interrupted, Trainer
 from tinystories.train.run import train
+from tinystories.train.step import StepResult
 
 pytestmark = pytest.mark.extended
 
 
-def changed(config: Config, section: str, **values: Any) -> Config:
-    """The config with some settings of one section replaced."""
-    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
-
-
-def records(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 def without_clock(run: Path) -> list[dict[str, Any]]:
     timed = ("seconds", "tokens_per_s")
-    return [{key: value for key, value in record.items() if key not in timed} for record in records(run)]
+    return [{key: value for key, value in record.items() if key not in timed} for record in read_records(run)]
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
@@ -61,7 +54,7 @@ def test_a_run_leaves_a_model_a_curve_and_stories(config: Config, tmp_path: Path
     samples = (run / "samples.md").read_text()
     assert samples.count("## Step") == 3
     assert samples.count("> The cat") == 3
-    final = records(run)[-1]
+    final = read_records(run)[-1]
     assert final["final"] is True
     assert final["val_stories"] == report.stories > config.train.eval_stories
     assert not list(run.rglob("*.pt")) + list(run.rglob("*.pkl")) + list(run.rglob("*.draft"))
@@ -70,7 +63,7 @@ def test_a_run_leaves_a_model_a_curve_and_stories(config: Config, tmp_path: Path
 def test_it_learns(config: Config, tmp_path: Path) -> None:
     config = changed(changed(config, "train", steps=60, eval_every=100), "model", dropout=0.0)
     train(config, tmp_path / "run")
-    losses = [r["loss"] for r in records(tmp_path / "run") if "loss" in r]
+    losses = [r["loss"] for r in read_records(tmp_path / "run") if "loss" in r]
     assert losses[0] == pytest.approx(math.log(400), rel=0.02)
     assert losses[-1] < losses[0] - 0.8
 
@@ -128,7 +121,7 @@ def test_a_run_may_begin_with_the_weights_of_another(config: Config, tmp_path: P
     for name, weight in load_file(tmp_path / "still" / "model.safetensors").items():
         torch.testing.assert_close(weight, first[name], atol=1e-9, rtol=0)
     train(longer, tmp_path / "second")
-    scores = [records(tmp_path / run)[-1]["val_bits_per_byte"] for run in ("still", "second")]
+    scores = [read_records(tmp_path / run)[-1]["val_bits_per_byte"] for run in ("still", "second")]
     assert scores[1] < scores[0], "it has learned more"
     described = checkpoint.read_model(tmp_path / "second")
     assert (described.config.n_ctx, described.provenance["began_with"]) == (48, str(tmp_path / "first"))
@@ -158,7 +151,7 @@ def test_a_finished_run_can_go_on_to_more_steps(config: Config, tmp_path: Path) 
     train(config, tmp_path / "run")
     train(changed(config, "train", steps=16), tmp_path / "run", resume=True)
     assert checkpoint.read_model(tmp_path / "run").provenance["step"] == 16
-    assert records(tmp_path / "run")[-1]["final"] is True
+    assert read_records(tmp_path / "run")[-1]["final"] is True
 
 
 def test_resuming_where_nothing_was_saved_starts_anew(config: Config, tmp_path: Path) -> None:
@@ -167,7 +160,7 @@ def test_resuming_where_nothing_was_saved_starts_anew(config: Config, tmp_path: 
     (run / "config.toml").write_text("")
     (run / "metrics.jsonl").write_text('{"step": 1}\n')
     train(config, run, resume=True)
-    assert next(iter(records(run)))["step"] == 2
+    assert next(iter(read_records(run)))["step"] == 2
 
 
 def test_a_damaged_checkpoint_is_passed_over(config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -252,7 +245,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_good(
                 self.model.norm.weight.fill_(float("nan"))
             loss, norm = result.loss, result.grad_norm
             loss, norm = (loss * float("nan"), norm) if where == "loss" else (loss, norm * float("inf"))
-            result = dataclasses.replace(result, loss=loss, grad_norm=norm)
+            return StepResult(result.step, result.n_targets, result.learning_rate, loss, norm)
         return result
 
     monkeypatch.setattr(Trainer, "train_step", exploding)
@@ -310,7 +303,7 @@ def test_a_run_on_auto_goes_on_with_the_part_it_began_with(
     tight = estimate.estimate_train_bytes(changed(config, "model", vocab_size=400), 4) / estimate.MEMORY_FRACTION
     monkeypatch.setattr(estimate, "get_free_bytes", lambda _: int(tight) + 1)
     step = Trainer.train_step
-    monkeypatch.setattr(Trainer, "train_step", lambda self, i: used.append(self.micro_batch) or step(self, i))
+    monkeypatch.setattr(Trainer, "train_step", lambda self, i: used.append(self.take_step.micro_batch) or step(self, i))
     train(config, tmp_path / "run")
     monkeypatch.setattr(estimate, "get_free_bytes", plenty)
     train(changed(config, "train", steps=4), tmp_path / "run", resume=True)

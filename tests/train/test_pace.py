@@ -1,22 +1,22 @@
 """A step is launched before the previous one is read; times are those of the device, not of the host."""
 
-import dataclasses
 import itertools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from runs import changed, read_records
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinystories.config import Config
 from tinystories.train import loop
-from tinystories.train.inflight import InFlightStep
 from tinystories.train.loop import Interrupted, Trainer
 from tinystories.train.metrics import Metrics
 from tinystories.train.run import train
+from tinystories.train.step import StepResult
 
+TRAIN_STEP = Trainer.train_step
 READING = ("aten._local_scalar_dense", "aten.is_nonzero", "aten.nonzero", "aten.equal", "aten.masked_select")
 
 
@@ -28,23 +28,17 @@ class NothingIsRead(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def records(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.parametrize("architecture", ["classic", "modern"])
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_a_step_reads_nothing_from_the_device(config: Config, tmp_path: Path, architecture: str, kind: str) -> None:
-    model = dataclasses.replace(config.model, architecture=architecture, tied=architecture == "modern")
-    optim = dataclasses.replace(config.optim, kind=kind)
-    trainer = Trainer(dataclasses.replace(config, model=model, optim=optim), tmp_path)
+    config = changed(config, "model", architecture=architecture, tied=architecture == "modern")
+    trainer = Trainer(changed(config, "optim", kind=kind), tmp_path)
     trainer.train_step(0)
     with NothingIsRead():
         result = trainer.train_step(1)
-        pending = InFlightStep(2, 512, result)
         with pytest.raises(AssertionError, match="reads from the device"):
             result.loss.item()
-    assert pending.read() == (result.loss.item(), result.grad_norm.item())
+    assert result.read() == (result.loss.item(), result.grad_norm.item())
 
 
 class Device:
@@ -57,20 +51,21 @@ class Device:
     def perf_counter(self) -> float:
         return self.now
 
-    def pending(self, step: int, *results: Any) -> Any:
-        device, plain = self, InFlightStep(step, *results)
-        self.now += 0.01  # the host's time to launch it
+    def launch(self, trainer: Trainer, step: int) -> StepResult:
+        """Stand in for `Trainer.train_step`: it takes the host 0.01 s, and the device has a result a second later."""
+        device, result = self, TRAIN_STEP(trainer, step)
+        self.now += 0.01
         done_at = self.free_at = max(self.free_at, self.now) + 1.0
-        self.events.append(("launch", step))
+        self.events.append(("launch", result.step))
 
-        class Slow(InFlightStep):
+        class Slow(StepResult):
             def __init__(self) -> None:
-                self.__dict__ = plain.__dict__
+                self.__dict__ = result.__dict__
 
             def read(self) -> tuple[float, float]:
                 device.now = max(device.now, done_at)
-                device.events.append(("read", step))
-                return plain.read()
+                device.events.append(("read", result.step))
+                return result.read()
 
         return Slow()
 
@@ -88,7 +83,7 @@ def test_the_device_always_has_the_next_step_but_where_the_run_pauses(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = Device()
-    monkeypatch.setattr(loop, "InFlightStep", device.pending)
+    monkeypatch.setattr(Trainer, "train_step", lambda trainer, step: device.launch(trainer, step))
     monkeypatch.setattr(loop, "is_async_device", lambda _: True)
     train(config, tmp_path / "run")
     paused = [step for step in range(1, 13) if step % 4 == 0 or step % 5 == 0]  # checkpoints and evaluations
@@ -97,21 +92,21 @@ def test_the_device_always_has_the_next_step_but_where_the_run_pauses(
         expected += [("launch", step)]
         expected += [("read", step - 1)] * (step > 1 and step - 1 not in paused) + [("read", step)] * (step in paused)
     assert device.events == expected
-    assert [r["step"] for r in records(tmp_path / "run") if "loss" in r] == [2, 4, 6, 8, 10, 12]
+    assert [r["step"] for r in read_records(tmp_path / "run") if "loss" in r] == [2, 4, 6, 8, 10, 12]
 
 
 def test_time_is_that_of_the_device_and_not_of_evaluations_or_checkpoints(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = Device()
-    monkeypatch.setattr(loop, "InFlightStep", device.pending)
+    monkeypatch.setattr(Trainer, "train_step", lambda trainer, step: device.launch(trainer, step))
     monkeypatch.setattr(loop, "is_async_device", lambda _: True)
     monkeypatch.setattr(loop, "time", device)
     monkeypatch.setattr(Metrics, "write", device.while_it_works(Metrics.write, 0.3))
     monkeypatch.setattr(Trainer, "evaluate", device.while_it_works(Trainer.evaluate, 100.0))
     monkeypatch.setattr(Trainer, "save_checkpoint", device.while_it_works(Trainer.save_checkpoint, 50.0))
     train(config, tmp_path / "run")
-    lines = [r for r in records(tmp_path / "run") if "loss" in r]
+    lines = [r for r in read_records(tmp_path / "run") if "loss" in r]
     # The first step after a pause also includes its launch time; the pauses are after steps 4, 5, 8 and 10.
     waits = {2: 1, 4: 1, 6: 3, 8: 3, 10: 4, 12: 5}
     assert {r["step"]: r["seconds"] for r in lines} == pytest.approx({k: k + 0.01 * n for k, n in waits.items()})
@@ -127,7 +122,7 @@ def test_a_line_tells_the_time_of_its_own_steps(
     monkeypatch.setattr(loop, "time", clock)
     monkeypatch.setattr(Trainer, "train_step", clock.while_it_works(Trainer.train_step, 1.0))
     train(config, tmp_path / "run")
-    lines = [r for r in records(tmp_path / "run") if "loss" in r]
+    lines = [r for r in read_records(tmp_path / "run") if "loss" in r]
     assert [r["seconds"] for r in lines] == [r["step"] for r in lines]
     for before, line in itertools.pairwise(lines):
         assert line["tokens_per_s"] == pytest.approx((line["tokens"] - before["tokens"]) / 2.0, rel=1e-3)

@@ -16,7 +16,6 @@ from tinystories.data import build_tokenizer
 from tinystories.data.dataset import FORMAT_VERSION, SPLITS, DatasetMeta, SplitMeta
 from tinystories.data.dedup import Assignment, Role, SplitAssigner, hash_stories, is_held_out
 from tinystories.data.encoder import EncodeFn, make_bulk_encoder
-from tinystories.data.progress import track_progress
 from tinystories.data.source.reader import DecodeErrors, ReadOptions, StoryBatch
 from tinystories.data.source.resolve import Source, SourceNames, resolve_source
 from tinystories.data.spec import PrepareSpec, disk_error_message, existing_output
@@ -24,6 +23,7 @@ from tinystories.data.staging import StagingDir, write_json
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.errors import UserError
 from tinystories.files import write_atomic
+from tinystories.progress import ByteDisplay
 
 log = logging.getLogger(__name__)
 
@@ -137,10 +137,7 @@ class PrepareJob:
         journal = self.staging.journal
         total_bytes = sum(source.total_bytes for source, _ in self.stages)
         encode: EncodeFn | None = None
-        with (
-            track_progress(total_bytes, journal.read, show=progress) as progress_meter,
-            ThreadPoolExecutor(1) as writer,
-        ):
+        with ByteDisplay(total_bytes, journal.read, quiet=not progress) as display, ThreadPoolExecutor(1) as writer:
             pending_write: Future[None] | None = None
             for stage, (source, role) in enumerate(self.stages[journal.stage :], journal.stage):
                 for batch in source.read_batches(
@@ -151,7 +148,7 @@ class PrepareJob:
                     if pending_write:
                         pending_write.result()
                     pending_write = writer.submit(self.write_batch, encode, stage, batch, assignment)
-                    progress_meter.advance(batch.bytes_read)
+                    display.advance(batch.bytes_read)
             if pending_write:
                 pending_write.result()
 

@@ -6,6 +6,7 @@ step. So an interrupted and resumed run ends with the same bits as an uninterrup
 
 import contextlib
 import itertools
+import logging
 import math
 import signal
 import time
@@ -23,12 +24,14 @@ from tinystories.errors import UserError
 from tinystories.evaluate.bits import BitsReport, read_prepared_stories, score_stories, summarize
 from tinystories.train import state
 from tinystories.train.distributed import SINGLE, World
-from tinystories.train.inflight import InFlightStep
 from tinystories.train.optimizer.build import consolidate_state
 from tinystories.train.optimizer.learning_rate import resolve_auto_rates
 from tinystories.train.prefetch import Batch, Prefetch
 from tinystories.train.recorder import Recorder
+from tinystories.train.state import TrainState
 from tinystories.train.step import StepResult, TrainStep
+
+log = logging.getLogger(__name__)
 
 
 class Interrupted(Exception):
@@ -44,11 +47,13 @@ class Trainer:
 
     recorder: Recorder  # set inside `open_recorder`, which everything needs but single steps and batches
 
-    def __init__(self, config: Config, run_dir: Path, previous_micro_batch: int = 0, world: World = SINGLE) -> None:
-        """Build everything a run needs: data, tokenizer, model, optimizers, objective.
+    def __init__(
+        self, config: Config, run_dir: Path, last_checkpoint: Path | None = None, world: World = SINGLE
+    ) -> None:
+        """Build everything a run needs: data, tokenizer, model, optimizers, train state.
 
-        `previous_micro_batch` is the micro-batch of the run being resumed (0: none). With more than one rank, call this
-        inside `distributed.process_group`.
+        They continue from `last_checkpoint`, or are new if it is None. With more than one rank, call this inside
+        `distributed.process_group`. `UserError` if the checkpoint is damaged, or of other data or settings.
         """
         data_dir = Path(config.data.dir)
         self.rows = PackedRows(data_dir, "train", config.model.n_ctx, config.train.seed)
@@ -58,23 +63,32 @@ class Trainer:
             raise UserError(f"{data_dir}/tokenizer.json is not the tokenizer of the data; prepare the data again")
         self.config = config = resolve_auto_rates(replace_vocab(config, self.rows.meta.vocab_size, str(data_dir)))
         self.run_dir, self.world = run_dir, world
-        self.take_step = TrainStep(config, previous_micro_batch, world)
-        self.device, self.micro_batch = self.take_step.device, self.take_step.micro_batch
-        self.model, self.optimizers = self.take_step.model, self.take_step.optimizers
-        self.train_state = state.TrainState(
-            micro_batch=self.micro_batch, data_sha256=self.rows.meta.splits["train"].sha256
+        data_sha256 = self.rows.meta.splits["train"].sha256
+        self.train_state = TrainState(data_sha256=data_sha256)
+        if last_checkpoint is not None:
+            self.train_state = state.read_train_state(last_checkpoint)
+            state.check_same_run(last_checkpoint, config, is_same_data=self.train_state.data_sha256 == data_sha256)
+        self.take_step = TrainStep(config, self.train_state.micro_batch, world)
+        self.train_state.micro_batch = self.take_step.micro_batch
+        self.device, self.model, self.optimizers = (
+            self.take_step.device,
+            self.take_step.model,
+            self.take_step.optimizers,
         )
+        if last_checkpoint is not None:
+            state.load_weights_and_optimizers(last_checkpoint, self.model, self.optimizers)
+        elif config.train.init:
+            state.initialize_from(Path(config.train.init), self.model, self.tokenizer)
         self.stop_signal = 0
         self.prefetch: Prefetch | None = None
-        self.in_flight: InFlightStep | None = None  # the newest step, until it is recorded
+        self.in_flight: StepResult | None = None  # the newest step, until it is recorded
         self.last_recorded_at: float | None = None  # end of the latest recorded step; None while no step is in flight
 
     @contextlib.contextmanager
-    def open_recorder(self, *, quiet: bool) -> Iterator[None]:
-        """Record inside the block, from the current train state on; with `quiet`, without metrics.jsonl and display."""
-        with Recorder(
-            self.take_step, self.train_state, self.rows, self.tokenizer, self.run_dir, quiet=quiet
-        ) as self.recorder:
+    def open_recorder(self) -> Iterator[None]:
+        """Record inside the block, from the current train state on."""
+        self.recorder = Recorder(self.run_dir, self.take_step, self.train_state, self.rows, self.tokenizer)
+        with contextlib.closing(self.recorder.metrics), self.recorder.display:
             yield
 
     @contextlib.contextmanager
@@ -116,13 +130,11 @@ class Trainer:
 
         On a CPU a step is finished when its launch returns, and is recorded immediately.
         """
-        train_state, previous = self.train_state, self.in_flight
+        previous = self.in_flight
         if self.last_recorded_at is None:
             self.last_recorded_at = time.perf_counter()
-        result = self.train_step(train_state.step)
-        train_state.step += 1
-        train_state.tokens += result.n_targets
-        self.in_flight = InFlightStep(train_state.step, train_state.tokens, result)
+        self.in_flight = self.train_step(self.train_state.step)
+        self.train_state.step += 1
         if previous is not None:
             self.record_step(previous)
         if not is_async_device(self.device):
@@ -134,18 +146,17 @@ class Trainer:
         batch = self.prefetch.get(step) if self.prefetch else self.make_batch(step)
         return self.take_step(batch, step)
 
-    def record_step(self, in_flight: InFlightStep) -> None:
+    def record_step(self, result: StepResult) -> None:
         """Wait for a launched step and record it. Raises `UserError` if its loss or gradient norm is not finite.
 
         Its time runs from the end of the previous step, whatever the host did in between.
         """
-        loss, grad_norm = in_flight.read()
+        loss, grad_norm = result.read()
         now = time.perf_counter()
         assert self.last_recorded_at is not None, "launch_step sets it"
         seconds, self.last_recorded_at = now - self.last_recorded_at, now
-        self.train_state.seconds += seconds
-        self.check_finite(in_flight.step, loss, grad_norm)
-        self.recorder.record_step(in_flight, loss, grad_norm, seconds)
+        self.check_finite(result.step, loss, grad_norm)
+        self.recorder.record_step(result, loss, grad_norm, seconds)
 
     def drain(self) -> None:
         """Wait for the step in flight and record it; stop the clock until the next step is launched."""
@@ -225,15 +236,8 @@ class Trainer:
         if not self.world.is_main:
             return
         self.recorder.update_file_sizes()
-        state.save_checkpoint(
-            self.run_dir,
-            self.train_state,
-            self.config,
-            self.model,
-            self.optimizers,
-            self.tokenizer,
-            self.recorder.build_provenance(),
-        )
+        provenance = self.recorder.build_provenance()
+        state.save_checkpoint(self.run_dir, self.train_state, self.take_step, self.tokenizer, provenance)
 
     def sync_stop_signal(self) -> None:
         """Share a stop signal that any rank received, so that all ranks stop at the same step."""
@@ -243,17 +247,26 @@ class Trainer:
         """Raise `UserError` if the loss or the gradient norm is infinite or NaN."""
         if math.isfinite(loss) and math.isfinite(grad_norm):
             return
-        last_good = state.find_latest_checkpoint(self.run_dir)
-        checkpoint_hint = (
-            f"the last good checkpoint is {last_good}" if last_good else "no checkpoint has been written yet"
-        )
         optim = self.config.optim
         muon_text = f" and optim.muon_rate={optim.muon_rate:g}" if optim.kind == "muon" else ""
         raise UserError(
-            f"loss {loss} and gradient norm {grad_norm} at step {step} are not finite; {checkpoint_hint}."
+            f"loss {loss} and gradient norm {grad_norm} at step {step} are not finite;"
+            f" {state.describe_latest_checkpoint(self.run_dir)}."
             f" Lower optim.learning_rate={optim.learning_rate:g}{muon_text} (to a third), increase schedule.warmup,"
-            " or set optim.grad_clip=1, and add --resume"
+            " or set optim.grad_clip=1"
         )
+
+    def on_signal(self, signum: int) -> None:
+        """Handle a signal: the first one stops after the current step and saves, a second one immediately.
+
+        With several processes a second signal changes nothing, because torchrun sends one of its own, and finally
+        kills.
+        """
+        if self.stop_signal and self.world.size == 1:
+            raise KeyboardInterrupt
+        self.stop_signal = signum
+        hint = "; a second signal stops immediately" if self.world.size == 1 else ""
+        log.info("stopping after this step and saving a checkpoint%s", hint)
 
 
 def is_async_device(device: torch.device) -> bool:

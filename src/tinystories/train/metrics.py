@@ -15,7 +15,7 @@ class Metrics:
     `run_dir` nothing is read or written (ranks other than 0).
     """
 
-    def __init__(self, run_dir: Path | None, *, resume_bytes: int = 0, tensorboard: bool = False) -> None:
+    def __init__(self, run_dir: Path | None, resume_bytes: int, *, tensorboard: bool = False) -> None:
         self.path = run_dir / "metrics.jsonl" if run_dir else Path(os.devnull)
         truncate(self.path, resume_bytes)
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
@@ -73,32 +73,18 @@ def plot_curves(records: list[dict[str, Any]], path: Path, title: str) -> None:
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     loss_axis, lr_axis = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-    loss_axis.plot(
-        [r["tokens"] for r in train], [r["bits_per_byte"] for r in train], lw=0.8, color="#9ecae1", label="training"
-    )
-    loss_axis.plot(
-        [r["tokens"] for r in val],
-        [r["val_bits_per_byte"] for r in val],
-        "o-",
-        ms=3,
-        color="#08519c",
-        label="validation",
-    )
+    tokens, bits = [r["tokens"] for r in train], [r["bits_per_byte"] for r in train]
+    val_tokens, val_bits = [r["tokens"] for r in val], [r["val_bits_per_byte"] for r in val]
+    loss_axis.plot(tokens, bits, lw=0.8, color="#9ecae1", label="training")
+    loss_axis.plot(val_tokens, val_bits, "o-", ms=3, color="#08519c", label="validation")
     if val:
-        last = val[-1]
-        loss_axis.annotate(
-            f"{last['val_bits_per_byte']:.3f}",
-            (last["tokens"], last["val_bits_per_byte"]),
-            (0, 6),
-            textcoords="offset points",
-            ha="right",
-        )
-        best_val = min(r["val_bits_per_byte"] for r in val)
-        loss_axis.set_ylim(0.9 * min([best_val, *(r["bits_per_byte"] for r in train)]), 2.5 * best_val)
+        end, above = (val_tokens[-1], val_bits[-1]), (0, 6)
+        loss_axis.annotate(f"{val_bits[-1]:.3f}", end, above, textcoords="offset points", ha="right")
+        loss_axis.set_ylim(0.9 * min([*val_bits, *bits]), 2.5 * min(val_bits))
     loss_axis.set(ylabel="bits per byte", title=title)
     loss_axis.grid(alpha=0.3)
     loss_axis.legend()
-    lr_axis.plot([r["tokens"] for r in train], [r["learning_rate"] for r in train], lw=1, color="#636363")
+    lr_axis.plot(tokens, [r["learning_rate"] for r in train], lw=1, color="#636363")
     lr_axis.set(xlabel="training tokens", ylabel="learning rate")
     lr_axis.grid(alpha=0.3)
     with atomic_file(path, sync=False) as file:

@@ -2,80 +2,59 @@
 
 import math
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import psutil
 import torch
 
 import tinystories
-from tinystories.config import SamplingConfig
 from tinystories.data.loader import PackedRows
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.evaluate.bits import BitsReport
-from tinystories.generate.batching import generate
-from tinystories.train.display import Display
-from tinystories.train.inflight import InFlightStep
+from tinystories.generate.batching import Request, generate_all
+from tinystories.progress import StepDisplay
 from tinystories.train.metrics import Metrics, plot_curves
 from tinystories.train.state import TrainState
-from tinystories.train.step import TrainStep
+from tinystories.train.step import StepResult, TrainStep
 
 
 class Recorder:
-    """Records the steps and evaluations of a run in its directory. Use it as a context manager.
+    """Records the steps and evaluations of a run in its directory.
 
-    It keeps the sums since the last log line, the best score and the lengths of the files in `train_state`. On ranks
-    other than 0 it writes and shows nothing, but keeps the same state.
+    It adds up tokens, times and losses, and keeps the best score and the lengths of the files, in `train_state`. On
+    ranks other than 0 it writes and shows nothing, but keeps the same state.
     """
 
     def __init__(
-        self,
-        train_step: TrainStep,
-        train_state: TrainState,
-        rows: PackedRows,
-        tokenizer: Tokenizer,
-        run_dir: Path,
-        *,
-        quiet: bool,
+        self, run_dir: Path, train_step: TrainStep, train_state: TrainState, rows: PackedRows, tokenizer: Tokenizer
     ) -> None:
-        """Cut metrics.jsonl back to its length in `train_state`; with `quiet`, use neither that file nor a bar."""
-        self.train_step, self.train_state, self.rows, self.tokenizer = train_step, train_state, rows, tokenizer
-        self.run_dir, self.config, self.world = run_dir, train_step.config, train_step.world
+        """Cut metrics.jsonl back to its length in `train_state`."""
+        self.run_dir, self.train_step, self.train_state = run_dir, train_step, train_state
+        self.rows, self.tokenizer = rows, tokenizer
+        self.config, self.is_main = train_step.config, train_step.world.is_main
         self.metrics = Metrics(
-            None if quiet else run_dir,
-            resume_bytes=train_state.metrics_bytes,
-            tensorboard=self.config.train.tensorboard,
+            run_dir if self.is_main else None, train_state.metrics_bytes, tensorboard=self.config.train.tensorboard
         )
-        self.display = Display(self.config.train.steps, train_state.step, quiet=quiet)
+        self.display = StepDisplay(self.config.train.steps, train_state.step, quiet=not self.is_main)
         self.samples_path = run_dir / "samples.md"
         train_split = rows.meta.splits["train"]
         self.tokens_per_byte = (train_split.tokens - 1) / max(1, train_split.bytes)
 
-    def __enter__(self) -> "Recorder":
-        self.display.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            self.display.__exit__(kind, value, trace)
-        finally:
-            self.metrics.close()
-
-    def record_step(self, in_flight: InFlightStep, loss: float, grad_norm: float, seconds: float) -> None:
-        """Add a finished step that took `seconds` to the running means; write and reset them if a log line is due."""
+    def record_step(self, result: StepResult, loss: float, grad_norm: float, seconds: float) -> None:
+        """Add a finished step that took `seconds` to the totals; write and reset the means if a log line is due."""
         train_state = self.train_state
-        train_state.recent_nats += loss * in_flight.n_targets
-        train_state.recent_targets += in_flight.n_targets
+        train_state.tokens += result.n_targets
+        train_state.seconds += seconds
+        train_state.recent_nats += loss * result.n_targets
+        train_state.recent_targets += result.n_targets
         train_state.recent_seconds += seconds
-        if in_flight.step % self.config.train.log_every and in_flight.step != self.config.train.steps:
+        if result.step % self.config.train.log_every and result.step != self.config.train.steps:
             return
-        if self.world.is_main:
-            self.log_metrics(in_flight, grad_norm)
+        if self.is_main:
+            self.log_metrics(result, grad_norm)
         train_state.recent_nats, train_state.recent_targets, train_state.recent_seconds = 0.0, 0, 0.0
 
-    def log_metrics(self, in_flight: InFlightStep, grad_norm: float) -> None:
+    def log_metrics(self, result: StepResult, grad_norm: float) -> None:
         """Write the means since the last log line to metrics.jsonl and the display."""
         train_state = self.train_state
         loss = train_state.recent_nats / train_state.recent_targets
@@ -83,11 +62,11 @@ class Recorder:
         tokens_per_s = train_state.recent_targets / train_state.recent_seconds
         self.metrics.write(
             {
-                "step": in_flight.step,
-                "tokens": in_flight.tokens,
+                "step": result.step,
+                "tokens": train_state.tokens,
                 "loss": loss,
                 "bits_per_byte": bits_per_byte,
-                "learning_rate": in_flight.learning_rate,
+                "learning_rate": result.learning_rate,
                 "grad_norm": grad_norm,
                 "seconds": round(train_state.seconds, 3),
                 "tokens_per_s": round(tokens_per_s, 1),
@@ -95,7 +74,7 @@ class Recorder:
         )
         memory_gb = measure_memory_bytes(self.train_step.device) / 1e9
         text = f"loss {loss:.4f}  {bits_per_byte:.3f} bits/byte  {tokens_per_s:,.0f} tokens/s  {memory_gb:.1f} GB"
-        self.display.update(in_flight.step, text, log_line=True)
+        self.display.update(result.step, text, log_line=True)
 
     def is_evaluated(self) -> bool:
         """Return whether the evaluation of the current step is already in metrics.jsonl."""
@@ -124,7 +103,7 @@ class Recorder:
             }
         if final:
             record["final"] = True
-        if self.world.is_main:
+        if self.is_main:
             self.write_samples(summary)
             self.metrics.write(record)
             title = f"{self.run_dir.name}: {self.config.model.n_params / 1e6:.1f}M parameters"
@@ -134,19 +113,11 @@ class Recorder:
 
     def write_samples(self, metrics_text: str) -> None:
         """Append a story for each sample prompt to samples.md; fixed seeds make evaluations comparable."""
-        engine = self.train_step.make_engine()
+        prompts, max_tokens = self.config.train.sample_prompts, self.config.train.sample_tokens
+        requests = [Request(prompt=prompt, max_tokens=max_tokens, seed=i) for i, prompt in enumerate(prompts)]
         sections = [f"## Step {self.train_state.step:,} ({metrics_text})\n"]
-        for i, prompt in enumerate(self.config.train.sample_prompts):
-            story = generate(
-                engine,
-                self.tokenizer,
-                prompt,
-                settings=SamplingConfig(),
-                seed=i,
-                max_tokens=self.config.train.sample_tokens,
-            )
-            quote = "\n".join("> " + line for line in story.text.splitlines())
-            sections.append(f"{quote}\n")
+        for story in generate_all(self.train_step.make_engine(), self.tokenizer, requests):
+            sections.append("\n".join("> " + line for line in story.text.splitlines()) + "\n")
         with self.samples_path.open("a", encoding="utf-8") as file:
             file.write("\n".join(sections) + "\n")
 

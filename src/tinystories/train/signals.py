@@ -3,7 +3,6 @@
 import contextlib
 import signal
 from collections.abc import Callable, Iterator
-from types import FrameType
 
 
 @contextlib.contextmanager
@@ -13,11 +12,8 @@ def handle_signals(on_signal: Callable[[int], None], *, ignore_after_error: bool
     With `ignore_after_error`, both signals stay ignored after an exception, so that torchrun cannot kill the process
     before it has printed its error.
     """
-
-    def handle(signum: int, _: FrameType | None) -> None:
-        on_signal(signum)
-
-    final_handlers = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    final_handlers = {number: signal.signal(number, lambda signum, _: on_signal(signum)) for number in numbers}
     try:
         yield
     except Exception:

@@ -16,6 +16,7 @@ from tinystories.errors import UserError
 from tinystories.files import TEMP_SUFFIX, atomic_directory, sha256, write_json
 from tinystories.model import GPT
 from tinystories.train.optimizer.build import Optimizers, flatten_optimizer_state, load_optimizer_state
+from tinystories.train.step import TrainStep
 
 log = logging.getLogger(__name__)
 
@@ -39,28 +40,22 @@ class TrainState:
 
 
 def save_checkpoint(
-    run_dir: Path,
-    train_state: TrainState,
-    config: Config,
-    model: GPT,
-    optimizers: Optimizers,
-    tokenizer: Tokenizer,
-    provenance: dict[str, Any],
-) -> Path:
+    run_dir: Path, train_state: TrainState, train_step: TrainStep, tokenizer: Tokenizer, provenance: dict[str, Any]
+) -> None:
     """Write the checkpoint of `train_state.step`, publish it in the run directory and prune old checkpoints.
 
-    Return its folder. `UserError` if it cannot be written; the earlier checkpoints are then unharmed.
+    `UserError` if it cannot be written; the earlier checkpoints are then unharmed.
     """
     checkpoint_dir = checkpoint.checkpoint_folder(run_dir, train_state.step)
     try:
-        with atomic_directory(
-            checkpoint_dir, checkpoint_dir.with_name(checkpoint_dir.name + TEMP_SUFFIX)
-        ) as staging_dir:
-            checkpoint.write_model(staging_dir, model, tokenizer, SamplingConfig(), provenance)
+        with atomic_directory(checkpoint_dir, Path(f"{checkpoint_dir}{TEMP_SUFFIX}")) as staging_dir:
+            checkpoint.write_model(staging_dir, train_step.model, tokenizer, SamplingConfig(), provenance)
             state_dir = staging_dir / "state"
             state_dir.mkdir()
-            save_file(flatten_optimizer_state(model, optimizers), state_dir / "optimizer.safetensors")
-            (state_dir / "config.toml").write_text(to_toml(config), encoding="utf-8")
+            save_file(
+                flatten_optimizer_state(train_step.model, train_step.optimizers), state_dir / "optimizer.safetensors"
+            )
+            (state_dir / "config.toml").write_text(to_toml(train_step.config), encoding="utf-8")
             record = dataclasses.asdict(train_state) | {"optimizer_sha256": sha256(state_dir / "optimizer.safetensors")}
             write_json(state_dir / "clock.json", record)
         checkpoint.publish(checkpoint_dir, run_dir)
@@ -69,8 +64,7 @@ def save_checkpoint(
             f"{checkpoint_dir} could not be written ({error.strerror}); earlier checkpoints are intact:"
             " free some disk space, then continue with --resume"
         ) from None
-    prune_checkpoints(run_dir, train_state.best_step, config.train.keep_checkpoints)
-    return checkpoint_dir
+    prune_checkpoints(run_dir, train_state.best_step, train_step.config.train.keep_checkpoints)
 
 
 def prune_checkpoints(run_dir: Path, best_step: int, keep: int) -> None:
@@ -101,6 +95,12 @@ def find_latest_checkpoint(run_dir: Path) -> Path | None:
     return None
 
 
+def describe_latest_checkpoint(run_dir: Path) -> str:
+    """Return the clause of an error message that says how to resume a run."""
+    folder = find_latest_checkpoint(run_dir)
+    return f"continue from {folder} with --resume" if folder else "no checkpoint has been written yet"
+
+
 def read_train_state(folder: Path) -> TrainState:
     """Return the train state of a checkpoint. `UserError` if its optimizer state does not match the checksum."""
     record = checkpoint.read_json(folder / "state" / "clock.json")
@@ -113,9 +113,24 @@ def read_train_state(folder: Path) -> TrainState:
         raise UserError(f"{folder}/state/clock.json cannot be read: {error}") from None
 
 
-def read_config(folder: Path) -> Config:
-    """Return the settings with which a checkpoint was trained."""
-    return load_config(folder / "state" / "config.toml")
+def check_same_run(folder: Path, config: Config, is_same_data: bool) -> None:
+    """Raise `UserError` if what must stay fixed differs from a checkpoint: model, seed, batch, optimizer kind, data."""
+    old_settings = dataclasses.asdict(load_config(folder / "state" / "config.toml"))
+    new_settings = dataclasses.asdict(config)
+    fixed_settings = [("model", key) for key in new_settings["model"]]
+    fixed_settings += [("train", "seed"), ("train", "batch_size"), ("optim", "kind")]
+    for section, key in fixed_settings:
+        old_value, new_value = old_settings[section][key], new_settings[section][key]
+        if old_value != new_value:
+            raise UserError(
+                f"{section}.{key} is {new_value} but {folder} was trained with {old_value};"
+                " resume with that value, or choose another --out"
+            )
+    if not is_same_data:
+        raise UserError(
+            f"--data {config.data.dir} is not the data that {folder} was trained on;"
+            " pass the original --data, or choose another --out"
+        )
 
 
 def initialize_from(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
@@ -140,12 +155,11 @@ def initialize_from(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
     checkpoint.load_weights(source, model)
 
 
-def restore_checkpoint(folder: Path, model: GPT, optimizers: Optimizers) -> TrainState:
-    """Load a checkpoint into the model and the optimizers; return its train state. `UserError` if it is damaged."""
+def load_weights_and_optimizers(folder: Path, model: GPT, optimizers: Optimizers) -> None:
+    """Load a checkpoint into the model and the optimizers. `UserError` if it is damaged."""
     checkpoint.load_weights(checkpoint.read_model(folder), model)
     path = folder / "state" / "optimizer.safetensors"
     try:
         load_optimizer_state(model, optimizers, load_file(path))
     except (OSError, SafetensorError, KeyError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
-    return read_train_state(folder)

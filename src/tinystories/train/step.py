@@ -1,7 +1,6 @@
 """One training step: forward and backward passes over micro-batches, clipping, and the optimizer step."""
 
 import contextlib
-import dataclasses
 import math
 from typing import Any
 
@@ -22,17 +21,33 @@ from tinystories.train.optimizer.learning_rate import get_learning_rate, get_mom
 from tinystories.train.prefetch import Batch
 
 
-@dataclasses.dataclass(frozen=True)
 class StepResult:
-    """What a step measured, over the whole batch.
+    """What a launched step measures, over the whole batch. `read` waits for this step, but not for those after it.
 
-    `loss` and `grad_norm` are scalars that are still on the device: reading them makes the host wait.
+    `loss` (mean, in nats per target) and `grad_norm` (before clipping) are scalars on the device. `Tensor.item` would
+    wait for everything in the stream, so on CUDA both are copied into pinned memory right after the step, and an event
+    marks the end of the copy.
     """
 
-    loss: Tensor  # mean, in nats per target
-    grad_norm: Tensor  # before clipping
-    n_targets: int
-    learning_rate: float
+    def __init__(self, step: int, n_targets: int, learning_rate: float, loss: Tensor, grad_norm: Tensor) -> None:
+        """`step` is the number of steps completed with this one."""
+        self.step, self.n_targets, self.learning_rate = step, n_targets, learning_rate
+        self.loss, self.grad_norm = loss, grad_norm
+        self.scalars = torch.stack((loss, grad_norm))
+        self.ready_event: torch.cuda.Event | None = None
+        if self.scalars.device.type == "cuda":
+            stream = torch.cuda.current_stream(self.scalars.device)
+            self.scalars = torch.empty(2, pin_memory=True).copy_(self.scalars, non_blocking=True)
+            # blocking: the waiting host sleeps instead of spinning, which leaves its core to the prefetch thread.
+            self.ready_event = torch.cuda.Event(blocking=True)
+            self.ready_event.record(stream)
+
+    def read(self) -> tuple[float, float]:
+        """Wait for the step; return the loss and the gradient norm."""
+        if self.ready_event is not None:
+            self.ready_event.synchronize()
+        loss, grad_norm = self.scalars.tolist()
+        return loss, grad_norm
 
 
 class TrainStep:
@@ -54,14 +69,10 @@ class TrainStep:
         torch.manual_seed(config.train.seed)
         self.model = GPT(config.model).to(self.device)
         self.optimizers = build_optimizers(self.model, config.optim, config.train.shard_optimizer and world.size > 1)
-        self.objective = distributed.wrap_ddp(self.maybe_compile(Objective(self.model)), world, self.device)
-
-    def maybe_compile(self, objective: Objective) -> Any:
-        """Apply torch.compile if train.compile is "on", or if it is "auto" and the device is CUDA."""
-        mode = self.config.train.compile
-        if mode == "on" or (mode == "auto" and self.device.type == "cuda"):
-            return torch.compile(objective)
-        return objective
+        objective: Any = Objective(self.model)
+        if config.train.compile == "on" or (config.train.compile == "auto" and self.device.type == "cuda"):
+            objective = torch.compile(objective)
+        self.objective = distributed.wrap_ddp(objective, world, self.device)
 
     def make_engine(self) -> TorchEngine:
         """Return an engine with one slot that shares the weights being trained."""
@@ -87,7 +98,7 @@ class TrainStep:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         learning_rate = self.optimizers[0].param_groups[0]["lr"]
-        return StepResult(loss_sum / batch.n_targets, grad_norm, batch.n_targets, learning_rate)
+        return StepResult(step + 1, batch.n_targets, learning_rate, loss_sum / batch.n_targets, grad_norm)
 
     def set_schedules(self, step: int) -> None:
         """Set the learning rate of each parameter group, scaled from its peak, and Muon's momentum."""

@@ -4,26 +4,26 @@ import logging
 
 import pytest
 
-from tinystories.data import progress as module
-from tinystories.data.progress import ProgressMeter, track_progress
+from tinystories import progress
+from tinystories.progress import ByteDisplay
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [100.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     return now
 
 
 def test_a_line_tells_rate_and_time_left(clock: list[float]) -> None:
-    meter = ProgressMeter(500_000_000, 100_000_000, None)  # resumed: the rate counts only what this run reads
+    meter = ByteDisplay(500_000_000, 100_000_000)  # resumed: the rate counts only what this run reads
     clock[0] += 2
     meter.advance(100_000_000)
     assert meter.format_line() == "200 of 500 MB, 50.0 MB/s, 6 s left"
 
 
 def test_without_a_total_no_time_is_promised(clock: list[float]) -> None:
-    meter = ProgressMeter(0, 0, None)
+    meter = ByteDisplay(0, 0)
     clock[0] += 1
     meter.advance(3_000_000)
     assert meter.format_line() == "3 MB, 3.0 MB/s"
@@ -31,20 +31,19 @@ def test_without_a_total_no_time_is_promised(clock: list[float]) -> None:
 
 def test_lines_come_now_and_then(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    with track_progress(1000, 0, show=True) as meter:  # under pytest, stderr is not a terminal
+    with ByteDisplay(1000, 0) as meter:  # under pytest, stderr is not a terminal
         for _ in range(100):
             clock[0] += 0.3
             meter.advance(10)
-    assert 3 <= len(caplog.records) <= 30 / module.LOG_INTERVAL_SECONDS
+    assert 3 <= len(caplog.records) <= 30 / progress.LOG_INTERVAL_SECONDS
 
 
 def test_a_terminal_shows_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "120")
-    with track_progress(2_000_000, 0, show=True) as meter:
+    with ByteDisplay(2_000_000, 0) as meter:
         meter.advance(1_000_000)
-        assert meter.bar is not None
-        meter.bar.refresh()
+        meter.progress.refresh()
     captured = capsys.readouterr()
     assert "1.0/2.0 MB" in captured.err
     assert captured.out == ""
@@ -52,6 +51,6 @@ def test_a_terminal_shows_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 
 def test_silence_when_not_wanted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
-    with track_progress(2_000_000, 0, show=False) as meter:
+    with ByteDisplay(2_000_000, 0, quiet=True) as meter:
         meter.advance(1_000_000)
     assert capsys.readouterr().err == ""
