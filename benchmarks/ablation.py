@@ -23,7 +23,7 @@ from script import run_main
 from training_runs import build_train_command, execute_all, final_record, training_seconds
 
 from tinystories.cli import main as tinystories_main
-from tinystories.config import load_config
+from tinystories.config_file import load_config
 from tinystories.data import loader
 from tinystories.model import GPT
 from tinystories.train import step

@@ -26,7 +26,8 @@ from safetensors.torch import save_file
 from script import run_main
 
 from tinystories.checkpoint import ModelFiles, state_dict_to_save
-from tinystories.config import SamplingConfig, load_config
+from tinystories.config import SamplingConfig
+from tinystories.config_file import load_config
 from tinystories.engine.cpu.engine import CpuEngine
 from tinystories.engine.cpu.weights import load_fp32, quantize
 from tinystories.engine.engine_config import EngineConfig

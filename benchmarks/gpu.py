@@ -245,7 +245,8 @@ def unpack(folder: Path, to: Path) -> None:
     from safetensors.numpy import load_file
 
     from tinystories import checkpoint
-    from tinystories.config import ModelConfig, SamplingConfig, build_dataclass
+    from tinystories.config import ModelConfig, SamplingConfig
+    from tinystories.config_file import build_dataclass
     from tinystories.data.tokenizer import Tokenizer
     from tinystories.files import atomic_directory
 

@@ -22,7 +22,8 @@ import torch
 from nanogpt import build_nanogpt_optimizer, load_nanogpt
 from script import run_main
 
-from tinystories.config import OptimConfig, load_config
+from tinystories.config import OptimConfig
+from tinystories.config_file import load_config
 from tinystories.model import GPT
 from tinystories.model.loss import Objective
 from tinystories.train.estimate import estimate_train_bytes

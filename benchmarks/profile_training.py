@@ -19,7 +19,7 @@ import torch
 from script import parse_settings, run_main
 from torch.profiler import ProfilerActivity, profile
 
-from tinystories.config import load_config
+from tinystories.config_file import load_config
 from tinystories.train.loop import Trainer
 
 # CUDA runtime calls that block the host. Copies are not listed: one that blocks (from unpinned memory) is followed by a

@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from script import parse_settings, run_main
 
-from tinystories.config import ModelConfig, SamplingConfig, load_config
+from tinystories.config import ModelConfig, SamplingConfig
+from tinystories.config_file import load_config
 from tinystories.data.build_tokenizer import build_from_spec
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.engine.device import select_device, select_precision

@@ -24,7 +24,8 @@ from safetensors.numpy import load_file, save_file
 from script import parse_settings, run_main
 
 from tinystories.checkpoint import read_model
-from tinystories.config import Config, load_config
+from tinystories.config import Config
+from tinystories.config_file import load_config
 from tinystories.data.loader import PackedRows
 from tinystories.engine.cpu.int8_model import write_int8_model
 from tinystories.errors import UserError

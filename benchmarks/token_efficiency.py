@@ -28,7 +28,7 @@ from script import run_main
 from torch.nn import functional as F
 from training_runs import build_train_command, execute_all, final_record, is_done, read_records, training_seconds
 
-from tinystories.config import load_config
+from tinystories.config_file import load_config
 from tinystories.data.dataset import open_split
 from tinystories.engine.torch_engine import group_by_length
 from tinystories.evaluate.bits import evaluate_bits_per_byte, read_prepared_stories

@@ -40,7 +40,7 @@ def execute_run(run: Path, command: list[str]) -> None:
 
 def build_train_command(run: Path, config: str, data: Path, tokens: int, settings: Mapping[str, Any]) -> list[str]:
     """Return the `tinystories train` command for about `tokens` tokens; `settings` override those of `config`."""
-    from tinystories.config import load_config
+    from tinystories.config_file import load_config
 
     resolved = load_config(config, {name: str(value) for name, value in settings.items()})
     steps = round(tokens / resolved.train.batch_size / resolved.model.n_ctx)

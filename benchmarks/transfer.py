@@ -17,7 +17,7 @@ import torch
 from script import run_main
 from training_runs import build_train_command, execute_all, final_record
 
-from tinystories.config import load_config
+from tinystories.config_file import load_config
 from tinystories.train.optimizer.learning_rate import resolve_auto_rates
 
 SIZES = {"4x128": (4, 128, 4, 344), "6x192": (6, 192, 4, 512), "8x256": (8, 256, 8, 688)}  # layers, width, heads, F

@@ -13,6 +13,7 @@ ORDER = [
     "errors",
     "files progress",
     "config position_tables",
+    "config_file",
     "model data",
     "checkpoint",
     "engine",

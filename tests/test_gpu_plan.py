@@ -117,7 +117,7 @@ def test_weights_are_packed_best_first_while_they_fit(gpu: ModuleType, tmp_path:
 
 
 def test_candidates_for_the_bundle_are_small_enough(plans: ModuleType) -> None:
-    from tinystories.config import load_config
+    from tinystories.config_file import load_config
 
     def parameters(settings: str) -> int:
         words = shlex.split(settings)

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
-from tinystories.config import PRESETS, ModelConfig, SamplingConfig, build_dataclass
+from tinystories.config import ModelConfig, SamplingConfig
+from tinystories.config_file import PRESETS, build_dataclass
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.errors import UserError, quoted
 from tinystories.files import TEMP_SUFFIX, fsync, os_errors, read_json_object, sha256, write_json

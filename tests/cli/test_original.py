@@ -9,7 +9,7 @@ import pytest
 
 from tinystories.checkpoint import BUNDLED_MODEL
 from tinystories.cli.write import original
-from tinystories.config import load_config
+from tinystories.config_file import load_config
 
 pytestmark = pytest.mark.extended
 

@@ -12,7 +12,7 @@ import pytest
 
 from tinystories.cli import cli
 from tinystories.cli.common import run
-from tinystories.config import load_config
+from tinystories.config_file import load_config
 
 pytestmark = pytest.mark.extended
 

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 import tinystories
 from tinystories.checkpoint import read_model
 from tinystories.cli import cli
-from tinystories.config import load_config
+from tinystories.config_file import load_config
 
 WRITTEN = Path(__file__).parent / "written_by_e574ec6"
 

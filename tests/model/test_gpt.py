@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tinystories.config import PRESETS, ModelConfig, load_config
+from tinystories.config import ModelConfig
+from tinystories.config_file import PRESETS, load_config
 from tinystories.model import GPT
 
 

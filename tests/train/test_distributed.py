@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from tinystories import checkpoint
 from tinystories.cli.train.train import ensure_prepared
-from tinystories.config import load_config
+from tinystories.config_file import load_config
 from tinystories.errors import UserError
 from tinystories.train import state
 from tinystories.train.distributed import World

@@ -13,7 +13,8 @@ from runs import changed, read_records
 from safetensors.torch import load_file
 
 from tinystories import checkpoint
-from tinystories.config import Config, load_config
+from tinystories.config import Config
+from tinystories.config_file import load_config
 from tinystories.data.prepare import prepare
 from tinystories.errors import UserError
 from tinystories.train import estimate, state

@@ -33,7 +33,7 @@ for line in sys.argv[1].strip().splitlines():
         if hasattr(home, name):
             delattr(home, name)
 
-from tinystories.config import load_config
+from tinystories.config_file import load_config
 from tinystories.train.run import train
 
 settings = dict(word.split("=") for word in sys.argv[3:])

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from tinystories.config import Config, ModelConfig, OptimConfig, TrainConfig, load_config
+from tinystories.config import Config, ModelConfig, OptimConfig, TrainConfig
+from tinystories.config_file import load_config
 from tinystories.train.optimizer.learning_rate import resolve_auto_rates
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinystories.config import load_config
+from tinystories.config_file import load_config
 from tinystories.errors import UserError
 from tinystories.sweep.search_space import Categorical, Range, SearchSpace, parse_search_space
 

@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tinystories.config import load_config
+from tinystories.config_file import load_config
 from tinystories.errors import UserError
 from tinystories.sweep import trial
 from tinystories.sweep.results import TrialResult, at_boundary, find_best, format_table, read_results

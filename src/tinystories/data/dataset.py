@@ -8,7 +8,8 @@ from typing import Any, Literal, get_type_hints
 import numpy as np
 import numpy.typing as npt
 
-from tinystories.config import build_dataclass, require, validate
+from tinystories.config import require
+from tinystories.config_file import build_dataclass, validate
 from tinystories.data.tokenizer import sanitize
 from tinystories.errors import UserError
 

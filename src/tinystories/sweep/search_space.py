@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, get_args, get_origin
 
-from tinystories.config import UNION_TYPES, Config, build_dataclass, merge_overrides, parse_text, setting_type, validate
+from tinystories.config import Config
+from tinystories.config_file import UNION_TYPES, build_dataclass, merge_overrides, parse_text, setting_type, validate
 from tinystories.errors import UserError
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tinystories.config import Config, to_toml
+from tinystories.config import Config
+from tinystories.config_file import to_toml
 from tinystories.errors import UserError
 from tinystories.files import write_atomic
 

@@ -4,7 +4,8 @@ import logging
 from pathlib import Path
 
 from tinystories import checkpoint
-from tinystories.config import Config, to_toml
+from tinystories.config import Config
+from tinystories.config_file import to_toml
 from tinystories.engine.device import select_device
 from tinystories.errors import UserError
 from tinystories.evaluate.bits import BitsReport

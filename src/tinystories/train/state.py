@@ -10,7 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tinystories import checkpoint
-from tinystories.config import Config, SamplingConfig, load_config, to_toml
+from tinystories.config import Config, SamplingConfig
+from tinystories.config_file import load_config, to_toml
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.errors import UserError
 from tinystories.files import TEMP_SUFFIX, atomic_directory, sha256, write_json

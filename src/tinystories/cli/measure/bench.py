@@ -15,7 +15,8 @@ from typing import Any, TypeAlias
 import click
 
 from tinystories.cli.common import CONTEXT_SETTINGS, json_option
-from tinystories.config import PRESETS, ModelConfig, load_config
+from tinystories.config import ModelConfig
+from tinystories.config_file import PRESETS, load_config
 from tinystories.errors import UserError
 
 DEFAULT_PRESET = "modern-89m"

@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 from tinystories.cli.common import CONTEXT_SETTINGS, json_option
-from tinystories.config import PRESETS, Config, load_config
+from tinystories.config import Config
+from tinystories.config_file import PRESETS, load_config
 from tinystories.errors import UserError
 from tinystories.train.optimizer.learning_rate import resolve_auto_rates
 

@@ -9,7 +9,8 @@ import click
 
 from tinystories.cli.common import CONTEXT_SETTINGS, json_option
 from tinystories.cli.train.train import ensure_prepared, parse_overrides
-from tinystories.config import PRESETS, Config, read_toml
+from tinystories.config import Config
+from tinystories.config_file import PRESETS, read_toml
 from tinystories.errors import UserError
 from tinystories.train.distributed import World
 

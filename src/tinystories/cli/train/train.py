@@ -10,7 +10,8 @@ import click
 
 from tinystories.cli.common import CONTEXT_SETTINGS, json_option
 from tinystories.cli.train.prepare import print_prepare_report
-from tinystories.config import PRESETS, Config, load_config
+from tinystories.config import Config
+from tinystories.config_file import PRESETS, load_config
 from tinystories.errors import UserError
 from tinystories.train.distributed import World
 
@@ -67,7 +68,7 @@ def train(
     source = saved_config if resume and not has_config_flag and saved_config.exists() else config_file
     config = load_config(source, overrides | ({"data.dir": str(data)} if data else {}))
     if print_config:
-        from tinystories.config import to_toml
+        from tinystories.config_file import to_toml
 
         click.echo(to_toml(config), nl=False)
         return 0

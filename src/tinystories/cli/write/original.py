@@ -8,7 +8,8 @@ import click
 from tinystories.cli.common import CONTEXT_SETTINGS
 from tinystories.cli.train.train import ensure_prepared, parse_overrides, run_training
 from tinystories.cli.write.generate import print_stories
-from tinystories.config import PRESETS, Config, load_config
+from tinystories.config import Config
+from tinystories.config_file import PRESETS, load_config
 
 SECONDS_PER_DAY = 24 * 3600
 DEFAULT_PRESET = "seed-89m"

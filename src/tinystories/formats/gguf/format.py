@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from tinystories.config import ModelConfig, SamplingConfig, build_dataclass
+from tinystories.config import ModelConfig, SamplingConfig
+from tinystories.config_file import build_dataclass
 from tinystories.data.tokenizer import END
 from tinystories.engine.cpu.runtime import EMBEDDING, LM_HEAD
 from tinystories.errors import UserError, error_context, quoted

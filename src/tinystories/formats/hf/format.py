@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tinystories import checkpoint
-from tinystories.config import SamplingConfig, build_dataclass
+from tinystories.config import SamplingConfig
+from tinystories.config_file import build_dataclass
 from tinystories.data.tokenizer import END, Tokenizer, sanitize
 from tinystories.errors import UserError, error_context
 from tinystories.files import write_json

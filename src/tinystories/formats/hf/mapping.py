@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 import numpy as np
 import numpy.typing as npt
 
-from tinystories.config import ModelConfig, build_dataclass, validate
+from tinystories.config import ModelConfig
+from tinystories.config_file import build_dataclass, validate
 from tinystories.engine.cpu.runtime import EMBEDDING, LM_HEAD, POSITION_EMBEDDING
 from tinystories.engine.cpu.weights import expected_shapes
 from tinystories.errors import UserError, quoted
