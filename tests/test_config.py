@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from tinystories.config import (
     ABOVE_ONE,
     BELOW_ONE,
-    CLASSIC_ONLY,
     FINITE_NOT_NEGATIVE,
     FINITE_POSITIVE,
     FRACTION,
@@ -289,11 +288,19 @@ def test_settings_that_contradict_each_other_are_refused(kind: type, values: dic
     assert complaint in str(caught.value)
 
 
-@pytest.mark.parametrize("name", CLASSIC_ONLY)
-def test_a_classic_setting_is_refused_in_a_modern_model(name: str) -> None:
-    values = {"activation": "gelu_erf", "scaled_scores": False, "window": 8}
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("learned_positions", True),
+        ("activation", "gelu_erf"),
+        ("qkv_bias", True),
+        ("scaled_scores", False),
+        ("window", 8),
+    ],
+)
+def test_a_classic_setting_is_refused_in_a_modern_model(name: str, value: Any) -> None:
     with pytest.raises(UserError, match=rf"model\.{name}=.* needs model\.architecture=classic"):
-        ModelConfig(**{name: values.get(name, True)})
+        ModelConfig(**{name: value})
 
 
 @pytest.mark.parametrize(

@@ -22,14 +22,14 @@ def test_a_line_tells_rate_and_time_left(clock: list[float]) -> None:
     assert meter.format_line() == "200 of 500 MB, 50.0 MB/s, 6 s left"
 
 
-def test_without_a_total_no_time_is_promised(clock: list[float]) -> None:
+def test_a_line_without_a_total_promises_no_time(clock: list[float]) -> None:
     meter = ByteDisplay(0, 0)
     clock[0] += 1
     meter.advance(3_000_000)
     assert meter.format_line() == "3 MB, 3.0 MB/s"
 
 
-def test_lines_come_now_and_then(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
+def test_log_lines_come_every_few_seconds(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     with ByteDisplay(1000, 0) as meter:  # under pytest, stderr is not a terminal
         for _ in range(100):
@@ -49,7 +49,7 @@ def test_a_terminal_shows_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert captured.out == ""
 
 
-def test_silence_when_not_wanted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_quiet_display_shows_no_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     with ByteDisplay(2_000_000, 0, quiet=True) as meter:
         meter.advance(1_000_000)

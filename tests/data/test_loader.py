@@ -19,11 +19,8 @@ lengths_lists = st.lists(st.integers(1, 60), min_size=1, max_size=80)
 
 def coverage(lengths: list[int], n_ctx: int) -> tuple[npt.NDArray[np.int64], list[list[tuple[int, int, int]]]]:
     """Return how often each position of each story is a target, and the rows as (story, offset, size)."""
-    first, story, offset, size = pack_rows(np.array(sorted(lengths), dtype=np.int64), n_ctx)
-    rows = [
-        [(int(story[p]), int(offset[p]), int(size[p])) for p in range(first[r], first[r + 1])]
-        for r in range(len(first) - 1)
-    ]
+    starts, pieces = pack_rows(np.array(sorted(lengths), dtype=np.int64), n_ctx)
+    rows = [[tuple(piece) for piece in pieces[i:j].tolist()] for i, j in itertools.pairwise(starts)]
     counts = np.zeros((len(lengths), max(lengths)), dtype=np.int64)
     for row in rows:
         for s, o, n in row:

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.extended
 
 CHILD = """
 import json, os, signal, sys
+from tinystories import files
 from tinystories.data import staging
 from tinystories.data.source import reader
 from tinystories.data.prepare import prepare
@@ -79,7 +80,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, name: str, call: int, error: BaseEx
 
 
 @pytest.mark.parametrize("half", [False, True])
-def test_stopped_at_any_write_it_goes_on_to_the_same_bytes(
+def test_a_run_stopped_at_any_write_resumes_to_the_same_bytes(
     half: bool, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(source, tmp_path / "straight")
@@ -97,7 +98,7 @@ def test_stopped_at_any_write_it_goes_on_to_the_same_bytes(
 
 
 @pytest.mark.parametrize("name", ["save", "publish"])
-def test_stopped_at_journal_or_publishing_it_goes_on(
+def test_a_run_stopped_at_the_journal_or_at_publishing_resumes(
     name: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(source, tmp_path / "straight")
@@ -110,7 +111,7 @@ def test_stopped_at_journal_or_publishing_it_goes_on(
 
 
 @pytest.mark.parametrize("write", [write_txt, write_jsonl, write_csv, write_parquet])
-def test_what_is_done_is_not_done_again(
+def test_finished_work_is_not_repeated_on_resuming(
     write: Callable[[Path, list[str]], Path],
     tmp_path: Path,
     many: list[str],
@@ -154,13 +155,13 @@ def append(self, name, data):
 staging.StagingDir.append = append
 """,
     "before the journal is in place": """
-right, calls = staging.write_atomic, iter(range(10**9))
+right, calls = files.write_atomic, iter(range(10**9))
 def write_whole(path, text):
     if next(calls) == 12:
         path.with_name(path.name + ".new").write_text(text[:9])
         os.kill(os.getpid(), signal.{signal})
     right(path, text)
-staging.write_atomic = write_whole
+files.write_atomic = write_whole
 """,
     "before the result is in place": """
 def sync(folder):
@@ -172,7 +173,7 @@ staging.fsync = sync
 
 @pytest.mark.parametrize("moment", KILLS)
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGINT"])
-def test_killed_it_goes_on_to_the_same_bytes(name: str, moment: str, source: Path, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_to_the_same_bytes(name: str, moment: str, source: Path, tmp_path: Path) -> None:
     code = child(source, tmp_path / "out", KILLS[moment].format(signal=name))
     assert code == -getattr(signal, name)
     assert not (tmp_path / "out").exists()

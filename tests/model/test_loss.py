@@ -47,7 +47,7 @@ class Record(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("scale", [1.0, 1 / 37])
-def test_it_is_cross_entropy_with_its_gradients(scale: float) -> None:
+def test_the_fused_loss_is_cross_entropy_with_its_gradients(scale: float) -> None:
     hidden, weight, targets = inputs(23, 8, 31)
     targets[::5] = IGNORE_INDEX
     ours, theirs = fused_linear_cross_entropy(hidden, weight, targets), plain(hidden, weight, targets)

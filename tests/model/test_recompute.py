@@ -50,7 +50,7 @@ def test_gradients_are_those_of_keeping_everything(
         torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6)
 
 
-def test_it_is_not_kept_and_made_once_for_all_that_ask() -> None:
+def test_a_dropped_tensor_is_recomputed_once_for_all_its_views() -> None:
     x = torch.randn(4, 3, 8, requires_grad=True)
     weights = [torch.randn(5, 8, requires_grad=True) for _ in range(3)]
     made = []

@@ -75,7 +75,7 @@ def test_the_host_is_at_most_one_step_ahead(config: Config, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("compiled", ["off", "on"])
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_it_learns_what_a_cpu_learns(config: Config, tmp_path: Path, kind: str, compiled: str) -> None:
+def test_a_gpu_learns_what_a_cpu_learns(config: Config, tmp_path: Path, kind: str, compiled: str) -> None:
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dropout=0.0))
     losses = []
     for precision, device in (("fp32", "cpu"), ("fp32", "cuda"), ("auto", "cuda")):

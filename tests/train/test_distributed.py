@@ -157,7 +157,9 @@ def test_a_rank_that_dies_ends_the_run_and_says_where_to_go_on(sample_data: Path
         (("--data", "nowhere"), "nowhere holds no prepared data"),
     ],
 )
-def test_what_stops_all_ranks_is_told_once(sample_data: Path, tmp_path: Path, more: tuple[str, ...], told: str) -> None:
+def test_an_error_of_all_ranks_is_printed_once(
+    sample_data: Path, tmp_path: Path, more: tuple[str, ...], told: str
+) -> None:
     ended = launch(2, tmp_path, tmp_path / "run", sample_data, *more)
     assert ended.returncode != 0
     assert ended.stderr.count("error: ") == 1, ended.stderr

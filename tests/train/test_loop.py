@@ -61,7 +61,7 @@ def test_a_run_leaves_a_model_a_curve_and_stories(config: Config, tmp_path: Path
     assert not list(run.rglob("*.pt")) + list(run.rglob("*.pkl")) + list(run.rglob("*.draft"))
 
 
-def test_it_learns(config: Config, tmp_path: Path) -> None:
+def test_the_loss_of_a_run_falls(config: Config, tmp_path: Path) -> None:
     config = changed(changed(config, "train", steps=60, eval_every=100), "model", dropout=0.0)
     train(config, tmp_path / "run")
     losses = [r["loss"] for r in read_records(tmp_path / "run") if "loss" in r]
@@ -155,7 +155,7 @@ def test_a_finished_run_can_go_on_to_more_steps(config: Config, tmp_path: Path) 
     assert read_records(tmp_path / "run")[-1]["final"] is True
 
 
-def test_resuming_where_nothing_was_saved_starts_anew(config: Config, tmp_path: Path) -> None:
+def test_resuming_where_nothing_was_saved_starts_from_scratch(config: Config, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.toml").write_text("")
@@ -257,7 +257,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_good(
     assert all(torch.isfinite(weight).all() for weight in weights.values())
 
 
-def test_kept_are_the_newest_and_the_best(config: Config, tmp_path: Path) -> None:
+def test_the_newest_and_the_best_checkpoints_are_kept(config: Config, tmp_path: Path) -> None:
     config = changed(config, "train", steps=14, checkpoint_every=1, eval_every=3, keep_checkpoints=2)
     train(config, tmp_path / "run")
     steps = [step for step, _ in checkpoint.list_checkpoints(tmp_path / "run")]
@@ -362,7 +362,7 @@ def test_a_tokenizer_that_is_not_the_datas_is_refused(config: Config, tmp_path: 
         train(changed(config, "data", dir=str(tmp_path)), tmp_path / "run")
 
 
-def test_without_validation_stories_it_trains_all_the_same(config: Config, tmp_path: Path) -> None:
+def test_a_run_without_validation_stories_trains_all_the_same(config: Config, tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("A dog ran.\n<|endoftext|>\nIt was a long, long day.\n<|endoftext|>\n")
     prepare(tmp_path / "one.txt", tmp_path / "data", tokenizer="bpe:260", val_fraction=0.0, progress=False)
     config = changed(changed(config, "data", dir=str(tmp_path / "data")), "train", steps=6)
@@ -370,7 +370,7 @@ def test_without_validation_stories_it_trains_all_the_same(config: Config, tmp_p
     assert checkpoint.read_model(tmp_path / "run").provenance["step"] == 6
 
 
-def test_tensorboard_when_asked(config: Config, tmp_path: Path) -> None:
+def test_tensorboard_events_are_written_only_when_asked(config: Config, tmp_path: Path) -> None:
     train(changed(config, "train", steps=2, tensorboard=True), tmp_path / "run")
     assert list((tmp_path / "run" / "tensorboard").glob("events.out.tfevents.*"))
     train(changed(config, "train", steps=1), tmp_path / "plain")

@@ -137,7 +137,7 @@ def test_batches_made_ahead_give_the_same_bits_over_an_interrupt(
     plain, taken = Trainer.train_step, []
 
     def stopping(self: Trainer, step: int) -> Any:
-        assert self.prefetch is not None
+        assert self.batches is not None
         taken.append(step)
         self.stop_signal = 15 if step == 6 and len(taken) == 7 else 0
         return plain(self, step)
@@ -164,3 +164,10 @@ def test_an_error_while_making_a_batch_ends_the_run(
     monkeypatch.setattr(Trainer, "make_batch", broken_disk)
     with pytest.raises(OSError, match="the disk is gone"):
         train(config, tmp_path / "run")
+
+
+def test_a_batch_out_of_turn_is_refused(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "is_async_device", lambda _: True)
+    trainer = Trainer(config, tmp_path)
+    with trainer.prefetch_batches(), pytest.raises(AssertionError, match="step 0 comes next, not 4"):
+        trainer.train_step(4)

@@ -1,5 +1,6 @@
 """Prefetched batches equal those built directly; the thread always ends, and loses no batch and no error."""
 
+import contextlib
 import threading
 import time
 import traceback
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from tinystories.data.loader import PackedRows
 from tinystories.train.distributed import SINGLE, World
-from tinystories.train.prefetch import Batch, Prefetch
+from tinystories.train.prefetch import Batch, prefetch
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +31,7 @@ def rows(sample_data: Path) -> PackedRows:
 
 
 def numbered(step: int) -> Batch:
-    return Batch(torch.full((2, 1, 1), step, dtype=torch.int32), step)
+    return Batch(step, torch.full((2, 1, 1), step, dtype=torch.int32), step)
 
 
 @settings(deadline=None, max_examples=10)
@@ -38,8 +39,8 @@ def numbered(step: int) -> Batch:
 def test_batches_are_those_of_the_rows_from_any_step_on(rows: PackedRows, first: int, rank: int) -> None:
     """Also across the end of an epoch, where the order of the rows changes."""
     world, batch_size = World(rank, 2), max(2, rows.n_rows // 3 * 2)
-    with Prefetch(lambda step: Batch.from_rows(rows, step, batch_size, world), first, first + 6) as prefetch:
-        taken = [prefetch.get(step) for step in range(first, first + 6)]
+    taken = list(prefetch(lambda step: Batch.from_rows(rows, step, batch_size, world), first, first + 6))
+    assert [batch.step for batch in taken] == list(range(first, first + 6))
     for step, batch in enumerate(taken, first):
         inputs, targets = batch.to_device(torch.device("cpu"))
         expected = rows.get_batch(step, batch_size, rank, 2)
@@ -61,14 +62,14 @@ def test_one_batch_is_made_ahead_and_no_more() -> None:
         made.append(step)
         return numbered(step)
 
-    with Prefetch(make, 7, 20) as prefetch:
+    with contextlib.closing(prefetch(make, 7, 20)) as batches:
         for step in range(7, 12):
-            assert prefetch.get(step).n_targets == step
+            assert next(batches).step == step
             time.sleep(0.02)
             assert made == list(range(7, step + 2))
 
 
-def test_it_is_made_while_the_caller_does_something_else() -> None:
+def test_the_next_batch_is_made_while_the_caller_does_something_else() -> None:
     started = threading.Event()
 
     def make(step: int) -> Batch:
@@ -76,26 +77,16 @@ def test_it_is_made_while_the_caller_does_something_else() -> None:
             started.set()
         return numbered(step)
 
-    with Prefetch(make, 0, 3) as prefetch:
-        prefetch.get(0)
+    with contextlib.closing(prefetch(make, 0, 3)) as batches:
+        next(batches)
         assert started.wait(10)
 
 
 def test_nothing_is_made_beyond_the_last_step() -> None:
     made: list[int] = []
-    with Prefetch(lambda step: made.append(step) or numbered(step), 0, 3) as prefetch:
-        for step in range(3):
-            prefetch.get(step)
-        with pytest.raises(AssertionError, match="stop_step"):
-            prefetch.get(3)
-    assert made == [0, 1, 2]
-    with Prefetch(numbered, 5, 5):
-        pass
-
-
-def test_a_step_out_of_turn_is_refused() -> None:
-    with Prefetch(numbered, 0, 9) as prefetch, pytest.raises(AssertionError, match="step 0 comes next, not 4"):
-        prefetch.get(4)
+    batches = prefetch(lambda step: made.append(step) or numbered(step), 0, 3)
+    assert [batch.step for batch in batches] == made == [0, 1, 2]
+    assert list(prefetch(numbered, 5, 5)) == []
 
 
 def test_an_error_in_the_thread_is_raised_for_its_step_with_its_traceback() -> None:
@@ -104,11 +95,10 @@ def test_an_error_in_the_thread_is_raised_for_its_step_with_its_traceback() -> N
             raise OSError("the disk is gone")
         return numbered(step)
 
-    with Prefetch(broken_disk, 0, 9) as prefetch:
-        assert [prefetch.get(step).n_targets for step in (0, 1)] == [0, 1]
-        for _ in range(2):  # the error is raised again on every call
-            with pytest.raises(OSError, match="the disk is gone") as error:
-                prefetch.get(2)
+    batches = prefetch(broken_disk, 0, 9)
+    assert [next(batches).step for _ in range(2)] == [0, 1]
+    with pytest.raises(OSError, match="the disk is gone") as error:
+        next(batches)
     assert "broken_disk" in "".join(traceback.format_tb(error.value.__traceback__))
 
 
@@ -118,6 +108,6 @@ def test_leaving_early_ends_the_thread_and_keeps_the_error(error: type[BaseExcep
         time.sleep(0.05)
         return numbered(step)
 
-    with pytest.raises(error), Prefetch(slow, 0, 1000) as prefetch:  # noqa: PT012
-        prefetch.get(0)
+    with pytest.raises(error), contextlib.closing(prefetch(slow, 0, 1000)) as batches:  # noqa: PT012
+        next(batches)
         raise error

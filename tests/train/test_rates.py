@@ -41,7 +41,7 @@ def test_numbers_that_were_asked_for_stay() -> None:
     assert rates(n_embd=64, learning_rate=0.123456)[1] == rates(n_embd=64)[1]
 
 
-def test_what_is_settled_stays_settled() -> None:
+def test_rates_that_are_numbers_are_left_alone() -> None:
     config = resolve_auto_rates(load_config("small"))
     assert resolve_auto_rates(config) == config
     more = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=64))

@@ -13,7 +13,7 @@ def number(request: pytest.FixtureRequest) -> signal.Signals:
     return request.param
 
 
-def test_signals_are_asked_about_and_then_what_they_were(number: signal.Signals) -> None:
+def test_signals_call_the_handler_and_are_then_restored(number: signal.Signals) -> None:
     asked: list[int] = []
     before = signal.getsignal(number)
     with handle_signals(asked.append):
@@ -23,7 +23,7 @@ def test_signals_are_asked_about_and_then_what_they_were(number: signal.Signals)
 
 
 @pytest.mark.parametrize("deaf", [False, True])
-def test_after_an_error_they_are_ignored_where_asked(number: signal.Signals, deaf: bool) -> None:
+def test_signals_are_ignored_after_an_error_where_asked(number: signal.Signals, deaf: bool) -> None:
     before = signal.getsignal(number)
     try:
         with pytest.raises(ValueError, match="lost"), handle_signals(lambda _: None, ignore_after_error=deaf):

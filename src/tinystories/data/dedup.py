@@ -110,32 +110,22 @@ class SplitAssigner:
         assignment = Assignment({}, {}, Counter())
         if role == "both":
             is_val = is_held_out(digests, self.val_fraction)
-            self._add_to_split(assignment, "val", stories, digests, is_val)
-            self._add_to_split(assignment, "train", stories, digests, ~is_val)
+            masks = {"val": is_val, "train": ~is_val}
         elif role == "val":
-            assignment.stories["val"] = list(stories)
-            assignment.digests["val"] = digests[self.hash_sets["val"].add(digests)]
+            masks = {"val": np.ones(len(stories), bool)}
         else:
             in_val = self.hash_sets["val"].contains(digests)
-            self._add_to_split(assignment, "train", stories, digests, ~in_val)
+            masks = {"train": ~in_val}
             assignment.dropped["also_in_val"] = int(in_val.sum())
+        for split, mask in masks.items():
+            selected, hashes = list(itertools.compress(stories, mask.tolist())), digests[mask]
+            if self.keep_duplicates and role != "val":
+                hashes = hashes[:0]  # nothing will be compared against them
+            else:
+                is_new = self.hash_sets[split].add(hashes)
+                hashes = hashes[is_new]
+                if role != "val":
+                    assignment.dropped["duplicates"] += len(selected) - len(hashes)
+                    selected = list(itertools.compress(selected, is_new.tolist()))
+            assignment.stories[split], assignment.digests[split] = selected, hashes
         return assignment
-
-    def _add_to_split(
-        self,
-        assignment: Assignment,
-        split: str,
-        stories: Sequence[bytes],
-        digests: Digests,
-        in_split: npt.NDArray[np.bool_],
-    ) -> None:
-        """Add the stories selected by the mask `in_split` to the split, without duplicates unless `keep_duplicates`."""
-        selected = list(itertools.compress(stories, in_split.tolist()))
-        digests = digests[in_split]
-        if not self.keep_duplicates:
-            is_new = self.hash_sets[split].add(digests)
-            assignment.dropped["duplicates"] += len(selected) - int(is_new.sum())
-            selected, digests = list(itertools.compress(selected, is_new.tolist())), digests[is_new]
-        else:
-            digests = digests[:0]  # nothing will be compared against them
-        assignment.stories[split], assignment.digests[split] = selected, digests

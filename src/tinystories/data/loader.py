@@ -38,11 +38,8 @@ class PackedRows:
         if len(lengths) == 0:
             raise UserError(f"{folder}: the {split} split contains no stories; prepare it again from more text")
         self.n_ctx, self.seed, self.end_id = n_ctx, seed, self.meta.end_id
-        self.length_order: Ints = np.argsort(lengths, kind="stable")
         self.story_lengths = lengths
-        self.row_starts, self.piece_story, self.piece_offset, self.piece_size = pack_rows(
-            lengths[self.length_order], n_ctx
-        )
+        self.row_starts, self.pieces = pack_rows(np.sort(lengths), n_ctx)
         self.n_rows = len(self.row_starts) - 1
         self.shuffled_epoch = -1
 
@@ -54,18 +51,23 @@ class PackedRows:
         inputs = np.full((len(indices), self.n_ctx), self.end_id, dtype=np.int64)
         targets = np.full((len(indices), self.n_ctx), IGNORE_INDEX, dtype=np.int64)
         for i, index in enumerate(indices):
-            epoch, row_in_epoch = divmod(int(index), self.n_rows)
-            self.shuffle_epoch(epoch)
-            row = self.row_order[row_in_epoch]
             column = 0
-            for piece in range(self.row_starts[row], self.row_starts[row + 1]):
-                # piece_story is a rank in the order of lengths; story_at maps it to this epoch's story of that length.
-                size = self.piece_size[piece]
-                start = self.story_starts[self.story_at[self.piece_story[piece]]] + self.piece_offset[piece]
+            for story, offset, size in self.get_pieces(int(index)):
+                start = self.story_starts[self.story_at[story]] + offset
                 inputs[i, column : column + size] = self.tokens[start : start + size]
                 targets[i, column : column + size] = self.tokens[start + 1 : start + size + 1]
                 column += size
         return inputs, targets
+
+    def get_pieces(self, index: int) -> Ints:
+        """Return the (story, offset, size) of each piece in the row with this global index; shape (pieces, 3).
+
+        The stories are ranks in the order of lengths; `story_at` maps them to the epoch's stories of that length.
+        """
+        epoch, row_in_epoch = divmod(index, self.n_rows)
+        self.shuffle_epoch(epoch)
+        row = self.row_order[row_in_epoch]
+        return self.pieces[self.row_starts[row] : self.row_starts[row + 1]]
 
     def get_batch(self, step: int, batch_size: int, rank: int = 0, world_size: int = 1) -> tuple[Ints, Ints]:
         """Return inputs and targets of one optimizer step (all micro-batches), restricted to the share of `rank`.
@@ -77,13 +79,8 @@ class PackedRows:
 
     def count_targets(self, step: int, batch_size: int) -> int:
         """Return the number of targets (without padding) in the batch of one optimizer step, over all ranks."""
-        total = 0
-        for index in range(step * batch_size, (step + 1) * batch_size):
-            epoch, row_in_epoch = divmod(index, self.n_rows)
-            self.shuffle_epoch(epoch)
-            row = self.row_order[row_in_epoch]
-            total += int(self.piece_size[self.row_starts[row] : self.row_starts[row + 1]].sum())
-        return total
+        rows = range(step * batch_size, (step + 1) * batch_size)
+        return sum(int(self.get_pieces(row)[:, 2].sum()) for row in rows)
 
     def shuffle_epoch(self, epoch: int) -> None:
         """Set `row_order` (row at each position of the epoch) and `story_at` (story at each rank of the lengths).
@@ -102,41 +99,22 @@ class PackedRows:
 
 
 @numba.njit(cache=True)
-def pack_rows(lengths: Ints, n_ctx: int) -> tuple[Ints, Ints, Ints, Ints]:
+def pack_rows(lengths: Ints, n_ctx: int) -> tuple[Ints, Ints]:
     """Pack stories of the given lengths into rows of n_ctx positions by best-fit decreasing.
 
     Stories are first split into pieces of at most n_ctx tokens; only stories longer than that yield more than one.
     Each row then takes the largest unplaced piece that fits, again and again, until none fits. If at least
     MIN_HEAD_TOKENS are left over, an extra copy of the head of some story, cut to size, fills them.
 
-    Returns `row_starts` (n_rows + 1,), `piece_story`, `piece_offset` and `piece_size` (n_pieces,): the pieces of row r
-    are row_starts[r]..row_starts[r+1]-1; each has its story (an index into `lengths`), its offset in it and its size.
+    Returns `row_starts` (n_rows + 1,) and `pieces` (n_pieces, 3): the pieces of row r are
+    row_starts[r]..row_starts[r+1]-1, each with its story (an index into `lengths`), its offset in it and its size.
     Cf. Ding et al. 2024, arXiv 2404.10830.
     """
-    # Story i yields ceil(lengths[i] / n_ctx) pieces. A row holds at least one piece and at most one extra head, so the
-    # heads at most double the number.
-    max_pieces = 2 * (len(lengths) + lengths.sum() // n_ctx + 1)
-    # Unplaced pieces are in one stack per (kind, size), as linked lists in arrays: stack_top[kind, size] is the top
-    # piece (-1: empty), and stack_below[p] is the piece under p. Push and pop are O(1), and scanning the sizes
-    # downwards finds the largest piece that fits.
-    # Kind 0 is the start of a story, kind 1 is a continuation of a story longer than n_ctx.
-    unplaced_story, unplaced_offset, stack_below = (
-        np.empty(max_pieces, np.int64),
-        np.empty(max_pieces, np.int64),
-        np.empty(max_pieces, np.int64),
-    )
-    stack_top = np.full((2, n_ctx + 1), -1)
-    n_pieces = 0
-    for i in range(len(lengths)):
-        for start in range(0, lengths[i], n_ctx):
-            kind, n_tokens = min(start, 1), min(n_ctx, lengths[i] - start)
-            unplaced_story[n_pieces], unplaced_offset[n_pieces] = i, start
-            # Push: the new piece points to the former top, then becomes the top.
-            stack_below[n_pieces], stack_top[kind, n_tokens] = stack_top[kind, n_tokens], n_pieces
-            n_pieces += 1
-    row_starts, piece_story = np.empty(n_pieces + 1, np.int64), np.empty(max_pieces, np.int64)
-    piece_offset, piece_size = np.empty(max_pieces, np.int64), np.empty(max_pieces, np.int64)
-    n_rows, n_placed, n_unplaced, next_head = 0, 0, n_pieces, 0
+    unplaced, stack_top, stack_below = stack_pieces(lengths, n_ctx)
+    n_unplaced = len(unplaced)
+    # A row holds at least one piece and at most one extra head, so the heads at most double the number.
+    row_starts, pieces = np.empty(n_unplaced + 1, np.int64), np.empty((2 * n_unplaced, 3), np.int64)
+    n_rows, n_placed, next_head = 0, 0, 0
     while n_unplaced > 0:
         row_starts[n_rows] = n_placed
         n_rows += 1
@@ -149,11 +127,7 @@ def pack_rows(lengths: Ints, n_ctx: int) -> tuple[Ints, Ints, Ints, Ints]:
             # Pop the piece and append it to the row.
             piece = stack_top[kind, fit_size]
             stack_top[kind, fit_size] = stack_below[piece]
-            piece_story[n_placed], piece_offset[n_placed], piece_size[n_placed] = (
-                unplaced_story[piece],
-                unplaced_offset[piece],
-                fit_size,
-            )
+            pieces[n_placed] = unplaced[piece]
             n_placed, n_unplaced, space_left = n_placed + 1, n_unplaced - 1, space_left - fit_size
         # No unplaced piece fits any more: fill the gap with the head of a story, whether placed already or not. Heads
         # are taken round-robin from the stories that are longer than the gap.
@@ -161,19 +135,41 @@ def pack_rows(lengths: Ints, n_ctx: int) -> tuple[Ints, Ints, Ints, Ints]:
             for _ in range(len(lengths)):
                 next_head = (next_head + 1) % len(lengths)
                 if lengths[next_head] > space_left:
-                    piece_story[n_placed], piece_offset[n_placed], piece_size[n_placed] = next_head, 0, space_left
+                    pieces[n_placed] = next_head, 0, space_left
                     n_placed += 1
                     break
     row_starts[n_rows] = n_placed
-    return row_starts[: n_rows + 1], piece_story[:n_placed], piece_offset[:n_placed], piece_size[:n_placed]
+    return row_starts[: n_rows + 1], pieces[:n_placed]
+
+
+@numba.njit(cache=True)
+def stack_pieces(lengths: Ints, n_ctx: int) -> tuple[Ints, Ints, Ints]:
+    """Split stories into pieces of at most n_ctx tokens, and put these on one stack per (kind, size).
+
+    Kind 0 is the start of a story, kind 1 is a continuation of a story longer than n_ctx. Returns `pieces` (n, 3) as
+    `pack_rows` does, and the stacks as linked lists in arrays: stack_top[kind, size] is the top piece (-1: empty), and
+    stack_below[p] is the piece under p. Push and pop are O(1), and scanning the sizes downwards finds the largest piece
+    that fits.
+    """
+    pieces = np.empty((((lengths + n_ctx - 1) // n_ctx).sum(), 3), np.int64)
+    stack_top, stack_below = np.full((2, n_ctx + 1), -1), np.empty(len(pieces), np.int64)
+    n_pieces = 0
+    for story in range(len(lengths)):
+        for offset in range(0, lengths[story], n_ctx):
+            kind, size = min(offset, 1), min(n_ctx, lengths[story] - offset)
+            pieces[n_pieces] = story, offset, size
+            # Push: the new piece points to the former top, then becomes the top.
+            stack_below[n_pieces], stack_top[kind, size] = stack_top[kind, size], n_pieces
+            n_pieces += 1
+    return pieces, stack_top, stack_below
 
 
 @numba.njit(cache=True)
 def find_largest_fit(stack_top: Ints, space_left: int, at_row_start: bool) -> tuple[int, int]:
     """Return kind and size of the largest unplaced piece of at most `space_left` tokens; size 0 if none fits.
 
-    `stack_top` is (2, n_ctx + 1), see `pack_rows`. With `at_row_start`, any story start (kind 0) that fits is preferred
-    to a continuation (kind 1) however large; otherwise the start wins only a tie.
+    `stack_top` is (2, n_ctx + 1), see `stack_pieces`. With `at_row_start`, any story start (kind 0) that fits is
+    preferred to a continuation (kind 1) however large; otherwise the start wins only a tie.
     """
     best_kind, best_size = 0, 0
     for kind in range(2):

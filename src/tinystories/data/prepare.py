@@ -1,8 +1,8 @@
 """`tinystories prepare`: tokenize stories from any source to files that training memory-maps."""
 
 import dataclasses
-import hashlib
 import itertools
+import json
 import logging
 import time
 from collections import Counter
@@ -19,10 +19,10 @@ from tinystories.data.encoder import EncodeFn, make_bulk_encoder
 from tinystories.data.source.reader import DecodeErrors, ReadOptions, StoryBatch
 from tinystories.data.source.resolve import Source, SourceNames, resolve_source
 from tinystories.data.spec import PrepareSpec, disk_error_message, existing_output
-from tinystories.data.staging import StagingDir, write_json
+from tinystories.data.staging import StagingDir
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.errors import UserError
-from tinystories.files import write_atomic
+from tinystories.files import sha256, write_atomic
 from tinystories.progress import ByteDisplay
 
 log = logging.getLogger(__name__)
@@ -127,9 +127,8 @@ class PrepareJob:
         """Yield the stories to train a tokenizer on, leaving out the held-out ones."""
         source, role = self.stages[-1]
         for batch in source.read_batches(self.spec.options):
-            is_val = is_held_out(
-                hash_stories(batch.stories), self.spec.resolved_val_fraction if role == "both" else 0.0
-            )
+            val_fraction = self.spec.resolved_val_fraction if role == "both" else 0.0
+            is_val = is_held_out(hash_stories(batch.stories), val_fraction)
             yield from (story.decode() for story in itertools.compress(batch.stories, ~is_val))
 
     def read_all(self, progress: bool) -> None:
@@ -140,9 +139,8 @@ class PrepareJob:
         with ByteDisplay(total_bytes, journal.read, quiet=not progress) as display, ThreadPoolExecutor(1) as writer:
             pending_write: Future[None] | None = None
             for stage, (source, role) in enumerate(self.stages[journal.stage :], journal.stage):
-                for batch in source.read_batches(
-                    self.spec.options, journal.position if stage == journal.stage else None
-                ):
+                position = journal.position if stage == journal.stage else None
+                for batch in source.read_batches(self.spec.options, position):
                     assignment = self.assigner.assign(role, batch.stories)
                     encode = encode or make_bulk_encoder(self.tokenizer, batch.stories[:N_EXAMPLES])
                     if pending_write:
@@ -171,6 +169,7 @@ class PrepareJob:
         ids, counts = encode(stories)
         assert ids.size == 0 or int(ids.max()) < self.tokenizer.vocab_size
         # Exclusive prefix sums: where each story starts in `ids`, which is where np.insert puts its END.
+        text_bytes = self.staging.journal.text_bytes
         story_starts = np.cumsum(counts) - counts
         byte_lengths = np.fromiter(map(len, stories), np.int64, len(stories))
         index = np.empty((len(stories), 2), "<u8")
@@ -178,12 +177,11 @@ class PrepareJob:
         # this batch before it, and their i ENDs.
         index[:, 0] = self._count_tokens(split) + story_starts + np.arange(len(stories))
         # UTF-8 bytes of all stories before story i: those written earlier, and an exclusive prefix sum again.
-        index[:, 1] = self.staging.journal.text_bytes.get(split, 0) + np.cumsum(byte_lengths) - byte_lengths
-        self.staging.append(
-            f"data/{split}.bin", np.insert(ids.astype(self.dtype), story_starts, self.tokenizer.end_id).tobytes()
-        )
+        index[:, 1] = text_bytes.setdefault(split, 0) + np.cumsum(byte_lengths) - byte_lengths
+        tokens = np.insert(ids.astype(self.dtype), story_starts, self.tokenizer.end_id)
+        self.staging.append(f"data/{split}.bin", tokens.tobytes())
         self.staging.append(f"data/{split}.idx", index.tobytes())
-        self.staging.journal.text_bytes[split] = self.staging.journal.text_bytes.get(split, 0) + int(byte_lengths.sum())
+        text_bytes[split] += int(byte_lengths.sum())
 
     def _count_tokens(self, split: str) -> int:
         """Return the number of ids (including END) written to the split so far."""
@@ -198,9 +196,8 @@ class PrepareJob:
             final_entry = np.array([self._count_tokens(split), n_bytes], "<u8")
             self.staging.append(f"data/{split}.idx", final_entry.tobytes())
             self.staging.append(f"data/{split}.bin", np.array([self.tokenizer.end_id], self.dtype).tobytes())
-            with (self.staging.data_dir / f"{split}.bin").open("rb") as file:
-                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            splits[split] = SplitMeta(stories=n_stories, tokens=self._count_tokens(split), bytes=n_bytes, sha256=sha256)
+            digest = sha256(self.staging.data_dir / f"{split}.bin")
+            splits[split] = SplitMeta(stories=n_stories, tokens=self._count_tokens(split), bytes=n_bytes, sha256=digest)
         if splits["train"].stories == 0:
             raise UserError(f"{self.spec.source.name}: no stories left to train on; pass a file that contains more")
         if splits["val"].stories == 0 and len(self.stages) == 2:
@@ -218,9 +215,8 @@ class PrepareJob:
             end_id=self.tokenizer.end_id,
             dtype="uint16" if self.dtype.itemsize == 2 else "uint32",
             splits=splits,
-            duplicates=counts.get("duplicates", 0),
-            also_in_val=counts.get("also_in_val", 0),
-            empty=counts.get("empty", 0),
+            **{reason: counts.get(reason, 0) for reason in ("duplicates", "also_in_val", "empty")},
         )
-        write_json(self.staging.data_dir / "meta.json", dataclasses.asdict(meta))
+        text = json.dumps(dataclasses.asdict(meta), indent=1, ensure_ascii=False)
+        write_atomic(self.staging.data_dir / "meta.json", text + "\n")
         return meta

@@ -5,7 +5,6 @@ covers it, and anything in a file beyond the size in the journal is truncated.
 """
 
 import dataclasses
-import json
 import logging
 import os
 import shutil
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from tinystories.errors import UserError
-from tinystories.files import acquire_lock, fsync, read_json_object, write_atomic
+from tinystories.files import acquire_lock, fsync, read_json_object, write_json
 
 log = logging.getLogger(__name__)
 
@@ -137,8 +136,3 @@ def read_json(path: Path) -> dict[str, Any] | None:
         return read_json_object(path)
     except (FileNotFoundError, UserError):
         return None
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a JSON file atomically."""
-    write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")

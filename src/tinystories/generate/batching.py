@@ -100,24 +100,6 @@ def check_text(text: str, what: str) -> None:
         raise UserError(f"{what} is not valid text at character {error.start}; pass it as UTF-8") from None
 
 
-def generate(
-    engine: Engine,
-    tokenizer: Tokenizer,
-    prompt: str = "",
-    *,
-    settings: SamplingConfig,
-    seed: int = 0,
-    max_tokens: int = 256,
-    stop: tuple[str, ...] = (),
-    ignore_end: bool = False,
-) -> Story:
-    """Generate one story and return it when it is complete."""
-    request = Request(
-        prompt=prompt, settings=settings, max_tokens=max_tokens, seed=seed, stop=stop, ignore_end=ignore_end
-    )
-    return generate_all(engine, tokenizer, [request])[0]
-
-
 def generate_all(engine: Engine, tokenizer: Tokenizer, requests: Iterable[Request]) -> list[Story]:
     """Generate all stories, batched over the engine's slots; return them in the order of the requests."""
     return collect_stories(stream_all(engine, tokenizer, requests))

@@ -59,31 +59,20 @@ def auto_micro_batch(config: Config, device: torch.device, previous_micro_batch:
     keeps `previous_micro_batch` if that still fits, so that the order of its sums stays the same. `UserError` if the
     number (for "auto": a single row) does not fit.
     """
-    requested, rank_batch_size, available_bytes = (
-        config.train.micro_batch,
-        world.batch_size_per_rank(config.train.batch_size),
-        get_free_bytes(device),
-    )
-    if device.type == "cpu":
-        available_bytes //= world.local_size
+    requested = config.train.micro_batch
+    rank_batch_size = world.batch_size_per_rank(config.train.batch_size)
+    available_bytes = get_free_bytes(device) // (world.local_size if device.type == "cpu" else 1)
     divisors = [rows for rows in range(rank_batch_size, 0, -1) if rank_batch_size % rows == 0]
-    if requested != "auto":
-        rows = next(rows for rows in divisors if rows <= requested)
-        check_memory(config, rows, available_bytes, device)
-        return rows
-    if device.type == "cpu":
-        divisors = [rows for rows in divisors if rows <= max(1, MAX_TOKENS_CPU // config.model.n_ctx)]
-    if previous_micro_batch in divisors:
-        divisors.insert(0, previous_micro_batch)
-    for rows in divisors:
-        if estimate_train_bytes(config, rows, device.type) <= MEMORY_FRACTION * available_bytes:
-            return rows
-    check_memory(config, 1, available_bytes, device)
-    return 1
-
-
-def check_memory(config: Config, micro_batch: int, available_bytes: int, device: torch.device) -> None:
-    """Raise `UserError` if the estimated peak memory of the run exceeds `available_bytes`."""
+    if requested == "auto":
+        max_rows = max(1, MAX_TOKENS_CPU // config.model.n_ctx) if device.type == "cpu" else rank_batch_size
+        candidates = [rows for rows in divisors if rows <= max_rows]
+        if previous_micro_batch in candidates:
+            candidates.insert(0, previous_micro_batch)
+        usable_bytes = MEMORY_FRACTION * available_bytes
+        fitting = (rows for rows in candidates if estimate_train_bytes(config, rows, device.type) <= usable_bytes)
+        micro_batch = next(fitting, 1)
+    else:
+        micro_batch = next(rows for rows in divisors if rows <= requested)
     needed_bytes = estimate_train_bytes(config, micro_batch, device.type)
     if needed_bytes > available_bytes:
         raise UserError(
@@ -91,6 +80,7 @@ def check_memory(config: Config, micro_batch: int, available_bytes: int, device:
             f" {available_bytes / 1e9:.1f} GB free; lower train.micro_batch={micro_batch}"
             f" or model.n_ctx={config.model.n_ctx}, or choose a smaller preset"
         )
+    return micro_batch
 
 
 def measure_matmul_flops_per_s(device: torch.device, seconds: float = 0.3) -> float:

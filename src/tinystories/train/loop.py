@@ -26,7 +26,7 @@ from tinystories.train import state
 from tinystories.train.distributed import SINGLE, World
 from tinystories.train.optimizer.build import consolidate_state
 from tinystories.train.optimizer.learning_rate import resolve_auto_rates
-from tinystories.train.prefetch import Batch, Prefetch
+from tinystories.train.prefetch import Batch, prefetch
 from tinystories.train.recorder import Recorder
 from tinystories.train.state import TrainState
 from tinystories.train.step import StepResult, TrainStep
@@ -80,7 +80,7 @@ class Trainer:
         elif config.train.init:
             state.initialize_from(Path(config.train.init), self.model, self.tokenizer)
         self.stop_signal = 0
-        self.prefetch: Prefetch | None = None
+        self.batches: Iterator[Batch] | None = None  # prefetched ones
         self.in_flight: StepResult | None = None  # the newest step, until it is recorded
         self.last_recorded_at: float | None = None  # end of the latest recorded step; None while no step is in flight
 
@@ -94,14 +94,12 @@ class Trainer:
     @contextlib.contextmanager
     def prefetch_batches(self) -> Iterator[None]:
         """Prefetch batches in a thread inside the block, from the current step on; does nothing on a CPU."""
-        if not is_async_device(self.device):
-            yield
-            return
-        with Prefetch(self.make_batch, self.train_state.step, self.config.train.steps) as self.prefetch:
-            try:
+        if is_async_device(self.device):
+            batches = prefetch(self.make_batch, self.train_state.step, self.config.train.steps)
+            with contextlib.closing(batches) as self.batches:
                 yield
-            finally:
-                self.prefetch = None
+        else:
+            yield
 
     def make_batch(self, step: int) -> Batch:
         """Build this rank's batch of `step`; with CUDA in pinned memory."""
@@ -143,8 +141,9 @@ class Trainer:
 
     def train_step(self, step: int) -> StepResult:
         """Run one optimizer step on the batch of `step`, without waiting for the device."""
-        batch = self.prefetch.get(step) if self.prefetch else self.make_batch(step)
-        return self.take_step(batch, step)
+        batch = next(self.batches) if self.batches else self.make_batch(step)
+        assert batch.step == step, f"step {batch.step} comes next, not {step}"
+        return self.take_step(batch)
 
     def record_step(self, result: StepResult) -> None:
         """Wait for a launched step and record it. Raises `UserError` if its loss or gradient norm is not finite.

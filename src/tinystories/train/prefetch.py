@@ -1,9 +1,9 @@
 """Prefetching: a thread builds the batch of the next step while the device computes the current one."""
 
 import dataclasses
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
+import itertools
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from jaxtyping import Int
@@ -20,6 +20,7 @@ class Batch:
     `ids` holds inputs and targets in one tensor, so that a single copy moves both to the device; int32 halves its size.
     """
 
+    step: int
     ids: Int[Tensor, "2 B T"]
     n_targets: int
 
@@ -34,7 +35,7 @@ class Batch:
         ids = torch.empty((2, *inputs.shape), dtype=torch.int32, pin_memory=pin_memory)
         ids[0].copy_(torch.from_numpy(inputs))
         ids[1].copy_(torch.from_numpy(targets))
-        return Batch(ids, rows.count_targets(step, batch_size))
+        return Batch(step, ids, rows.count_targets(step, batch_size))
 
     def to_device(self, device: torch.device) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
         """Return inputs and targets as int64 on `device`, without waiting for the copy."""
@@ -42,37 +43,16 @@ class Batch:
         return inputs, targets
 
 
-class Prefetch:
-    """Calls `make_batch` in a thread, one step ahead of `get(step)`, for steps first_step .. stop_step - 1 in order.
+def prefetch(make_batch: Callable[[int], Batch], first_step: int, stop_step: int) -> Generator[Batch]:
+    """Yield the batches of steps first_step .. stop_step - 1; a thread builds each one while the last is in use.
 
-    Use it as a context manager; the thread has ended when the block is left, even by an exception. An exception in
-    `make_batch` is raised by the `get` of that step. Nothing else may call `make_batch` inside the block, so it need
-    not be thread-safe.
+    The thread ends when the generator is exhausted or closed. An exception in `make_batch` is raised in place of that
+    batch. Nothing else may call `make_batch` until then, so it need not be thread-safe.
     """
-
-    def __init__(self, make_batch: Callable[[int], Batch], first_step: int, stop_step: int) -> None:
-        self.make_batch, self.next_step, self.stop_step = make_batch, first_step, stop_step
-        self.pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
-        self.future: Future[Batch] | None = None
-
-    def __enter__(self) -> "Prefetch":
-        self.submit_next()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.pool.shutdown(cancel_futures=True)
-
-    def submit_next(self) -> None:
-        """Start building the batch of `next_step`, if there is one."""
-        self.future = self.pool.submit(self.make_batch, self.next_step) if self.next_step < self.stop_step else None
-
-    def get(self, step: int) -> Batch:
-        """Return the batch of `step`, which must be the next one, and start building the one after it."""
-        assert step == self.next_step, f"step {self.next_step} comes next, not {step}"
-        assert self.future is not None, "only inside `with`, and only before stop_step"
-        batch = self.future.result()
-        self.next_step += 1
-        self.submit_next()
-        return batch
+    steps = iter(range(first_step, stop_step))
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch") as pool:
+        pending = [pool.submit(make_batch, step) for step in itertools.islice(steps, 1)]
+        while pending:
+            batch = pending.pop().result()
+            pending += [pool.submit(make_batch, step) for step in itertools.islice(steps, 1)]
+            yield batch

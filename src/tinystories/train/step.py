@@ -51,7 +51,7 @@ class StepResult:
 
 
 class TrainStep:
-    """Model, optimizers and objective, which are equal on all ranks. Call it with a batch and the number of the step.
+    """Model, optimizers and objective, which are equal on all ranks. Call it with the batch of a step.
 
     It is a function of the weights, the optimizer state, the batch, the seed and the step, so that a resumed run ends
     with the same bits.
@@ -78,8 +78,9 @@ class TrainStep:
         """Return an engine with one slot that shares the weights being trained."""
         return TorchEngine(self.model, device=self.device, precision=self.precision)
 
-    def __call__(self, batch: Batch, step: int) -> StepResult:
-        """Run optimizer step `step` (0-based) on this rank's share of the batch."""
+    def __call__(self, batch: Batch) -> StepResult:
+        """Run the optimizer step of a batch, of which this rank has its share."""
+        step = batch.step
         inputs, targets = batch.to_device(self.device)
         self.set_schedules(step)
 

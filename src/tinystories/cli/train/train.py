@@ -4,14 +4,13 @@ import dataclasses
 import difflib
 import json
 from pathlib import Path
-from typing import get_type_hints
 
 import click
 
 from tinystories.cli.common import CONTEXT_SETTINGS, json_option
 from tinystories.cli.train.prepare import print_prepare_report
 from tinystories.config import Config
-from tinystories.config_file import PRESETS, load_config
+from tinystories.config_file import PRESETS, load_config, setting_names
 from tinystories.errors import UserError
 from tinystories.train.distributed import World
 
@@ -20,11 +19,11 @@ class SettingsCommand(click.Command):
     """A click command whose --help also lists every `--SECTION.KEY` setting with its default."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
-        defaults = load_config("nano")
-        for section in get_type_hints(Config):
-            rows = []
-            for field in dataclasses.fields(getattr(defaults, section)):
-                value = getattr(getattr(defaults, section), field.name)
+        nano = load_config("nano")
+        for section in (field.name for field in dataclasses.fields(nano)):
+            rows, settings = [], getattr(nano, section)
+            for field in dataclasses.fields(settings):
+                value = getattr(settings, field.name)
                 default_text = " | ".join(value) if isinstance(value, tuple) else str(value)
                 default_text = str(value).lower() if isinstance(value, bool) else default_text or "empty"
                 rows.append((f"--{section}.{field.name}", f"{field.metadata['help']}  [{default_text}]"))
@@ -151,10 +150,8 @@ def suggest_fix(argument: str, command: click.Command) -> str:
     word = argument.removeprefix("--").partition("=")[0]
     if word in PRESETS:
         return f"did you mean --config {word}?"
-    defaults = load_config("nano")
     flags = [name for option in command.params for name in option.opts if name.startswith("--")]
-    for section in get_type_hints(Config):
-        flags += [f"--{section}.{field.name}" for field in dataclasses.fields(getattr(defaults, section))]
+    flags += [f"--{name}" for name in setting_names()]
     settings = {flag.removeprefix("--").rpartition(".")[2]: flag for flag in reversed(flags)}
     matches = difflib.get_close_matches(word, settings, n=1, cutoff=0.7)
     return f"did you mean {settings[matches[0]]}?" if matches else "settings look like --train.steps 40"

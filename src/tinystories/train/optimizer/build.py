@@ -1,6 +1,6 @@
 """Optimizers: Muon for the matrices of the transformer blocks and AdamW for all other weights, or AdamW for all."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,12 +21,10 @@ def build_optimizers(model: GPT, config: OptimConfig, sharded: bool = False) -> 
     """
     assert isinstance(config.learning_rate, float), "call resolve_auto_rates first"
     assert isinstance(config.muon_rate, float), "call resolve_auto_rates first"
-    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    block_matrices = [
-        w for name, w in weights.items() if config.kind == "muon" and w.ndim == 2 and name.startswith("layers.")
-    ]
-    block_matrix_ids = {id(w) for w in block_matrices}
-    other_weights = [w for w in weights.values() if id(w) not in block_matrix_ids]
+    block_matrices, other_weights = [], []
+    for name, weight in model.named_parameters():
+        uses_muon = config.kind == "muon" and weight.ndim == 2 and name.startswith("layers.")
+        (block_matrices if uses_muon else other_weights).append(weight)
     groups = [
         {"params": [w for w in other_weights if w.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [w for w in other_weights if w.ndim < 2], "weight_decay": 0.0},
@@ -34,26 +32,22 @@ def build_optimizers(model: GPT, config: OptimConfig, sharded: bool = False) -> 
     # On resuming, ZeroRedundancyOptimizer loads step counts to the CPU, but fused AdamW on CUDA needs them on the GPU.
     fused = other_weights[0].device.type == "cpu" or (other_weights[0].device.type == "cuda" and not sharded)
     betas = config.beta1, config.beta2
-    build: Callable[..., torch.optim.Optimizer] = build_sharded if sharded else build_unsharded
-    optimizers = [
-        build(torch.optim.AdamW, groups, lr=config.learning_rate, betas=betas, eps=config.eps, fused=fused),
-    ]
+    adamw_settings = {"lr": config.learning_rate, "betas": betas, "eps": config.eps, "fused": fused}
+    optimizers = [build_optimizer(torch.optim.AdamW, groups, sharded, **adamw_settings)]
     if block_matrices:
         muon_settings = {"lr": config.muon_rate, "momentum": config.momentum, "weight_decay": config.weight_decay}
-        optimizers.append(build(Muon, block_matrices, **muon_settings))
+        optimizers.append(build_optimizer(Muon, block_matrices, sharded, **muon_settings))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]
     return optimizers
 
 
-def build_unsharded(
-    optimizer_class: type[torch.optim.Optimizer], params: Any, **settings: Any
+def build_optimizer(
+    optimizer_class: type[torch.optim.Optimizer], params: Any, sharded: bool, **settings: Any
 ) -> torch.optim.Optimizer:
-    return optimizer_class(params, **settings)
-
-
-def build_sharded(optimizer_class: type[torch.optim.Optimizer], params: Any, **settings: Any) -> torch.optim.Optimizer:
+    if not sharded:
+        return optimizer_class(params, **settings)
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     return ZeroRedundancyOptimizer(params, optimizer_class, **settings)

@@ -31,16 +31,11 @@ def resolve_auto_rates(config: Config) -> Config:
     optim, width_ratio = config.optim, REFERENCE_WIDTH / config.model.n_embd
     batch_scaling = min(MAX_BATCH_SCALING, math.sqrt(config.train.batch_size * config.model.n_ctx / REFERENCE_TOKENS))
     adamw_lr = ADAMW_LR_WITH_MUON * math.sqrt(width_ratio) if optim.kind == "muon" else ADAMW_LR_ALONE * width_ratio
-    return dataclasses.replace(
-        config,
-        optim=dataclasses.replace(
-            optim,
-            learning_rate=round_to_3_digits(adamw_lr * batch_scaling)
-            if optim.learning_rate == "auto"
-            else optim.learning_rate,
-            muon_rate=round_to_3_digits(MUON_LR * batch_scaling) if optim.muon_rate == "auto" else optim.muon_rate,
-        ),
-    )
+    rates = {"learning_rate": adamw_lr, "muon_rate": MUON_LR}
+    numbers = {
+        name: round_to_3_digits(rate * batch_scaling) for name, rate in rates.items() if getattr(optim, name) == "auto"
+    }
+    return dataclasses.replace(config, optim=dataclasses.replace(optim, **numbers))
 
 
 def round_to_3_digits(rate: float) -> float:
