@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -204,7 +205,7 @@ class PrepareJob:
             raise UserError(f"{self.stages[0][0].name}: no stories to validate on; pass a file that contains some")
         if splits["val"].stories == 0:
             log.warning("no stories were held out for validation; pass --val SOURCE")
-        counts = self.staging.journal.counts
+        counts: dict[str, Any] = self.staging.journal.counts  # Any: the type of keyword arguments
         meta = DatasetMeta(
             format=FORMAT_VERSION,
             **self.spec.to_meta_fields(),

@@ -10,7 +10,7 @@ import click
 from tinystories.cli.common import CONTEXT_SETTINGS, json_option
 from tinystories.cli.train.prepare import print_prepare_report
 from tinystories.config import Config
-from tinystories.config_file import PRESETS, load_config, setting_names
+from tinystories.config_file import PRESETS, load_config, setting_names, to_toml
 from tinystories.errors import UserError
 from tinystories.train.distributed import World
 
@@ -67,8 +67,6 @@ def train(
     source = saved_config if resume and not has_config_flag and saved_config.exists() else config_file
     config = load_config(source, overrides | ({"data.dir": str(data)} if data else {}))
     if print_config:
-        from tinystories.config_file import to_toml
-
         click.echo(to_toml(config), nl=False)
         return 0
     if resume and not saved_config.exists() and World.from_environment().is_main:

@@ -21,7 +21,8 @@ def build_optimizers(model: GPT, config: OptimConfig, sharded: bool = False) -> 
     """
     assert isinstance(config.learning_rate, float), "call resolve_auto_rates first"
     assert isinstance(config.muon_rate, float), "call resolve_auto_rates first"
-    block_matrices, other_weights = [], []
+    block_matrices: list[torch.Tensor] = []
+    other_weights: list[torch.Tensor] = []
     for name, weight in model.named_parameters():
         uses_muon = config.kind == "muon" and weight.ndim == 2 and name.startswith("layers.")
         (block_matrices if uses_muon else other_weights).append(weight)

@@ -8,6 +8,7 @@ is also 0.02.
 
 import dataclasses
 import math
+from typing import Any
 
 from tinystories.config import Config, ScheduleConfig
 
@@ -32,7 +33,7 @@ def resolve_auto_rates(config: Config) -> Config:
     batch_scaling = min(MAX_BATCH_SCALING, math.sqrt(config.train.batch_size * config.model.n_ctx / REFERENCE_TOKENS))
     adamw_lr = ADAMW_LR_WITH_MUON * math.sqrt(width_ratio) if optim.kind == "muon" else ADAMW_LR_ALONE * width_ratio
     rates = {"learning_rate": adamw_lr, "muon_rate": MUON_LR}
-    numbers = {
+    numbers: dict[str, Any] = {
         name: round_to_3_digits(rate * batch_scaling) for name, rate in rates.items() if getattr(optim, name) == "auto"
     }
     return dataclasses.replace(config, optim=dataclasses.replace(optim, **numbers))
