@@ -1,11 +1,11 @@
 """Training on a GPU: the host never waits for it inside a step, and it learns what a CPU learns."""
 
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from runs import changed
 from torch.nn import functional as F
 
 from tinystories.config import Config
@@ -34,11 +34,11 @@ def on_cuda(config: Config, kind: str = "adamw", compiled: str = "off", precisio
     """Steps without a pause: no evaluation or checkpoint falls due. 4,096 tokens in each of two micro-batches: the
     embedding's gradient is made another way for few.
     """
-    train = dataclasses.replace(
-        config.train, device="cuda", compile=compiled, precision=precision, steps=100, batch_size=256, micro_batch=128,
-        log_every=2, eval_every=1000, checkpoint_every=1000,
+    config = changed(
+        config, "train", device="cuda", compile=compiled, precision=precision, steps=100, batch_size=256,
+        micro_batch=128, log_every=2, eval_every=1000, checkpoint_every=1000,
     )  # fmt: skip
-    return dataclasses.replace(config, train=train, optim=dataclasses.replace(config.optim, kind=kind))
+    return changed(config, "optim", kind=kind)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
@@ -48,8 +48,8 @@ def test_no_step_waits_for_the_device(
     config: Config, tmp_path: Path, kind: str, compiled: str, architecture: str
 ) -> None:
     """Two micro-batches, dropout, clipping, both optimizers, and lines of metrics on the way."""
-    model = dataclasses.replace(config.model, architecture=architecture, tied=architecture == "modern")
-    trainer = Trainer(on_cuda(dataclasses.replace(config, model=model), kind, compiled), tmp_path)
+    config = changed(config, "model", architecture=architecture, tied=architecture == "modern")
+    trainer = Trainer(on_cuda(config, kind, compiled), tmp_path)
     with trainer.open_recorder(), trainer.prefetch_batches():
         for _ in range(4):  # compiles, makes the optimizers' state, and fills the caches of memory
             trainer.launch_step()
@@ -76,11 +76,11 @@ def test_the_host_is_at_most_one_step_ahead(config: Config, tmp_path: Path) -> N
 @pytest.mark.parametrize("compiled", ["off", "on"])
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_a_gpu_learns_what_a_cpu_learns(config: Config, tmp_path: Path, kind: str, compiled: str) -> None:
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, dropout=0.0))
+    config = changed(config, "model", dropout=0.0)
     losses = []
     for precision, device in (("fp32", "cpu"), ("fp32", "cuda"), ("auto", "cuda")):
         cuda = on_cuda(config, kind, compiled if device == "cuda" else "off", precision)
-        trainer = Trainer(dataclasses.replace(cuda, train=dataclasses.replace(cuda.train, device=device)), tmp_path)
+        trainer = Trainer(changed(cuda, "train", device=device), tmp_path)
         losses.append([trainer.train_step(step).loss.item() for step in range(8)])
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
     assert losses[2] == pytest.approx(losses[0], rel=0.02)
@@ -89,8 +89,7 @@ def test_a_gpu_learns_what_a_cpu_learns(config: Config, tmp_path: Path, kind: st
 
 def test_a_run_goes_on_where_it_stopped(config: Config, tmp_path: Path) -> None:
     for steps in (6, 12):
-        settings = dataclasses.replace(config.train, device="cuda", steps=steps)
-        report = train(dataclasses.replace(config, train=settings), tmp_path / "run", resume=steps == 12)
+        report = train(changed(config, "train", device="cuda", steps=steps), tmp_path / "run", resume=steps == 12)
     assert report is not None
 
 

@@ -1,6 +1,5 @@
 """Several processes train the model that one does, stop together, and go on in any number. Over gloo, for real."""
 
-import json
 import os
 import signal
 import subprocess
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from runs import read_records
 from safetensors.torch import load_file
 
 from tinystories import checkpoint
@@ -61,8 +61,7 @@ def launch(*arguments: Any, **event: Any) -> subprocess.CompletedProcess[str]:
 def numbers(run: Path) -> list[tuple[int, str, float]]:
     """(step, name, value) of all that a run measured, but for times."""
     found = []
-    for line in (run / "metrics.jsonl").read_text().splitlines():
-        record = json.loads(line)
+    for record in read_records(run):
         names = ("loss", "grad_norm", "learning_rate", "tokens", "val_bits_per_byte", "val_stories")
         found += [(record["step"], name, record[name]) for name in names if name in record]
     return found

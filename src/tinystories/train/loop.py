@@ -70,11 +70,8 @@ class Trainer:
             state.check_same_run(last_checkpoint, config, is_same_data=self.train_state.data_sha256 == data_sha256)
         self.take_step = TrainStep(config, self.train_state.micro_batch, world)
         self.train_state.micro_batch = self.take_step.micro_batch
-        self.device, self.model, self.optimizers = (
-            self.take_step.device,
-            self.take_step.model,
-            self.take_step.optimizers,
-        )
+        self.device, self.model = self.take_step.device, self.take_step.model
+        self.optimizers = self.take_step.optimizers
         if last_checkpoint is not None:
             state.load_weights_and_optimizers(last_checkpoint, self.model, self.optimizers)
         elif config.train.init:
