@@ -220,7 +220,14 @@ class TrainConfig:
     seed: int = field(1, "random seed of weights, data order and dropout", NOT_NEGATIVE)
     device: str = field("auto", "auto, cpu, cuda, cuda:1 or mps")
     precision: Literal["auto", "fp32", "bf16"] = field(
-        "auto", "auto: bf16 on CUDA devices that support it, fp32 elsewhere"
+        "auto", "auto: bf16 on CUDA devices that support it; on CPUs the fastest that the processor has, measured"
+    )
+    teacher: tuple[str, ...] = field(
+        (), "model directories to learn from as well (distillation), separated by |; their probabilities are averaged"
+    )
+    teacher_weight: float = field(1.0, "weight of the KL divergence to the teachers; cross-entropy has 1", NOT_NEGATIVE)
+    teacher_temperature: float = field(
+        1.0, "divides the logits of teachers and student in the KL divergence", FINITE_POSITIVE
     )
     compile: Literal["auto", "on", "off"] = field("auto", "torch.compile; auto: on CUDA only")
     log_every: int = field(10, "steps between log lines", POSITIVE)

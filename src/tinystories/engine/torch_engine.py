@@ -62,19 +62,9 @@ class TorchEngine:
     @classmethod
     def load(cls, files: "ModelFiles", engine_config: EngineConfig = DEFAULT_ENGINE_CONFIG) -> "TorchEngine":
         """Load the model of a model directory (weights in fp32, or dequantized if it has only int8 weights)."""
-        from tinystories.checkpoint import copy_into_model, load_weights
-
         device = select_device(engine_config.device)
         precision = select_precision(device, engine_config.precision)  # raise before reading the weights
-        model = GPT(files.config)
-        if files.is_int8_only:
-            from tinystories.engine.cpu.weights import dequantize
-
-            copy_into_model(
-                {name: torch.tensor(weight) for name, weight in dequantize(files).items()}, model, files.folder
-            )
-        else:
-            load_weights(files, model)
+        model = load_model(files)
         return cls(model.eval(), n_slots=engine_config.n_slots, device=device, precision=precision, owns_model=True)
 
     def prefill(self, slot: int, ids: Ids) -> Logits:
@@ -196,6 +186,20 @@ class TorchEngine:
         finally:
             if was_training:
                 self.model.train()
+
+
+def load_model(files: "ModelFiles") -> GPT:
+    """Return the model of a model directory, with its weights in fp32 (dequantized if it has only int8 weights)."""
+    from tinystories.checkpoint import copy_into_model, load_weights
+
+    model = GPT(files.config)
+    if files.is_int8_only:
+        from tinystories.engine.cpu.weights import dequantize
+
+        copy_into_model({name: torch.tensor(weight) for name, weight in dequantize(files).items()}, model, files.folder)
+    else:
+        load_weights(files, model)
+    return model
 
 
 def cast_linears_to_bf16(model: GPT) -> None:

@@ -65,11 +65,21 @@ class Trainer:
         self.run_dir, self.world = run_dir, world
         data_sha256 = self.rows.meta.splits["train"].sha256
         self.train_state = TrainState(data_sha256=data_sha256)
+        previous_route = None
         if last_checkpoint is not None:
             self.train_state = state.read_train_state(last_checkpoint)
+            previous_route = self.train_state.route
             state.check_same_run(last_checkpoint, config, is_same_data=self.train_state.data_sha256 == data_sha256)
-        self.take_step = TrainStep(config, self.train_state.micro_batch, world)
-        self.train_state.micro_batch = self.take_step.micro_batch
+        self.take_step = TrainStep(
+            config,
+            self.tokenizer,
+            world,
+            previous_micro_batch=self.train_state.micro_batch,
+            previous_route=previous_route,
+        )
+        self.train_state.micro_batch, self.train_state.route = self.take_step.micro_batch, self.take_step.route.name
+        # None unless the processor or the settings made a resumed run change its route.
+        self.left_route = previous_route if previous_route not in (None, "", self.train_state.route) else None
         self.device, self.model = self.take_step.device, self.take_step.model
         self.optimizers = self.take_step.optimizers
         if last_checkpoint is not None:
@@ -106,6 +116,8 @@ class Trainer:
     def train(self) -> BitsReport | None:
         """Train from the current step to the last, evaluate on all validation stories, save; return the final score."""
         config, train_state = self.config.train, self.train_state
+        if self.left_route is not None and train_state.step < config.steps:
+            self.recorder.record_route_change(self.left_route)
         evaluation_due = self.world.is_main and train_state.step < config.steps and self.is_evaluation_due()
         # A checkpoint written by an interrupt before or during an evaluation: catch up on the evaluation first.
         if self.world.broadcast(evaluation_due):
@@ -204,7 +216,7 @@ class Trainer:
         # Each rank fills the columns of its own stories; summed over ranks they are complete. A signal ends the loop on
         # one rank only, so `Interrupted` is suppressed here and raised after all ranks have shared their signals.
         story_scores = np.zeros((3, n_evaluated))
-        with contextlib.suppress(Interrupted):
+        with contextlib.suppress(Interrupted), self.take_step.route.matmuls():
             rank_stories = itertools.islice(read_prepared_stories(tokens, index, limit), world.rank, None, world.size)
             story_scores[:, world.rank :: world.size] = score_stories(engine, rank_stories, report_progress)
         self.sync_stop_signal()

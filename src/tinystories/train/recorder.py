@@ -76,6 +76,13 @@ class Recorder:
         text = f"loss {loss:.4f}  {bits_per_byte:.3f} bits/byte  {tokens_per_s:,.0f} tokens/s  {memory_gb:.1f} GB"
         self.display.update(result.step, text, log_line=True)
 
+    def record_route_change(self, left_route: str) -> None:
+        """Mark in metrics.jsonl that a resumed run continues on another route than `left_route`."""
+        state = self.train_state
+        if self.is_main:
+            record = {"step": state.step, "tokens": state.tokens, "route": state.route, "left_route": left_route}
+            self.metrics.write(record)
+
     def is_evaluated(self) -> bool:
         """Return whether the evaluation of the current step is already in metrics.jsonl."""
         return any("evaluated" in record for record in self.metrics.get_step_records(self.train_state.step))
@@ -148,6 +155,8 @@ class Recorder:
         }
         if self.config.train.init:
             facts["began_with"] = self.config.train.init
+        if self.config.train.teacher:
+            facts["teachers"] = list(self.config.train.teacher)
         for record in self.metrics.get_step_records(train_state.step):
             if "val_stories" in record:
                 facts |= {name: record[name] for name in ("val_bits_per_byte", "val_stories")}

@@ -38,6 +38,7 @@ class TrainState:
     recent_seconds: float = 0.0
     micro_batch: int = 0  # rows per forward pass; kept on resuming, since it determines the order of sums
     data_sha256: str = ""  # of train.bin
+    route: str = ""  # see train/route.py; "": begun with precision "auto" by a version without routes
 
 
 def save_checkpoint(
@@ -108,6 +109,9 @@ def read_train_state(folder: Path) -> TrainState:
     path = folder / "state" / "optimizer.safetensors"
     if not path.is_file() or sha256(path) != record.pop("optimizer_sha256", None):
         raise UserError(f"{path} is missing or does not match its checksum")
+    if "route" not in record:  # written by a version that had none
+        precision = load_config(folder / "state" / "config.toml").train.precision
+        record["route"] = "" if precision == "auto" else precision
     try:
         return TrainState(**record)
     except TypeError as error:
