@@ -22,4 +22,4 @@ def use_cpu_training_kernels(model: GPT, *, bf16: bool, attention: bool = True) 
         if isinstance(module, Attention):
             module.use_cpu_attention = attention and not module.enable_gqa
         if isinstance(module, GPT | Block) and isinstance(module.dropout, nn.Dropout):
-            module.dropout = FastDropout(module.dropout.p)
+            module.dropout = FastDropout(module.dropout.p).train(module.dropout.training)
