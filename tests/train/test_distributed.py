@@ -26,6 +26,7 @@ STEPS = 20
 SETTINGS = (
     "--model.n_layer 2 --model.n_embd 16 --model.n_ff 32 --model.n_head 2 --model.n_ctx 32 --optim.kind muon"
     f" --train.device cpu --train.steps {STEPS} --train.batch_size 8 --train.micro_batch 2 --train.log_every 1"
+    " --train.precision fp32"
     " --train.checkpoint_every 5 --train.eval_every 10 --train.sample_tokens 4 --train.eval_stories 5"
 ).split()
 

@@ -34,14 +34,21 @@ MIN_SPEEDUP = 1.1
 
 @dataclasses.dataclass(frozen=True)
 class Route:
-    """`precision` of the matmuls; `onednn`: fp32 matmuls by oneDNN instead of PyTorch's default (MKL on x86);
-    `cpu_kernels`: our attention and dropout, and with bf16 also our norms, loss and Muon, instead of PyTorch's.
+    """How the steps of a run are computed.
+
+    `precision` is that of the matmuls. `onednn`: fp32 matmuls by oneDNN instead of PyTorch's default (MKL on x86).
+    `cpu_kernels`: our attention and dropout instead of PyTorch's, and what `has_bf16_kernels` says.
     """
 
     name: str
     precision: Precision
     onednn: bool = False
     cpu_kernels: bool = False
+
+    @property
+    def has_bf16_kernels(self) -> bool:
+        """Whether norms return bf16, the loss is tiled and Muon orthogonalizes in bf16, on a CPU."""
+        return self.cpu_kernels and self.precision == "bf16"
 
     @contextlib.contextmanager
     def matmuls(self) -> Iterator[None]:

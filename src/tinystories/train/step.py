@@ -23,7 +23,7 @@ from tinystories.train.estimate import auto_micro_batch
 from tinystories.train.optimizer.build import build_optimizers
 from tinystories.train.optimizer.learning_rate import get_learning_rate, get_momentum
 from tinystories.train.prefetch import Batch
-from tinystories.train.route import select_route
+from tinystories.train.route import Route, select_route
 from tinystories.train.teacher import load_teachers
 
 
@@ -84,14 +84,9 @@ class TrainStep:
         self.micro_batch = auto_micro_batch(config, self.device, previous_micro_batch, world)
         torch.manual_seed(config.train.seed)
         self.model = GPT(config.model).to(self.device)
-        is_bf16_on_cpu = self.route.cpu_kernels and self.precision == "bf16"
-        if self.route.cpu_kernels:
-            use_cpu_training_kernels(self.model, bf16=is_bf16_on_cpu)
+        objective: Any = build_objective(self.model, self.route)
         sharded = config.train.shard_optimizer and world.size > 1
-        self.optimizers = build_optimizers(self.model, config.optim, sharded, muon_in_bf16=is_bf16_on_cpu)
-        objective: Any = Objective(
-            self.model, tiled_linear_cross_entropy if is_bf16_on_cpu else fused_linear_cross_entropy
-        )
+        self.optimizers = build_optimizers(self.model, config.optim, sharded, muon_in_bf16=self.route.has_bf16_kernels)
         if teachers and config.train.teacher_weight > 0:
             objective = DistillationObjective(
                 self.model, teachers, config.train.teacher_weight, config.train.teacher_temperature
@@ -110,6 +105,7 @@ class TrainStep:
             return self.run(batch)
 
     def run(self, batch: Batch) -> StepResult:
+        """Do what a call does, with the fp32 matmuls that are set in the process."""
         step = batch.step
         inputs, targets = batch.to_device(self.device)
         self.set_schedules(step)
@@ -162,6 +158,13 @@ class TrainStep:
                 (loss / n_targets * world.size).backward()
             loss_sum += cross_entropy.detach()
         return loss_sum
+
+
+def build_objective(model: GPT, route: Route) -> Objective:
+    """Make the model train with the kernels of a route, and return its objective."""
+    if route.cpu_kernels:
+        use_cpu_training_kernels(model, bf16=route.has_bf16_kernels)
+    return Objective(model, tiled_linear_cross_entropy if route.has_bf16_kernels else fused_linear_cross_entropy)
 
 
 def derive_seed(seed: int, step: int, rank: int) -> int:
