@@ -28,7 +28,7 @@ MORE: dict[str, dict[str, object]] = SHAPES | {
     "modern-tied": {"tied": True},
     "modern-one-kv-head": {"n_kv_head": 1, "tied": False},
 }
-DOCS = Path(__file__).parents[2] / "docs" / "interop.md"
+DOCS = Path(__file__).parents[3] / "docs" / "interop.md"
 Build = Callable[..., ModelBundle]
 
 

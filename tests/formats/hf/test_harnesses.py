@@ -17,7 +17,7 @@ from tinystories.model import GPT
 
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("default")]
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module", params=["modern", "classic"])
