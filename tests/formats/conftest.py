@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 
@@ -12,6 +13,9 @@ from tinystories.config import ModelConfig, SamplingConfig
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.formats.bundle import ModelBundle
 from tinystories.model import GPT
+
+hypothesis.settings.register_profile("no deadline", deadline=None)  # the time of a test depends on the machine
+hypothesis.settings.load_profile("no deadline")
 
 GPT2 = {"architecture": "classic", "learned_positions": True, "activation": "gelu_tanh"}
 KINDS: dict[str, dict[str, object]] = {

@@ -21,10 +21,11 @@ from tinystories.data.source.resolve import iter_stories
 from tinystories.data.tokenizer import END, Tokenizer
 from tinystories.errors import UserError
 from tinystories.formats.bundle import ModelBundle
-from tinystories.formats.exports import FORMATS, export
+from tinystories.formats.exports import export
 from tinystories.formats.gguf import format as gguf
-from tinystories.formats.gguf.tensors import build_tensor_map
+from tinystories.formats.gguf.mapping import build_tensor_map
 from tinystories.formats.imports import import_model
+from tinystories.formats.registry import FORMATS
 from tinystories.formats.tokenizer_conversion import BYTE_PIECES, build_sentencepiece_bpe
 from tinystories.model import GPT
 
@@ -322,7 +323,7 @@ TOKENS = [f"t{i}" for i in range(400)]
 WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "NaN": ({}, {"output_norm.weight": NAN}, "norm.weight .*not finite"),
     "whole numbers": ({}, {"output_norm.weight": np.ones(24, np.int8)}, "is of type I8, which is not supported"),
-    "missing": ({}, {"blk.1.ffn_up.weight": None}, "'blk.1.ffn_up.weight' is missing"),
+    "missing": ({}, {"blk.1.ffn_up.weight": None}, "weight 'layers.1.mlp.up_proj.weight' is missing"),
     "no embedding": ({}, {"token_embd.weight": None}, "without token_embd.weight"),
     "unknown": ({}, {"rope_freqs.weight": NAN}, "'rope_freqs.weight' is unknown"),
     "shape": ({}, {"blk.0.ffn_up.weight": np.zeros((40, 25), np.float32)}, r"\(40, 25\), not \(40, 24\)"),
@@ -339,7 +340,11 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "split": ({"tokenizer.ggml.pre": "qwen2"}, {}, "'gpt2' with pre-tokenizer 'qwen2'"),
     "tokens": ({"tokenizer.ggml.tokens": TOKENS[:-1]}, {}, "399 tokens but 400 token types"),
     "twice": ({"tokenizer.ggml.tokens": [*TOKENS[:-1], "t7"]}, {}, "tokens 7 and 399 are both 't7'"),
-    "not UTF-8": ({"tokenizer.ggml.tokens": [b"\xff", *TOKENS[1:]]}, {}, "a token of its vocabulary is not UTF-8"),
+    "not UTF-8": (
+        {"tokenizer.ggml.tokens": [b"\xff", *TOKENS[1:]]},
+        {},
+        "tokenizer.ggml.tokens has a string that is not UTF-8",
+    ),
     "end": ({"tokenizer.ggml.bos_token_id": 400}, {}, "token is 400, but there are only 400 tokens"),
     "merge": ({"tokenizer.ggml.merges": ["a b c"]}, {}, "merge does not have two parts"),
     "merge of nothing": ({"tokenizer.ggml.merges": ["zz yy"]}, {}, "not a Hugging Face tokenizer"),
@@ -353,7 +358,7 @@ def test_what_is_wrong_is_named(make: Make, tmp_path: Path, name: str) -> None:
     gguf.write(make(), path, "f32")
     remade(path, dict(values), weights)
     with pytest.raises(UserError, match=message) as told:
-        gguf.read(path, None)
+        import_model(str(path))
     assert str(path) in str(told.value)
 
 
