@@ -4,11 +4,11 @@ import dataclasses
 import os
 import re
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from format_helpers import Build
 from safetensors import SafetensorError
 from safetensors import numpy as safetensors_numpy
 
@@ -21,7 +21,6 @@ from tinystories.formats.exports import export
 from tinystories.formats.imports import import_model, import_to_directory
 from tinystories.formats.registry import EXPORT_NAMES, FORMATS
 
-Build = Callable[..., ModelBundle]
 FILES = [name for name in EXPORT_NAMES if name != "hf"]
 
 
@@ -116,7 +115,7 @@ def test_a_directory_does_not_replace_a_file(portable: Build, tmp_path: Path, mo
 
 
 @pytest.mark.parametrize("former", ["hf", "model", "empty"])
-def test_what_this_program_wrote_is_replaced_by_force(
+def test_an_earlier_export_or_import_is_replaced_by_force(
     portable: Build, tmp_path: Path, model: Path, former: str
 ) -> None:
     old = portable("qwen3")
@@ -140,7 +139,7 @@ def test_what_this_program_wrote_is_replaced_by_force(
 
 @pytest.mark.parametrize("out", [".", "", "/", "..", "a/.."])
 @pytest.mark.parametrize("force", [True, False])
-def test_no_name_is_refused(
+def test_an_output_path_without_a_name_is_refused(
     portable: Build, tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, out: str, force: bool
 ) -> None:
     (tmp_path / "a" / "b").mkdir(parents=True)
@@ -186,7 +185,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
 
 
 @pytest.mark.parametrize("source", ["home", "home/model", "home/model/model.safetensors"])
-def test_what_may_not_be_read_is_one_line(
+def test_a_source_without_read_permission_is_one_line(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
 ) -> None:
     """As for a user whom the owner has given no rights."""
@@ -252,7 +251,7 @@ def test_a_companion_that_is_not_written_anew_is_removed(
     assert sorted(tmp_path.iterdir()) == done.paths
 
 
-def test_precision_in_any_case(portable: Build, tmp_path: Path) -> None:
+def test_precision_ignores_case(portable: Build, tmp_path: Path) -> None:
     export(portable("llama"), "gguf", tmp_path / "a.gguf", precision="Q8_0")
     export(portable("llama"), "gguf", tmp_path / "b.gguf", precision="q8_0")
     assert (tmp_path / "a.gguf").stat().st_size == (tmp_path / "b.gguf").stat().st_size
@@ -271,7 +270,9 @@ def test_the_next_command_of_an_import_can_be_pasted(model: Path, tmp_path: Path
     assert shlex.split(told.removeprefix("next: "))[2] == str(tmp_path / "my models")
 
 
-def test_an_import_of_here(portable: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_current_directory_is_imported_under_its_name(
+    portable: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     export(portable("llama"), "hf", tmp_path / "story")
     monkeypatch.chdir(tmp_path / "story")
     assert import_to_directory(".", tmp_path / "out").provenance["imported_from"] == "story"
@@ -281,7 +282,7 @@ def test_an_import_of_here(portable: Build, tmp_path: Path, monkeypatch: pytest.
         import_to_directory(".", tmp_path / "more")
 
 
-def test_a_tokenizer_that_is_no_file(model: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_path_that_does_not_exist_is_refused(model: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--tokenizer gpt2: no such file; .*tokenizer\.json") as caught:
         import_to_directory(str(model), tmp_path / "out", Path("gpt2"))
     assert "bpe" not in str(caught.value)

@@ -2,20 +2,19 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from format_helpers import Build
 
+from tinystories.cli import cli
 from tinystories.data.tokenizer import END
 from tinystories.errors import UserError
 from tinystories.formats.bundle import ModelBundle
 from tinystories.formats.exports import compare_logits, export
 from tinystories.formats.imports import import_model
 from tinystories.formats.registry import EXPORT_NAMES, FORMATS
-
-Build = Callable[..., ModelBundle]
 
 # kind -> formats that hold it; what is not here is refused
 HOLDS = {
@@ -30,7 +29,7 @@ HOLDS = {
 @pytest.mark.parametrize("name", EXPORT_NAMES)
 @pytest.mark.parametrize("kind", HOLDS)
 @pytest.mark.parametrize("learned", [False, True], ids=["random", "trained"])
-def test_every_model_in_every_format_and_back(
+def test_every_model_survives_every_format_bit_for_bit(
     portable: Build, tmp_path: Path, kind: str, name: str, learned: bool
 ) -> None:
     """In fp32 to the last bit; what a format cannot hold is refused, and leaves nothing."""
@@ -88,6 +87,11 @@ def test_a_file_that_says_something_else_is_not_kept(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_command_line_offers_every_export_format() -> None:
+    (choice,) = [option.type for option in cli.commands["export"].params if option.name == "name"]
+    assert sorted(choice.choices) == sorted(EXPORT_NAMES)
+
+
 def test_nothing_is_replaced_unless_asked(portable: Build, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a thesis")
     with pytest.raises(UserError, match=r"out exists; .*--force"):
@@ -102,7 +106,9 @@ def test_nothing_is_replaced_unless_asked(portable: Build, tmp_path: Path) -> No
     ("name", "precision", "message"),
     [("h5", "", "--format h5 .* use one of gguf, hf, llama2c, onnx$"), ("hf", "q4_0", "--precision q4_0; use f32")],
 )
-def test_what_is_not_known_is_named(portable: Build, tmp_path: Path, name: str, precision: str, message: str) -> None:
+def test_an_unknown_format_or_precision_is_named(
+    portable: Build, tmp_path: Path, name: str, precision: str, message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         export(portable("llama"), name, tmp_path / "out", precision=precision)
 

@@ -52,7 +52,9 @@ def load_state_dict(path: Path) -> tuple[dict[str, "Tensor"], Mapping[str, Any]]
         raise UserError(f"{path} contains no state dict; save one with torch.save(model.state_dict(), ...)")
     byte_budget = 2 * path.stat().st_size  # twice, since a tied LM head shares storage with the embedding
     for name, tensor in content.items():
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+        if not isinstance(name, str):  # not quoted: shared parts can make its repr exponentially large
+            raise UserError(f"{path}: a key is not the name of a tensor; use torch.save(model.state_dict(), ...)")
+        if not isinstance(tensor, torch.Tensor):
             raise UserError(
                 f"{path}: {quoted(name)} is not a tensor; save only the weights: torch.save(model.state_dict(), ...)"
             )

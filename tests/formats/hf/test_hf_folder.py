@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from format_helpers import Build
 from safetensors.numpy import load_file, save_file
 
 from tinystories.data.source.resolve import iter_stories
@@ -16,8 +17,6 @@ from tinystories.formats.bundle import ModelBundle
 from tinystories.formats.exports import export
 from tinystories.formats.hf.format import read
 from tinystories.formats.imports import import_model
-
-Build = Callable[[str], ModelBundle]
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import pickle
 import re
+import tracemalloc
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -160,7 +161,7 @@ def test_learned_positions_and_gelu_of_nanogpt_are_settings(classic: GPT, tokeni
     assert (found.config.n_head, found.config.n_ctx) == (4, 40)
 
 
-def test_what_is_assumed_is_told(
+def test_an_assumed_size_is_logged(
     classic: GPT, tokenizer: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     torch.save(dict(classic.state_dict()), tmp_path / "gpt.pt")
@@ -247,6 +248,20 @@ BOMBS: dict[str, Callable[[Path], object]] = {
 }
 
 
+def test_a_key_of_shared_tuples_is_refused_without_memory_for_its_parts(tokenizer: Path, tmp_path: Path) -> None:
+    """A tuple of two that are the same tuple of two that are ...: its repr would have 2**22 parts."""
+    steps = b"".join(b"h" + bytes([i]) + b"h" + bytes([i]) + b"\x86q" + bytes([i + 1]) + b"0" for i in range(22))
+    torch.save({"a": torch.ones(1)}, tmp_path / "gpt.pt")
+    rewritten(tmp_path / "gpt.pt", pickled(b"}N\x85q\x000" + steps + b"h" + bytes([22]) + b"K\x01s"))
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match=r"gpt\.pt: a key is not the name of a tensor"):
+            import_model(str(tmp_path / "gpt.pt"), tokenizer)
+        assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    finally:
+        tracemalloc.stop()
+
+
 def test_a_name_from_the_stack_of_the_pickle_is_refused(classic: GPT, tokenizer: Path, tmp_path: Path) -> None:
     torch.save(dict(classic.state_dict()), tmp_path / "gpt.pt")
     rewritten(tmp_path / "gpt.pt", pickled(b"\x8c\x02os\x8c\x05mkdir\x93"))
@@ -277,7 +292,7 @@ def test_files_that_grow_or_hold_more_than_tensors_never_reach_torch(
         {"optimizer": {"betas": (0.9, 0.95), "groups": [{"lr": 1e-3}] * 3}, "device": torch.device("cpu")},
     ],
 )
-def test_what_torch_writes_of_weights_is_plain(tmp_path: Path, content: Any) -> None:
+def test_files_of_plain_values_have_no_problem(tmp_path: Path, content: Any) -> None:
     torch.save(content, tmp_path / "x.pt")
     assert find_problem(tmp_path / "x.pt") == ""
     torch.load(tmp_path / "x.pt", weights_only=True)
