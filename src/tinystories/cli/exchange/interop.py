@@ -40,7 +40,8 @@ def export(model: Path, name: str, out: Path, precision: str, force: bool) -> No
       tinystories export runs/small --format hf --out stories-hf
     """
     from tinystories.formats.bundle import ModelBundle
-    from tinystories.formats.exports import FORMATS, export
+    from tinystories.formats.exports import export
+    from tinystories.formats.registry import FORMATS
 
     result = export(ModelBundle.read(model), name, out, precision=precision, force=force)
     for path in result.paths:

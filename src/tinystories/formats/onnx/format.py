@@ -3,7 +3,6 @@
 Dimensions: B batch, T new tokens, P past tokens, S = P + T, K KV heads, D head_dim, V vocab_size.
 """
 
-import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from tinystories.data.tokenizer import sanitize
 from tinystories.errors import UserError
 from tinystories.formats.bundle import ModelBundle
 from tinystories.formats.onnx.builder import DecoderBuilder, GraphBuilder
+from tinystories.formats.protocol import Format, import_package
 
 Floats = npt.NDArray[np.float32]
 
@@ -22,14 +22,6 @@ Floats = npt.NDArray[np.float32]
 MAX_FILE_BYTES = 2**31 - 2**20
 SPLIT_POINTS = 1, 5  # where `logits` splits the ids into chunks to test the KV cache
 TOLERANCE = 1e-4  # largest difference of logits with and without the KV cache, for logits up to 10
-
-
-def import_package(name: str) -> Any:
-    """Import onnx or onnxruntime; `UserError` if it is not installed."""
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise UserError(f'ONNX files need {name}: pip install "tinystories-gpt[export]"') from None
 
 
 def write(model: ModelBundle, path: Path, precision: str) -> None:
@@ -42,7 +34,7 @@ def write(model: ModelBundle, path: Path, precision: str) -> None:
     assert precision == "f32"
     from tinystories import __version__
 
-    onnx = import_package("onnx")
+    onnx = import_package("onnx", "ONNX export")
     graph = GraphBuilder()
     DecoderBuilder(graph, model.config, model.weights).build()
     if sum(array.nbytes for array in graph.initializers.values()) > MAX_FILE_BYTES:
@@ -73,7 +65,7 @@ def logits(path: Path, ids: list[int]) -> Floats:
 
     `UserError` if ONNX Runtime cannot run the file, or if chunked evaluation with the KV cache gives other logits.
     """
-    onnxruntime = import_package("onnxruntime")
+    onnxruntime = import_package("onnxruntime", "ONNX export")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only
     options.intra_op_num_threads = 1  # a short sequence; more threads do not pay off
@@ -110,3 +102,8 @@ def run_chunks(session: Any, chunks: Sequence[npt.ArrayLike]) -> Floats:
         past, n_past = dict(zip(past, present, strict=True)), n_total
         rows.append(logits[0])
     return np.concatenate(rows)
+
+
+ONNX = Format(
+    name="onnx", write=write, logits=logits, max_divergence={"f32": 0}, sidecars=sidecars, next_steps=next_steps
+)

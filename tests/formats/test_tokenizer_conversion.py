@@ -89,7 +89,7 @@ def test_pieces_and_scores_survive(order: list[int]) -> None:
     assert build_sentencepiece_bpe(PIECES, scores, 1).json_data["model"] == tokenizer.json_data["model"]
 
 
-def test_bytes_of_our_own_vocabulary() -> None:
+def test_byte_level_pieces_are_the_bytes_of_the_tokens() -> None:
     tokenizer = train_bpe(300, iter_stories("sample"))
     pieces, scores = extract_pieces(tokenizer)
     assert pieces[tokenizer.end_id] == b"<unk>"
@@ -138,7 +138,7 @@ def test_the_end_may_have_another_name() -> None:
     assert set_end_token(changed(tokenizer, added_tokens=flags), last, "t.json").special_ids == {last}
 
 
-def test_what_is_put_around_a_text_is_dropped(small: Tokenizer) -> None:
+def test_the_post_processor_is_dropped(small: Tokenizer) -> None:
     around = {"type": "BertProcessing", "sep": [END, 1], "cls": [END, 1]}
     assert set_end_token(changed(small, post_processor=around), 1, "t.json").json_data["post_processor"] is None
 

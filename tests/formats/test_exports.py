@@ -1,20 +1,20 @@
 """What holds for every format: a file that says what the model says, or none at all."""
 
+import dataclasses
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from format_helpers import Build
 
+from tinystories.cli import cli
 from tinystories.data.tokenizer import END
 from tinystories.errors import UserError
-from tinystories.formats import exports
 from tinystories.formats.bundle import ModelBundle
-from tinystories.formats.exports import FORMATS, compare_logits, export
+from tinystories.formats.exports import compare_logits, export
 from tinystories.formats.imports import import_model
-
-Build = Callable[..., ModelBundle]
+from tinystories.formats.registry import EXPORT_NAMES, FORMATS
 
 # kind -> formats that hold it; what is not here is refused
 HOLDS = {
@@ -26,10 +26,10 @@ HOLDS = {
 }
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", EXPORT_NAMES)
 @pytest.mark.parametrize("kind", HOLDS)
 @pytest.mark.parametrize("learned", [False, True], ids=["random", "trained"])
-def test_every_model_in_every_format_and_back(
+def test_every_model_survives_every_format_bit_for_bit(
     portable: Build, tmp_path: Path, kind: str, name: str, learned: bool
 ) -> None:
     """In fp32 to the last bit; what a format cannot hold is refused, and leaves nothing."""
@@ -81,11 +81,15 @@ def test_a_file_that_says_something_else_is_not_kept(
         logits[3, 7] = np.nan if wrong == "not a number" else logits[3, 7] + 1e-3
         return logits
 
-    form = exports.Format({"f32": 0}, FORMATS["hf"].write, spoilt)
-    monkeypatch.setitem(FORMATS, "hf", form)
+    monkeypatch.setitem(FORMATS, "hf", dataclasses.replace(FORMATS["hf"], logits=spoilt))
     with pytest.raises(UserError, match="verification failed"):
         export(model, "hf", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_line_offers_every_export_format() -> None:
+    (choice,) = [option.type for option in cli.commands["export"].params if option.name == "name"]
+    assert sorted(choice.choices) == sorted(EXPORT_NAMES)
 
 
 def test_nothing_is_replaced_unless_asked(portable: Build, tmp_path: Path) -> None:
@@ -100,16 +104,18 @@ def test_nothing_is_replaced_unless_asked(portable: Build, tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("name", "precision", "message"),
-    [("h5", "", "--format h5 .* use one of hf"), ("hf", "q4_0", "--precision q4_0; use f32")],
+    [("h5", "", "--format h5 .* use one of gguf, hf, llama2c, onnx$"), ("hf", "q4_0", "--precision q4_0; use f32")],
 )
-def test_what_is_not_known_is_named(portable: Build, tmp_path: Path, name: str, precision: str, message: str) -> None:
+def test_an_unknown_format_or_precision_is_named(
+    portable: Build, tmp_path: Path, name: str, precision: str, message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         export(portable("llama"), name, tmp_path / "out", precision=precision)
 
 
 def test_a_place_that_cannot_be_written_is_named(portable: Build, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="could not be written"):
+    with pytest.raises(UserError, match="cannot be written"):
         export(portable("llama"), "llama2c", tmp_path / "file" / "out")
 
 

@@ -4,11 +4,11 @@ import dataclasses
 import os
 import re
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from format_helpers import Build
 from safetensors import SafetensorError
 from safetensors import numpy as safetensors_numpy
 
@@ -16,13 +16,12 @@ from tinystories import checkpoint
 from tinystories.cli import cli, run
 from tinystories.errors import UserError
 from tinystories.files import atomic_directory
-from tinystories.formats import exports, imports
 from tinystories.formats.bundle import ModelBundle
-from tinystories.formats.exports import FORMATS, export
-from tinystories.formats.imports import import_to_directory
+from tinystories.formats.exports import export
+from tinystories.formats.imports import import_model, import_to_directory
+from tinystories.formats.registry import EXPORT_NAMES, FORMATS
 
-Build = Callable[..., ModelBundle]
-FILES = [name for name in FORMATS if name != "hf"]
+FILES = [name for name in EXPORT_NAMES if name != "hf"]
 
 
 @pytest.fixture
@@ -42,7 +41,7 @@ def contents(folder: Path) -> dict[str, bytes | None]:
 def test_the_model_that_is_read_is_never_replaced(tmp_path: Path, model: Path, out: str) -> None:
     (tmp_path / "link").symlink_to(model)
     before = contents(tmp_path)
-    for name in FORMATS:
+    for name in EXPORT_NAMES:
         with pytest.raises(UserError, match=r"is, contains, or is inside .*; choose another --out"):
             export(ModelBundle.read(model), name, tmp_path / out, force=True)
     with pytest.raises(UserError, match="is, contains, or is inside"):
@@ -93,7 +92,7 @@ def test_other_things_are_not_replaced_even_by_force(portable: Build, tmp_path: 
     FULL[kind](model, tmp_path / "out")
     before = contents(tmp_path)
     for force in (True, False):
-        for name in FORMATS:
+        for name in EXPORT_NAMES:
             with pytest.raises(UserError, match=r"out is .*; choose another --out$"):
                 export(
                     portable("qwen3" if name in ("hf", "gguf", "onnx") else "llama"),
@@ -116,7 +115,7 @@ def test_a_directory_does_not_replace_a_file(portable: Build, tmp_path: Path, mo
 
 
 @pytest.mark.parametrize("former", ["hf", "model", "empty"])
-def test_what_this_program_wrote_is_replaced_by_force(
+def test_an_earlier_export_or_import_is_replaced_by_force(
     portable: Build, tmp_path: Path, model: Path, former: str
 ) -> None:
     old = portable("qwen3")
@@ -134,19 +133,19 @@ def test_what_this_program_wrote_is_replaced_by_force(
         with pytest.raises(UserError, match=r"exists; .*--force"):
             act(out, False)
         act(out, True)
-        assert imports.import_model(str(out)).config == portable("llama").config
+        assert import_model(str(out)).config == portable("llama").config
         assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("out", [".", "", "/", "..", "a/.."])
 @pytest.mark.parametrize("force", [True, False])
-def test_no_name_is_refused(
+def test_an_output_path_without_a_name_is_refused(
     portable: Build, tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, out: str, force: bool
 ) -> None:
     (tmp_path / "a" / "b").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "a" / "b")
     before = contents(tmp_path)
-    for name in FORMATS:
+    for name in EXPORT_NAMES:
         with pytest.raises(UserError, match="output path"):
             export(portable("llama"), name, Path(out), force=force)
     with pytest.raises(UserError, match="output path"):
@@ -163,10 +162,10 @@ UNWRITABLE = ["file/below", "/proc/nothing/x", "x" * 300, "/dev/full/x"]
 def test_places_that_cannot_be_written_are_one_line(portable: Build, tmp_path: Path, model: Path, out: str) -> None:
     (tmp_path / "file").write_text("")
     before = contents(tmp_path)
-    for name in FORMATS:
-        with pytest.raises(UserError, match="could not be written: "):
+    for name in EXPORT_NAMES:
+        with pytest.raises(UserError, match="cannot be written: "):
             export(portable("llama"), name, tmp_path / out)
-    with pytest.raises(UserError, match="could not be written: "):
+    with pytest.raises(UserError, match="cannot be written: "):
         import_to_directory(str(model), tmp_path / out)
     assert contents(tmp_path) == before
 
@@ -178,15 +177,15 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(safetensors_numpy, "save_file", full)
-    with pytest.raises(UserError, match=r"new could not be written: .*No space left"):
+    with pytest.raises(UserError, match=r"new cannot be written: .*No space left"):
         import_to_directory(str(model), tmp_path / "new")
-    with pytest.raises(UserError, match=r"new could not be written: .*No space left"):
+    with pytest.raises(UserError, match=r"new cannot be written: .*No space left"):
         export(ModelBundle.read(model), "hf", tmp_path / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["home"]
 
 
 @pytest.mark.parametrize("source", ["home", "home/model", "home/model/model.safetensors"])
-def test_what_may_not_be_read_is_one_line(
+def test_a_source_without_read_permission_is_one_line(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
 ) -> None:
     """As for a user whom the owner has given no rights."""
@@ -220,7 +219,7 @@ def test_companions_in_the_way_are_found_before_the_work(
     portable: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     form = FORMATS[name]
-    monkeypatch.setitem(exports.FORMATS, name, dataclasses.replace(form, write=None))  # type: ignore[arg-type]
+    monkeypatch.setitem(FORMATS, name, dataclasses.replace(form, write=None))  # type: ignore[arg-type]
     for companion in form.sidecars(tmp_path / "m.bin"):
         companion.write_text("a poem")
         with pytest.raises(UserError, match=rf"{re.escape(companion.name)} exists; .*--force"):
@@ -246,13 +245,13 @@ def test_a_companion_that_is_not_written_anew_is_removed(
         return order
 
     export(portable("llama"), "llama2c", tmp_path / "m.bin")
-    monkeypatch.setitem(exports.FORMATS, "llama2c", dataclasses.replace(form, write=write))
+    monkeypatch.setitem(FORMATS, "llama2c", dataclasses.replace(form, write=write))
     done = export(portable("llama"), "llama2c", tmp_path / "m.bin", force=True)
     assert [path.name for path in done.paths] == ["m.bin", "m.tokenizer.bin"]
     assert sorted(tmp_path.iterdir()) == done.paths
 
 
-def test_precision_in_any_case(portable: Build, tmp_path: Path) -> None:
+def test_precision_ignores_case(portable: Build, tmp_path: Path) -> None:
     export(portable("llama"), "gguf", tmp_path / "a.gguf", precision="Q8_0")
     export(portable("llama"), "gguf", tmp_path / "b.gguf", precision="q8_0")
     assert (tmp_path / "a.gguf").stat().st_size == (tmp_path / "b.gguf").stat().st_size
@@ -271,7 +270,9 @@ def test_the_next_command_of_an_import_can_be_pasted(model: Path, tmp_path: Path
     assert shlex.split(told.removeprefix("next: "))[2] == str(tmp_path / "my models")
 
 
-def test_an_import_of_here(portable: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_current_directory_is_imported_under_its_name(
+    portable: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     export(portable("llama"), "hf", tmp_path / "story")
     monkeypatch.chdir(tmp_path / "story")
     assert import_to_directory(".", tmp_path / "out").provenance["imported_from"] == "story"
@@ -281,7 +282,7 @@ def test_an_import_of_here(portable: Build, tmp_path: Path, monkeypatch: pytest.
         import_to_directory(".", tmp_path / "more")
 
 
-def test_a_tokenizer_that_is_no_file(model: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_path_that_does_not_exist_is_refused(model: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--tokenizer gpt2: no such file; .*tokenizer\.json") as caught:
         import_to_directory(str(model), tmp_path / "out", Path("gpt2"))
     assert "bpe" not in str(caught.value)

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from format_helpers import bundle_of
 
-from tinystories.checkpoint import state_dict_to_save
 from tinystories.config import ModelConfig
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.formats.bundle import ModelBundle
@@ -17,7 +17,7 @@ from tinystories.model import GPT
 
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("default")]
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module", params=["modern", "classic"])
@@ -31,8 +31,7 @@ def exported(
     """A model, and the folder that transformers reads."""
     tokenizer = Tokenizer.load(sample_data)
     gpt = awake(tiny(architecture=request.param, vocab_size=tokenizer.vocab_size, n_ctx=256))
-    arrays = {name: weight.numpy(force=True) for name, weight in state_dict_to_save(gpt).items()}
-    model = ModelBundle(config=gpt.config, weights=arrays, tokenizer=tokenizer)
+    model = bundle_of(gpt, tokenizer)
     out = tmp_path_factory.mktemp("hf") / request.param
     export(model, "hf", out)
     return model, out

@@ -4,19 +4,16 @@ Names differ, `gpt2` has q, k and v fused into one tensor, and `llama` has the r
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from tinystories.config import ModelConfig
 from tinystories.engine.cpu.runtime import EMBEDDING, LM_HEAD, POSITION_EMBEDDING
 from tinystories.engine.cpu.weights import expected_shapes
 from tinystories.errors import UserError, quoted
+from tinystories.formats.bundle import Array, check_weights
 from tinystories.formats.gguf.reader import GgufFile
 from tinystories.formats.rope_layout import permute_rope, unpermute_rope
-
-Array = npt.NDArray[Any]
 
 TOP_NAMES = {
     EMBEDDING: "token_embd.weight",
@@ -72,23 +69,21 @@ def to_gguf_tensors(config: ModelConfig, weights: Mapping[str, Array]) -> Iterat
 
 def from_gguf_tensors(file: GgufFile, config: ModelConfig) -> dict[str, Array]:
     """Return our fp32 weights by name. `UserError` if a tensor is missing, unknown, or has a wrong shape."""
-    shapes, tensor_map = expected_shapes(config), build_tensor_map(config)
-    if unknown := file.tensors.keys() - tensor_map.keys():
-        raise UserError(f"tensor {quoted(min(unknown))} is unknown: our architectures do not have it")
+    tensor_map = build_tensor_map(config)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for gguf_name, info in file.tensors.items():
+        if gguf_name not in tensor_map:
+            raise UserError(f"{file.path}: tensor {quoted(gguf_name)} is unknown: our architectures do not have it")
+        names = tensor_map[gguf_name]
+        rows, rest = divmod(info.shape[0], len(names) or 1)
+        shapes |= dict.fromkeys(names, info.shape if rest else (rows, *info.shape[1:]))
+    check_weights(shapes, config, str(file.path))
     weights: dict[str, Array] = {}
     for gguf_name, names in tensor_map.items():
-        if not names:
-            continue
-        if gguf_name not in file.tensors:
-            raise UserError(f"tensor {gguf_name!r} is missing; convert the model again")
-        row_counts = [shapes[name][0] for name in names]
-        expected_shape = (sum(row_counts), *shapes[names[0]][1:])
-        if file.tensors[gguf_name].shape != expected_shape:
-            raise UserError(f"tensor {gguf_name!r} has shape {file.tensors[gguf_name].shape}, not {expected_shape}")
-        weight = file.load_tensor(gguf_name)
-        if is_rope_permuted(config, names):
-            weight = unpermute_rope(weight, config.head_dim)
-        weights |= zip(names, np.split(weight, np.cumsum(row_counts)[:-1]), strict=True)
+        if names:
+            weight = file.load_tensor(gguf_name)
+            weight = unpermute_rope(weight, config.head_dim) if is_rope_permuted(config, names) else weight
+            weights |= zip(names, np.split(weight, len(names)), strict=True)
     return weights
 
 

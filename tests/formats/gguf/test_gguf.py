@@ -12,24 +12,22 @@ from typing import Any
 import gguf as theirs
 import numpy as np
 import pytest
+from format_helpers import GPT2, Build, bundle_of, sentencepiece_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinystories.checkpoint import state_dict_to_save
 from tinystories.config import ModelConfig, SamplingConfig
 from tinystories.data.source.resolve import iter_stories
 from tinystories.data.tokenizer import END, Tokenizer
 from tinystories.errors import UserError
 from tinystories.formats.bundle import ModelBundle
-from tinystories.formats.exports import FORMATS, export
+from tinystories.formats.exports import export
 from tinystories.formats.gguf import format as gguf
-from tinystories.formats.gguf.tensors import build_tensor_map
+from tinystories.formats.gguf.mapping import build_tensor_map
 from tinystories.formats.imports import import_model
-from tinystories.formats.tokenizer_conversion import BYTE_PIECES, build_sentencepiece_bpe
+from tinystories.formats.registry import FORMATS
 from tinystories.model import GPT
 
-Make = Callable[..., ModelBundle]
-GPT2: dict[str, object] = {"architecture": "classic", "learned_positions": True, "activation": "gelu_tanh"}
 SHAPES: list[dict[str, object]] = [
     {},
     {"tied": False, "n_kv_head": 2, "rope_base": 500.0},
@@ -43,12 +41,11 @@ SAMPLING = SamplingConfig(temperature=0.7, top_k=40, top_p=0.9, min_p=0.1, repet
 
 
 @pytest.fixture(scope="module")
-def make(tiny: Callable[..., ModelConfig], awake: Callable[[ModelConfig], GPT], sample_data: Path) -> Make:
+def make(tiny: Callable[..., ModelConfig], awake: Callable[[ModelConfig], GPT], sample_data: Path) -> Build:
     def build(tokenizer: Tokenizer | None = None, **changes: Any) -> ModelBundle:
         tokenizer = tokenizer or Tokenizer.load(sample_data)
         model = awake(tiny(**{"vocab_size": tokenizer.vocab_size, "n_ctx": 64} | changes))
-        weights = {name: weight.numpy(force=True) for name, weight in state_dict_to_save(model).items()}
-        return ModelBundle(config=model.config, weights=weights, tokenizer=tokenizer, sampling=SAMPLING)
+        return bundle_of(model, tokenizer, sampling=SAMPLING)
 
     return build
 
@@ -66,7 +63,9 @@ def require_same_ids(ours: Tokenizer, again: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_what_comes_back_is_what_went_in(make: Make, tmp_path: Path, shape: dict[str, object]) -> None:
+def test_a_gguf_file_imports_as_the_model_that_was_exported(
+    make: Build, tmp_path: Path, shape: dict[str, object]
+) -> None:
     model = make(**shape)
     again = import_model(str(written(model, tmp_path)))
     assert again.config == model.config
@@ -77,7 +76,7 @@ def test_what_comes_back_is_what_went_in(make: Make, tmp_path: Path, shape: dict
     require_same_ids(model.tokenizer, again.tokenizer)
 
 
-def test_the_rows_of_llama_are_pairs(make: Make, tmp_path: Path) -> None:
+def test_the_rows_of_llama_are_pairs(make: Build, tmp_path: Path) -> None:
     model = make(qk_norm=False)
     for tensor in theirs.GGUFReader(written(model, tmp_path)).tensors:
         if tensor.name == "blk.1.attn_k.weight":
@@ -86,7 +85,7 @@ def test_the_rows_of_llama_are_pairs(make: Make, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("qk_norm", [True, False])
-def test_their_reader_finds_what_llama_cpp_wants(make: Make, tmp_path: Path, qk_norm: bool) -> None:
+def test_their_reader_finds_what_llama_cpp_wants(make: Build, tmp_path: Path, qk_norm: bool) -> None:
     model = make(qk_norm=qk_norm, n_kv_head=2)
     read = theirs.GGUFReader(written(model, tmp_path))
     kind = "qwen3" if qk_norm else "llama"
@@ -110,7 +109,7 @@ def test_their_reader_finds_what_llama_cpp_wants(make: Make, tmp_path: Path, qk_
 
 @pytest.mark.parametrize("precision", ["f16", "q8_0", "q4_0"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_fewer_bits_change_little(make: Make, tmp_path: Path, precision: str, tied: bool) -> None:
+def test_fewer_bits_change_little(make: Build, tmp_path: Path, precision: str, tied: bool) -> None:
     """Each tensor keeps the distance that its type allows; vectors are kept."""
     model = make(n_embd=64, n_ff=80, tied=tied)
     path = tmp_path / "m.gguf"
@@ -128,7 +127,7 @@ def test_fewer_bits_change_little(make: Make, tmp_path: Path, precision: str, ti
         assert (again.weights[name] != weight).any() == bool(step)
 
 
-def test_other_types_of_weights_are_read(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_types_of_weights_are_read(make: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make()
     monkeypatch.setattr(gguf, "select_tensor_type", lambda _, __, shape, ___: "BF16" if len(shape) > 1 else "F32")
     gguf.write(model, tmp_path / "m.gguf", "f32")
@@ -137,7 +136,7 @@ def test_other_types_of_weights_are_read(make: Make, tmp_path: Path, monkeypatch
         np.testing.assert_allclose(weight, model.weights[name], rtol=2**-8)
 
 
-def test_ids_that_the_tokenizer_lacks_are_unused(make: Make, tmp_path: Path) -> None:
+def test_ids_that_the_tokenizer_lacks_are_unused(make: Build, tmp_path: Path) -> None:
     model = make(vocab_size=416)
     again = gguf.read(written(model, tmp_path), None)
     assert again.config.vocab_size == 416
@@ -145,18 +144,14 @@ def test_ids_that_the_tokenizer_lacks_are_unused(make: Make, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("prefix", [True, False])
-def test_sentencepiece_goes_there_and_back(make: Make, tmp_path: Path, prefix: bool) -> None:
-    letters = sorted({letter for story in iter_stories("sample") for letter in story if letter.isascii()})
-    words = [" t", "he", " the", "an", "and", " a", " and"]
-    names = [*("<unk>", "<s>", "</s>"), *BYTE_PIECES, *words, *letters]
-    scores = [0.0] * 259 + [-float(i) for i in range(len(names) - 259)]
-    tokenizer = build_sentencepiece_bpe([name.encode() for name in names], scores, 1, add_prefix_space=prefix)
+def test_sentencepiece_goes_there_and_back(make: Build, tmp_path: Path, prefix: bool) -> None:
+    tokenizer = sentencepiece_tokenizer(add_prefix_space=prefix)
     again = gguf.read(written(make(tokenizer, vocab_size=400), tmp_path), None).tokenizer
     assert again.json_data == tokenizer.json_data
     require_same_ids(tokenizer, again)
 
 
-def test_what_ollama_is_told(make: Make, tmp_path: Path) -> None:
+def test_the_modelfile_has_template_sampling_and_stop_token(make: Build, tmp_path: Path) -> None:
     written(make(), tmp_path)
     lines = (tmp_path / "m.Modelfile").read_text().splitlines()
     assert lines[:3] == ["# ollama create m -f m.Modelfile", "FROM ./m.gguf", 'TEMPLATE "{{ .Prompt }}"']
@@ -184,17 +179,17 @@ def refused(model: ModelBundle, tmp_path: Path, message: str, precision: str = "
     [{"learned_positions": False}, {"activation": "gelu_erf"}, {"scaled_scores": False}, {"window": 8}],
     ids=str,
 )
-def test_classic_is_refused_unless_it_is_gpt2(make: Make, tmp_path: Path, change: dict[str, object]) -> None:
+def test_classic_is_refused_unless_it_is_gpt2(make: Build, tmp_path: Path, change: dict[str, object]) -> None:
     refused(make(**GPT2 | change), tmp_path, "llama.cpp cannot run this classic model")
 
 
-def test_weights_beyond_f16_are_refused(make: Make, tmp_path: Path) -> None:
+def test_weights_beyond_f16_are_refused(make: Build, tmp_path: Path) -> None:
     model = make()
     model.weights["layers.0.mlp.up_proj.weight"][0, 0] = 70_000  # type: ignore[index]
     refused(model, tmp_path, "blk.0.ffn_up.weight .* f16; use --precision f32", "f16")
 
 
-def test_other_tokenizers_are_refused(make: Make, tmp_path: Path) -> None:
+def test_other_tokenizers_are_refused(make: Build, tmp_path: Path) -> None:
     ours = make().tokenizer.json_data
     split = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}]}
     whole = ours["pre_tokenizer"] | {"use_regex": False}
@@ -203,7 +198,7 @@ def test_other_tokenizers_are_refused(make: Make, tmp_path: Path) -> None:
         refused(make(Tokenizer(json.dumps(ours | change))), tmp_path, "support this model's tokenizer")
 
 
-def test_the_package_is_named_where_it_is_missing(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_package_is_named_where_it_is_missing(make: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = written(make(), tmp_path)
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(UserError, match="pip install"):
@@ -322,7 +317,7 @@ TOKENS = [f"t{i}" for i in range(400)]
 WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "NaN": ({}, {"output_norm.weight": NAN}, "norm.weight .*not finite"),
     "whole numbers": ({}, {"output_norm.weight": np.ones(24, np.int8)}, "is of type I8, which is not supported"),
-    "missing": ({}, {"blk.1.ffn_up.weight": None}, "'blk.1.ffn_up.weight' is missing"),
+    "missing": ({}, {"blk.1.ffn_up.weight": None}, "weight 'layers.1.mlp.up_proj.weight' is missing"),
     "no embedding": ({}, {"token_embd.weight": None}, "without token_embd.weight"),
     "unknown": ({}, {"rope_freqs.weight": NAN}, "'rope_freqs.weight' is unknown"),
     "shape": ({}, {"blk.0.ffn_up.weight": np.zeros((40, 25), np.float32)}, r"\(40, 25\), not \(40, 24\)"),
@@ -339,7 +334,11 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "split": ({"tokenizer.ggml.pre": "qwen2"}, {}, "'gpt2' with pre-tokenizer 'qwen2'"),
     "tokens": ({"tokenizer.ggml.tokens": TOKENS[:-1]}, {}, "399 tokens but 400 token types"),
     "twice": ({"tokenizer.ggml.tokens": [*TOKENS[:-1], "t7"]}, {}, "tokens 7 and 399 are both 't7'"),
-    "not UTF-8": ({"tokenizer.ggml.tokens": [b"\xff", *TOKENS[1:]]}, {}, "a token of its vocabulary is not UTF-8"),
+    "not UTF-8": (
+        {"tokenizer.ggml.tokens": [b"\xff", *TOKENS[1:]]},
+        {},
+        "tokenizer.ggml.tokens has a string that is not UTF-8",
+    ),
     "end": ({"tokenizer.ggml.bos_token_id": 400}, {}, "token is 400, but there are only 400 tokens"),
     "merge": ({"tokenizer.ggml.merges": ["a b c"]}, {}, "merge does not have two parts"),
     "merge of nothing": ({"tokenizer.ggml.merges": ["zz yy"]}, {}, "not a Hugging Face tokenizer"),
@@ -347,18 +346,18 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_is_wrong_is_named(make: Make, tmp_path: Path, name: str) -> None:
+def test_an_invalid_value_or_tensor_is_named(make: Build, tmp_path: Path, name: str) -> None:
     values, weights, message = WRONG[name]
     path = tmp_path / "m.gguf"
     gguf.write(make(), path, "f32")
     remade(path, dict(values), weights)
     with pytest.raises(UserError, match=message) as told:
-        gguf.read(path, None)
+        import_model(str(path))
     assert str(path) in str(told.value)
 
 
 @pytest.mark.parametrize("value", [["a", "b"], [1, 2], 7, "a story"])
-def test_a_name_that_is_no_text_is_left_out(make: Make, tmp_path: Path, value: Any) -> None:
+def test_a_name_that_is_no_text_is_left_out(make: Build, tmp_path: Path, value: Any) -> None:
     path = written(make(), tmp_path)
     remade(path, {"general.name": None}, {})
     remade(path, {"general.name": value, "general.license": value}, {})
@@ -368,14 +367,14 @@ def test_a_name_that_is_no_text_is_left_out(make: Make, tmp_path: Path, value: A
     assert kept == (dict.fromkeys(("name", "license"), value) if isinstance(value, str) else {})
 
 
-def test_a_tokenizer_can_be_given(make: Make, tmp_path: Path, sample_data: Path) -> None:
+def test_a_tokenizer_can_be_given(make: Build, tmp_path: Path, sample_data: Path) -> None:
     path = written(make(), tmp_path)
     remade(path, {"tokenizer.ggml.pre": "qwen2"}, {})
     require_same_ids(make().tokenizer, gguf.read(path, sample_data / "tokenizer.json").tokenizer)
 
 
 @pytest.fixture(scope="module")
-def sound(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sound(make: Build, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("damaged") / "m.gguf"
     gguf.write(make(n_layer=1), path, "f32")
     return path

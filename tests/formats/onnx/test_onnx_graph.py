@@ -10,9 +10,9 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from format_helpers import Build, bundle_of
 from shapes import SHAPES
 
-from tinystories.checkpoint import state_dict_to_save
 from tinystories.config import ModelConfig
 from tinystories.data.build_tokenizer import train_bpe
 from tinystories.data.source.resolve import iter_stories
@@ -28,8 +28,7 @@ MORE: dict[str, dict[str, object]] = SHAPES | {
     "modern-tied": {"tied": True},
     "modern-one-kv-head": {"n_kv_head": 1, "tied": False},
 }
-DOCS = Path(__file__).parents[2] / "docs" / "interop.md"
-Build = Callable[..., ModelBundle]
+DOCS = Path(__file__).parents[3] / "docs" / "interop.md"
 
 
 @pytest.fixture(scope="session")
@@ -38,13 +37,10 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture(scope="session")
-def build(
-    tiny: Callable[..., ModelConfig], awake: Callable[[ModelConfig], GPT], tokenizer: Tokenizer
-) -> Callable[..., ModelBundle]:
+def build(tiny: Callable[..., ModelConfig], awake: Callable[[ModelConfig], GPT], tokenizer: Tokenizer) -> Build:
     def make(**changes: object) -> ModelBundle:
         gpt = awake(tiny(**{"vocab_size": tokenizer.vocab_size, **changes}))
-        weights = {name: weight.numpy(force=True) for name, weight in state_dict_to_save(gpt).items()}
-        return ModelBundle(config=gpt.config, weights=weights, tokenizer=tokenizer)
+        return bundle_of(gpt, tokenizer)
 
     return make
 
@@ -67,7 +63,7 @@ def session_of(path: Path) -> Any:
     return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
 
-def test_says_what_the_model_says_up_to_the_last_position(model: ModelBundle, tmp_path: Path) -> None:
+def test_onnx_runtime_gives_the_models_logits_up_to_the_last_position(model: ModelBundle, tmp_path: Path) -> None:
     """`logits` has compared the reading with a past, in parts of 1, 4 and the rest."""
     ids = some_ids(model, model.config.n_ctx)
     ours = model.logits(ids)
@@ -132,7 +128,7 @@ def test_weights_are_stored_once_and_as_they_are(model: ModelBundle, tmp_path: P
     assert sum(array.size for array in arrays.values()) <= allowed + 100
 
 
-def test_names_and_facts(build: Build, tmp_path: Path) -> None:
+def test_inputs_outputs_and_metadata_have_the_names_of_optimum(build: Build, tmp_path: Path) -> None:
     model = build(n_kv_head=2)
     path = written(model, tmp_path)
     proto = onnx.load(path)

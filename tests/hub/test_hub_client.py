@@ -116,7 +116,7 @@ def hub() -> Iterator[ModelHub]:
         yield server
 
 
-def test_what_can_be_read_comes_down_and_nothing_else(hub: ModelHub, tmp_path: Path) -> None:
+def test_a_download_has_readable_files_and_nothing_else(hub: ModelHub, tmp_path: Path) -> None:
     home = tmp_path / "a" / "b" / "home"
     names = ["hf:someone/model", "hf:someone/model@v1", "hf:someone/pickled", "hf:someone/one-gguf"]
     found, said = attempts(hub.endpoint, home, *names)
@@ -133,7 +133,7 @@ def test_what_can_be_read_comes_down_and_nothing_else(hub: ModelHub, tmp_path: P
     assert not [request for request in hub.requests if ".py" in request or "escaped" in request]
 
 
-def test_what_is_there_is_not_asked_for_again(hub: ModelHub, tmp_path: Path) -> None:
+def test_a_cached_file_is_not_requested_again(hub: ModelHub, tmp_path: Path) -> None:
     first, _ = attempts(hub.endpoint, tmp_path, "hf:someone/model")
     hub.requests.clear()
     again, _ = attempts(hub.endpoint, tmp_path, "hf:someone/model")
@@ -154,7 +154,7 @@ def test_what_is_there_is_not_asked_for_again(hub: ModelHub, tmp_path: Path) -> 
         ("hf:gpt2", "is not of the form hf:OWNER/NAME"),
     ],
 )
-def test_what_cannot_be_had_is_said_in_one_line(messages: dict[str, str], name: str, message: str) -> None:
+def test_a_refusal_of_the_hub_is_one_line(messages: dict[str, str], name: str, message: str) -> None:
     assert messages[name].startswith(name)
     assert message in messages[name]
     assert "\n" not in messages[name]
@@ -163,7 +163,7 @@ def test_what_cannot_be_had_is_said_in_one_line(messages: dict[str, str], name: 
 @pytest.fixture(scope="module")
 def messages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The errors of all that cannot be had, in one process."""
-    marked = test_what_cannot_be_had_is_said_in_one_line.pytestmark[0]  # type: ignore[attr-defined]
+    marked = test_a_refusal_of_the_hub_is_one_line.pytestmark[0]  # type: ignore[attr-defined]
     models = {
         "someone/private": Repository(FILES, private=True),
         "someone/gated": Repository(FILES, gated=True),
@@ -298,7 +298,7 @@ def model(
     return folder
 
 
-def test_what_is_pushed_comes_back_bit_for_bit(hub: ModelHub, model: Path, tmp_path: Path) -> None:
+def test_a_pushed_model_downloads_bit_for_bit(hub: ModelHub, model: Path, tmp_path: Path) -> None:
     name, command = "me/stories", "from tinystories.cli import main; main()"
     words = ("push", str(model), name, "--message", "First", "--license", "mit")
     done = child(command, hub.endpoint, tmp_path, *words, HF_TOKEN=TOKEN)

@@ -4,16 +4,19 @@ import functools
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
+from format_helpers import GPT2, bundle_of
 
-from tinystories.checkpoint import state_dict_to_save
 from tinystories.config import ModelConfig, SamplingConfig
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.formats.bundle import ModelBundle
 from tinystories.model import GPT
 
-GPT2 = {"architecture": "classic", "learned_positions": True, "activation": "gelu_tanh"}
+hypothesis.settings.register_profile("no deadline", deadline=None)  # the time of a test depends on the machine
+hypothesis.settings.load_profile("no deadline")
+
 KINDS: dict[str, dict[str, object]] = {
     "the original": {"architecture": "classic", "tied": False},
     "gpt2": GPT2 | {"qkv_bias": True},
@@ -35,12 +38,7 @@ def portable(
         sizes = {"n_ctx": 128, "n_embd": 64, "n_ff": 128} if learned else {"n_ctx": 24, "n_embd": 32, "n_ff": 64}
         config = ModelConfig(**(shape | sizes | KINDS[kind]))  # type: ignore[arg-type]
         model = trained(config)[0] if learned else awake(config)
-        return ModelBundle(
-            config=model.config,
-            weights={name: weight.numpy(force=True) for name, weight in state_dict_to_save(model).items()},
-            tokenizer=Tokenizer.load(sample_data),
-            sampling=SamplingConfig(temperature=0.7, top_k=9),
-            provenance={"tokens_seen": 5},
-        )
+        sampling = SamplingConfig(temperature=0.7, top_k=9)
+        return bundle_of(model, Tokenizer.load(sample_data), sampling=sampling, provenance={"tokens_seen": 5})
 
     return build

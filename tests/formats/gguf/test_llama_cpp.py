@@ -9,9 +9,10 @@ from typing import Any
 import gguf as theirs
 import numpy as np
 import pytest
+from format_helpers import GPT2, Build, bundle_of, sentencepiece_tokenizer
 from run_llama import ask, quantize
 
-from tinystories.checkpoint import BUNDLED_MODEL, state_dict_to_save
+from tinystories.checkpoint import BUNDLED_MODEL
 from tinystories.config import ModelConfig, SamplingConfig
 from tinystories.data.source.resolve import iter_stories
 from tinystories.data.tokenizer import END, Tokenizer
@@ -19,7 +20,6 @@ from tinystories.engine.cpu.engine import CpuEngine
 from tinystories.formats.bundle import ModelBundle
 from tinystories.formats.exports import export
 from tinystories.formats.gguf import format as gguf
-from tinystories.formats.tokenizer_conversion import BYTE_PIECES, build_sentencepiece_bpe
 from tinystories.generate.batching import Request, generate_all
 from tinystories.model import GPT
 
@@ -31,7 +31,7 @@ Train = Callable[[ModelConfig], tuple[GPT, np.ndarray]]
 KINDS: dict[str, dict[str, object]] = {
     "qwen3": {},
     "llama": {"qk_norm": False},
-    "gpt2": {"architecture": "classic", "learned_positions": True, "activation": "gelu_tanh", "qkv_bias": True},
+    "gpt2": GPT2 | {"qkv_bias": True},
 }
 VARIATIONS = [
     "don't we'll they've I'm you're he'd it's DON'T WE'LL",
@@ -51,14 +51,12 @@ VARIATIONS = [
 
 
 @pytest.fixture(scope="module")
-def make(trained: Train, sample_data: Path) -> Callable[..., ModelBundle]:
+def make(trained: Train, sample_data: Path) -> Build:
     def build(**shape: Any) -> ModelBundle:
         config = ModelConfig(
             **{"vocab_size": 400, "n_ctx": 256, "n_layer": 2, "n_embd": 64, "n_head": 4, "n_ff": 96} | shape
         )
-        model, _ = trained(config)
-        weights = {name: weight.numpy(force=True) for name, weight in state_dict_to_save(model).items()}
-        return ModelBundle(config=config, weights=weights, tokenizer=Tokenizer.load(sample_data))
+        return bundle_of(trained(config)[0], Tokenizer.load(sample_data))
 
     return build
 
@@ -71,13 +69,11 @@ def make(trained: Train, sample_data: Path) -> Callable[..., ModelBundle]:
     ],
     ids=str,
 )
-def test_it_writes_the_same_story(
-    make: Callable[..., ModelBundle], tmp_path: Path, kind: str, shape: dict[str, object]
-) -> None:
+def test_llama_cpp_generates_the_same_ids(make: Build, tmp_path: Path, kind: str, shape: dict[str, object]) -> None:
     require_same_story(make(**KINDS[kind] | shape), tmp_path)
 
 
-def test_it_tells_the_bundled_storytellers_story(tmp_path: Path) -> None:
+def test_llama_cpp_generates_the_bundled_storytellers_ids(tmp_path: Path) -> None:
     require_same_story(ModelBundle.read(BUNDLED_MODEL), tmp_path)
 
 
@@ -103,7 +99,7 @@ def require_same_words(tokenizer: Tokenizer, told: dict[str, Any], texts: list[s
         assert back == lead + text
 
 
-def test_it_reads_and_writes_words_as_we_do(make: Callable[..., ModelBundle], tmp_path: Path) -> None:
+def test_llama_cpp_tokenizes_byte_level_bpe_as_we_do(make: Build, tmp_path: Path) -> None:
     model = make()
     export(model, "gguf", tmp_path / "m.gguf")
     texts = [*iter_stories("sample"), *VARIATIONS, *(f"{text} {text}" for text in VARIATIONS)]
@@ -111,12 +107,8 @@ def test_it_reads_and_writes_words_as_we_do(make: Callable[..., ModelBundle], tm
     require_same_words(model.tokenizer, told, texts)
 
 
-def test_it_reads_pieces_as_we_do(make: Callable[..., ModelBundle], tmp_path: Path) -> None:
-    letters = sorted({letter for story in iter_stories("sample") for letter in story if letter.isascii()})
-    words = [" t", "he", " the", "an", "and", " a", " and"]
-    names = [*("<unk>", "<s>", "</s>"), *BYTE_PIECES, *words, *letters]
-    scores = [0.0] * 259 + [-float(i) for i in range(len(names) - 259)]
-    tokenizer = build_sentencepiece_bpe([name.encode() for name in names], scores, 1)
+def test_llama_cpp_tokenizes_sentencepiece_as_we_do(make: Build, tmp_path: Path) -> None:
+    tokenizer = sentencepiece_tokenizer()
     model = make()
     model = ModelBundle(config=model.config, weights=model.weights, tokenizer=tokenizer)
     export(model, "gguf", tmp_path / "m.gguf")
@@ -127,8 +119,8 @@ def test_it_reads_pieces_as_we_do(make: Callable[..., ModelBundle], tmp_path: Pa
 
 @pytest.mark.parametrize("shape", [{}, {"tied": False}, KINDS["gpt2"]], ids=["tied", "untied", "gpt2"])
 @pytest.mark.parametrize("precision", ["f16", "q8_0", "q4_0"])
-def test_its_quantiser_makes_the_same_file(
-    make: Callable[..., ModelBundle], tmp_path: Path, precision: str, shape: dict[str, object]
+def test_llama_cpp_quantizes_to_the_same_file(
+    make: Build, tmp_path: Path, precision: str, shape: dict[str, object]
 ) -> None:
     """Types and bits of each tensor, rows of 80 among them."""
     model = make(n_ff=80, **shape)
@@ -142,7 +134,7 @@ def test_its_quantiser_makes_the_same_file(
         np.testing.assert_array_equal(tensor.data, expected[tensor.name].data, err_msg=tensor.name)
 
 
-def test_what_it_has_quantised_is_read(make: Callable[..., ModelBundle], tmp_path: Path) -> None:
+def test_a_file_quantized_by_llama_cpp_is_read(make: Build, tmp_path: Path) -> None:
     """A head in 6 bits, as llama.cpp likes it where rows are blocks of 256."""
     model = make(n_embd=256, n_layer=1)
     gguf.write(model, tmp_path / "whole.gguf", "f32")

@@ -138,7 +138,7 @@ def test_version_1_holds_the_same_weights(model: ModelBundle, tmp_path: Path) ->
         ({"norm_eps": 1e-6, "rope_base": 500.0}, "--model.norm_eps 1e-05 --model.rope_base 10000.0$"),
     ],
 )
-def test_what_llama2c_has_not_is_refused_by_name(
+def test_a_setting_that_llama2c_lacks_is_refused_by_name(
     own: Tokenizer, tiny: Callable[..., ModelConfig], tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     model = random_model(tiny(**({"vocab_size": 420} | MORE | changes)), own)
@@ -249,7 +249,7 @@ def test_wrong_tokenizers_are_named(whole: Path, tmp_path: Path, content: bytes,
         import_model(str(whole / "v0.bin"), tmp_path / "t.bin")
 
 
-def test_a_longer_table_and_a_missing_one(whole: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_bin_of_another_size_or_none_is_refused(whole: Path, tmp_path: Path) -> None:
     longer = (whole / "tokenizer.bin").read_bytes() + struct.pack("<fi", 0, 1) + b"x"
     (tmp_path / "t.bin").write_bytes(longer)
     with pytest.raises(UserError, match="has more pieces, the model 264"):
