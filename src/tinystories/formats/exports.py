@@ -13,13 +13,11 @@ from tinystories.errors import UserError
 from tinystories.files import atomic_replace, require_name, temp_sibling, write_errors
 from tinystories.formats.bundle import ModelBundle
 from tinystories.formats.destination import check_destination
-from tinystories.formats.protocol import Format
+from tinystories.formats.protocol import FP32_TOLERANCE, Format, max_logit_difference
 from tinystories.formats.registry import EXPORT_NAMES, FORMATS
 
 Logits = npt.NDArray[Any]
 MAX_IDS = 64  # length of the text on which an export is compared with the model
-# Largest accepted difference of fp32 logits, for logits up to 10 (see `compare_logits`).
-FP32_TOLERANCE = 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,17 +87,14 @@ def encode_sample_story(model: ModelBundle) -> list[int]:
 
 
 def compare_logits(model_logits: Logits, file_logits: Logits) -> tuple[float, float]:
-    """Compare (T, V) logits: return the largest difference and the mean KL divergence in nats.
-
-    If logits exceed 10 in magnitude, the difference is divided by a tenth of the largest one.
-    """
+    """Compare (T, V) logits: return `max_logit_difference` and the mean KL divergence in nats."""
     if model_logits.shape != file_logits.shape:
         raise UserError(
             f"verification failed: logits of the exported file are of shape {file_logits.shape}, not"
             f" {model_logits.shape}"
         )
     with np.errstate(invalid="ignore"):  # `check_agreement` rejects NaN
-        max_difference = float(np.abs(model_logits - file_logits).max() / max(1, np.abs(model_logits).max() / 10))
+        max_difference = max_logit_difference(file_logits, model_logits)
         p, q = (x - np.logaddexp.reduce(x.astype(np.float64), axis=1)[:, None] for x in (model_logits, file_logits))
         return max_difference, float((np.exp(p) * (p - q)).sum(axis=1).mean())
 

@@ -6,8 +6,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tinystories.errors import UserError
 from tinystories.formats.bundle import Array, ModelBundle
+
+FP32_TOLERANCE = 1e-4  # largest accepted difference of fp32 logits (see `max_logit_difference`)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,6 +38,11 @@ class Format:
     sidecars: Callable[[Path], list[Path]] = lambda _: []
     next_steps: Callable[[Path], str] = lambda _: ""
     is_folder: bool = False
+
+
+def max_logit_difference(logits: Array, expected: Array) -> float:
+    """Return the largest difference; divided by a tenth of the largest expected logit if that exceeds 10."""
+    return float(np.abs(logits - expected).max() / max(1, np.abs(expected).max() / 10))
 
 
 def starts_with(path: Path, magic: bytes) -> bool:

@@ -14,14 +14,13 @@ from tinystories.data.tokenizer import sanitize
 from tinystories.errors import UserError
 from tinystories.formats.bundle import ModelBundle
 from tinystories.formats.onnx.builder import DecoderBuilder, GraphBuilder
-from tinystories.formats.protocol import Format, import_package
+from tinystories.formats.protocol import FP32_TOLERANCE, Format, import_package, max_logit_difference
 
 Floats = npt.NDArray[np.float32]
 
 # Most bytes of weights: Protocol Buffers are limited to 2 GB, and 1 MB is left for the nodes.
 MAX_FILE_BYTES = 2**31 - 2**20
 SPLIT_POINTS = 1, 5  # where `logits` splits the ids into chunks to test the KV cache
-TOLERANCE = 1e-4  # largest difference of logits with and without the KV cache, for logits up to 10
 
 
 def write(model: ModelBundle, path: Path, precision: str) -> None:
@@ -75,8 +74,8 @@ def logits(path: Path, ids: list[int]) -> Floats:
         chunked_logits = run_chunks(session, np.split(np.array(ids), SPLIT_POINTS))
     except Exception as error:  # its exceptions have no common base class
         raise UserError(f"{path}: ONNX Runtime cannot run it: {sanitize(error)}") from None
-    max_difference = float(np.abs(full_logits - chunked_logits).max() / max(1, np.abs(full_logits).max() / 10))
-    if not max_difference <= TOLERANCE:
+    max_difference = max_logit_difference(chunked_logits, full_logits)
+    if not max_difference <= FP32_TOLERANCE:
         raise UserError(
             f"verification failed: {path}: logits with and without the KV cache differ by {max_difference:.2g}"
         )
