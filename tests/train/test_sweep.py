@@ -31,7 +31,7 @@ pytestmark = pytest.mark.extended
 
 # Bits per byte are 2 + (lg rate + 2)^2 at the end and one more for each step before it; `sample_tokens` hundredths of a
 # second make a step. A trial with a file SWEEP/hold-trial-NNNN waits after the step named there until it is
-# stopped. The rate 1 is not finite; n_layer 7 crashes, 8 is refused before the first step.
+# stopped. The rate 1 is not finite; n_layer 7 crashes, 8 is refused before the first step, 9 does not react to signals.
 STAND_IN = """
 import json, math, os, signal, sys, time, tomllib
 from pathlib import Path
@@ -39,7 +39,7 @@ run = Path(sys.argv[2])
 config = tomllib.loads((run / "config.toml").read_text())
 stopped = []
 for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, lambda number, _: stopped.append(number))
+    signal.signal(number, lambda number, _: stopped.append(number) if config["model"]["n_layer"] != 9 else None)
 with (run / "starts").open("a") as starts:
     starts.write(f"{os.getpid()}\\n")
 if config["model"]["n_layer"] == 8:
@@ -174,6 +174,40 @@ def test_what_stops_every_trial_stops_the_sweep(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="3 trials in a row failed before their first step, the last: exit code 1"):
         run(tmp_path / "sweep", plan)
     assert len(open_study(tmp_path / "sweep").trials) == 3
+
+
+@pytest.mark.usefixtures("stand_in", "no_picture")
+def test_what_stops_one_worker_lets_the_trials_of_the_others_save(tmp_path: Path) -> None:
+    plan = plan_of({"model.n_layer": "1,8", "optim.learning_rate": "1e-2,2e-2,3e-2"}, sampler="grid")
+    hold(tmp_path / "sweep", 0)
+    with pytest.raises(UserError, match="3 trials in a row failed"):
+        run(tmp_path / "sweep", plan, workers=2)
+    results = read_results(open_study(tmp_path / "sweep"), plan.space, tmp_path / "sweep")
+    assert [(r.number, r.outcome.state) for r in results[:3]] == [(1, "complete"), (2, "complete"), (0, "unfinished")]
+    assert not is_alive(int((tmp_path / "sweep" / "trial-0000" / "starts").read_text()))
+
+
+@pytest.mark.usefixtures("stand_in", "no_picture")
+def test_a_second_signal_kills_the_trials(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    folder = tmp_path / "sweep"
+    plan = plan_of(RATES | {"model.n_layer": "9"}, trials=1)
+    hold(folder, 0)
+
+    def interrupt_twice() -> None:
+        stop_in_the_middle(folder, 0)
+        wait_for(lambda: "interrupt again to stop at once" in caplog.text)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    stopper = threading.Thread(target=interrupt_twice)
+    stopper.start()
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(folder, plan, plan.space.find_valid_config(), 1)
+    stopper.join()
+    assert not is_alive(int((folder / "trial-0000" / "starts").read_text()))
+    assert [r.outcome.state for r in read_results(open_study(folder), plan.space, folder)] == ["unfinished"]
+    (folder / "hold-trial-0000").unlink()
+    assert [r.outcome.state for r in run(folder, plan)] == ["complete"]
 
 
 @pytest.mark.usefixtures("stand_in", "no_picture")
