@@ -128,14 +128,11 @@ def parse_search_space(tables: Mapping[str, Any], where: str, overrides: Mapping
 
     `where` names the file of `tables` in error messages. `UserError` names the setting that cannot be parsed.
     """
-    fixed: dict[str, Any] = {}
-    searched: dict[str, str] = {}
-    for name, text in overrides.items():
-        hint = setting_type(name)
-        if parse_distribution(name, text, hint) is not None:
-            searched[name] = text
-        else:
-            fixed[name] = parse_value(name, text, hint)
+    hints = {name: setting_type(name) for name in overrides}
+    searched = {
+        name: text for name, text in overrides.items() if parse_distribution(name, text, hints[name]) is not None
+    }
+    fixed = {name: parse_value(name, text, hints[name]) for name, text in overrides.items() if name not in searched}
     return SearchSpace(merge_overrides(tables, fixed, where), searched, where)
 
 

@@ -95,9 +95,7 @@ def read_outcome(folder: Path) -> Outcome:
     records = read_records(folder)
     if not records:
         return Outcome("unfinished")
-    latest: dict[str, Any] = {}  # the last value of each field
-    for record in records:
-        latest |= record
+    latest = {key: value for record in records for key, value in record.items()}  # the last value of each field
     bits = latest.get("val_bits_per_byte")
     outcome = Outcome("unfinished", bits, latest["step"], latest["tokens"], latest.get("seconds", 0.0))
     if not records[-1].get("final"):
