@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 WEIGHTS = "model.safetensors"
-# Replaces WEIGHTS in an int8-only model directory (engine/cpu/int8_model.py).
+# Replaces WEIGHTS in an int8-only model directory (`weights.load.write_int8_model`).
 INT8_WEIGHTS = "packed-int8.safetensors"
 BUNDLED_MODEL = Path(__file__).parent / "bundled"  # the model shipped with the package
 
@@ -154,31 +154,6 @@ def read_json(path: Path) -> dict[str, Any]:
         return read_json_object(path)
     except FileNotFoundError:
         raise UserError(f"{path} is missing; the model is incomplete") from None
-
-
-def load_weights(files: ModelFiles, model: "GPT") -> None:
-    """Copy the weights of a model directory into a model of the same config. `UserError` if names or shapes differ."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        weights = load_file(files.weights_path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{files.weights_path} cannot be read: {error}") from None
-    copy_into_model(weights, model, files.weights_path)
-
-
-def copy_into_model(weights: "Mapping[str, torch.Tensor]", model: "GPT", where: Path) -> None:
-    """Copy weights into a model. `UserError`, naming `where`, if a name is missing or unknown or a shape differs."""
-    expected = state_dict_to_save(model)
-    for name in sorted(expected.keys() | weights.keys()):
-        if name not in weights or name not in expected:
-            raise UserError(f"{where}: weight {quoted(name)} is {'unknown' if name in weights else 'missing'}")
-        if weights[name].shape != expected[name].shape:
-            raise UserError(
-                f"{where}: {name} has shape {tuple(weights[name].shape)}, expected {tuple(expected[name].shape)}"
-            )
-    model.load_state_dict(weights, strict=False)
 
 
 def state_dict_to_save(model: "GPT") -> "dict[str, torch.Tensor]":

@@ -24,11 +24,8 @@ def select_engine(config: EngineConfig) -> EngineName:
     device = str(config.device)
     if config.engine == "torch" or config.precision == "bf16" or device not in ("auto", "cpu"):
         return "torch"
-    return (
-        "torch"
-        if device == "auto" and config.precision not in QUANTIZED_PRECISIONS and is_gpu_torch_available() and has_cuda()
-        else "cpu"
-    )
+    may_use_gpu = device == "auto" and config.precision not in QUANTIZED_PRECISIONS
+    return "torch" if may_use_gpu and is_gpu_torch_available() and has_cuda() else "cpu"
 
 
 def is_gpu_torch_available() -> bool:

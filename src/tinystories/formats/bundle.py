@@ -12,10 +12,11 @@ from tinystories import checkpoint
 from tinystories.config import ModelConfig, SamplingConfig
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.engine.cpu.engine import CpuEngine, CpuKVCache
-from tinystories.engine.cpu.weights import expected_shapes, load_fp32
 from tinystories.engine.engine_config import EngineConfig
 from tinystories.errors import UserError, quoted
 from tinystories.files import atomic_directory
+from tinystories.weights.load import load_fp32
+from tinystories.weights.names import expected_shapes
 
 Array = npt.NDArray[Any]
 

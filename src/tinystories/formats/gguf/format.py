@@ -13,7 +13,6 @@ import numpy as np
 
 from tinystories.config import ModelConfig, SamplingConfig, build_dataclass
 from tinystories.data.tokenizer import END
-from tinystories.engine.cpu.runtime import EMBEDDING, LM_HEAD
 from tinystories.errors import UserError, error_context, quoted
 from tinystories.formats.bundle import MAX_CONTEXT, ModelBundle
 from tinystories.formats.gguf import tokenizer as gguf_tokenizer
@@ -26,6 +25,7 @@ from tinystories.formats.gguf.tensors import (
     select_tensor_type,
     to_gguf_tensors,
 )
+from tinystories.weights.names import EMBEDDING, LM_HEAD
 
 ARCHITECTURES = ("qwen3", "llama", "gpt2")
 FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0"}

@@ -10,11 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from tinystories.config import ModelConfig
-from tinystories.engine.cpu.runtime import EMBEDDING, LM_HEAD, POSITION_EMBEDDING
-from tinystories.engine.cpu.weights import expected_shapes
 from tinystories.errors import UserError, quoted
 from tinystories.formats.gguf.reader import GgufFile
 from tinystories.formats.rope_layout import permute_rope, unpermute_rope
+from tinystories.weights.names import EMBEDDING, LM_HEAD, POSITION_EMBEDDING, expected_shapes
 
 Array = npt.NDArray[Any]
 

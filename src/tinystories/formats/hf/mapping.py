@@ -14,11 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from tinystories.config import ModelConfig, build_dataclass, validate
-from tinystories.engine.cpu.runtime import EMBEDDING, LM_HEAD, POSITION_EMBEDDING
-from tinystories.engine.cpu.weights import expected_shapes
 from tinystories.errors import UserError, quoted
 from tinystories.formats.bundle import MAX_CONTEXT, MAX_LAYERS
 from tinystories.position_tables import build_sinusoid_table
+from tinystories.weights.names import EMBEDDING, LM_HEAD, POSITION_EMBEDDING, expected_shapes
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,7 +16,6 @@ import numpy.typing as npt
 
 from tinystories.config import ModelConfig
 from tinystories.data.tokenizer import Tokenizer
-from tinystories.engine.cpu.weights import expected_shapes
 from tinystories.errors import UserError
 from tinystories.formats.bundle import MAX_LAYERS, ModelBundle
 from tinystories.formats.llama2c.reference import logits as logits  # re-exported: how an export is verified
@@ -29,6 +28,7 @@ from tinystories.formats.tokenizer_conversion import (
     permute_ids,
     set_end_token,
 )
+from tinystories.weights.names import expected_shapes
 
 Array = npt.NDArray[Any]
 
