@@ -10,6 +10,7 @@ vector.
   columns j..j+3 of the first 16 columns of the group, in the high bits the same columns of the second 16.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -35,9 +36,9 @@ def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def allocate_aligned(shape: int | tuple[int, ...], dtype: Any) -> Array:
+def allocate_aligned(shape: tuple[int, ...], dtype: Any) -> Array:
     """Return an uninitialized array that begins on a cache line (64 bytes) and shares none with other arrays."""
-    n_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    n_bytes = math.prod(shape) * np.dtype(dtype).itemsize
     buffer = np.empty(n_bytes + 128, dtype=np.uint8)
     start = -buffer.ctypes.data % 64
     return buffer[start : start + n_bytes].view(dtype).reshape(shape)
@@ -131,7 +132,8 @@ def dequantize_int4(quantized: Bytes, scales: npt.NDArray[np.uint16], out_featur
 # How a matrix can be stored: as int8 in plain row order ("rows"), or in blocks.
 QUANTIZERS: dict[str, Quantizer] = {"rows": round_to_int8, "int8": quantize_int8, "int4": quantize_int4}
 DEQUANTIZERS: dict[str, Dequantizer] = {"rows": dequantize_rows, "int8": dequantize_int8, "int4": dequantize_int4}
-# Types of two int8 columns, of four bytes of int4 columns, and of a scale.
+# Types as wide as the bytes of one row that are adjacent in a block: two int8 columns, or four bytes of int4 columns;
+# and the type of a scale.
 UNITS: dict[str, tuple[type, type]] = {"int8": (np.uint16, np.float32), "int4": (np.uint32, np.uint16)}
 
 
@@ -150,17 +152,14 @@ def gather_rows(
     encoding: str, values: Array, scales: Array, row_ids: npt.NDArray[np.int64], n_rows: int
 ) -> tuple[Array, Array]:
     """Gather rows of a matrix with n_rows rows, "int8" or "int4", into a new one; return its values and scales."""
-    values_unit, scales_unit = UNITS[encoding]
-    return gather_packed(values, row_ids, values_unit, n_rows), gather_packed(scales, row_ids, scales_unit, n_rows)
-
-
-def gather_packed(packed: Array, row_ids: npt.NDArray[np.int64], unit: type, n_rows: int) -> Array:
-    """Gather rows of values or scales. `unit` is as wide as the bytes of one row that are adjacent in a block."""
-    blocks: Array = packed.view(unit).reshape(round_up(n_rows, BLOCK_ROWS) // BLOCK_ROWS, -1, BLOCK_ROWS)
-    n_blocks = round_up(len(row_ids), BLOCK_ROWS) // BLOCK_ROWS
-    gathered = allocate_aligned((n_blocks, blocks.shape[1], BLOCK_ROWS), unit)
-    gathered[-1] = 0  # rows that pad the last block
-    new_ids = np.arange(len(row_ids))
-    new_blocks, new_rows = new_ids // BLOCK_ROWS, new_ids % BLOCK_ROWS
-    gathered[new_blocks, :, new_rows] = blocks[row_ids // BLOCK_ROWS, :, row_ids % BLOCK_ROWS]
-    return gathered.reshape(-1).view(packed.dtype)
+    # Block and row within the block, of each row in the source and in the destination.
+    source, destination = np.divmod(row_ids, BLOCK_ROWS), np.divmod(np.arange(len(row_ids)), BLOCK_ROWS)
+    gathered = []
+    for packed, unit in zip((values, scales), UNITS[encoding], strict=True):
+        blocks = packed.view(unit).reshape(round_up(n_rows, BLOCK_ROWS) // BLOCK_ROWS, -1, BLOCK_ROWS)
+        n_blocks = round_up(len(row_ids), BLOCK_ROWS) // BLOCK_ROWS
+        new_blocks = allocate_aligned((n_blocks, *blocks.shape[1:]), unit)
+        new_blocks[-1] = 0  # rows that pad the last block
+        new_blocks[destination[0], :, destination[1]] = blocks[source[0], :, source[1]]
+        gathered.append(new_blocks.reshape(-1).view(packed.dtype))
+    return gathered[0], gathered[1]

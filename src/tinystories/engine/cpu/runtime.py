@@ -82,8 +82,8 @@ class Workspace:
         self.table = np.zeros(CALL.size, dtype=np.int64)
         self.table_address = self.table.ctypes.data
         self._keepalive: list[Array] = []
-        self.positions = self.allocate(CALL.positions, MAX_ROWS, np.int64)
-        self.slots = self.allocate(CALL.slots, MAX_ROWS, np.int64)
+        self.positions = self.allocate(CALL.positions, (MAX_ROWS,), np.int64)
+        self.slots = self.allocate(CALL.slots, (MAX_ROWS,), np.int64)
         self.x = self.allocate(CALL.x, (MAX_ROWS, C))
         self.logits = self.allocate(CALL.logits, (MAX_ROWS, weight_table.padded_out(MODEL.lm_head)))
         self.allocate(CALL.attn_out, (MAX_ROWS, attn_width))
@@ -107,7 +107,7 @@ class Workspace:
         self.table[CALL.scratch_stride], self.table[CALL.scratch_width] = scratch_bytes, width
         self.table[CALL.max_rows] = MAX_ROWS
 
-    def allocate(self, field: int, shape: int | tuple[int, ...], dtype: Any = np.float32) -> Array:
+    def allocate(self, field: int, shape: tuple[int, ...], dtype: Any = np.float32) -> Array:
         """Return a new array, uninitialized and aligned to a cache line; write its address to a field of the table."""
         array = allocate_aligned(shape, dtype)
         self.table[field] = array.ctypes.data

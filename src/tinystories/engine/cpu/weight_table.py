@@ -126,11 +126,13 @@ class WeightTable:
             x = weights[EMBEDDING][ids]
         elif f"{EMBEDDING}.rows" in weights:
             x = weights[f"{EMBEDDING}.rows"][ids] * weights[f"{EMBEDDING}.scales"][ids, None]
-        else:  # tied to the quantized LM head
+        else:  # tied to the quantized LM head: dequantize the blocks of 8 rows that contain the ids
             precision = block_precision(weights, EMBEDDING)
-            values, scales = weights[f"{EMBEDDING}.{precision}"], weights[f"{EMBEDDING}.scales"]
-            rows = gather_rows(precision, values, scales, ids, self.config.vocab_size)
-            x = DEQUANTIZERS[precision](*rows, len(ids), C)
+            n_blocks = round_up(self.config.vocab_size, BLOCK_ROWS) // BLOCK_ROWS
+            values, scales = (weights[f"{EMBEDDING}.{part}"].reshape(n_blocks, -1) for part in (precision, "scales"))
+            values, scales = (array[ids // BLOCK_ROWS].reshape(-1) for array in (values, scales))
+            block_rows = DEQUANTIZERS[precision](values, scales, BLOCK_ROWS * len(ids), C)
+            x = block_rows.reshape(len(ids), BLOCK_ROWS, C)[np.arange(len(ids)), ids % BLOCK_ROWS]
         return x if self.position_embedding is None else x + self.position_embedding[positions]
 
 
