@@ -504,6 +504,21 @@ def test_damaged_machine_code_is_made_again(
     assert "the next start compiles again" in caplog.text
 
 
+def test_the_name_of_the_machine_code_depends_on_all_that_is_compiled() -> None:
+    """The kernels take nothing else from the package than two constants, which are in the key too."""
+    program = (
+        "import sys, tinystories.engine.cpu as cpu\n"
+        "before = set(sys.modules)\n"
+        "import tinystories.engine.cpu.kernels.forward\n"
+        "names = {name for name in set(sys.modules) - before if name.startswith('tinystories')}\n"
+        "names -= {'tinystories.weights', 'tinystories.weights.quantize'}\n"
+        "compiled = {sys.modules[name].__file__ for name in names}\n"
+        "from tinystories.engine.cpu import jit\n"
+        "assert compiled and compiled <= set(map(str, jit.SOURCE_FILES)), compiled\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 def test_a_second_start_imports_neither_torch_nor_numba(folder: Path) -> None:
     opened(folder)
     program = (
