@@ -29,13 +29,13 @@ from tinystories.checkpoint import ModelFiles, state_dict_to_save
 from tinystories.config import SamplingConfig
 from tinystories.config_file import load_config
 from tinystories.engine.cpu.engine import CpuEngine
-from tinystories.engine.cpu.weights import load_fp32, quantize
 from tinystories.engine.engine_config import EngineConfig
 from tinystories.engine.protocol import Engine
 from tinystories.engine.torch_engine import TorchEngine
 from tinystories.formats.hf.mapping import to_transformers
 from tinystories.generate.sampling import sample
 from tinystories.model import GPT
+from tinystories.weights.load import load_fp32, quantize
 
 GREEDY = SamplingConfig(temperature=0.0)
 

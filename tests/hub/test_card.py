@@ -13,9 +13,9 @@ from tinystories.cli import cli
 from tinystories.cli.common import run
 from tinystories.config import ModelConfig, SamplingConfig
 from tinystories.data.tokenizer import Tokenizer
-from tinystories.engine.cpu.weights import expected_shapes
 from tinystories.formats.bundle import ModelBundle
 from tinystories.hub.card import build_model_card
+from tinystories.weights.names import expected_shapes
 
 FACTS = {
     "code_version": "0.1.0",

@@ -83,7 +83,7 @@ def package_version(name: str) -> str:
 def prepare_files(folder: Path, name: str, precision: str) -> None:
     """Convert the weights in `folder` to the files that program `name` loads; call it once per precision."""
     if name == "tinystories":
-        from tinystories.engine.cpu.weights import load_or_quantize
+        from tinystories.weights.load import load_or_quantize
 
         if precision != "fp32":
             load_or_quantize(read_model_files(folder), precision)  # type: ignore[arg-type]
@@ -103,7 +103,7 @@ def prepare_files(folder: Path, name: str, precision: str) -> None:
 
 def prepare_gguf(folder: Path, precision: str) -> None:
     """Write `fp32.gguf` and let llama.cpp itself quantize it to `precision`."""
-    from tinystories.engine.cpu.weights import load_fp32
+    from tinystories.weights.load import load_fp32
 
     fp32_path = folder / "fp32.gguf"
     files = read_model_files(folder)

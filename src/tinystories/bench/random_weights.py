@@ -4,8 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
+from tinystories.checkpoint import save_weights
 from tinystories.config import ModelConfig
-from tinystories.engine.cpu.weights import expected_shapes, write_safetensors
+from tinystories.weights.names import expected_shapes
 
 
 def write_random_weights(config: ModelConfig, path: Path) -> None:
@@ -21,4 +22,4 @@ def write_random_weights(config: ModelConfig, path: Path) -> None:
             weights[name] = rng.standard_normal(shape, dtype=np.float32) / np.float32(shape[1] ** 0.5)
         else:
             weights[name] = np.full(shape, 0 if name.endswith("bias") else 1, dtype=np.float32)
-    write_safetensors(path, weights, {"format": "pt"})
+    save_weights(path, weights)

@@ -9,12 +9,12 @@ from typing import Any
 
 import click
 
+from tinystories.engine.engine_config import ENGINE_PRECISIONS, ENGINES
 from tinystories.errors import UserError
 from tinystories.files import DISK_FULL_ERRNOS, describe_write_error
 from tinystories.train.distributed import claim_error_message
 
 CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
-PRECISION_CHOICES = ["auto", "fp32", "bf16", "int8", "int4"]
 TRAIN_EXTRA_HINT = 'this command needs more packages; install them with: pip install "tinystories-gpt[train]"'
 
 errors_option = click.option(
@@ -51,8 +51,7 @@ def model_argument(
 
 def engine_option(help_text: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Add --engine, explained by `help_text`: what `auto` selects depends on the command."""
-    choice = click.Choice(["auto", "cpu", "torch"])
-    return click.option("--engine", type=choice, default="auto", show_default=True, help=help_text)
+    return click.option("--engine", type=click.Choice(ENGINES), default="auto", show_default=True, help=help_text)
 
 
 device_option = click.option(
@@ -60,7 +59,7 @@ device_option = click.option(
 )
 precision_option = click.option(
     "--precision",
-    type=click.Choice(PRECISION_CHOICES),
+    type=click.Choice(ENGINE_PRECISIONS),
     default="auto",
     show_default=True,
     help="Weight precision. cpu: int8 (auto), int4 or fp32; torch: bf16 if the hardware supports it, else fp32 (auto).",

@@ -12,10 +12,11 @@ from tinystories import checkpoint
 from tinystories.config import ModelConfig, SamplingConfig
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.engine.cpu.engine import CpuEngine, CpuKVCache
-from tinystories.engine.cpu.weights import expected_shapes, load_fp32
 from tinystories.engine.engine_config import EngineConfig
-from tinystories.errors import UserError, quoted
+from tinystories.errors import UserError
 from tinystories.files import atomic_directory
+from tinystories.weights.load import load_fp32
+from tinystories.weights.names import check_weights
 
 Array = npt.NDArray[Any]
 
@@ -76,13 +77,3 @@ class ModelBundle:
         engine = CpuEngine(self.config, self.weights, EngineConfig(n_slots=1))
         chunks = engine.forward_chunks(CpuKVCache(self.config, 1), 0, np.asarray(ids, np.int64), all_logits=True)
         return np.concatenate([logits for _, logits in chunks])
-
-
-def check_weights(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, where: str) -> None:
-    """Raise `UserError`, naming `where`, if a weight of `config` is missing, unknown, or has another shape."""
-    expected = expected_shapes(config)
-    for name in sorted(expected.keys() | shapes.keys()):
-        if name not in shapes or name not in expected:
-            raise UserError(f"{where}: weight {quoted(name)} is {'unknown' if name in shapes else 'missing'}")
-        if shapes[name] != expected[name]:
-            raise UserError(f"{where}: weight {name} has shape {shapes[name]}, not {expected[name]}")

@@ -19,7 +19,6 @@ from tinystories.config import ModelConfig
 from tinystories.data.build_tokenizer import train_bpe
 from tinystories.data.source.resolve import iter_stories
 from tinystories.data.tokenizer import Tokenizer
-from tinystories.engine.cpu.weights import expected_shapes
 from tinystories.engine.engine_config import EngineConfig
 from tinystories.errors import UserError
 from tinystories.formats.bundle import ModelBundle
@@ -28,6 +27,7 @@ from tinystories.formats.imports import import_model
 from tinystories.formats.llama2c import format as llama2c
 from tinystories.formats.tokenizer_conversion import BYTE_PIECES, build_sentencepiece_bpe
 from tinystories.generate.storyteller import Storyteller
+from tinystories.weights.names import expected_shapes
 
 TEXT = "Once upon a time there was a caf\u00e9. \u201cHello,\u201d said Tom.\n\nThe end."
 PIECES = [b"<unk>", b"<s>", b"</s>", *(name.encode() for name in BYTE_PIECES), b" ", b"o", b"n", b" o", b" on"]

@@ -12,7 +12,6 @@ import click
 
 from tinystories.cli.common import (
     CONTEXT_SETTINGS,
-    PRECISION_CHOICES,
     device_option,
     engine_option,
     errors_option,
@@ -20,6 +19,7 @@ from tinystories.cli.common import (
     model_argument,
     threads_option,
 )
+from tinystories.engine.engine_config import ENGINE_PRECISIONS, QUANTIZED_PRECISIONS, EngineConfig
 
 
 @click.command("eval", context_settings=CONTEXT_SETTINGS)
@@ -41,7 +41,7 @@ from tinystories.cli.common import (
 @device_option
 @click.option(
     "--precision",
-    type=click.Choice(PRECISION_CHOICES),
+    type=click.Choice(ENGINE_PRECISIONS),
     default="auto",
     show_default=True,
     help="Weight precision. auto: fp32, as trained (torch on CUDA: bf16). int8 and int4 run on the cpu engine.",
@@ -65,7 +65,6 @@ def evaluate(
     Each story is scored on its own, after <|endoftext|>; its closing <|endoftext|> counts. Lower is better. With
     --precision int8 or int4, the difference to fp32 is the cost of quantization.
     """
-    from tinystories.engine.engine_config import QUANTIZED_PRECISIONS, EngineConfig
     from tinystories.evaluate.report import evaluate_model
     from tinystories.generate.storyteller import Storyteller
 

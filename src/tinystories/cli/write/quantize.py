@@ -56,9 +56,9 @@ def quantize(
     CPU engine) computes the logits of these ids only and never generates another. `eval` always uses all ids.
     """
     from tinystories.checkpoint import read_model
-    from tinystories.engine.cpu.int8_model import write_int8_model
-    from tinystories.engine.cpu.weights import SafetensorsFile, load_or_quantize, quantized_path
     from tinystories.errors import UserError
+    from tinystories.weights.load import load_or_quantize, quantized_path, write_int8_model
+    from tinystories.weights.safetensors_file import SafetensorsFile
 
     if (shortlist is None) != (data is None):
         raise UserError("--shortlist N and --data DIR go together; give both or neither")
@@ -67,7 +67,7 @@ def quantize(
         raise UserError(
             f"--{next(iter(sampling_overrides)).replace('_', '-')} sets a default of the model that --out writes"
         )
-    files = read_model(model, check_weights=False)
+    files = read_model(model, verify_weights=False)
     if out is not None:
         if (precision, shortlist) != (("int8",), None):
             raise UserError("--out is for int8 and all ids: leave out --precision and --shortlist")

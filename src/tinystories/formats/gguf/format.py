@@ -14,7 +14,6 @@ import numpy as np
 from tinystories.config import ModelConfig, SamplingConfig
 from tinystories.config_file import build_dataclass
 from tinystories.data.tokenizer import END
-from tinystories.engine.cpu.runtime import EMBEDDING, LM_HEAD
 from tinystories.errors import UserError, error_context, quoted
 from tinystories.formats.bundle import MAX_CONTEXT, Array, ModelBundle
 from tinystories.formats.gguf import tokenizer as gguf_tokenizer
@@ -27,6 +26,7 @@ from tinystories.formats.gguf.mapping import (
 )
 from tinystories.formats.gguf.reader import MAGIC, GgufFile, import_gguf
 from tinystories.formats.protocol import Format, starts_with
+from tinystories.weights.names import EMBEDDING, LM_HEAD
 
 ARCHITECTURES = ("qwen3", "llama", "gpt2")
 FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0"}

@@ -8,12 +8,11 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from tinystories.config import ModelConfig
-from tinystories.engine.cpu.runtime import EMBEDDING, LM_HEAD, POSITION_EMBEDDING
-from tinystories.engine.cpu.weights import expected_shapes
 from tinystories.errors import UserError, quoted
-from tinystories.formats.bundle import Array, check_weights
+from tinystories.formats.bundle import Array
 from tinystories.formats.gguf.reader import GgufFile
 from tinystories.formats.rope_layout import permute_rope, unpermute_rope
+from tinystories.weights.names import EMBEDDING, LM_HEAD, POSITION_EMBEDDING, check_weights, expected_shapes
 
 TOP_NAMES = {
     EMBEDDING: "token_embd.weight",

@@ -14,11 +14,10 @@ import numpy as np
 
 from tinystories.config import ModelConfig
 from tinystories.config_file import build_dataclass, validate
-from tinystories.engine.cpu.runtime import EMBEDDING, LM_HEAD, POSITION_EMBEDDING
-from tinystories.engine.cpu.weights import expected_shapes
 from tinystories.errors import UserError, quoted
-from tinystories.formats.bundle import MAX_CONTEXT, MAX_LAYERS, Array, check_weights
+from tinystories.formats.bundle import MAX_CONTEXT, MAX_LAYERS, Array
 from tinystories.position_tables import build_sinusoid_table
+from tinystories.weights.names import EMBEDDING, LM_HEAD, POSITION_EMBEDDING, check_weights, expected_shapes
 
 if TYPE_CHECKING:
     from torch import Tensor

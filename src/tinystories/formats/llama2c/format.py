@@ -14,13 +14,13 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from tinystories.config import ModelConfig
-from tinystories.engine.cpu.weights import expected_shapes
 from tinystories.errors import UserError
 from tinystories.formats.bundle import MAX_LAYERS, Array, ModelBundle
 from tinystories.formats.llama2c.reference import logits
 from tinystories.formats.llama2c.tokenizer import read_tokenizer, write_tokenizer
 from tinystories.formats.protocol import Format
 from tinystories.formats.rope_layout import permute_rope, unpermute_rope
+from tinystories.weights.names import expected_shapes
 
 MAGIC = 0x616B3432
 SIZES_STRUCT = struct.Struct("<7i")  # dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, max_seq_len

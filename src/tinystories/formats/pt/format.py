@@ -17,13 +17,12 @@ import numpy as np
 from tinystories.config import ModelConfig
 from tinystories.data.build_tokenizer import load_gpt2
 from tinystories.data.tokenizer import Tokenizer
-from tinystories.engine.cpu.runtime import EMBEDDING, LM_HEAD, POSITION_EMBEDDING
-from tinystories.engine.cpu.weights import expected_shapes
 from tinystories.errors import UserError, quoted
 from tinystories.formats.bundle import MAX_LAYERS, Array, ModelBundle
 from tinystories.formats.protocol import Format, starts_with
 from tinystories.formats.torch_file import load_state_dict
 from tinystories.position_tables import build_sinusoid_table
+from tinystories.weights.names import EMBEDDING, LM_HEAD, POSITION_EMBEDDING, expected_shapes
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,19 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from engines import saved
 
 from tinystories import checkpoint
 from tinystories.checkpoint import INT8_WEIGHTS, WEIGHTS
 from tinystories.config import ModelConfig, SamplingConfig
-from tinystories.data.tokenizer import Tokenizer
 from tinystories.engine.cpu.engine import CpuEngine
-from tinystories.engine.cpu.int8_model import write_int8_model
-from tinystories.engine.cpu.weights import load_fp32
 from tinystories.engine.engine_config import EngineConfig
 from tinystories.engine.torch_engine import TorchEngine
 from tinystories.errors import UserError
-from tinystories.files import atomic_directory
 from tinystories.model import GPT
+from tinystories.weights.load import load_fp32, write_int8_model
 
 IDS = [7, 3, 9, 1, 4, 300, 2]
 
@@ -32,10 +30,7 @@ def config(request: pytest.FixtureRequest) -> ModelConfig:
 
 @pytest.fixture
 def whole(config: ModelConfig, awake: Callable[[ModelConfig], GPT], sample_data: Path, tmp_path: Path) -> Path:
-    with atomic_directory(tmp_path / "whole") as draft:
-        tokenizer = Tokenizer.load(sample_data)
-        checkpoint.write_model(draft, awake(config), tokenizer, SamplingConfig(top_k=7), {"tokens": 3})
-    return tmp_path / "whole"
+    return saved(tmp_path / "whole", awake(config), sample_data, SamplingConfig(top_k=7), {"tokens": 3})
 
 
 @pytest.fixture
@@ -44,7 +39,7 @@ def small(whole: Path, tmp_path: Path) -> Path:
     return tmp_path / "small"
 
 
-def test_it_is_a_model_directory_of_a_quarter_of_the_size(whole: Path, small: Path) -> None:
+def test_an_int8_model_is_a_complete_directory_of_a_quarter_of_the_size(whole: Path, small: Path) -> None:
     before, after = checkpoint.read_model(whole), checkpoint.read_model(small)
     assert (after.config, after.sampling, after.provenance) == (before.config, before.sampling, before.provenance)
     assert after.tokenizer().sha256 == before.tokenizer().sha256
@@ -54,7 +49,7 @@ def test_it_is_a_model_directory_of_a_quarter_of_the_size(whole: Path, small: Pa
     ).stat().st_size  # tiny shapes are mostly filling
 
 
-def test_int8_is_the_same_to_the_last_bit(whole: Path, small: Path) -> None:
+def test_int8_logits_are_those_of_the_original_to_the_last_bit(whole: Path, small: Path) -> None:
     before, after = (CpuEngine.load(checkpoint.read_model(folder)).prefill(0, IDS) for folder in (whole, small))
     assert (before == after).all()
 
@@ -73,13 +68,13 @@ def test_other_engines_and_precisions_have_the_rounded_weights(whole: Path, smal
 
 
 @pytest.mark.parametrize("engine", [CpuEngine, TorchEngine])
-def test_damage_is_an_error_for_there_is_no_other_copy(small: Path, engine: type[CpuEngine | TorchEngine]) -> None:
+def test_damaged_weights_are_an_error_without_another_copy(small: Path, engine: type[CpuEngine | TorchEngine]) -> None:
     data = bytearray((small / INT8_WEIGHTS).read_bytes())
     data[-200] ^= 1
     (small / INT8_WEIGHTS).write_bytes(data)
     with pytest.raises(UserError, match="does not match its checksum"):
         checkpoint.read_model(small)
-    files = checkpoint.read_model(small, check_weights=False)
+    files = checkpoint.read_model(small, verify_weights=False)
     with pytest.raises(UserError, match=r"packed-int8\.safetensors is damaged .*no other copy"):
         engine.load(files)
     assert len(list(small.iterdir())) == 4  # nothing was made in its place

@@ -1,17 +1,15 @@
 """Field indices of the two int64 tables (model and call) that the machine code reads.
 
-Imports nothing from the package, because both sides use it: `runtime` fills the tables, `kernels` compiles the indices
+Imports nothing from the package, because both sides use it: `runtime` fills the tables, the kernels compile the indices
 in as constants. The default of each field is its index.
 """
 
 from typing import NamedTuple
 
-# Columns of an int4 matrix that share a scale. Quantized rows of activations are padded to a multiple of it.
-GROUP_SIZE = 32
-# Rows of a quantized matrix that are interleaved in one block. The outputs of every matrix are padded to a multiple.
-BLOCK_ROWS = 8
 FP32, INT8, INT4 = 0, 1, 2  # MatrixLayout.kind
+KINDS = {"fp32": FP32, "int8": INT8, "int4": INT4}
 RELU, GELU_TANH, GELU_ERF = 0, 1, 2  # ModelLayout.activation, for the classic architecture
+ACTIVATIONS = {"relu": RELU, "gelu_tanh": GELU_TANH, "gelu_erf": GELU_ERF}
 
 
 class MatrixLayout(NamedTuple):
@@ -30,8 +28,8 @@ class LayerLayout(NamedTuple):
     """A transformer layer, relative to its base index: addresses of norms, and base indices of matrices.
 
     The offsets are written by hand: a matrix takes the 7 integers of `MatrixLayout`, so q = 6, k = 6 + 7 = 13, and so
-    on. A field added to `MatrixLayout` moves every field after a matrix, here and in `ModelLayout`. `runtime` relies
-    on the bias of a norm following its weight.
+    on. A field added to `MatrixLayout` moves every field after a matrix, here and in `ModelLayout`. The kernels rely
+    on the bias of a norm following its weight, here and in `ModelLayout`.
     """
 
     input_norm: int = 0
@@ -95,7 +93,7 @@ class CallLayout(NamedTuple):
     mlp_hidden: int = 14  # hidden layer of the MLP
     gate: int = 15  # gate projection of SwiGLU
     delta: int = 16  # output of the o or down projection, before it is added to the residual stream
-    scratch: int = 17  # private memory of the threads; its memory map is at `kernels.ThreadScratch`
+    scratch: int = 17  # private memory of the threads; its memory map is at `memory.ThreadContext`
     scratch_stride: int = 18  # bytes from one thread's scratch to the next
     scratch_width: int = 19  # floats in a row of scratch: the widest input of any matrix, a multiple of GROUP_SIZE
     max_rows: int = 20  # capacity of all buffers, in rows

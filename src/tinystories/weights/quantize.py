@@ -1,20 +1,32 @@
-"""Quantize weights to int8 or int4, in the block layout of the kernels (described in `simd`), and back.
+"""Quantize matrices to int8 or int4, in the block layout that the kernels of the CPU engine multiply, and back.
 
 int8: values -127..127 and one fp32 scale per row. int4: values -8..7, stored as 0..15, and one bf16 scale per group of
 32 columns.
+
+Block layout. Rows come in blocks of 8, so that a vector holds the sums of 8 rows and no sum is ever taken across a
+vector.
+  int8: for each pair of adjacent columns, the pairs of the 8 rows are adjacent (16 bytes).
+  int4: for each group of 32 columns, 4 x 32 bytes. Each 32 bytes hold 4 adjacent columns of 8 rows: in the low bits
+  columns j..j+3 of the first 16 columns of the group, in the high bits the same columns of the second 16.
 """
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from tinystories.engine.cpu.layout import BLOCK_ROWS, GROUP_SIZE
-
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 Array = npt.NDArray[Any]
+Quantizer = Callable[[Floats], tuple[Array, Array]]  # a matrix to its values and scales
+Dequantizer = Callable[[Array, Array, int, int], Floats]  # the reverse, from values, scales, out_features, in_features
 
+# Rows of a quantized matrix that are interleaved in one block.
+BLOCK_ROWS = 8
+# Columns of an int4 matrix that share a scale.
+GROUP_SIZE = 32
 # Values with a smaller scale are quantized to zeros: the inverse of the scale would overflow.
 MIN_SCALE = 1e-30
 
@@ -24,9 +36,9 @@ def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def allocate_aligned(shape: int | tuple[int, ...], dtype: Any) -> Array:
+def allocate_aligned(shape: tuple[int, ...], dtype: Any) -> Array:
     """Return an uninitialized array that begins on a cache line (64 bytes) and shares none with other arrays."""
-    n_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    n_bytes = math.prod(shape) * np.dtype(dtype).itemsize
     buffer = np.empty(n_bytes + 128, dtype=np.uint8)
     start = -buffer.ctypes.data % 64
     return buffer[start : start + n_bytes].view(dtype).reshape(shape)
@@ -51,6 +63,11 @@ def quantize_int8(weight: Floats) -> tuple[Bytes, Floats]:
     padded_values[:out_features, :in_features], scales[:out_features] = round_to_int8(weight)
     blocks = padded_values.reshape(-1, BLOCK_ROWS, padded_values.shape[1] // 2, 2).transpose(0, 2, 1, 3)
     return np.ascontiguousarray(blocks).view(np.uint8).reshape(-1), scales
+
+
+def dequantize_rows(values: npt.NDArray[np.int8], scales: Floats, out_features: int, in_features: int) -> Floats:
+    """Return the fp32 matrix (out_features, in_features) of the output of `round_to_int8`."""
+    return values.reshape(out_features, in_features) * scales[:, None]
 
 
 def dequantize_int8(quantized: Bytes, scales: Floats, out_features: int, in_features: int) -> Floats:
@@ -112,19 +129,37 @@ def dequantize_int4(quantized: Bytes, scales: npt.NDArray[np.uint16], out_featur
     return values.transpose(0, 4, 1, 2, 3, 5).reshape(-1, n_groups * GROUP_SIZE)[:out_features, :in_features]
 
 
-def gather_rows(quantized: Array, row_ids: npt.NDArray[np.int64], unit_dtype: type, n_rows: int) -> Array:
-    """Gather rows of a packed matrix with n_rows rows into a new packed matrix; applies to blocks or to scales.
+# How a matrix can be stored: as int8 in plain row order ("rows"), or in blocks.
+QUANTIZERS: dict[str, Quantizer] = {"rows": round_to_int8, "int8": quantize_int8, "int4": quantize_int4}
+DEQUANTIZERS: dict[str, Dequantizer] = {"rows": dequantize_rows, "int8": dequantize_int8, "int4": dequantize_int4}
+# Types as wide as the bytes of one row that are adjacent in a block: two int8 columns, or four bytes of int4 columns;
+# and the type of a scale.
+UNITS: dict[str, tuple[type, type]] = {"int8": (np.uint16, np.float32), "int4": (np.uint32, np.uint16)}
 
-    `unit_dtype` is an integer or float type as wide as the bytes of one row that are adjacent in a block: two int8
-    columns (uint16), four bytes of int4 columns (uint32), or one scale.
-    """
-    blocks: Array = quantized.view(unit_dtype).reshape(round_up(n_rows, BLOCK_ROWS) // BLOCK_ROWS, -1, BLOCK_ROWS)
-    gathered = allocate_aligned(
-        (round_up(len(row_ids), BLOCK_ROWS) // BLOCK_ROWS, blocks.shape[1], BLOCK_ROWS), unit_dtype
-    )
-    gathered[-1] = 0  # rows that pad the last block
-    destination_rows = np.arange(len(row_ids))
-    gathered[destination_rows // BLOCK_ROWS, :, destination_rows % BLOCK_ROWS] = blocks[
-        row_ids // BLOCK_ROWS, :, row_ids % BLOCK_ROWS
-    ]
-    return gathered.reshape(-1).view(quantized.dtype)
+
+def quantized_sizes(encoding: str, out_features: int, in_features: int) -> tuple[tuple[type, int], tuple[type, int]]:
+    """Return (dtype, number of elements) of the values and of the scales that `QUANTIZERS[encoding]` returns."""
+    if encoding == "rows":
+        return (np.int8, out_features * in_features), (np.float32, out_features)
+    rows = round_up(out_features, BLOCK_ROWS)
+    if encoding == "int8":
+        return (np.uint8, rows * round_up(in_features, 8)), (np.float32, rows)
+    columns = round_up(in_features, GROUP_SIZE)
+    return (np.uint8, rows * columns // 2), (np.uint16, rows * columns // GROUP_SIZE)
+
+
+def gather_rows(
+    encoding: str, values: Array, scales: Array, row_ids: npt.NDArray[np.int64], n_rows: int
+) -> tuple[Array, Array]:
+    """Gather rows of a matrix with n_rows rows, "int8" or "int4", into a new one; return its values and scales."""
+    # Block and row within the block, of each row in the source and in the destination.
+    source, destination = np.divmod(row_ids, BLOCK_ROWS), np.divmod(np.arange(len(row_ids)), BLOCK_ROWS)
+    gathered: list[Array] = []
+    for packed, unit in zip((values, scales), UNITS[encoding], strict=True):
+        blocks: Array = packed.view(unit).reshape(round_up(n_rows, BLOCK_ROWS) // BLOCK_ROWS, -1, BLOCK_ROWS)
+        n_blocks = round_up(len(row_ids), BLOCK_ROWS) // BLOCK_ROWS
+        new_blocks = allocate_aligned((n_blocks, *blocks.shape[1:]), unit)
+        new_blocks[-1] = 0  # rows that pad the last block
+        new_blocks[destination[0], :, destination[1]] = blocks[source[0], :, source[1]]
+        gathered.append(new_blocks.reshape(-1).view(packed.dtype))
+    return gathered[0], gathered[1]

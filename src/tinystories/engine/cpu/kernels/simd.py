@@ -1,13 +1,7 @@
 """SIMD inner loops of the matmuls as LLVM IR, and other things Numba cannot express: raw pointers and a spin barrier.
 
 LLVM maps the vectors to the instructions of the CPU (`vpmaddwd` on x86, `smlal` on ARM). It does not find `vpmaddubsw`,
-so that one is called by name if the CPU has AVX2. Only `kernels` imports this module, when it is compiled.
-
-Layout of quantized matrices. Rows come in blocks of 8, so that a vector holds the sums of 8 rows and no sum is ever
-taken across a vector.
-  int8: for each pair of adjacent columns, the pairs of the 8 rows are adjacent (16 bytes).
-  int4: for each group of 32 columns, 4 x 32 bytes. Each 32 bytes hold 4 adjacent columns of 8 rows: in the low bits
-  columns j..j+3 of the first 16 columns of the group, in the high bits the same columns of the second 16.
+so that one is called by name if the CPU has AVX2. The layout of quantized matrices is that of `weights.quantize`.
 """
 
 import sys
@@ -110,7 +104,7 @@ def make_int8_kernel(n_rows: int) -> Callable[..., None]:
 
     It computes y[i, :8] = scales * x_scales[i] * (w . x[i]). Arguments, addresses unless noted: block w, quantized x
     (16 bits), row stride of x (bytes), columns / 8 (number), y (fp32), row stride of y (bytes), scales (8 fp32),
-    x_scales (n_rows fp32). The 32-bit sums cannot overflow: see `kernels.quantize_row_i16`.
+    x_scales (n_rows fp32). The 32-bit sums cannot overflow: see `matmul.quantize_row_i16`.
     """
 
     @intrinsic
