@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from text_statistics import has_loop
 
 import tinystories
 from tinystories.checkpoint import BUNDLED_MODEL, read_model
 from tinystories.evaluate.report import evaluate_model
-from tinystories.evaluate.text_statistics import has_loop
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "valid.txt"
 

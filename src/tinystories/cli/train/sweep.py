@@ -1,7 +1,6 @@
 """`tinystories sweep`: hyperparameter search."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,9 +49,8 @@ def sweep(
     workers: int,
     resume: bool,
     show: bool,
-    as_json: bool,
     **plan_options: Any,
-) -> int:
+) -> dict[str, Any] | int:
     """Search hyperparameters for the fewest bits per byte. Each trial trains in its own run directory.
 
     \b
@@ -83,7 +81,7 @@ def sweep(
     out = out or Path("runs") / f"{Path(config_file).stem}-sweep"
     stored_plan = read_plan(out)
     if show and stored_plan is not None:
-        return print_results(out, as_json)
+        return print_results(out)
     if show:
         raise UserError(f"--show found no sweep in --out {out}")
     if stored_plan is not None and not resume:
@@ -99,7 +97,7 @@ def sweep(
     if data is None and merged_plan.space.data_dirs(example_config) == [example_config.data.dir]:
         ensure_prepared(example_config)
     check_runnable(merged_plan, example_config)
-    return run_search(out, merged_plan, example_config, workers, as_json)
+    return run_search(out, merged_plan, example_config, workers)
 
 
 def load_search_space(config_file: str, overrides: dict[str, str]) -> "SearchSpace":
@@ -109,8 +107,8 @@ def load_search_space(config_file: str, overrides: dict[str, str]) -> "SearchSpa
     return parse_search_space(read_toml(config_file), config_file, overrides)
 
 
-def run_search(out: Path, plan: "Plan", example_config: Config, workers: int, as_json: bool) -> int:
-    """Run the trials, print the results, and return the exit code: 0, or 128 + n after signal n."""
+def run_search(out: Path, plan: "Plan", example_config: Config, workers: int) -> dict[str, Any] | int:
+    """Run the trials, print the results and return them, or the exit code 128 + n after signal n."""
     from tinystories.sweep.runner import SweepInterrupted, run_sweep
 
     try:
@@ -118,11 +116,11 @@ def run_search(out: Path, plan: "Plan", example_config: Config, workers: int, as
     except SweepInterrupted as stop:
         click.echo(f"{stop}; saved. Resume with: tinystories sweep --out {out} --resume", err=True)
         return 128 + stop.signal
-    return print_results(out, as_json)
+    return print_results(out)
 
 
-def print_results(out: Path, as_json: bool) -> int:
-    """Print the table of a sweep and what to do next; return exit code 0."""
+def print_results(out: Path) -> dict[str, Any]:
+    """Print the table of a sweep and what to do next; return the results for --json."""
     from tinystories.sweep.results import at_boundary, find_best, format_table, read_results
     from tinystories.sweep.study import load_plan, open_study
 
@@ -145,9 +143,7 @@ def print_results(out: Path, as_json: bool) -> int:
             f"best: trial {best.number}, {best.bits:.4f} bits per byte. Train with its settings:"
             f" tinystories train --config {out / 'best.toml'} --out runs/best"
         )
-    if as_json:
-        trials = [{"trial": r.number, "settings": r.settings} | dataclasses.asdict(r.outcome) for r in results]
-        for trial in trials:
-            del trial["settings_to_blame"]
-        click.echo(json.dumps({"out": str(out), "best": trials[0] if best else None, "trials": trials}))
-    return 0
+    trials = [{"trial": r.number, "settings": r.settings} | dataclasses.asdict(r.outcome) for r in results]
+    for trial in trials:
+        del trial["settings_to_blame"]
+    return {"out": str(out), "best": trials[0] if best else None, "trials": trials}
