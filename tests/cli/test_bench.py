@@ -18,7 +18,7 @@ from tinystories.config import ModelConfig
 
 pytestmark = pytest.mark.extended
 
-SMALL = ["--preset", "nano", "--vocab", "64", "--runs", "1"]
+SMALL = ["--preset", "nano", "--vocab", "64", "--runs", "1", "--threads", "1"]
 PEERS = ["torch:fp32", "transformers:fp32", "ctranslate2:fp32", "llama.cpp:fp32"]
 
 
@@ -68,7 +68,7 @@ def test_a_shortlist_is_compared_with_peers(capsys: pytest.CaptureFixture[str]) 
 
 def test_the_classic_architecture_runs_beside_ctranslate2(capsys: pytest.CaptureFixture[str]) -> None:
     skip_unless_installed("ctranslate2")
-    shape = ["--preset", "seed-89m", "--vocab", "64", "--runs", "1", "--tokens", "3", "--prompt-tokens", "4"]
+    shape = [*SMALL, "--preset", "seed-89m", "--tokens", "3", "--prompt-tokens", "4"]
     found = measure(capsys, "decode", *shape, "--only", "tinystories:fp32,ctranslate2:fp32")
     assert found["decode"]["same_ids"]["ctranslate2 fp32"] == 1
 
@@ -96,9 +96,10 @@ def int8_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_model_of_only_int8_weights_runs_dequantized_in_every_program(
     command: str, int8_model: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
+    task = [command, str(int8_model), *(["--streams", "2"] if command == "batch" else ["--prompt-tokens", "9"])]
     programs = "tinystories,torch" + (",transformers" if importlib.util.find_spec("transformers") else "")
     with caplog.at_level(logging.INFO):
-        found = measure(capsys, command, str(int8_model), "--runs", "1", "--tokens", "4", "--only", programs)
+        found = measure(capsys, *task, "--runs", "1", "--threads", "1", "--tokens", "4", "--only", programs)
     same = found[command]["same_ids"]
     assert {"tinystories fp32", "tinystories int8", "tinystories int4", "torch fp32"} <= same.keys()
     assert all(share == 1 for label, share in same.items() if label.endswith("fp32"))
@@ -110,7 +111,7 @@ def test_startup_of_a_model_of_only_int8_weights_is_measured(
     int8_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     only = "tinystories:int8" + (",ctranslate2:int8" if importlib.util.find_spec("ctranslate2") else "")
-    found = measure(capsys, "startup", str(int8_model), "--runs", "1", "--only", only)
+    found = measure(capsys, "startup", str(int8_model), "--runs", "1", "--threads", "1", "--only", only)
     assert list(found["seconds"]) == only.replace(":", " ").split(",")
     assert min(found["seconds"].values()) > 0
 

@@ -192,7 +192,7 @@ def test_both_kinds_of_array_draw_the_same() -> None:
     scale=st.floats(0, 200),
     seed=st.integers(0, 2**32),
 )
-def test_looking_at_candidates_alone_draws_the_same(
+def test_min_p_candidates_alone_draw_the_same(
     min_p: float, temperature: float, top_k: int, scale: float, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
@@ -207,7 +207,7 @@ def test_looking_at_candidates_alone_draws_the_same(
     assert sample(logits, chosen, u) == inverse_cdf_sample(p, u).tolist()
 
 
-def test_what_is_drawn_follows_the_distribution() -> None:
+def test_drawn_tokens_follow_the_distribution() -> None:
     """Pearson's chi-square over the randomness that stories really use; 3 degrees of freedom, p = 1e-4 at 21.1."""
     p = np.array([0.1, 0.2, 0.3, 0.4], dtype=np.float32)
     for stream in (UniformStream(7, 0), UniformStream(0, 123)):

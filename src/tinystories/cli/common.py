@@ -68,7 +68,7 @@ def add_options(*options: Decorator) -> Decorator:
     return decorator
 
 
-def model_argument(name: str = "model", *, bundled: bool = False) -> Decorator:
+def model_argument(*, bundled: bool = False) -> Decorator:
     """Add the argument MODEL, a directory or hf:OWNER/NAME[@REVISION]; the command receives the directory.
 
     A model on the Hub is downloaded only after all options have been parsed. With `bundled`, MODEL is optional and
@@ -76,13 +76,12 @@ def model_argument(name: str = "model", *, bundled: bool = False) -> Decorator:
     """
 
     def decorator(command: Command) -> Command:
-        @click.argument(name, required=not bundled)
+        @click.argument("model", required=not bundled)
         @functools.wraps(command)
-        def wrapper(**kwargs: Any) -> Any:
+        def wrapper(*, model: str | None, **kwargs: Any) -> Any:
             from tinystories.hub.client import resolve_model_folder
 
-            kwargs[name] = resolve_model_folder(kwargs[name])
-            return command(**kwargs)
+            return command(model=resolve_model_folder(model), **kwargs)
 
         return wrapper
 
