@@ -224,8 +224,3 @@ def test_randomness_is_a_function_of_seed_story_and_place() -> None:
     assert first(3, 4) == first(3, 4)
     assert len({first(seed, story) for seed in range(20) for story in range(20)}) == 400
     assert all(0 <= u < 1 and u * 2**24 == int(u * 2**24) for u in first(2**40, 0))
-
-
-def test_a_negative_seed_is_refused() -> None:
-    with pytest.raises(UserError, match="seed=-1"):
-        UniformStream(-1, 0)

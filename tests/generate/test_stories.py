@@ -11,12 +11,16 @@ from hypothesis import strategies as st
 from tinystories.config import SamplingConfig
 from tinystories.data.tokenizer import END, Tokenizer
 from tinystories.errors import UserError
-from tinystories.generate.batching import Request, Story, generate, generate_all, stream_all
+from tinystories.generate.batching import Request, Story, generate_all, stream_all
 from tinystories.generate.detokenizer import CONTINUATION_SEPARATOR
 
 Make = Callable[..., Any]
 WILD = SamplingConfig(temperature=1.0, min_p=0.0)
 GREEDY = SamplingConfig(temperature=0.0)
+
+
+def generate(engine: Any, tokenizer: Tokenizer, prompt: str = "", **options: Any) -> Story:
+    return generate_all(engine, tokenizer, [Request(prompt=prompt, **options)])[0]
 
 
 def test_a_story_says_how_it_was_made(scripted: Make, tokenizer: Tokenizer) -> None:

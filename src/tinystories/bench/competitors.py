@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -190,15 +190,6 @@ def peak_memory_mb() -> float | None:
     return next((int(line.split()[1]) / 1000 for line in lines if line.startswith("VmHWM")), None)
 
 
-def serve(generate: GenerateFn, requests: Iterator[str]) -> Iterator[dict[str, Any]]:
-    """Answer each JSON line {"prompts", "tokens"} with {"seconds", "ids", "peak_mb"}."""
-    for line in requests:
-        request = json.loads(line)
-        started_at = time.perf_counter()
-        ids = generate(request["prompts"], request["tokens"])
-        yield {"seconds": time.perf_counter() - started_at, "ids": ids, "peak_mb": peak_memory_mb()}
-
-
 GENERATORS = {
     "tinystories": make_cpu_generator,
     "torch": make_torch_generator,
@@ -209,12 +200,17 @@ GENERATORS = {
 
 
 def main() -> None:
+    """Answer each JSON line {"prompts", "tokens"} on stdin with {"seconds", "ids", "peak_mb"}, after {"ready"}."""
     name, precision, folder, workload_json = sys.argv[1:]
     out = os.fdopen(os.dup(1), "w")  # stdout is for replies; what libraries print goes to stderr
     os.dup2(2, 1)
     generate = GENERATORS[name](Path(folder), precision, Workload(**json.loads(workload_json)))
     print(json.dumps({"ready": True}), file=out, flush=True)
-    for reply in serve(generate, sys.stdin):
+    for line in sys.stdin:
+        request = json.loads(line)
+        started_at = time.perf_counter()
+        ids = generate(request["prompts"], request["tokens"])
+        reply = {"seconds": time.perf_counter() - started_at, "ids": ids, "peak_mb": peak_memory_mb()}
         print(json.dumps(reply), file=out, flush=True)
 
 

@@ -21,8 +21,9 @@ log = logging.getLogger(__name__)
 
 def child_command(competitor: Competitor, folder: Path, workload: Workload) -> list[str]:
     """Return the command that runs a competitor with the files in `folder`."""
-    program = [sys.executable, "-m", "tinystories.bench.competitors", *competitor]
-    return [*program, str(folder), json.dumps(dataclasses.asdict(workload))]
+    program = [sys.executable, "-m", "tinystories.bench.competitors", competitor.name, competitor.precision]
+    settings = dataclasses.asdict(dataclasses.replace(workload, shortlist=competitor.shortlist))
+    return [*program, str(folder), json.dumps(settings)]
 
 
 def last_line(stderr: str) -> str:
@@ -45,8 +46,7 @@ class BenchProcess:
     """The child process of one program; it idles between its turns. Constructing it waits until the model is loaded."""
 
     def __init__(self, competitor: Competitor, folder: Path, workload: Workload) -> None:
-        self.competitor, self.shortlist = competitor, workload.shortlist
-        self.label = f"{competitor}, {workload.shortlist:,} ids" if workload.shortlist else str(competitor)
+        self.competitor = competitor
         self.stderr_file = tempfile.TemporaryFile("w+")  # noqa: SIM115
         command = child_command(competitor, folder, workload)
         self.process = subprocess.Popen(
@@ -65,7 +65,7 @@ class BenchProcess:
         if not line:
             self.process.wait()
             self.stderr_file.seek(0)
-            raise UserError(f"{self.label} stopped: {last_line(self.stderr_file.read())}")
+            raise UserError(f"{self.competitor} stopped: {last_line(self.stderr_file.read())}")
         return json.loads(line)
 
     def generate(self, prompts: Prompts, tokens: int) -> Any:
@@ -96,8 +96,8 @@ class Measurement:
     peak_mb: float | None = None
 
     @property
-    def label(self) -> str:
-        return self.process.label
+    def competitor(self) -> Competitor:
+        return self.process.competitor
 
     @property
     def median(self) -> float:
@@ -153,17 +153,16 @@ def speed_ratios(measurements: Sequence[Measurement]) -> dict[str, float]:
     They are ours over each competitor of the same precision, a shortlist over the full vocabulary, and our fastest over
     the fastest competitor. TorchEngine counts as neither.
     """
-    ours = [s for s in measurements if s.process.competitor.name == "tinystories"]
-    competitors = [s for s in measurements if s.process.competitor.name not in ("tinystories", "torch")]
-    full_vocabulary = [s for s in ours if not s.process.shortlist]
+    ours = [m for m in measurements if m.competitor.name == "tinystories"]
+    competitors = [m for m in measurements if m.competitor.name not in ("tinystories", "torch")]
+    full_vocabulary = [m for m in ours if not m.competitor.shortlist]
     ratios = {
-        f"{a.label} / {b.label}": a.speedup_over(b)
+        f"{a.competitor} / {b.competitor}": a.speedup_over(b)
         for b in competitors + full_vocabulary
         for a in ours
-        if a.process.competitor.precision == b.process.competitor.precision
-        and (a.process.shortlist or b in competitors)
+        if a.competitor.precision == b.competitor.precision and (a.competitor.shortlist or b in competitors)
     }
     if ours and competitors:
-        best, rival = (max(group, key=lambda s: s.median) for group in (ours, competitors))
-        ratios[f"fastest: {best.label} / {rival.label}"] = best.speedup_over(rival)
+        best, rival = (max(group, key=lambda m: m.median) for group in (ours, competitors))
+        ratios[f"fastest: {best.competitor} / {rival.competitor}"] = best.speedup_over(rival)
     return ratios

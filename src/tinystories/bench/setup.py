@@ -40,13 +40,14 @@ LLAMA_FILE_TYPES = {"fp32": 0, "int8": 7, "int4": 2}  # LLAMA_FTYPE_ALL_F32, _MO
 
 
 class Competitor(NamedTuple):
-    """A program in one of its precisions."""
+    """A program in one of its precisions; `shortlist`: see `Workload`."""
 
     name: str
     precision: Precision
+    shortlist: int = 0
 
     def __str__(self) -> str:
-        return f"{self.name} {self.precision}"
+        return f"{self.name} {self.precision}" + (f", {self.shortlist:,} ids" if self.shortlist else "")
 
 
 def parse_competitors(text: str) -> list[Competitor]:
@@ -100,7 +101,7 @@ def prepare_competitors(
     write_json(folder / SHAPE_FILE, {"config": dataclasses.asdict(config), "sha256": sha256(folder / WEIGHTS_FILE)})
     names = PRECISIONS if peers else ["tinystories"]
     candidates = only or [Competitor(name, precision) for name in names for precision in PRECISIONS[name]]
-    reasons = {name: unavailable_reason(name, config) for name in dict.fromkeys(name for name, _ in candidates)}
+    reasons = {name: unavailable_reason(name, config) for name in dict.fromkeys(c.name for c in candidates)}
     for name, reason in reasons.items():
         if reason and only:
             raise UserError(f"{name} {reason}")
@@ -109,7 +110,7 @@ def prepare_competitors(
     selected = [competitor for competitor in candidates if not reasons[competitor.name]]
     for competitor in selected:
         log.info("preparing the files of %s", competitor)
-        prepare_files(folder, *competitor)
+        prepare_files(folder, competitor.name, competitor.precision)
     return selected
 
 

@@ -120,16 +120,16 @@ def compare(
         if shortlist >= config.vocab_size:
             raise UserError(f"--shortlist {shortlist:,} must be below the vocabulary size, {config.vocab_size:,}")
         selected = prepare_competitors(folder, config, options["only"], peers=options["peers"])
-        if shortlist and all(name != "tinystories" for name, _ in selected):
+        if shortlist and all(competitor.name != "tinystories" for competitor in selected):
             raise UserError("--shortlist applies to tinystories, which --only leaves out")
         threads = options["threads"] or count_cores()
         workload = Workload(threads=threads, streams=tasks[0].streams, tokens=capacity)
         processes = []
         for competitor in selected:
             log.info("starting %s", competitor)
-            for head_size in (0, shortlist) if shortlist and competitor.name == "tinystories" else (0,):
-                processes.append(BenchProcess(competitor, folder, dataclasses.replace(workload, shortlist=head_size)))
-                stack.callback(processes[-1].close)
+            for size in (0, shortlist) if shortlist and competitor.name == "tinystories" else (0,):
+                process = BenchProcess(competitor._replace(shortlist=size), folder, workload)
+                processes.append(stack.enter_context(contextlib.closing(process)))
         rng, results = np.random.default_rng(0), {}
         for task in tasks:
             prompts = rng.integers(config.vocab_size, size=(task.streams, task.prompt_tokens)).tolist()
@@ -159,26 +159,22 @@ def report_task(task: str, measurements: "Sequence[Measurement]") -> dict[str, A
     """Print the table and the ratios of one task, and return its results for the JSON."""
     from tinystories.bench.runner import speed_ratios
 
-    same_ids = {m.label: m.same_ids(measurements[0]) for m in measurements}
-    rows = [
-        [
-            m.label,
-            *(f"{rate:,.1f}" for rate in (m.median, min(m.rates), max(m.rates))),
-            f"{m.peak_mb:,.0f}" if m.peak_mb else "?",
-            f"{same_ids[m.label]:.0%}",
-        ]
-        for m in measurements
-    ]
+    results = {str(measurement.competitor): measurement for measurement in measurements}
+    same_ids = {label: m.same_ids(measurements[0]) for label, m in results.items()}
+    rows = []
+    for label, m in results.items():
+        rates = (f"{rate:,.1f}" for rate in (m.median, min(m.rates), max(m.rates)))
+        rows.append([label, *rates, f"{m.peak_mb:,.0f}" if m.peak_mb else "?", f"{same_ids[label]:.0%}"])
     print_table([task, "tokens/s", "min", "max", "peak MB", "same ids"], rows)
     ratios = speed_ratios(measurements)
     for name, ratio in ratios.items():
         click.echo(f"  {name}: {ratio:.2f}")
     return {
-        "tokens_per_s": {m.label: round(m.median, 2) for m in measurements},
+        "tokens_per_s": {label: round(m.median, 2) for label, m in results.items()},
         "ratios": {name: round(ratio, 3) for name, ratio in ratios.items()},
-        "peak_mb": {m.label: m.peak_mb for m in measurements},
+        "peak_mb": {label: m.peak_mb for label, m in results.items()},
         "same_ids": same_ids,
-        "runs": {m.label: [round(rate, 2) for rate in m.rates] for m in measurements},
+        "runs": {label: [round(rate, 2) for rate in m.rates] for label, m in results.items()},
     }
 
 
@@ -215,7 +211,7 @@ def startup_command(competitor: "Competitor", model: Path, folder: Path, threads
     from tinystories.bench.competitors import Workload
     from tinystories.bench.runner import child_command
 
-    name, precision = competitor
+    name, precision, _ = competitor
     if name in ("tinystories", "torch"):
         command = [sys.executable, "-m", "tinystories", "generate", str(model), "--max-tokens", "1", "--precision"]
         command += [precision, "--engine", "torch" if name == "torch" else "cpu", "--prompt", "Once"]
@@ -231,7 +227,7 @@ def describe_machine(competitors: "Iterable[Competitor]") -> dict[str, Any]:
     from tinystories.bench.setup import package_version
 
     return {
-        "versions": {name: package_version(name) for name, _ in competitors},
+        "versions": {c.name: package_version(c.name) for c in competitors},
         "python": platform.python_version(),
         "machine": platform.machine(),
         "cores": count_cores(),
