@@ -217,14 +217,10 @@ def sample_next(engine: Engine, active: list[ActiveSequence]) -> list[tuple[Acti
         for settings, rows in rows_by_settings.items():
             members = [group[row] for row in rows]
             selected_logits = logits if len(rows) == len(group) else logits[rows]
-            sampled += zip(members, sample_rows(members, settings, selected_logits), strict=True)
+            u = np.array([member.uniforms.next() for member in members])
+            ids = sample(selected_logits, settings, u, [member.seen_ids for member in members])
+            sampled += zip(members, ids, strict=True)
     return sampled
-
-
-def sample_rows(members: list[ActiveSequence], settings: SamplingConfig, logits: Logits) -> list[int]:
-    """Sample one token per row of logits (B, V), each with the random stream of its own sequence."""
-    u = np.array([sequence.uniforms.next() for sequence in members])
-    return sample(logits, settings, u, [sequence.seen_ids for sequence in members])
 
 
 def forward(engine: Engine, active: list[ActiveSequence]) -> Iterator[tuple[list[ActiveSequence], Logits]]:

@@ -1,7 +1,6 @@
 """`tinystories sweep`: hyperparameter search."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,9 +51,8 @@ def sweep(
     workers: int,
     resume: bool,
     show: bool,
-    as_json: bool,
     **plan_options: Any,
-) -> int:
+) -> dict[str, Any] | int:
     """Search hyperparameters for the fewest bits per byte. Each trial trains in its own run directory.
 
     \b
@@ -86,7 +84,7 @@ def sweep(
     out = out or Path("runs") / f"{Path(config_file).stem}-sweep"
     plan = read_plan(out)
     if show and plan is not None:
-        return print_results(out, plan, as_json)
+        return print_results(out, plan)
     if show:
         raise UserError(f"--show found no sweep in --out {out}")
     if plan is not None and not resume:
@@ -102,11 +100,11 @@ def sweep(
         ensure_prepared(example_config)
     check_runnable(plan, example_config)
     stop_signal = run_sweep(out, plan, example_config, workers)
-    return 128 + stop_signal if stop_signal else print_results(out, plan, as_json)
+    return 128 + stop_signal if stop_signal else print_results(out, plan)
 
 
-def print_results(out: Path, plan: "Plan", as_json: bool) -> int:
-    """Print the table of a sweep and what to do next; return exit code 0."""
+def print_results(out: Path, plan: "Plan") -> dict[str, Any]:
+    """Print the table of a sweep and what to do next; return the results for --json."""
     from tinystories.sweep.results import at_boundary, find_best, format_table, read_results
     from tinystories.sweep.study import open_study
 
@@ -124,9 +122,7 @@ def print_results(out: Path, plan: "Plan", as_json: bool) -> int:
         click.echo(
             f"best: trial {best.number}, {best.bits:.4f} bits per byte. Train with its settings: {train_command}"
         )
-    if as_json:
-        trials = [{"trial": r.number, "settings": r.settings} | dataclasses.asdict(r.outcome) for r in results]
-        for trial in trials:
-            del trial["settings_to_blame"]
-        click.echo(json.dumps({"out": str(out), "best": trials[0] if best else None, "trials": trials}))
-    return 0
+    trials = [{"trial": r.number, "settings": r.settings} | dataclasses.asdict(r.outcome) for r in results]
+    for trial in trials:
+        del trial["settings_to_blame"]
+    return {"out": str(out), "best": trials[0] if best else None, "trials": trials}
