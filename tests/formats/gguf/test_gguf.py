@@ -320,7 +320,7 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "missing": ({}, {"blk.1.ffn_up.weight": None}, "weight 'layers.1.mlp.up_proj.weight' is missing"),
     "no embedding": ({}, {"token_embd.weight": None}, "without token_embd.weight"),
     "unknown": ({}, {"rope_freqs.weight": NAN}, "'rope_freqs.weight' is unknown"),
-    "shape": ({}, {"blk.0.ffn_up.weight": np.zeros((40, 25), np.float32)}, r"\(40, 25\), not \(40, 24\)"),
+    "shape": ({}, {"blk.0.ffn_up.weight": np.zeros((40, 25), np.float32)}, r"\(40, 25\), expected \(40, 24\)"),
     "a long name": ({"qwen3.\x1b" + "x" * 500: 1}, {}, r"'qwen3.\\x1bx+\.\.\. is set"),
     "setting": ({"qwen3.rope.scaling.type": "yarn"}, {}, "'qwen3.rope.scaling.type' is set"),
     "blocks": ({"qwen3.block_count": 2**32 - 1}, {}, "block_count=4,294,967,295"),

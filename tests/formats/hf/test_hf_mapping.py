@@ -151,7 +151,7 @@ def test_files_as_they_are_on_the_hub_are_read(theirs: Any) -> None:
         (lambda w: w.update({"lm_head.weight": w["lm_head.weight"] + 1}), "lm_head.weight differs from"),
         (
             lambda w: w.update({"transformer.h.0.attn.c_attn.weight": w["transformer.h.0.attn.c_attn.weight"].T}),
-            r"k_proj.weight has shape \(8, 72\), not \(24, 24\)",
+            r"k_proj.weight has shape \(8, 72\), expected \(24, 24\)",
         ),
         (
             lambda w: w.update({"transformer.ln_f.bias": np.zeros(24, np.int8)}),
