@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,7 +117,7 @@ def run_search(out: Path, plan: "Plan", example_config: Config, workers: int, as
     try:
         run_sweep(out, plan, example_config, workers)
     except SweepInterrupted as stop:
-        click.echo(f"{stop}; saved. Resume with: tinystories sweep --out {out} --resume", err=True)
+        click.echo(f"{stop}; saved. Resume with: tinystories sweep --out {shlex.quote(str(out))} --resume", err=True)
         return 128 + stop.signal
     return print_results(out, as_json)
 
@@ -143,7 +144,7 @@ def print_results(out: Path, as_json: bool) -> int:
     else:
         click.echo(
             f"best: trial {best.number}, {best.bits:.4f} bits per byte. Train with its settings:"
-            f" tinystories train --config {out / 'best.toml'} --out runs/best"
+            f" tinystories train --config {shlex.quote(str(out / 'best.toml'))} --out runs/best"
         )
     if as_json:
         trials = [{"trial": r.number, "settings": r.settings} | dataclasses.asdict(r.outcome) for r in results]
