@@ -13,7 +13,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from tinystories.errors import MAX_QUOTED_CHARS, UserError, quoted
+from tinystories.errors import MAX_QUOTED_CHARS, UserError, check_integer, check_number, quoted
 
 T = TypeVar("T")
 
@@ -249,6 +249,9 @@ class SamplingConfig:
     repetition_penalty: float = 1.0  # 1: off
 
     def __post_init__(self) -> None:
+        check_integer("top_k", self.top_k)
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            check_number(name, getattr(self, name))
         require(0 <= self.temperature < math.inf, f"temperature={self.temperature} must be 0 or a positive number")
         require(self.top_k >= 0, f"top_k={self.top_k} must not be negative")
         require(0 < self.top_p <= 1, f"top_p={self.top_p} must be in (0, 1]")
