@@ -18,7 +18,9 @@ log = logging.getLogger(__name__)
 FETCH_TIMEOUT_SECONDS = 25.0  # for downloading GPT-2's vocabulary; tiktoken itself has no timeout
 # Text that BPE merges are learned from; more changes the merges little and costs minutes.
 MAX_TRAINING_BYTES = 200_000_000
-PIECE_BYTES = 1 << 16  # longer stories are given to the trainer in pieces, which take 200 bytes of memory per byte
+TRAINING_PIECE_BYTES = (
+    1 << 16
+)  # longer stories are given to the trainer in pieces, which take 200 bytes of memory per byte
 # Longer words are cut: a merge moves the rest of its word, so training takes time quadratic in the longest one. Only
 # runs such as lines of dashes or encoded data are longer.
 MAX_WORD_CHARS = 1000
@@ -129,17 +131,15 @@ def take_bytes(stories: Iterable[str], limit: int) -> Iterator[str]:
 def split_stories(stories: Iterable[str], pre_tokenizer: Any) -> Iterator[str]:
     """Yield stories for the trainer: long ones in pieces, words of more than MAX_WORD_CHARS in parts.
 
-    The pieces have the same words as the stories, except for those parts and where 64 KB contain no white space.
+    The pieces have the same words as the stories, except for those parts and where 64 KB contain no end of a word.
     """
     for story in stories:
-        if len(story) <= MAX_WORD_CHARS:
-            yield story
-            continue
-        pieces = (
-            [story] if len(story) <= PIECE_BYTES // 4 else split_at_words(story.encode(), PIECE_BYTES, 2 * PIECE_BYTES)
-        )
-        for piece in pieces:
-            text = piece if isinstance(piece, str) else piece.decode()
+        if len(story) <= TRAINING_PIECE_BYTES:
+            texts: Iterable[str] = (story,)
+        else:
+            pieces = split_at_words(story.encode(), TRAINING_PIECE_BYTES, 2 * TRAINING_PIECE_BYTES)
+            texts = (piece.decode() for piece in pieces)
+        for text in texts:
             yield from split_long_words(text, pre_tokenizer) if may_have_long_word(text) else (text,)
 
 

@@ -13,11 +13,13 @@ import time
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from tinystories.data.dataset import SPLITS
 from tinystories.errors import UserError
 from tinystories.files import acquire_lock, fsync, read_json_object, write_atomic
 
 log = logging.getLogger(__name__)
 
+STAGING_NAMES = {"lock", "request.json", "journal.json", *(f"{split}.digests" for split in SPLITS)}
 JOURNAL_INTERVAL_SECONDS = 1.0  # a kill loses at most this much work, plus the current batch
 
 
@@ -46,8 +48,7 @@ class StagingDir:
         self.data_dir = folder / "data"  # what is published; the rest is only needed to resume
         self.journal = Journal()
         self._files: dict[str, BinaryIO] = {}
-        own_files = (folder / "request.json", folder / "lock")
-        if folder.exists() and any(folder.iterdir()) and not any(path.exists() for path in own_files):
+        if not is_own_folder(folder):
             raise UserError(
                 f"{folder} exists but is not a staging directory of prepare; remove it or choose another --out"
             )
@@ -131,6 +132,12 @@ class StagingDir:
             os.fsync(file.fileno())
 
 
+def is_own_folder(folder: Path) -> bool:
+    """Whether a folder is missing, or a staging directory; it may be incomplete, after a kill while it was removed."""
+    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    return bool(names & {"request.json", "lock"}) or names <= STAGING_NAMES
+
+
 def read_json(path: Path) -> dict[str, Any] | None:
     """Return the object in a JSON file, or None if the file is missing or invalid."""
     try:
@@ -141,4 +148,6 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write a JSON file atomically."""
-    write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    # A file name that is not UTF-8 has lone surrogates, which become \udcXX: also their escapes in JSON.
+    write_atomic(path, text.encode("utf-8", "backslashreplace"))
