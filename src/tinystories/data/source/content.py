@@ -63,9 +63,9 @@ def decompress(raw: BinaryIO) -> BinaryIO:
     if head.startswith(b"\x1f\x8b\x08"):
         return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]  # has all methods of a binary file
     if head.startswith(b"\xfd7zXZ\0"):
-        return io.BufferedReader(lzma.LZMAFile(raw))  # type: ignore[type-var, return-value]
+        return io.BufferedReader(lzma.LZMAFile(raw))
     if head.startswith(b"BZh") and head[4:10] == b"1AY&SY":
-        return io.BufferedReader(bz2.BZ2File(raw))  # type: ignore[type-var, return-value]
+        return io.BufferedReader(bz2.BZ2File(raw))
     return raw
 
 
@@ -95,5 +95,6 @@ def check_head(where: str, head: bytes, *, is_parquet: bool, is_compressed: bool
     if head.startswith(PARQUET_MAGIC) and not is_parquet:
         raise UserError(f"{where} is a parquet file; rename it to NAME.parquet")
     # ASCII characters are every second byte of UTF-16, the others are zero; a byte-order mark may be missing.
-    if not is_parquet and any(head[first::2].count(0) > len(head) // 4 for first in (0, 1)):
-        raise UserError(f"{where} is UTF-16 text, not UTF-8; run: iconv -f UTF-16 -t UTF-8 FILE > NEW")
+    for encoding, first_zero in (("UTF-16BE", 0), ("UTF-16LE", 1)):
+        if not is_parquet and head[first_zero::2].count(0) > len(head) // 4:
+            raise UserError(f"{where} is {encoding} text, not UTF-8; run: iconv -f {encoding} -t UTF-8 FILE > NEW")

@@ -5,6 +5,7 @@ import os
 import shutil
 import stat
 import tempfile
+import weakref
 from pathlib import Path
 
 from tinystories.data.source.content import PARQUET_MAGIC, decompress, get_format, read_head
@@ -13,7 +14,7 @@ from tinystories.errors import UserError
 STDIN = ("-", "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0")
 
 
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False)
 class PipeCopy:
     """What a pipe contained, in a temporary file: it is read several times, and a pipe can be read only once.
 
@@ -22,7 +23,6 @@ class PipeCopy:
 
     name: str  # of the pipe, for messages
     path: Path
-    folder: "tempfile.TemporaryDirectory[str]"
 
 
 def is_pipe(path: Path) -> bool:
@@ -42,8 +42,18 @@ def copy_pipe(path: Path, formats: tuple[str, ...]) -> PipeCopy:
     first character is `{`, else .txt. Raises `UserError` if the pipe is empty or cannot be read, or if the copy cannot
     be written.
     """
-    folder = tempfile.TemporaryDirectory(prefix="tinystories-")
-    copy = Path(folder.name) / "pipe"
+    folder = Path(tempfile.mkdtemp(prefix="tinystories-"))
+    try:
+        copy = PipeCopy(str(path), write_copy(path, folder / "pipe", formats))
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    weakref.finalize(copy, shutil.rmtree, folder, ignore_errors=True)
+    return copy
+
+
+def write_copy(path: Path, copy: Path, formats: tuple[str, ...]) -> Path:
+    """Copy the pipe to a file and return the path of the file, which is `copy` with the suffix of its format."""
     try:
         source = open(0, "rb", closefd=False) if str(path) in STDIN else path.open("rb")  # noqa: SIM115
     except OSError as error:
@@ -57,10 +67,10 @@ def copy_pipe(path: Path, formats: tuple[str, ...]) -> PipeCopy:
         ) from None
     if copy.stat().st_size == 0:
         raise UserError(f"{path} is empty; pipe stories into it")
-    named = get_format(path)
-    target = copy.with_suffix(named if named in formats else recognize_format(copy))
-    os.utime(copy.replace(target), (0, 0))  # the same content has the same fingerprint, whenever it is copied
-    return PipeCopy(str(path), target, folder)
+    suffix = get_format(path) if get_format(path) in formats else recognize_format(copy)
+    named_copy = copy.replace(copy.with_suffix(suffix))
+    os.utime(named_copy, (0, 0))  # the same content has the same fingerprint, whenever it is copied
+    return named_copy
 
 
 def recognize_format(path: Path) -> str:

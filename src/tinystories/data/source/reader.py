@@ -124,7 +124,8 @@ def read_jsonl(where: str, file: BinaryIO, options: ReadOptions, position: Any =
 def parse_jsonl(where: str, lines: "LineReader", options: ReadOptions) -> Iterator[str]:
     """Yield the text field of each JSON line; blank lines are skipped. Raises `UserError` with the line number."""
     for line in lines:
-        if not (text := decode_text(where, line, options, lines.start_offset).strip()):
+        # Without its newline, so that `strip` usually has nothing to copy: a line may be long.
+        if not (text := decode_text(where, line.rstrip(b"\r\n"), options, lines.start_offset).strip()):
             continue
         try:
             row = json.loads(text)

@@ -1,6 +1,6 @@
 """Resolve source names to sources: known collections, Hub datasets, files."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -42,16 +42,16 @@ def resolve_source(source: SourceNames) -> Source:
     Does not access the network. A pipe is read to its end. Raises `UserError` if the name is unknown or a file is
     missing, empty or unsupported.
     """
-    names = list(source) if isinstance(source, Sequence) and not isinstance(source, str) else [source]
+    names = [source] if isinstance(source, str | bytes | Path) or not isinstance(source, Iterable) else list(source)
     named = get_named_sources()
     if len(names) == 1 and (name := str(names[0])) in named:
         return named[name]
     if len(names) == 1 and (name := str(names[0])).startswith("hf:"):
         repo, revision = parse_hub_name(name)
         return HubSource(name=name, repo=repo, revision=revision)
-    for name in names:
-        if not isinstance(name, str | Path):
-            raise UserError(f"a source is a name or a path, not {type(name).__name__}: {quoted(name)}")
+    for item in names:
+        if not isinstance(item, str | Path):
+            raise UserError(f"a source is a name or a path, not {type(item).__name__}: {quoted(item)}")
     paths, copies = list[Path](), list[PipeCopy]()
     for path in map(Path, names):
         if is_pipe(path):
