@@ -92,13 +92,13 @@ def test_a_model_that_is_not_a_path_is_refused(model: Any) -> None:
     ids=str,
 )
 def test_wrong_types_of_load_options_are_named(option: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=next(iter(option))):
+    with pytest.raises(UserError, match=rf"{next(iter(option))}[ =]"):
         tinystories.load(**option)
 
 
 @pytest.mark.parametrize("source", [3, b"a.txt", None, ["a.txt", 3]], ids=str)
 def test_a_source_that_is_not_a_name_is_refused(source: Any) -> None:
-    with pytest.raises(UserError, match=r"a source is a name or a path|neither a file nor a known name"):
+    with pytest.raises(UserError, match="a source is a name or a path"):
         resolve_source(source)
 
 
