@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import io
 import json
 import logging
 import os
@@ -143,6 +144,7 @@ def run(command: click.Command, argv: list[str] | None = None, name: str = "tiny
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for logger_name in ("httpx", "httpx2"):
         logging.getLogger(logger_name).setLevel(logging.WARNING)
+    escape_unencodable_characters()
     original_stdout = sys.stdout
     try:
         result = command.main(argv, prog_name=name, standalone_mode=False)
@@ -177,6 +179,17 @@ def run(command: click.Command, argv: list[str] | None = None, name: str = "tiny
     except ModuleNotFoundError as error:
         click.echo(f"error: {error.name} is not installed; {TRAIN_EXTRA_HINT}", err=True)
         return 2
+
+
+def escape_unencodable_characters() -> None:
+    """Print characters that the encoding of stdout or stderr does not have as escapes such as \\U0001f98a.
+
+    Python would raise UnicodeEncodeError in the middle of a story: in code page 1252 on Windows, in Latin-1 or ASCII
+    locales, and for file names that are not UTF-8.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not if a caller has replaced it by another object, or by None
+            stream.reconfigure(errors="backslashreplace")
 
 
 def discard_stdout() -> None:

@@ -6,6 +6,7 @@ Code in a repository is neither downloaded nor run.
 import contextlib
 import hashlib
 import logging
+import os
 import re
 import shutil
 import sys
@@ -18,7 +19,7 @@ from tinystories import checkpoint
 from tinystories.data.source.hub import CONNECT_TIMEOUT_SECONDS, parse_hub_name
 from tinystories.data.source.timeout import call_with_timeout
 from tinystories.data.tokenizer import sanitize
-from tinystories.errors import UserError
+from tinystories.errors import UserError, quoted
 from tinystories.files import DISK_FULL_ERRNOS, describe_write_error, sha256
 
 log = logging.getLogger(__name__)
@@ -126,6 +127,8 @@ def resolve_model_folder(model: str | Path | None) -> Path:
     """
     if model is None:
         return checkpoint.BUNDLED_MODEL
+    if not isinstance(model, str | os.PathLike):
+        raise UserError(f"a model is a folder or hf:OWNER/NAME, not {type(model).__name__}: {quoted(model)}")
     if not str(model).startswith("hf:"):
         return Path(model)
     folder = download(str(model))

@@ -6,6 +6,7 @@ seed if there are several workers (docs/decisions/0011-sweeps.md).
 
 import dataclasses
 import logging
+import shlex
 import signal
 import subprocess
 import threading
@@ -64,7 +65,7 @@ class SweepRunner:
         name = signal.Signals(self.signals[0]).name
         self.display.print_line(
             f"stopped by {name} with {n_finished} of {self.plan.trials} trials finished; saved."
-            f" Resume with: tinystories sweep --out {self.folder} --resume"
+            f" Resume with: tinystories sweep --out {shlex.quote(str(self.folder))} --resume"
         )
         return self.signals[0]
 

@@ -50,7 +50,8 @@ def prepare(
       tinystories-v2      the GPT-4 stories of the same dataset
       tinystories-clean   karpathy/tinystories-gpt4-clean
       hf:OWNER/NAME       any dataset on the Hugging Face Hub
-      FILE or FOLDER ...  .txt (<|endoftext|> between stories), .jsonl, .csv, .parquet
+      FILE or FOLDER ...  .txt (<|endoftext|> between stories), .jsonl, .csv, .parquet; .gz, .bz2 and .xz of text
+      -                   standard input: .txt, or .jsonl if it starts with {
 
     After an interrupt, the same command continues where it stopped; once the data is complete, it does nothing.
     """

@@ -1,6 +1,7 @@
 """`tinystories sweep`: hyperparameter search."""
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,7 +119,7 @@ def print_results(out: Path, plan: "Plan") -> dict[str, Any]:
         for name in at_boundary(best, plan.space.distributions):
             edge = f"the best {name} is at the edge of its range {plan.space.texts[name]}"
             click.echo(f"{edge}: a wider range may hold a better one")
-        train_command = f"tinystories train --config {out / 'best.toml'} --out runs/best"
+        train_command = f"tinystories train --config {shlex.quote(str(out / 'best.toml'))} --out runs/best"
         click.echo(
             f"best: trial {best.number}, {best.bits:.4f} bits per byte. Train with its settings: {train_command}"
         )

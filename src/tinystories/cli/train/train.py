@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +88,14 @@ def run_training(config: Config, out: Path, *, resume: bool) -> dict[str, Any] |
     except Interrupted as stop:
         if not is_main:
             return 0  # on an error code, torchrun would kill the main process before it has printed how to resume
-        click.echo(f"{stop}; saved. Resume with: tinystories train --out {out} --resume", err=True)
+        click.echo(f"{stop}; saved. Resume with: tinystories train --out {shlex.quote(str(out))} --resume", err=True)
         return 128 + stop.signum
     if not is_main:
         return 0
     if report is not None:
         click.echo(f"{report.bits_per_byte:.4f} bits per byte on {report.stories:,} validation stories", err=True)
-    click.echo(f"done: {out} (loss.png, samples.md). Read a story: tinystories generate {out}", err=True)
+    command = f"tinystories generate {shlex.quote(str(out))}"
+    click.echo(f"done: {out} (loss.png, samples.md). Read a story: {command}", err=True)
     score = dataclasses.asdict(report) if report is not None else {}
     return {"out": str(out), "steps": config.train.steps} | score
 
@@ -111,9 +113,12 @@ def ensure_prepared(config: Config) -> None:
     if (folder / "meta.json").exists():
         return
     if World.from_environment().size > 1:
+        words = [config.data.source, "--tokenizer", config.data.tokenizer, "--out", str(folder)]
+        if config.data.val:
+            words += ["--val", config.data.val]
+        command = f"tinystories prepare {shlex.join(words)}"
         raise UserError(
-            f"{folder} holds no prepared data; before starting several processes, prepare it once: tinystories prepare"
-            f" {config.data.source} --tokenizer {config.data.tokenizer} --out {folder}"
+            f"{folder} holds no prepared data; before starting several processes, prepare it once: {command}"
         )
     from tinystories.data.prepare import prepare as prepare_data
 
