@@ -92,8 +92,6 @@ def test_records_of_prepare_hold_file_names_that_are_not_utf8(tmp_path: Path) ->
     for value in ({"name": "caf\udce9"}, {"name": "café"}, {"name": "\udcf0\udc9f\U0001f98a"}):
         write_json(tmp_path / "a.json", value)
         assert read_json(tmp_path / "a.json") == value
-    write_json(tmp_path / "a.json", {"name": "café"})
-    assert "café".encode() in (tmp_path / "a.json").read_bytes(), "readable as before"
 
 
 @pytest.mark.extended

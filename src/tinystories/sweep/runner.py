@@ -65,7 +65,7 @@ class SweepRunner:
         name = signal.Signals(self.signals[0]).name
         self.display.print_line(
             f"stopped by {name} with {n_finished} of {self.plan.trials} trials finished; saved."
-            f" Resume with: tinystories sweep --out {shlex.quote(str(self.folder))} --resume"
+            f" Resume with: {format_resume_command(self.folder)}"
         )
         return self.signals[0]
 
@@ -181,6 +181,10 @@ class SweepRunner:
                 process.kill()
             raise KeyboardInterrupt
         log.info("stopping: the trials finish their current step and save; interrupt again to stop at once")
+
+
+def format_resume_command(folder: Path) -> str:
+    return f"tinystories sweep --out {shlex.quote(str(folder))} --resume"
 
 
 def run_sweep(folder: Path, plan: Plan, config: Config, workers: int) -> int:
