@@ -20,6 +20,9 @@ def build(work: Path) -> Path:
     """Return the folder of valid files, after making it if it is not there yet. Takes a minute or two."""
     base = work / "base"
     if base.exists():
+        for name in ("model", "classic", "llama-run"):  # commands quantize the models that they read
+            for path in (base / name).glob("packed-*"):
+                path.unlink()
         return base
     print(f"making valid files in {base} (once; a minute or two)", file=sys.stderr)
     draft = work / "base.draft"
