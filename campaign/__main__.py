@@ -1,6 +1,7 @@
 """`python -m campaign PART`: see README.md."""
 
 import argparse
+import signal
 import sys
 import tempfile
 import time
@@ -41,6 +42,7 @@ def main() -> int:
     record = Record(arguments.part, settings, work / "findings")
     started_at = time.monotonic()
     names = [name for name in arguments.commands.split(",") if name]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what has been found is recorded
     try:
         if arguments.part == "fuzz":
             from campaign.fuzz import fuzz
