@@ -28,6 +28,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--points", type=int, default=0, help="enospc: points of each command (default: every one)")
     parser.add_argument("--sizes", type=int, default=50, help="enospc: sizes of a small file system")
     parser.add_argument("--moments", type=int, default=50, help="signals: moments for each command and signal")
+    parser.add_argument("--processes", type=int, nargs="+", default=[2, 8], help="many: how many at once")
     parser.add_argument(
         "--commands", default="", help="enospc, signals, readonly, many: comma-separated (default: all)"
     )
@@ -73,7 +74,7 @@ def main() -> int:
         else:
             from campaign.many import many
 
-            many(record, work, names, plant=arguments.plant)
+            many(record, work, names, processes=arguments.processes, plant=arguments.plant)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
     if arguments.replay is None:

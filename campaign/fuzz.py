@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from campaign import base as valid_files
-from campaign.program import ROOT, TRACEBACK, environment, shell_code
+from campaign.program import TRACEBACK, environment, shell_code
 from campaign.readers import READERS
 from campaign.record import Record
 
@@ -54,7 +54,7 @@ def run_worker(
         (scratch / "worker-stderr").open("wb") as errors,
         subprocess.Popen(
             [sys.executable, "-m", "campaign.worker", *map(str, words)],
-            cwd=ROOT,
+            cwd=base,  # the sweep's data has a relative path
             env=environment(work),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -47,11 +47,11 @@ CASES = {
 }
 
 
-def many(record: Record, work: Path, names: list[str], *, plant: str | None) -> None:
-    """Run each case with 2 and with 8 processes."""
+def many(record: Record, work: Path, names: list[str], *, processes: list[int], plant: str | None) -> None:
+    """Run each case with each number of processes."""
     base = valid_files.build(work)
     for name in names or sorted(CASES):
-        for n in (2, 8):
+        for n in processes:
             at_once(record, work, base, name, n, plant)
 
 

@@ -219,7 +219,7 @@ def gguf_numbers(data: bytes) -> list[tuple[int, int]]:
     except (KeyError, struct.error):
         pass
     # Of long arrays only some, so that the other fields are not lost among them.
-    head, tail = places[:200], places[-200:]
+    head, tail = places[:200], places[200:][-200:]
     return [place for place in head + tail if place[0] + place[1] <= len(data)]
 
 

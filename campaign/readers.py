@@ -138,7 +138,7 @@ READERS = {
     ),
     "sweep": Reader(
         ("sweep",),
-        ("sweep.db", ".lock", "trial-*/metrics.jsonl", "best.toml"),
+        ("sweep.db", "sweep.*b", "*.db", ".lock", "trial-*/metrics.jsonl", "best.toml"),
         choose(*["sweep --out IN --show"] * 4, "sweep --out IN --show --json", "sweep --out IN --resume --trials 2"),
         timeout=60.0,
     ),
