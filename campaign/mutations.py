@@ -192,7 +192,8 @@ def gguf_numbers(data: bytes) -> list[tuple[int, int]]:
 
     def text() -> None:
         nonlocal at
-        at += number(8)
+        length = number(8)  # moves `at`
+        at += length
 
     def value(kind: int) -> None:
         nonlocal at
