@@ -25,17 +25,18 @@ import torch
 from safetensors.torch import save_file
 from script import run_main
 
-from tinystories.checkpoint import ModelFiles, state_dict_to_save
+from tinystories.checkpoint import WEIGHTS, ModelFiles, state_dict_to_save
 from tinystories.config import SamplingConfig
 from tinystories.config_file import load_config
 from tinystories.engine.cpu.engine import CpuEngine
-from tinystories.engine.cpu.weights import load_fp32, quantize
 from tinystories.engine.engine_config import EngineConfig
 from tinystories.engine.protocol import Engine
 from tinystories.engine.torch_engine import TorchEngine
+from tinystories.files import sha256
 from tinystories.formats.hf.mapping import to_transformers
 from tinystories.generate.sampling import sample
 from tinystories.model import GPT
+from tinystories.weights.load import load_fp32, quantize
 
 GREEDY = SamplingConfig(temperature=0.0)
 
@@ -96,8 +97,9 @@ def build_cpu_weights(model: GPT) -> dict[str, dict[str, Any]]:
     """Return the weights in each precision of the CPU engine, as if loaded from a model directory."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        save_file(state_dict_to_save(model), folder / "model.safetensors")
-        files = ModelFiles(folder, model.config, {}, SamplingConfig(), {})
+        save_file(state_dict_to_save(model), folder / WEIGHTS)
+        checksums = {WEIGHTS: sha256(folder / WEIGHTS)}
+        files = ModelFiles(folder, model.config, {}, SamplingConfig(), checksums)
         return {
             "fp32": {name: np.array(weight) for name, weight in load_fp32(files).items()},
             "int8": dict(quantize(files, "int8")),

@@ -23,11 +23,11 @@ import torch
 from script import run_main
 from training_runs import build_train_command, execute_all, final_record, read_records, training_seconds
 
-from tinystories.checkpoint import list_checkpoints, load_weights, read_model
+from tinystories.checkpoint import list_checkpoints, read_model
 from tinystories.config_file import load_config
 from tinystories.data.dataset import open_split
 from tinystories.data.loader import PackedRows
-from tinystories.engine.torch_engine import TorchEngine
+from tinystories.engine.torch_engine import TorchEngine, load_weights
 from tinystories.evaluate.bits import evaluate_bits_per_byte, read_prepared_stories
 from tinystories.model import GPT
 

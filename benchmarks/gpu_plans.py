@@ -90,8 +90,8 @@ def measure_plan(session: "Session") -> Iterator[list[Step]]:
     train = f"benchmarks/train.py --nanogpt {kit}/nanogpt/model.py {device} {config.training}"
     compile_all = f"{train} --first-steps --compile-jobs {config.compile_jobs}"
     # Without our addopts and warnings-as-errors, which are meant for other library versions. The machine lacks the
-    # programs that tests/interop needs.
-    pytest = "-m pytest -o addopts= -W default -p no:cacheprovider -q --ignore=tests/interop"
+    # programs that tests/formats and tests/hub need.
+    pytest = "-m pytest -o addopts= -W default -p no:cacheprovider -q --ignore=tests/formats --ignore=tests/hub"
     concurrent_steps = [
         Step("tests", f"{pytest} {config.pytest}", limit=120, min_seconds=20),
         Step("compile", compile_all, 120, 40),

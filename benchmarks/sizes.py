@@ -15,8 +15,8 @@ from script import run_main
 
 from tinystories import load
 from tinystories.checkpoint import ModelFiles, read_model
-from tinystories.engine.cpu.weights import quantized_path
 from tinystories.evaluate.report import evaluate_model
+from tinystories.weights.load import quantized_path
 
 
 def main() -> None:

@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import Any
 
 from script import run_main
+from text_statistics import NgramIndex, measure_diversity
 
 from tinystories import load
 from tinystories.config import SamplingConfig
 from tinystories.data.source.resolve import iter_stories
 from tinystories.evaluate.bits import encode_stories, evaluate_bits_per_byte
 from tinystories.evaluate.report import evaluate_model
-from tinystories.evaluate.text_statistics import NgramIndex, measure_diversity
 from tinystories.generate.batching import Request, Story, generate_all
 from tinystories.generate.storyteller import Storyteller
 

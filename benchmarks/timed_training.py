@@ -27,9 +27,9 @@ from tinystories.checkpoint import read_model
 from tinystories.config import Config
 from tinystories.config_file import load_config
 from tinystories.data.loader import PackedRows
-from tinystories.engine.cpu.int8_model import write_int8_model
 from tinystories.errors import UserError
 from tinystories.train.run import train
+from tinystories.weights.load import write_int8_model
 
 PILOT_STEPS = 60  # the last 10 are timed, after compilation and memory growth
 TIME_MARGIN = 0.93  # fraction of the time to plan for: other processes may slow the device down

@@ -7,12 +7,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from tinystories.config import ModelConfig
 from tinystories.data.prepare import prepare
 from tinystories.model import GPT
 
 os.environ.setdefault("PYTEST_TIMEOUT", "300")  # not an option: pytest must run where pytest-timeout is missing
+
+# Hypothesis tries the same examples in every run, however slow the machine is.
+settings.register_profile("certain", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("certain")
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    """Seed torch before each test: what it draws does not depend on the tests that ran before."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

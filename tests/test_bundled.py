@@ -3,15 +3,15 @@
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from command_line import run_python
+from text_statistics import has_loop
 
 import tinystories
 from tinystories.checkpoint import BUNDLED_MODEL, read_model
 from tinystories.evaluate.report import evaluate_model
-from tinystories.evaluate.text_statistics import has_loop
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "valid.txt"
 
@@ -29,7 +29,7 @@ main(sys.argv[1:])
 
 
 def alone(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", ALONE, *words], capture_output=True, text=True, timeout=120)
+    return run_python("-c", ALONE, *words)
 
 
 def test_first_command_writes_a_complete_story_without_torch_and_network() -> None:
@@ -79,6 +79,6 @@ def test_info_prints_the_card() -> None:
     assert card.startswith("---\n")  # front matter for the Hub, not printed
     assert done.stdout.endswith(card[card.index("# The bundled storyteller") :])
     assert "pipeline_tag" not in done.stdout
-    plain = json.loads(alone("info", "--json").stdout)
-    assert plain["parameters"] == read_model(BUNDLED_MODEL).config.n_params
+    facts = json.loads(alone("info", "--json").stdout)
+    assert facts["parameters"] == read_model(BUNDLED_MODEL).config.n_params
     assert re.search(r"CDLA-Sharing-1\.0", done.stdout)

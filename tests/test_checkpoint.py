@@ -11,6 +11,7 @@ import torch
 from tinystories import checkpoint
 from tinystories.config import ModelConfig, SamplingConfig
 from tinystories.data.tokenizer import Tokenizer
+from tinystories.engine.torch_engine import load_weights
 from tinystories.errors import UserError, quoted
 from tinystories.files import atomic_directory
 from tinystories.model import GPT
@@ -35,7 +36,9 @@ def folder(tmp_path: Path, sample_data: Path) -> Path:
 
 @pytest.mark.parametrize("architecture", ["classic", "modern"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_round_trip(tmp_path: Path, sample_data: Path, architecture: str, tied: bool) -> None:
+def test_a_written_model_is_read_back_unchanged(
+    tmp_path: Path, sample_data: Path, architecture: str, tied: bool
+) -> None:
     model = tiny(architecture=architecture, tied=tied)
     files = checkpoint.read_model(write(tmp_path / "model", model, sample_data))
     assert files.config == model.config
@@ -44,7 +47,7 @@ def test_round_trip(tmp_path: Path, sample_data: Path, architecture: str, tied: 
     assert files.tokenizer().sha256 == Tokenizer.load(sample_data).sha256
     torch.manual_seed(99)
     other = GPT(files.config)
-    checkpoint.load_weights(files, other)
+    load_weights(files, other)
     for name, weight in model.state_dict().items():
         torch.testing.assert_close(other.state_dict()[name], weight, rtol=0, atol=0)
     assert (other.lm_head.weight is other.embed_tokens.weight) == tied
@@ -102,7 +105,7 @@ def test_a_garbled_config_is_refused(folder: Path, text: str) -> None:
 @pytest.mark.parametrize("change", [{"n_embd": 32}, {"n_layer": 3}, {"tied": False}])
 def test_weights_of_another_shape_are_refused(folder: Path, change: dict[str, object]) -> None:
     with pytest.raises(UserError, match=r"model\.safetensors"):
-        checkpoint.load_weights(checkpoint.read_model(folder), tiny(**change))
+        load_weights(checkpoint.read_model(folder), tiny(**change))
 
 
 def test_missing_directory_and_missing_config_are_refused(tmp_path: Path) -> None:
@@ -169,7 +172,7 @@ def test_new_directory_has_default_permissions(folder: Path) -> None:
     assert folder.stat().st_mode == (folder.parent / "plain").stat().st_mode
 
 
-def test_explicit_staging_path(tmp_path: Path, sample_data: Path) -> None:
+def test_an_explicit_staging_path_is_emptied_first(tmp_path: Path, sample_data: Path) -> None:
     """Training uses one, and a killed run leaves it behind."""
     (tmp_path / "step.draft").mkdir()
     (tmp_path / "step.draft" / "half").write_text("")

@@ -56,7 +56,7 @@ def test_an_exception_half_way_keeps_the_old_file_and_leaves_no_trace(
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 @pytest.mark.parametrize("new", [False, True])
-def test_what_the_disk_refuses_leaves_no_trace(
+def test_a_write_that_the_disk_refuses_leaves_no_trace(
     path: Path, call: str, new: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -32,17 +33,33 @@ def plans(gpu: ModuleType) -> ModuleType:
     return sys.modules[gpu.train_plan.__module__]
 
 
-def session_of(gpu: ModuleType, folder: Path, budget: float = 100.0) -> Any:
+def session_of(gpu: ModuleType, folder: Path, budget: float = 10_000.0) -> Any:
     return gpu.Session("measure", gpu.TOY, budget, folder / "work", folder / "out")
 
 
-def python_step(gpu: ModuleType, name: str, program: str, limit: float = 30.0, floor: float = 0.0) -> Any:
+def python_step(gpu: ModuleType, name: str, program: str, limit: float = 10_000.0, floor: float = 0.0) -> Any:
     return gpu.Step(name, f"-c {shlex.quote(program)}", limit=limit, min_seconds=floor)
 
 
-def test_step_that_is_cut_keeps_its_output(gpu: ModuleType, tmp_path: Path) -> None:
+def test_step_that_is_cut_keeps_its_output(gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit is reached just after the step has printed its result, however long that takes."""
     session = session_of(gpu, tmp_path)
-    session.run([python_step(gpu, "slow", PRINT_AND_WAIT, limit=1.0)])
+    timers: list[Any] = []
+    record = session.record
+
+    def start_timer(_: float, at_limit: Any, arguments: Any) -> MagicMock:
+        timers.append(lambda: at_limit(*arguments))
+        return MagicMock()
+
+    def record_then_reach_the_limit(step: Any, **values: Any) -> None:
+        record(step, **values)
+        if "result" in values:
+            for reach_limit in timers:
+                reach_limit()
+
+    monkeypatch.setattr(gpu.threading, "Timer", start_timer)
+    monkeypatch.setattr(session, "record", record_then_reach_the_limit)
+    session.run([python_step(gpu, "slow", PRINT_AND_WAIT, limit=0.0)])
     assert session.outcomes == {"slow": "cut"}
     records = [json.loads(line) for line in (tmp_path / "out" / "records.jsonl").read_text().splitlines()]
     assert records[0]["result"]["value"] == 7
@@ -63,8 +80,8 @@ def test_second_call_skips_finished_steps_and_retries_failed_ones(gpu: ModuleTyp
 
 
 def test_step_is_skipped_if_less_than_its_minimum_is_left(gpu: ModuleType, tmp_path: Path) -> None:
-    session = session_of(gpu, tmp_path, budget=5.0)
-    session.run([python_step(gpu, "long", PRINT, floor=60.0), python_step(gpu, "short", PRINT)])
+    session = session_of(gpu, tmp_path, budget=5000.0)
+    session.run([python_step(gpu, "long", PRINT, floor=60000.0), python_step(gpu, "short", PRINT)])
     assert session.outcomes == {"long": "skipped", "short": "done"}
 
 

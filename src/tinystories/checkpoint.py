@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 WEIGHTS = "model.safetensors"
-# Replaces WEIGHTS in an int8-only model directory (engine/cpu/int8_model.py).
+# Replaces WEIGHTS in an int8-only model directory (`weights.load.write_int8_model`).
 INT8_WEIGHTS = "packed-int8.safetensors"
 BUNDLED_MODEL = Path(__file__).parent / "bundled"  # the model shipped with the package
 
@@ -55,7 +55,7 @@ class ModelFiles:
     def weights_sha256(self) -> str:
         return self.checksums[self.weights_path.name]
 
-    def check_weights(self) -> None:
+    def verify_weights(self) -> None:
         """Verify the checksum of the weights. `UserError` if it differs from the one in config.json."""
         verify_checksums(self.folder, {self.weights_path.name: self.weights_sha256})
 
@@ -79,11 +79,11 @@ def is_native_model(folder: Path) -> bool:
     return is_model(folder) and "format" in read_json(folder / "config.json")
 
 
-def read_model(folder: Path | str, *, check_weights: bool = True) -> ModelFiles:
+def read_model(folder: Path | str, *, verify_weights: bool = True) -> ModelFiles:
     """Read and verify a model directory. `UserError` if a file is missing or altered, or the format is unknown.
 
-    With `check_weights=False` the caller verifies the weights' checksum, the slowest part, by
-    `ModelFiles.check_weights`.
+    With `verify_weights=False` the caller verifies the weights' checksum, the slowest part, by
+    `ModelFiles.verify_weights`.
     """
     folder = Path(folder)
     with os_errors(quoted(str(folder))):
@@ -103,7 +103,7 @@ def read_model(folder: Path | str, *, check_weights: bool = True) -> ModelFiles:
             f"{folder}/config.json: unsupported format {quoted(config_json.get('format'))}, expected"
             f" {FORMAT_VERSION}; the file was not written by this program"
         )
-    verify_checksums(folder, config_json.get("files"), set() if check_weights else {WEIGHTS, INT8_WEIGHTS})
+    verify_checksums(folder, config_json.get("files"), set() if verify_weights else {WEIGHTS, INT8_WEIGHTS})
     settings = config_json.get("model")
     if not isinstance(settings, dict):
         raise UserError(f"{folder}/config.json: [model] is missing")
@@ -155,31 +155,6 @@ def read_json(path: Path) -> dict[str, Any]:
         return read_json_object(path)
     except FileNotFoundError:
         raise UserError(f"{path} is missing; the model is incomplete") from None
-
-
-def load_weights(files: ModelFiles, model: "GPT") -> None:
-    """Copy the weights of a model directory into a model of the same config. `UserError` if names or shapes differ."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        weights = load_file(files.weights_path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{files.weights_path} cannot be read: {error}") from None
-    copy_into_model(weights, model, files.weights_path)
-
-
-def copy_into_model(weights: "Mapping[str, torch.Tensor]", model: "GPT", where: Path) -> None:
-    """Copy weights into a model. `UserError`, naming `where`, if a name is missing or unknown or a shape differs."""
-    expected = state_dict_to_save(model)
-    for name in sorted(expected.keys() | weights.keys()):
-        if name not in weights or name not in expected:
-            raise UserError(f"{where}: weight {quoted(name)} is {'unknown' if name in weights else 'missing'}")
-        if weights[name].shape != expected[name].shape:
-            raise UserError(
-                f"{where}: {name} has shape {tuple(weights[name].shape)}, expected {tuple(expected[name].shape)}"
-            )
-    model.load_state_dict(weights, strict=False)
 
 
 def state_dict_to_save(model: "GPT") -> "dict[str, torch.Tensor]":

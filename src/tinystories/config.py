@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from tinystories.errors import UserError
+from tinystories.errors import UserError, check_integer, check_number
 
 T = TypeVar("T")
 
@@ -261,6 +261,9 @@ class SamplingConfig:
     repetition_penalty: float = field(1.0, "1: off", FINITE_POSITIVE)
 
     def __post_init__(self) -> None:
+        check_integer("top_k", self.top_k)
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            check_number(name, getattr(self, name))
         check_ranges(self)
 
 

@@ -1,6 +1,7 @@
-"""`UserError`, the one exception that is shown to users, and helpers that build its messages. Imports nothing else."""
+"""`UserError`, the one exception shown to users, helpers that build its messages, and checks of argument types."""
 
 import contextlib
+import numbers
 from collections.abc import Iterator
 
 MAX_QUOTED_CHARS = 60  # longest piece of untrusted text in a message
@@ -31,3 +32,21 @@ def error_context(where: object) -> Iterator[None]:
         text = str(error)
         already_named = text.startswith(f"{where} ") or f"{where}/" in text or f"{where}:" in text
         raise error if already_named else UserError(f"{where}: {text}") from None
+
+
+def check_integer(name: str, value: object) -> None:
+    """Raise `UserError` unless `value` is an integer of Python or NumPy. A float or bool is not one."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise UserError(f"{name}={quoted(value)} must be an integer, not {type(value).__name__}")
+
+
+def check_number(name: str, value: object) -> None:
+    """Raise `UserError` unless `value` is an integer or float of Python or NumPy. A bool is not one."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise UserError(f"{name}={quoted(value)} must be a number, not {type(value).__name__}")
+
+
+def check_bool(name: str, value: object) -> None:
+    """Raise `UserError` unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise UserError(f"{name}={quoted(value)} must be True or False, not {type(value).__name__}")

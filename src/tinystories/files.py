@@ -30,6 +30,17 @@ def os_errors(where: object) -> Iterator[None]:
         raise UserError(f"{where} cannot be read: {error.strerror or error}") from None
 
 
+@contextlib.contextmanager
+def write_errors(where: object) -> Iterator[None]:
+    """Turn what the disk refuses inside the block (full, no permission) into a `UserError` that names `where`."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{where} cannot be written: {getattr(error, 'strerror', None) or error}") from None
+
+
 def describe_write_error(error: OSError, where: object) -> str:
     """Return the message for a failed write; `where` is named if the error does not name a file."""
     return f"{error.filename or where} cannot be written: {error.strerror}"

@@ -46,13 +46,13 @@ class Display:
 
 
 class StepDisplay(Display):
-    """Progress of a training run. `step` is the number of steps already done."""
+    """Progress of a training run in steps, or of a sweep in trials. `step` is the number already done."""
 
-    def __init__(self, steps: int, step: int, *, quiet: bool = False) -> None:
+    def __init__(self, steps: int, step: int, *, unit: str = "step", quiet: bool = False) -> None:
         text, eta = TextColumn("{task.fields[text]}"), (TextColumn("ETA"), TimeRemainingColumn())
-        columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=20), text, *eta)
+        columns = (TextColumn(unit), MofNCompleteColumn(), BarColumn(bar_width=20), text, *eta)
         super().__init__(*columns, quiet=quiet, speed_estimate_period=120)
-        self.steps = steps
+        self.steps, self.unit = steps, unit
         self.task_id = self.progress.add_task("train", total=steps, completed=step, text="")
 
     def update(self, step: int, text: str, *, log_line: bool) -> None:
@@ -61,7 +61,7 @@ class StepDisplay(Display):
         if log_line and not self.has_bar:
             remaining = self.progress.tasks[0].time_remaining
             eta = f"  ETA {remaining / 60:.0f} min" if remaining is not None else ""
-            log.info("step %d/%d  %s%s", step, self.steps, text, eta)
+            log.info("%s %d/%d  %s%s", self.unit, step, self.steps, text, eta)
 
 
 class ByteDisplay(Display):

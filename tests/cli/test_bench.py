@@ -2,40 +2,43 @@
 
 import importlib.util
 import json
+import logging
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tinystories.bench import competitors as bench_competitors
-from tinystories.cli import main
+from tinystories.bench.setup import REQUIRED_PACKAGES, Competitor, prepare_competitors, write_random_weights
+from tinystories.checkpoint import BUNDLED_MODEL, read_model
+from tinystories.cli import cli
+from tinystories.cli.common import run
+from tinystories.config import ModelConfig
 
 pytestmark = pytest.mark.extended
 
-SMALL = ["--preset", "nano", "--vocab", "64", "--runs", "1"]
+SMALL = ["--preset", "nano", "--vocab", "64", "--runs", "1", "--threads", "1"]
 PEERS = ["torch:fp32", "transformers:fp32", "ctranslate2:fp32", "llama.cpp:fp32"]
 
 
-def bench(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[Any, str]:
-    """The JSON line and all of stderr; the exit code in place of the JSON where it is not 0."""
-    with pytest.raises(SystemExit) as ended:
-        main(["bench", *words])
-    out, err = capsys.readouterr()
-    return (json.loads(out.splitlines()[-1]) if not ended.value.code else ended.value.code), err
+def measure(capsys: pytest.CaptureFixture[str], *words: str) -> Any:
+    """Return the JSON object of a benchmark, which must be all of stdout."""
+    assert run(cli, ["bench", *words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
 
 
-def needed(peer: str) -> None:
-    for package in bench_competitors.REQUIRED_PACKAGES[peer.split(":")[0]]:
+def skip_unless_installed(peer: str) -> None:
+    for package in REQUIRED_PACKAGES[peer.split(":")[0]]:
         pytest.importorskip(package)
 
 
 @pytest.mark.parametrize("peer", PEERS)
 @pytest.mark.parametrize("command", ["decode", pytest.param("batch", marks=pytest.mark.slow)])
-def test_a_peer_writes_the_ids_that_ours_writes(command: str, peer: str, capsys: pytest.CaptureFixture[str]) -> None:
-    needed(peer)
+def test_every_peer_writes_the_ids_of_tinystories(command: str, peer: str, capsys: pytest.CaptureFixture[str]) -> None:
+    skip_unless_installed(peer)
     task = ["--tokens", "6", *(["--prompt-tokens", "9"] if command == "decode" else ["--streams", "3"])]
-    found, _ = bench(capsys, command, *SMALL, *task, "--only", f"tinystories:fp32,{peer}", "--json")
+    found = measure(capsys, command, *SMALL, *task, "--only", f"tinystories:fp32,{peer}")
     name = peer.replace(":", " ")
     scores = found[command]
     assert set(scores["tokens_per_s"]) == {"tinystories fp32", name}
@@ -47,7 +50,7 @@ def test_a_peer_writes_the_ids_that_ours_writes(command: str, peer: str, capsys:
 
 def test_a_shortlist_is_a_row_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
     task = ["--tokens", "6", "--prompt-tokens", "9", "--shortlist", "9", "--only", "tinystories:int4,tinystories:int8"]
-    found, _ = bench(capsys, "decode", *SMALL, *task, "--json")
+    found = measure(capsys, "decode", *SMALL, *task)
     rows = ["tinystories int4", "tinystories int4, 9 ids", "tinystories int8", "tinystories int8, 9 ids"]
     assert list(found["decode"]["tokens_per_s"]) == rows
     same = found["decode"]["same_ids"]
@@ -56,30 +59,68 @@ def test_a_shortlist_is_a_row_of_its_own(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_a_shortlist_is_compared_with_peers(capsys: pytest.CaptureFixture[str]) -> None:
-    needed("llama.cpp")
+    skip_unless_installed("llama.cpp")
     task = ["--tokens", "2", "--prompt-tokens", "2", "--shortlist", "9", "--only", "tinystories:fp32,llama.cpp:fp32"]
-    found, _ = bench(capsys, "decode", *SMALL, *task, "--json")
+    found = measure(capsys, "decode", *SMALL, *task)
     names = ["tinystories fp32 / llama.cpp fp32", "tinystories fp32, 9 ids / llama.cpp fp32"]
     assert list(found["decode"]["ratios"])[:2] == names
 
 
-def test_classic_runs_beside_ctranslate2(capsys: pytest.CaptureFixture[str]) -> None:
-    needed("ctranslate2")
-    shape = ["--preset", "seed-89m", "--vocab", "64", "--runs", "1", "--tokens", "3", "--prompt-tokens", "4"]
-    found, _ = bench(capsys, "decode", *shape, "--only", "tinystories:fp32,ctranslate2:fp32", "--json")
+def test_the_classic_architecture_runs_beside_ctranslate2(capsys: pytest.CaptureFixture[str]) -> None:
+    skip_unless_installed("ctranslate2")
+    shape = [*SMALL, "--preset", "seed-89m", "--tokens", "3", "--prompt-tokens", "4"]
+    found = measure(capsys, "decode", *shape, "--only", "tinystories:fp32,ctranslate2:fp32")
     assert found["decode"]["same_ids"]["ctranslate2 fp32"] == 1
 
 
-def test_what_is_not_installed_is_left_out_and_named(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_a_program_that_is_not_installed_is_skipped_and_named(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = importlib.util.find_spec
     gone = {"transformers", "ctranslate2", "llama_cpp"}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in gone else real(name))
-    found, told = bench(capsys, "decode", *SMALL, "--tokens", "2", "--prompt-tokens", "2", "--peers", "--json")
+    with caplog.at_level(logging.INFO):
+        found = measure(capsys, "decode", *SMALL, "--tokens", "2", "--prompt-tokens", "2", "--peers")
     assert set(found["versions"]) == {"tinystories", "torch"}
     for name in ("transformers", "ctranslate2", "llama.cpp"):
-        assert f"skipping {name}: it needs" in told
+        assert f"skipping {name}: it needs" in caplog.text
+
+
+@pytest.fixture(scope="module")
+def int8_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled storyteller, which has only int8 weights, in a folder that can be written to."""
+    return shutil.copytree(BUNDLED_MODEL, tmp_path_factory.mktemp("models") / "int8")
+
+
+@pytest.mark.parametrize("command", ["decode", "batch"])
+def test_a_model_of_only_int8_weights_runs_dequantized_in_every_program(
+    command: str, int8_model: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    task = [command, str(int8_model), *(["--streams", "2"] if command == "batch" else ["--prompt-tokens", "9"])]
+    programs = "tinystories,torch" + (",transformers" if importlib.util.find_spec("transformers") else "")
+    with caplog.at_level(logging.INFO):
+        found = measure(capsys, *task, "--runs", "1", "--threads", "1", "--tokens", "4", "--only", programs)
+    same = found[command]["same_ids"]
+    assert {"tinystories fp32", "tinystories int8", "tinystories int4", "torch fp32"} <= same.keys()
+    assert all(share == 1 for label, share in same.items() if label.endswith("fp32"))
+    assert "has only int8 weights: every program starts from them dequantized to fp32" in caplog.text
+    assert found["parameters"] == read_model(int8_model).config.n_params
+
+
+def test_startup_of_a_model_of_only_int8_weights_is_measured(
+    int8_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    only = "tinystories:int8" + (",ctranslate2:int8" if importlib.util.find_spec("ctranslate2") else "")
+    found = measure(capsys, "startup", str(int8_model), "--runs", "1", "--threads", "1", "--only", only)
+    assert list(found["seconds"]) == only.replace(":", " ").split(",")
+    assert min(found["seconds"].values()) > 0
+
+
+def test_random_weights_of_sizes_that_are_no_multiple_of_16_are_read_by_every_program(tmp_path: Path) -> None:
+    config = ModelConfig(vocab_size=61, n_ctx=16, n_layer=1, n_head=2, n_embd=20, n_ff=28)
+    write_random_weights(tmp_path, config)
+    only = [Competitor("tinystories", "int8"), Competitor("torch", "fp32")]
+    assert prepare_competitors(tmp_path, config, only, peers=False) == only
 
 
 @pytest.mark.parametrize(
@@ -96,10 +137,11 @@ def test_what_is_not_installed_is_left_out_and_named(
         (["batch", *SMALL, "--preset", "seed-89m", "--only", "llama.cpp"], "llama.cpp"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(words: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
-    code, told = bench(capsys, *words)
-    assert code == 2
-    assert reason in told.splitlines()[-1]
+def test_a_benchmark_that_cannot_run_is_refused(
+    words: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(cli, ["bench", *words]) == 2
+    assert reason in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_program_that_ends_is_an_error_with_its_last_words(
@@ -109,6 +151,5 @@ def test_a_program_that_ends_is_an_error_with_its_last_words(
     broken.write_text("#!/bin/sh\necho out of luck >&2\nexit 3\n")
     broken.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(broken))
-    code, told = bench(capsys, "decode", *SMALL, "--tokens", "2", "--prompt-tokens", "2")
-    assert code == 2
-    assert told.splitlines()[-1] == "error: tinystories fp32 stopped: out of luck"
+    assert run(cli, ["bench", "decode", *SMALL, "--tokens", "2", "--prompt-tokens", "2"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "error: tinystories fp32 stopped: out of luck"

@@ -1,7 +1,6 @@
 """The commands as a user types them, in processes of their own: output, exit codes, one-line errors."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -10,32 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import PROGRAM, ROOT, one_line_error, run_python, tinystories
 
 from tinystories import checkpoint, cli, load
+from tinystories.cli.write import generate as write
 from tinystories.data.prepare import prepare
 from tinystories.engine.cpu import jit
+from tinystories.generate.batching import Request
 
 pytestmark = pytest.mark.extended
 
-ROOT = Path(__file__).parents[2]
 TINY = "--model.n_layer 1 --model.n_embd 16 --model.n_ff 32 --model.n_head 2 --model.n_ctx 64 --train.device cpu"
 SHORT = "--train.steps 6 --train.batch_size 4 --train.micro_batch 2 --train.log_every 2 --train.eval_every 4"
-
-
-def tinystories(*words: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    program = [sys.executable, "-c", "from tinystories.cli import main; main()"]
-    return subprocess.run(
-        [*program, *words], cwd=cwd, env=os.environ | environment, capture_output=True, text=True, check=False
-    )
-
-
-def one_line_error(result: subprocess.CompletedProcess[str]) -> str:
-    """The error line of a command that failed by the user's mistake."""
-    assert result.returncode == 2, result.stderr
-    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1
-    assert "Traceback" not in result.stderr
-    return lines[0]
 
 
 @pytest.fixture(scope="module")
@@ -46,27 +31,24 @@ def run(sample_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "train", "--data", str(sample_data), "--out", str(out), *TINY.split(), *SHORT.split(), "--json"
     )
     assert result.returncode == 0, result.stderr
-    last = json.loads(result.stdout.splitlines()[-1])
+    last = json.loads(result.stdout)
     assert last["steps"] == 6
     assert last["bits_per_byte"] > 0
     assert "tinystories generate" in result.stderr
     return out
 
 
-def test_help_teaches_and_imports_nothing_large() -> None:
+def test_help_shows_examples_and_imports_nothing_large() -> None:
     """Processor time would depend on the machine; what takes it is imports."""
     assert "tinystories generate" in tinystories("--help").stdout
     program = "import sys, tinystories.cli; print({'numpy', 'torch', 'numba', 'tokenizers'} & sys.modules.keys())"
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "set()\n"
+    assert run_python("-c", program).stdout == "set()\n"
 
 
-@pytest.mark.parametrize(
-    "command", ["prepare", "train", "sweep", "generate", "eval", "info", "quantize", "pack", "warmup"]
-)
-def test_every_command_has_help(command: str) -> None:
-    result = tinystories(command, "--help")
-    assert result.returncode == 0
-    assert len(result.stdout.splitlines()) > 8
+@pytest.mark.parametrize("command", sorted(cli.cli.commands))
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(cli.cli, [command, "--help"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) > 8
 
 
 def test_generate_twice_gives_the_same_text(run: Path) -> None:
@@ -77,6 +59,29 @@ def test_generate_twice_gives_the_same_text(run: Path) -> None:
     assert re.search(r"30 tokens, \d+ tokens/s, seed 1", first.stderr)
     whole = tinystories(*words, "--no-stream")
     assert whole.stdout == first.stdout
+
+
+@pytest.mark.parametrize(
+    ("stop", "ends_before"),
+    [(r"\n", "\n"), ("\n", "\n"), (r"a\tb", "a\tb"), (r"\\n", r"\n"), (r"\d", r"\d"), ("n", "n")],
+)
+def test_stop_takes_a_newline_and_a_tab_as_escapes(
+    stop: str, ends_before: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    requests: list[Request] = []
+    monkeypatch.setattr(write, "print_stories", lambda _, request, *__, **___: requests.append(request))
+    assert cli.run(cli.cli, ["generate", "--engine", "cpu", "--stop", stop, "--stop", "x"]) == 0
+    assert requests[0].stop == (ends_before, "x")
+    assert cli.run(cli.cli, ["generate", "--help"]) == 0
+    assert r"\n is a newline (as is $'\n' in bash)" in " ".join(capsys.readouterr().out.split())
+
+
+def test_stop_at_a_newline_ends_the_story_with_its_paragraph() -> None:
+    whole, stopped = (
+        tinystories("generate", "--seed", "36", "--max-tokens", "90", *more).stdout for more in ([], ["--stop", r"\n"])
+    )
+    assert "\n" in whole.rstrip("\n")
+    assert stopped == whole.partition("\n")[0] + "\n"
 
 
 def test_generate_writes_jsonl_and_txt(run: Path, tmp_path: Path) -> None:
@@ -103,11 +108,11 @@ def test_generate_writes_the_stories_of_the_python_api(run: Path, tmp_path: Path
     assert [json.loads(line)["ids"] for line in lines] == [list(story.ids) for story in stories]
 
 
-def test_eval_ends_with_one_json_object(run: Path, sample_data: Path, tmp_path: Path) -> None:
+def test_eval_reports_bits_per_byte_of_the_text(run: Path, sample_data: Path, tmp_path: Path) -> None:
     story = "The little dog ran home. He was glad."
     (tmp_path / "s.txt").write_text(f"{story}\n<|endoftext|>\nA cat sat.\n<|endoftext|>\n", encoding="utf-8")
     result = tinystories("eval", str(run), "--data", str(tmp_path / "s.txt"), "--json")
-    score = json.loads(result.stdout.splitlines()[-1])
+    score = json.loads(result.stdout)
     assert {"bits_per_byte", "nats_per_token", "tokens", "bytes", "stories"} <= score.keys()
     assert score["stories"] == 2
     assert score["bytes"] == len(story) + len("A cat sat.")
@@ -115,14 +120,14 @@ def test_eval_ends_with_one_json_object(run: Path, sample_data: Path, tmp_path: 
         score["nats_per_token"] * score["tokens"], rel=1e-5
     )
     prepared = tinystories("eval", str(run), "--data", str(sample_data), "--limit", "2", "--json")
-    assert json.loads(prepared.stdout.splitlines()[-1])["stories"] == 2
+    assert json.loads(prepared.stdout)["stories"] == 2
 
 
-def test_info_of_a_model_of_data_and_of_a_config(run: Path, sample_data: Path) -> None:
+def test_info_describes_a_model_prepared_data_and_a_config(run: Path, sample_data: Path) -> None:
     def facts(*words: str) -> dict[str, Any]:
         result = tinystories("info", *words, "--json")
         assert result.returncode == 0, result.stderr
-        found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+        found: dict[str, Any] = json.loads(result.stdout)
         return found
 
     assert facts("--config", str(ROOT / "configs" / "seed-89m.toml"))["parameters"] == 89_274_368
@@ -168,7 +173,7 @@ def test_info_of_a_model_of_data_and_of_a_config(run: Path, sample_data: Path) -
         ("generate . --temperature -1", "config.json"),
     ],
 )
-def test_mistakes_get_one_line_and_exit_code_2(words: str, message: str, tmp_path: Path) -> None:
+def test_every_mistake_gets_one_line_and_exit_code_2(words: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").touch()
     (tmp_path / "plain.txt").write_text("Once upon a time.")
     shutil.copy(ROOT / "CONTRIBUTING.md", tmp_path)
@@ -176,11 +181,11 @@ def test_mistakes_get_one_line_and_exit_code_2(words: str, message: str, tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["CONTRIBUTING.md", "empty.txt", "plain.txt"]
 
 
-def test_words_for_a_model_are_taken_for_the_prompt_they_are() -> None:
+def test_a_prompt_in_place_of_the_model_is_recognized() -> None:
     assert "use --prompt" in one_line_error(tinystories("generate", "The little fox"))
 
 
-def test_files_of_other_programs_are_sent_to_import(tmp_path: Path) -> None:
+def test_a_file_of_another_program_is_sent_to_import(tmp_path: Path) -> None:
     (tmp_path / "a b.gguf").write_bytes(b"GGUF")
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").write_text('{"model_type": "gpt2"}')
@@ -190,7 +195,7 @@ def test_files_of_other_programs_are_sent_to_import(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("words", ["", "bench"])
-def test_without_a_command_the_help_is_shown_as_it_is(words: str) -> None:
+def test_help_is_shown_without_a_command(words: str) -> None:
     shown = tinystories(*words.split())
     assert shown.returncode == 2
     assert shown.stderr.startswith("Usage: ")
@@ -230,13 +235,13 @@ def test_the_bundled_storyteller_is_never_written_to(tmp_path: Path) -> None:
     assert {path.name: path.stat().st_mtime_ns for path in checkpoint.BUNDLED_MODEL.iterdir()} == before
 
 
-def test_a_space_after_the_prompt_is_told_of(run: Path) -> None:
+def test_a_space_after_the_prompt_is_noted(run: Path) -> None:
     words = ["generate", str(run), "--max-tokens", "3", "--prompt"]
     assert "the prompt ends in a space" in tinystories(*words, "Once ").stderr
     assert "the prompt ends in a space" not in tinystories(*words, "Once").stderr
 
 
-def test_packing_and_the_precisions_of_eval(run: Path, tmp_path: Path) -> None:
+def test_eval_in_int8_and_int4_is_near_fp32(run: Path, tmp_path: Path) -> None:
     """int8 and int4 are near fp32, which is torch's; none is another."""
     model = tmp_path / "model"
     shutil.copytree(run, model)
@@ -251,7 +256,7 @@ def test_packing_and_the_precisions_of_eval(run: Path, tmp_path: Path) -> None:
     for flags in ("", "--engine cpu", "--precision int8", "--engine cpu --precision int4 --threads 1"):
         result = tinystories("eval", str(model), "--data", str(tmp_path / "s.txt"), "--json", *flags.split())
         assert result.returncode == 0, result.stderr
-        scores[flags] = json.loads(result.stdout.splitlines()[-1])["bits_per_byte"]
+        scores[flags] = json.loads(result.stdout)["bits_per_byte"]
     exact = scores.pop("")
     assert scores.pop("--engine cpu") == pytest.approx(exact, rel=1e-5)
     assert min(abs(score - exact) for score in scores.values()) > 0
@@ -274,7 +279,7 @@ def test_pack_is_not_listed() -> None:
     assert "pack" not in listed
 
 
-def test_a_model_to_ship_tells_the_same_story(run: Path, tmp_path: Path) -> None:
+def test_an_int8_model_directory_tells_the_same_story(run: Path, tmp_path: Path) -> None:
     small = tmp_path / "small"
     packed = tinystories("quantize", str(run), "--out", str(small))
     assert packed.returncode == 0, packed.stderr
@@ -289,7 +294,7 @@ def test_a_model_to_ship_tells_the_same_story(run: Path, tmp_path: Path) -> None
     assert "--out is for int8" in one_line_error(wrong)
 
 
-def test_a_model_to_ship_takes_other_defaults_along(run: Path, tmp_path: Path) -> None:
+def test_an_int8_model_directory_keeps_new_sampling_defaults(run: Path, tmp_path: Path) -> None:
     greedy, words = tmp_path / "greedy", ["--seed", "1", "--max-tokens", "20"]
     assert tinystories("quantize", str(run), "--out", str(greedy), "--temperature", "0").returncode == 0
     expected = tinystories("generate", str(run), *words, "--temperature", "0").stdout
@@ -303,7 +308,7 @@ def test_a_model_to_ship_takes_other_defaults_along(run: Path, tmp_path: Path) -
     assert not (tmp_path / "bad").exists()
 
 
-def test_a_shortlist_is_made_told_of_and_used(run: Path, sample_data: Path, tmp_path: Path) -> None:
+def test_a_shortlist_is_written_described_and_used(run: Path, sample_data: Path, tmp_path: Path) -> None:
     """With all ids that the training stories hold, greedy stories are the same; no other id wins."""
     model = tmp_path / "model"
     shutil.copytree(run, model)
@@ -339,7 +344,7 @@ def test_a_shortlist_is_made_told_of_and_used(run: Path, sample_data: Path, tmp_
         ("generate MODEL --shortlist --engine torch", "--shortlist is for the CPU engine: add --engine cpu"),
     ],
 )
-def test_shortlists_that_cannot_be_are_refused(run: Path, sample_data: Path, words: str, message: str) -> None:
+def test_an_impossible_shortlist_is_refused(run: Path, sample_data: Path, words: str, message: str) -> None:
     places = {"MODEL": str(run), "DATA": str(sample_data)}
     assert message in one_line_error(tinystories(*(places.get(word, word) for word in words.split())))
     assert not list(run.glob("shortlist*"))
@@ -349,12 +354,12 @@ def test_shortlists_that_cannot_be_are_refused(run: Path, sample_data: Path, wor
     ("flags", "message"),
     [("--temperature -1", "temperature"), ("--top-p 0", "top_p"), ("--min-p 2", "min_p"), ("--engine llama", "engine")],
 )
-def test_sampling_out_of_range_is_named(run: Path, flags: str, message: str) -> None:
+def test_a_sampling_setting_out_of_range_is_named(run: Path, flags: str, message: str) -> None:
     assert message in one_line_error(tinystories("generate", str(run), *flags.split()))
 
 
 def test_a_reader_that_leaves_is_no_error(run: Path) -> None:
-    command = f"{sys.executable} -c 'from tinystories.cli import main; main()' generate {run} --max-tokens 300 --seed 1"
+    command = f"{sys.executable} -c '{PROGRAM}' generate {run} --max-tokens 300 --seed 1"
     for reader in ("head -c 5", "head -n 1"):
         result = subprocess.run(
             ["bash", "-o", "pipefail", "-c", f"{command} | {reader}"], capture_output=True, check=False

@@ -3,16 +3,14 @@
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from command_line import PROGRAM, run_python
 
 pytestmark = pytest.mark.extended
 
-PROGRAM = "from tinystories.cli import main; main()"
-
-# As above, but the process kills itself when the checkpoint of step 8 has its weights and not yet its config.
+# The process kills itself when the checkpoint of step 8 has its weights and not yet its config.
 KILLED_WHILE_WRITING = """
 import os, signal
 from tinystories import checkpoint
@@ -23,6 +21,20 @@ def write_json(path, value):
         os.kill(os.getpid(), signal.SIGKILL)
     plain(path, value)
 checkpoint.write_json = write_json
+main()
+"""
+
+# The process gets a signal during its seventh step.
+SIGNALED = """
+import os
+from tinystories.cli import main
+from tinystories.train.loop import Trainer
+plain = Trainer.train_step
+def train_step(trainer, step):
+    if step == 6:
+        os.kill(os.getpid(), {number})
+    return plain(trainer, step)
+Trainer.train_step = train_step
 main()
 """
 
@@ -52,24 +64,17 @@ def test_a_signal_saves_and_resuming_gives_the_same_bits(
     straight: bytes, sample_data: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     out = tmp_path / "run"
-    # Slow steps, so that the signal surely lands in the middle of the run.
-    slow = "import time; from tinystories.train.loop import Trainer as T; f = T.train_step\n"
-    slow += "T.train_step = lambda *a: (time.sleep(0.2), f(*a))[1]\n"
-    process = subprocess.Popen(
-        [sys.executable, "-c", slow + PROGRAM, *command(sample_data, out)], stderr=subprocess.PIPE, text=True
-    )
-    while not (out / "checkpoints" / "step-0000004").exists():
-        assert process.poll() is None, process.stderr and process.stderr.read()
-        time.sleep(0.02)
-    process.send_signal(number)
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
-    assert f"tinystories train --out {out} --resume" in told
-    assert "Traceback" not in told
+    stopped = run_python("-c", SIGNALED.format(number=int(number)), *command(sample_data, out))
+    assert stopped.returncode == 128 + number
+    assert f"tinystories train --out {out} --resume" in stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    assert (out / "checkpoints" / "step-0000007").is_dir()
     assert finish(sample_data, out, "--resume") == straight
 
 
-def test_killed_in_the_middle_of_a_checkpoint_write(straight: bytes, sample_data: Path, tmp_path: Path) -> None:
+def test_a_run_killed_while_it_writes_a_checkpoint_resumes_with_the_same_bits(
+    straight: bytes, sample_data: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "run"
     killed = subprocess.run([sys.executable, "-c", KILLED_WHILE_WRITING, *command(sample_data, out)], check=False)
     assert killed.returncode == -signal.SIGKILL

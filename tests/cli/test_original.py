@@ -1,11 +1,10 @@
 """The original program's three commands: gpt.py, generate.py, sample.py."""
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from command_line import ROOT, run_python
 
 from tinystories.checkpoint import BUNDLED_MODEL
 from tinystories.cli.write import original
@@ -13,13 +12,9 @@ from tinystories.config_file import load_config
 
 pytestmark = pytest.mark.extended
 
-ROOT = Path(__file__).parents[2]
-
 
 def script(name: str, *words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / name), *words], cwd=cwd, capture_output=True, text=True, check=False, env=os.environ
-    )
+    return run_python(str(ROOT / name), *words, cwd=cwd)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +43,7 @@ def test_gpt_trains_then_writes_and_then_only_writes(workplace: Path, sample_dat
     assert (workplace / "runs" / "seed-89m" / "model.safetensors").stat().st_mtime_ns == before
 
 
-def test_a_place_for_the_text_is_looked_at_before_training(sample_data: Path, tmp_path: Path) -> None:
+def test_the_path_of_the_text_is_checked_before_training(sample_data: Path, tmp_path: Path) -> None:
     for name, why in (("story.md", "must end in .txt or .jsonl"), ("nowhere/story.txt", "folder nowhere")):
         result = script("gpt.py", "--config", "nano", "--data", str(sample_data), "--text", name, cwd=tmp_path)
         assert result.returncode == 2
@@ -91,7 +86,7 @@ def test_a_named_model_that_is_missing_is_an_error(name: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", ["gpt.py", "generate.py", "sample.py"])
-def test_each_has_help_and_one_line_errors(name: str, tmp_path: Path) -> None:
+def test_each_script_has_help_and_one_line_errors(name: str, tmp_path: Path) -> None:
     assert "Usage: python" in script(name, "--help", cwd=tmp_path).stdout
     wrong = script(name, "--tokens", "none", cwd=tmp_path)
     assert wrong.returncode == 2
@@ -99,7 +94,7 @@ def test_each_has_help_and_one_line_errors(name: str, tmp_path: Path) -> None:
     assert len(wrong.stderr.splitlines()) == 1
 
 
-def test_a_run_of_more_than_a_day_is_told_first(
+def test_a_run_of_more_than_a_day_is_announced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("tinystories.train.estimate.estimate_train_seconds", lambda *_: 40.0 * 24 * 3600)

@@ -20,7 +20,7 @@ TINY = (
     "--model.n_layer 1 --model.n_embd 16 --model.n_ff 32 --model.n_head 2 --model.n_ctx 32 --train.device cpu"
     " --train.precision fp32"
     " --train.batch_size 4 --train.micro_batch 4 --train.log_every 1 --train.sample_tokens 1 --train.eval_every 999"
-    " --train.eval_stories 2 --train.steps 2000"
+    " --train.eval_stories 2 --train.steps 1000000"
 )
 RATES = ["--optim.learning_rate", "1e-2,1e-3"]
 
@@ -29,7 +29,7 @@ def sweep(*words: str) -> list[str]:
     return [sys.executable, "-m", "tinystories", "sweep", *words]
 
 
-def test_real_trials_stopped_by_ctrl_c_and_gone_on_with(sample_data: Path, tmp_path: Path) -> None:
+def test_a_sweep_stopped_by_ctrl_c_resumes_its_trials(sample_data: Path, tmp_path: Path) -> None:
     """One trial is invalid, so that there is one to train."""
     out = tmp_path / "sweep"
     words = [
@@ -51,7 +51,7 @@ def test_real_trials_stopped_by_ctrl_c_and_gone_on_with(sample_data: Path, tmp_p
         assert process.poll() is None, process.stderr and process.stderr.read()
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all that the trials have not been kept out of
-    _, told = process.communicate(timeout=60)
+    _, told = process.communicate()
     assert process.returncode == 130
     assert f"2 of 3 trials finished; saved. Resume with: tinystories sweep --out {out} --resume" in told
     assert told.count("must be a multiple of model.n_head=3") == 2
@@ -60,12 +60,11 @@ def test_real_trials_stopped_by_ctrl_c_and_gone_on_with(sample_data: Path, tmp_p
     assert saved, "the trial has saved"
     step = int(saved[-1].name.removeprefix("step-"))
     config = out / "trial-0002" / "config.toml"  # the rest need not be long
-    config.write_text(config.read_text().replace("steps = 2000", f"steps = {step + 2}"))
+    config.write_text(config.read_text().replace("steps = 1000000", f"steps = {step + 2}"))
     done = subprocess.run(sweep("--out", str(out), "--resume", "--json"), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    facts = json.loads(lines[-1])
-    assert f"tinystories train --config {out}/best.toml" in lines[-2]
+    facts = json.loads(done.stdout)
+    assert f"tinystories train --config {out}/best.toml" in done.stderr
     assert facts["best"]["settings"] == {"model.n_head": 2, "optim.kind": "adamw"}
     assert [trial["state"] for trial in facts["trials"]] == ["complete", "invalid", "invalid"]
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
@@ -95,7 +94,7 @@ def test_real_trials_stopped_by_ctrl_c_and_gone_on_with(sample_data: Path, tmp_p
         ("learning_rate", "unexpected argument learning_rate"),
     ],
 )
-def test_mistakes_get_one_line_and_leave_nothing(
+def test_every_mistake_gets_one_line_and_leaves_nothing(
     words: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -128,7 +127,7 @@ def test_a_sweep_of_invalid_trials_can_be_shown_and_is_not_begun_twice(
     told = capsys.readouterr()
     assert "no trial is complete yet" in told.out
     assert run(cli, ["sweep", "--out", out, "--show", "--json"]) == 0
-    facts = json.loads(capsys.readouterr().out.splitlines()[-1])
+    facts = json.loads(capsys.readouterr().out)
     assert facts["best"] is None
     assert [trial["state"] for trial in facts["trials"]] == ["invalid", "invalid"]
     assert run(cli, words) == 2
@@ -139,7 +138,7 @@ def test_a_sweep_of_invalid_trials_can_be_shown_and_is_not_begun_twice(
     assert "was started with train.steps" in capsys.readouterr().err
 
 
-def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_shows_every_kind_of_search_space(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(cli, ["sweep", "--help"]) == 0
     told = capsys.readouterr().out
     for words in ("--optim.learning_rate 1e-4:1e-2:log", "--resume --trials 40", "best.toml", "--workers"):

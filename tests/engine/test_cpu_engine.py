@@ -12,17 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from folders import opened, saved
+from engines import IDS, Build, arrays_of, close, exercise, fp32, opened, saved, uncached
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from safetensors.numpy import load_file, save_file
-from slots import exercise
 
 from tinystories import checkpoint
 from tinystories.config import ModelConfig, SamplingConfig
 from tinystories.data.tokenizer import Tokenizer
-from tinystories.engine.cpu import jit, quantize, thread_pool, weights
+from tinystories.engine.cpu import jit, thread_pool
 from tinystories.engine.cpu.engine import CpuEngine
 from tinystories.engine.engine_config import EngineConfig
 from tinystories.engine.select import has_cuda, select_engine
@@ -31,28 +30,11 @@ from tinystories.errors import UserError
 from tinystories.files import sha256, write_json
 from tinystories.generate.batching import Request, generate_all
 from tinystories.model import GPT
+from tinystories.weights import load, quantize
+from tinystories.weights.names import expected_shapes
+from tinystories.weights.safetensors_file import SafetensorsFile, write_safetensors
 
-Build = Callable[..., GPT]
-IDS = np.random.default_rng(1).integers(0, 61, 24).tolist()
-PRECISIONS: list[weights.Precision] = ["fp32", "int8", "int4"]
-
-
-def close(a: Any, b: Any, tolerance: float = 2e-5) -> None:
-    np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=tolerance, rtol=tolerance)
-
-
-def arrays_of(model: GPT) -> dict[str, np.ndarray]:
-    return {name: weight.detach().numpy() for name, weight in checkpoint.state_dict_to_save(model).items()}
-
-
-def fp32(model: GPT, **options: Any) -> CpuEngine:
-    return CpuEngine(model.config, arrays_of(model), EngineConfig(**{"n_slots": 1} | options))
-
-
-def uncached(model: GPT, ids: list[int]) -> np.ndarray:
-    """Logits after each id, by one pass without a cache."""
-    with torch.no_grad():
-        return model.logits(model(torch.tensor([ids])))[0].numpy()
+PRECISIONS: list[load.Precision] = ["fp32", "int8", "int4"]
 
 
 @pytest.fixture
@@ -104,7 +86,7 @@ def test_slots_do_not_touch_each_other(build: Build, name: str, seed: int) -> No
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_neither_threads_nor_other_rows_change_a_logit(
-    build: Build, sample_data: Path, tmp_path: Path, precision: weights.Precision, shape: dict[str, object]
+    build: Build, sample_data: Path, tmp_path: Path, precision: load.Precision, shape: dict[str, object]
 ) -> None:
     """Bit for bit."""
     folder = saved(tmp_path / "model", build(**shape | {"vocab_size": 400}), sample_data)
@@ -215,13 +197,13 @@ def test_packing_changes_no_weight_by_more_than_half_a_step(weight: np.ndarray) 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_packed_products_are_those_of_the_unpacked_matrices(
-    build: Build, sample_data: Path, tmp_path: Path, precision: weights.Precision, shape: dict[str, object]
+    build: Build, sample_data: Path, tmp_path: Path, precision: load.Precision, shape: dict[str, object]
 ) -> None:
     """An engine makes of packed weights what fp32 makes of their values, but for the integers of x: 16 bits, or 8."""
     files = checkpoint.read_model(saved(tmp_path / "model", build(**shape | {"vocab_size": 400}), sample_data))
-    shapes = weights.expected_shapes(files.config)
-    weights.load_or_quantize(files, precision)  # which writes them
-    packed = weights.load_or_quantize(files, precision)
+    shapes = expected_shapes(files.config)
+    load.load_or_quantize(files, precision)  # which writes them
+    packed = load.load_or_quantize(files, precision)
     plain = {}
     for name, size in shapes.items():
         if name in packed:
@@ -265,7 +247,7 @@ def test_sums_of_the_largest_4_bit_products_fit(build: Build, sign: int) -> None
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_packed_weights_are_near_the_models(
-    build: Build, sample_data: Path, tmp_path: Path, precision: weights.Precision, tied: bool
+    build: Build, sample_data: Path, tmp_path: Path, precision: load.Precision, tied: bool
 ) -> None:
     model = build(vocab_size=400, tied=tied)
     engine = opened(saved(tmp_path / "model", model, sample_data), precision)
@@ -307,24 +289,24 @@ def damaged(data: bytes, how: str) -> bytes:
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_packed_file_of_another_size_with_true_checksums_is_made_again(
-    build: Build, sample_data: Path, tmp_path: Path, precision: weights.Precision, tied: bool
+    build: Build, sample_data: Path, tmp_path: Path, precision: load.Precision, tied: bool
 ) -> None:
     """The machine code would read past its end."""
     files = checkpoint.read_model(saved(tmp_path / "model", build(vocab_size=400, tied=tied), sample_data))
-    path = weights.quantized_path(files, precision)
-    whole = dict(weights.load_or_quantize(files, precision))
-    facts = weights.SafetensorsFile(path).metadata
-    weights.write_safetensors(path, whole | {"layers.0.self_attn.q_proj.bias": np.zeros(1, np.float32)}, facts)
-    assert dict(weights.load_or_quantize(files, precision)).keys() == whole.keys()
+    path = load.quantized_path(files, precision)
+    whole = dict(load.load_or_quantize(files, precision))
+    facts = SafetensorsFile(path).metadata
+    write_safetensors(path, whole | {"layers.0.self_attn.q_proj.bias": np.zeros(1, np.float32)}, facts)
+    assert dict(load.load_or_quantize(files, precision)).keys() == whole.keys()
     for name in [name for name in whole if not name.endswith(".filling")]:
         for cut in (whole[name].reshape(-1)[:-1], whole[name].reshape(-1).view(np.uint8), None):
             changed = {k: v for k, v in whole.items() if not k.endswith(".filling")} | {name: cut}
-            weights.write_safetensors(path, {k: v for k, v in changed.items() if v is not None}, facts)
+            write_safetensors(path, {k: v for k, v in changed.items() if v is not None}, facts)
             if cut is not None and cut.dtype == whole[name].dtype and cut.size == whole[name].size:
                 continue
-            weights.load_or_quantize(files, precision)
-            assert weights.SafetensorsFile(path)[name].size == whole[name].size
-    assert dict(weights.load_or_quantize(files, precision)).keys() == whole.keys()
+            load.load_or_quantize(files, precision)
+            assert SafetensorsFile(path)[name].size == whole[name].size
+    assert dict(load.load_or_quantize(files, precision)).keys() == whole.keys()
 
 
 @pytest.mark.parametrize(
@@ -364,7 +346,7 @@ def test_a_folder_that_cannot_be_written_to_is_no_obstacle(
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_altered_weights_are_refused(folder: Path, precision: weights.Precision) -> None:
+def test_altered_weights_are_refused(folder: Path, precision: load.Precision) -> None:
     opened(folder, precision)
     path = folder / "model.safetensors"
     data = path.read_bytes()
@@ -386,8 +368,8 @@ def test_altered_weights_are_refused(folder: Path, precision: weights.Precision)
     ],
     ids=["nan", "inf", "shape", "type", "unknown", "missing"],
 )
-def test_weights_that_cannot_be_are_named(
-    folder: Path, precision: weights.Precision, change: Callable[[Any], Any], message: str
+def test_invalid_weights_are_refused_by_name(
+    folder: Path, precision: load.Precision, change: Callable[[Any], Any], message: str
 ) -> None:
     path = folder / "model.safetensors"
     save_file(change(load_file(path)), path)
@@ -399,7 +381,7 @@ def test_weights_that_cannot_be_are_named(
     assert not list(folder.glob("packed*"))
 
 
-def test_what_cannot_be_asked_for_is_refused(build: Build) -> None:
+def test_requests_out_of_range_are_refused(build: Build) -> None:
     engine = fp32(build(), n_slots=2)
     with pytest.raises(UserError, match="token id 61 is outside"):
         engine.prefill(0, [1, 61])
@@ -419,8 +401,8 @@ def test_what_cannot_be_asked_for_is_refused(build: Build) -> None:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_numbers_that_overflow_are_not_told_as_a_story(
-    build: Build, sample_data: Path, tmp_path: Path, precision: weights.Precision
+def test_logits_that_overflow_are_an_error(
+    build: Build, sample_data: Path, tmp_path: Path, precision: load.Precision
 ) -> None:
     model = build(vocab_size=400, architecture="classic")
     with torch.no_grad():
@@ -522,6 +504,21 @@ def test_damaged_machine_code_is_made_again(
     assert "the next start compiles again" in caplog.text
 
 
+def test_the_name_of_the_machine_code_depends_on_all_that_is_compiled() -> None:
+    """The kernels take nothing else from the package than two constants, which are in the key too."""
+    program = (
+        "import sys, tinystories.engine.cpu as cpu\n"
+        "before = set(sys.modules)\n"
+        "import tinystories.engine.cpu.kernels.forward\n"
+        "names = {name for name in set(sys.modules) - before if name.startswith('tinystories')}\n"
+        "names -= {'tinystories.weights', 'tinystories.weights.quantize'}\n"
+        "compiled = {sys.modules[name].__file__ for name in names}\n"
+        "from tinystories.engine.cpu import jit\n"
+        "assert compiled and compiled <= set(map(str, jit.SOURCE_FILES)), compiled\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 def test_a_second_start_imports_neither_torch_nor_numba(folder: Path) -> None:
     opened(folder)
     program = (
@@ -561,7 +558,7 @@ def test_numba_still_works_after_the_machine_code_was_loaded_without_it(folder: 
     ],
     ids=str,
 )
-def test_the_engine_that_is_meant(given: dict[str, Any], expected: str) -> None:
+def test_auto_selects_the_engine_that_the_settings_need(given: dict[str, Any], expected: str) -> None:
     assert select_engine(EngineConfig(**given)) == expected
 
 
@@ -580,6 +577,6 @@ def test_the_engine_that_is_meant(given: dict[str, Any], expected: str) -> None:
     ],
     ids=str,
 )
-def test_engines_that_cannot_be_are_refused(given: dict[str, Any], message: str) -> None:
+def test_settings_that_no_engine_supports_are_refused(given: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         EngineConfig(**given)

@@ -11,19 +11,20 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
-from folders import opened, saved
+from engines import opened, saved
 
 from tinystories import checkpoint
 from tinystories.config import SamplingConfig
 from tinystories.data.dataset import open_split
 from tinystories.data.prepare import prepare
 from tinystories.data.tokenizer import Tokenizer
-from tinystories.engine.cpu import shortlist, weights
+from tinystories.engine.cpu import shortlist
 from tinystories.engine.engine_config import EngineConfig
 from tinystories.engine.select import load_engine
 from tinystories.errors import UserError
 from tinystories.generate.batching import Request, generate_all
 from tinystories.model import GPT
+from tinystories.weights.load import Precision
 
 LIST = np.sort(np.random.default_rng(2).permutation(400)[:37])  # ends within a block, and within four rows
 IDS = np.random.default_rng(1).integers(0, 400, 9).tolist()
@@ -34,14 +35,14 @@ def folder(build: Callable[..., GPT], sample_data: Path, tmp_path: Path) -> Path
     return saved(tmp_path / "model", build(vocab_size=400), sample_data)
 
 
-@pytest.mark.parametrize("precision", get_args(weights.Precision))
+@pytest.mark.parametrize("precision", get_args(Precision))
 @pytest.mark.parametrize(
     "shape",
     [{"tied": True}, {"tied": False}, {"tied": True, "architecture": "classic", "n_embd": 40}],
     ids=["tied", "untied", "classic"],
 )
 def test_logits_of_listed_ids_are_those_of_the_whole_head(
-    build: Callable[..., GPT], sample_data: Path, tmp_path: Path, shape: dict[str, Any], precision: weights.Precision
+    build: Callable[..., GPT], sample_data: Path, tmp_path: Path, shape: dict[str, Any], precision: Precision
 ) -> None:
     """Bit for bit, after prompts and steps, in one stream and in several; -inf elsewhere."""
     folder = saved(tmp_path / "model", build(vocab_size=400, **shape), sample_data)
@@ -59,10 +60,8 @@ def test_logits_of_listed_ids_are_those_of_the_whole_head(
         assert (found[:, outside] == -np.inf).all()
 
 
-@pytest.mark.parametrize("precision", get_args(weights.Precision))
-def test_greedy_ids_are_the_same_until_one_is_not_listed(
-    folder: Path, sample_data: Path, precision: weights.Precision
-) -> None:
+@pytest.mark.parametrize("precision", get_args(Precision))
+def test_greedy_ids_are_the_same_until_one_is_not_listed(folder: Path, sample_data: Path, precision: Precision) -> None:
     def ids(listed: Any) -> tuple[int, ...]:
         request = Request(prompt="Once", settings=SamplingConfig(temperature=0), max_tokens=60, ignore_end=True)
         engine = opened(folder, precision, shortlist_ids=listed)
@@ -98,7 +97,7 @@ def test_a_shortlist_scores_nothing(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("n", [100, 180, 195])
-def test_the_most_frequent_ids_and_what_they_leave_out(folder: Path, sample_data: Path, n: int) -> None:
+def test_a_shortlist_has_the_most_frequent_ids_and_reports_the_rest(folder: Path, sample_data: Path, n: int) -> None:
     files = checkpoint.read_model(folder)
     ids, share = shortlist.most_frequent_ids(files, sample_data, n)
     end_id = files.tokenizer().end_id
@@ -207,7 +206,7 @@ def test_lists_that_are_not_whole_are_refused(
     assert "shortlist.json" in str(raised.value)
 
 
-def test_engines_that_cannot_use_one_say_so(folder: Path) -> None:
+def test_an_engine_that_cannot_use_a_shortlist_says_so(folder: Path) -> None:
     with pytest.raises(UserError, match="add --engine cpu"):
         EngineConfig(engine="torch", shortlist=True)
     with pytest.raises(UserError, match="add --engine cpu"):

@@ -8,27 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from engines import IDS, Build, close, exercise, saved, uncached
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from slots import exercise
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinystories import checkpoint
-from tinystories.config import SamplingConfig
-from tinystories.data.build_tokenizer import build_from_spec as build_tokenizer
 from tinystories.engine import torch_engine
 from tinystories.engine.engine_config import EngineConfig
 from tinystories.engine.torch_engine import TorchEngine, group_by_length
 from tinystories.errors import UserError
-from tinystories.files import atomic_directory
 from tinystories.model import GPT
-
-Build = Callable[..., GPT]
-IDS = np.random.default_rng(1).integers(0, 61, 24).tolist()
-
-
-def close(a: Any, b: Any, tolerance: float = 2e-5) -> None:
-    np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=tolerance, rtol=tolerance)
 
 
 def on_cpu(model: GPT, decoder: bool, n_slots: int = 1) -> TorchEngine:
@@ -37,12 +27,6 @@ def on_cpu(model: GPT, decoder: bool, n_slots: int = 1) -> TorchEngine:
     if not decoder:
         engine.native_step = None
     return engine
-
-
-def uncached(model: GPT, ids: list[int]) -> np.ndarray:
-    """Logits after each id, by one pass without a cache."""
-    with torch.no_grad():
-        return model.logits(model(torch.tensor([ids])))[0].numpy()
 
 
 @pytest.mark.parametrize("decoder", [False, True], ids=["model", "decoder"])
@@ -180,7 +164,7 @@ def test_the_mode_is_restored_after_an_error(build: Build) -> None:
 def test_scoring_needs_no_cache(build: Build) -> None:
     engine = TorchEngine(build(), n_slots=1000, device="cpu")
     engine.logprobs([IDS])
-    assert "cache" not in vars(engine)
+    assert "kv_cache" not in vars(engine)
 
 
 def test_later_training_steps_are_seen(build: Build) -> None:
@@ -218,7 +202,7 @@ def test_wrong_calls_are_refused_and_change_nothing(build: Build, wrong: Callabl
 
 
 @pytest.mark.parametrize("full", [True, False])
-def test_stepping_a_full_or_an_empty_slot_is_our_ownmistake(build: Build, full: bool) -> None:
+def test_stepping_a_full_or_an_empty_slot_fails_an_assertion(build: Build, full: bool) -> None:
     engine = TorchEngine(build(), device="cpu")
     if full:
         engine.prefill(0, IDS)
@@ -244,12 +228,12 @@ def test_bf16_is_near_fp32(build: Build, monkeypatch: pytest.MonkeyPatch, shape:
     close(scored, torch.tensor(expected).log_softmax(-1)[range(8), IDS[1:9]], tolerance=0.06)
 
 
-def test_loads_a_model_directory(build: Build, shape: dict[str, object], tmp_path: Path) -> None:
-    tokenizer = build_tokenizer("bpe:257", lambda: ["a"])
-    model = build(**shape | {"vocab_size": tokenizer.vocab_size})
-    with atomic_directory(tmp_path / "model") as draft:
-        checkpoint.write_model(draft, model, tokenizer, SamplingConfig(), {})
-    engine = TorchEngine.load(checkpoint.read_model(tmp_path / "model"), EngineConfig(n_slots=2, device="cpu"))
+def test_a_model_directory_is_loaded_as_written(
+    build: Build, shape: dict[str, object], sample_data: Path, tmp_path: Path
+) -> None:
+    model = build(**shape | {"vocab_size": 400})
+    files = checkpoint.read_model(saved(tmp_path / "model", model, sample_data))
+    engine = TorchEngine.load(files, EngineConfig(n_slots=2, device="cpu"))
     close(engine.prefill(1, IDS[:5]), uncached(model, IDS)[4])
     close(engine.step([1], [IDS[5]]), uncached(model, IDS)[5:6])
 

@@ -23,7 +23,7 @@ def test_every_id_counts_once_with_half_a_context_before_it(n_ids: int, n_ctx: i
     assert counted == list(range(1, n_ids))
 
 
-def test_what_fits_is_one_window() -> None:
+def test_a_sequence_that_fits_is_one_window() -> None:
     assert list(iter_windows(9, 8)) == [(0, 9, 1)]
     assert list(iter_windows(10, 8)) == [(0, 9, 1), (4, 10, 9)]
 

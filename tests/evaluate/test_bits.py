@@ -61,7 +61,9 @@ def texts_of(folder: Path, tokenizer: Tokenizer, split: str) -> list[str]:
     return [tokenizer.decode(tokens[a + 1 : b].tolist()) for a, b in itertools.pairwise(starts)]
 
 
-def test_it_is_the_protocol_written_out(engine: TorchEngine, tokenizer: Tokenizer, sample_data: Path) -> None:
+def test_bits_per_byte_follow_the_protocol_token_by_token(
+    engine: TorchEngine, tokenizer: Tokenizer, sample_data: Path
+) -> None:
     """One story at a time, one window at a time, token by token."""
     texts = [*texts_of(sample_data, tokenizer, "val")[:2], "a", "The cat sat 🐈."]
     n_ctx, nats, tokens, n_bytes, longest = engine.config.n_ctx, 0.0, 0, 0, 0
@@ -86,7 +88,7 @@ def test_it_is_the_protocol_written_out(engine: TorchEngine, tokenizer: Tokenize
     assert report.seconds > 0
 
 
-def test_texts_and_prepared_data_give_the_same(engine: TorchEngine, tokenizer: Tokenizer, sample_data: Path) -> None:
+def test_texts_and_prepared_data_score_the_same(engine: TorchEngine, tokenizer: Tokenizer, sample_data: Path) -> None:
     tokens, index = open_split(sample_data, "val")
     a = evaluate_bits_per_byte(engine, read_prepared_stories(tokens, index))
     b = evaluate_bits_per_byte(engine, encode_stories(texts_of(sample_data, tokenizer, "val"), tokenizer))
@@ -134,7 +136,7 @@ def test_probabilities_that_are_not_finite_are_refused(tokenizer: Tokenizer, log
         evaluate_bits_per_byte(Uniform(512, logprob), encode_stories(["a"], tokenizer))
 
 
-def test_many_stories_go_through_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_does_not_grow_with_the_number_of_stories(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bits, "BATCH_STORIES", 8)
     monkeypatch.setattr(bits, "BOOTSTRAP_RESAMPLES", 2)
     told: list[int] = []

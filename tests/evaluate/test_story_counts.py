@@ -3,8 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from tinystories.evaluate.text_statistics import (
+from text_statistics import (
     COPY_NGRAM,
     NgramIndex,
     extract_names,

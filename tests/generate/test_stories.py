@@ -20,9 +20,7 @@ GREEDY = SamplingConfig(temperature=0.0)
 
 
 def generate(engine: Any, tokenizer: Tokenizer, prompt: str = "", **options: Any) -> Story:
-    """Generate one story."""
-    (story,) = generate_all(engine, tokenizer, [Request(prompt=prompt, **options)])
-    return story
+    return generate_all(engine, tokenizer, [Request(prompt=prompt, **options)])[0]
 
 
 def test_a_story_says_how_it_was_made(scripted: Make, tokenizer: Tokenizer) -> None:
@@ -174,7 +172,7 @@ def test_a_prompt_is_not_searched_for_stop_strings(scripted: Make, tokenizer: To
     assert story.text == "The cat"
 
 
-def test_going_on_after_the_end(scripted: Make, tokenizer: Tokenizer) -> None:
+def test_ignore_end_begins_a_new_story_after_the_end(scripted: Make, tokenizer: Tokenizer) -> None:
     """A new story begins with a context of its own and stands after a blank line."""
     end = tokenizer.end_id
     one, two = tokenizer.encode("One."), tokenizer.encode("Two.")
@@ -195,7 +193,7 @@ def test_going_on_after_the_end(scripted: Make, tokenizer: Tokenizer) -> None:
 
 @pytest.mark.parametrize("n_ctx", [1, 2, 3, 16, 17])
 @pytest.mark.parametrize("n_slots", [1, 3])
-def test_past_the_context_the_work_is_linear(chaotic: Make, tokenizer: Tokenizer, n_ctx: int, n_slots: int) -> None:
+def test_the_work_past_the_context_is_linear(chaotic: Make, tokenizer: Tokenizer, n_ctx: int, n_slots: int) -> None:
     """Fewer than two and a half positions are computed for each token, on average."""
     engine = chaotic(end=0, n_ctx=n_ctx, n_slots=n_slots)
     n = 200
@@ -216,7 +214,7 @@ def test_a_full_slot_keeps_its_newer_half(chaotic: Make, tokenizer: Tokenizer) -
     assert contents == [said[i + 1 - len(ids) : i + 1] for i, ids in enumerate(contents)]
 
 
-def test_thousands_of_tokens_in_one_go(chaotic: Make, tokenizer: Tokenizer) -> None:
+def test_thousands_of_tokens_take_linear_work(chaotic: Make, tokenizer: Tokenizer) -> None:
     engine = chaotic(end=0.05, n_ctx=32)
     some = [engine.rule([i]) for i in range(97)]
     engine.rule = lambda ids: some[sum(ids) % 97]
@@ -278,7 +276,7 @@ def test_the_repetition_penalty_knows_the_prompt_and_the_story_but_not_the_end(
 
 
 @pytest.mark.parametrize("how", ["close", "interrupt"])
-def test_leaving_early_frees_the_slots(chaotic: Make, tokenizer: Tokenizer, how: str) -> None:
+def test_a_closed_or_interrupted_stream_frees_the_slots(chaotic: Make, tokenizer: Tokenizer, how: str) -> None:
     engine = chaotic(end=0, n_slots=3)
     events = stream_all(engine, tokenizer, [Request(settings=WILD, number=i, max_tokens=50) for i in range(9)])
     next(events)

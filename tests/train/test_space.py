@@ -5,10 +5,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from optuna.distributions import FloatDistribution, IntDistribution
 
 from tinystories.config_file import load_config
 from tinystories.errors import UserError
-from tinystories.sweep.search_space import Categorical, Range, SearchSpace, parse_search_space
+from tinystories.sweep.search_space import Distribution, SearchSpace, list_values, parse_search_space
 
 quick = settings(deadline=None, max_examples=60)
 
@@ -18,8 +19,8 @@ def space(**texts: str) -> SearchSpace:
     return parse_search_space({}, "mine.toml", {name.replace("__", "."): text for name, text in texts.items()})
 
 
-def domain(name: str, text: str) -> Any:
-    (found,) = parse_search_space({}, "mine.toml", {name: text}).domains
+def distribution(name: str, text: str) -> Distribution:
+    (found,) = parse_search_space({}, "mine.toml", {name: text}).distributions.values()
     return found
 
 
@@ -29,15 +30,15 @@ def domain(name: str, text: str) -> Any:
         ("optim.learning_rate", "1e-3:1e-1:log", (1e-3, 1e-1, None, True)),
         ("schedule.warmup", "0:0.2", (0.0, 0.2, None, False)),
         ("schedule.warmup", "0:0.25:0.1", (0.0, 0.2, 0.1, False)),
-        ("train.steps", "1_000:2_000", (1000, 2000, None, False)),
+        ("train.steps", "1_000:2_000", (1000, 2000, 1, False)),
         ("model.n_embd", "64:250:32", (64, 224, 32, False)),
-        ("train.batch_size", "1 : 512 : log", (1, 512, None, True)),
-        ("train.micro_batch", "2:8", (2, 8, None, False)),  # int | Literal["auto"]
+        ("train.batch_size", "1 : 512 : log", (1, 512, 1, True)),
+        ("train.micro_batch", "2:8", (2, 8, 1, False)),  # int | Literal["auto"]
     ],
 )
 def test_ranges(name: str, text: str, expected: tuple[Any, ...]) -> None:
-    found = domain(name, text)
-    assert isinstance(found, Range)
+    found = distribution(name, text)
+    assert isinstance(found, FloatDistribution | IntDistribution)
     values = (found.low, found.high, found.step, found.log)
     assert values == expected
     assert [type(value) for value in values] == [type(value) for value in expected]
@@ -56,10 +57,9 @@ def test_ranges(name: str, text: str, expected: tuple[Any, ...]) -> None:
     ],
 )
 def test_lists(name: str, text: str, values: tuple[Any, ...]) -> None:
-    found = domain(name, text)
-    assert isinstance(found, Categorical)
-    assert found.values == values
-    assert [found.decode(stored) for stored in found.texts] == list(values)
+    found = parse_search_space({}, "mine.toml", {name: text})
+    stored = list_values(name, found.distributions[name])
+    assert [found.decode({name: choice}) for choice in stored] == [{name: value} for value in values]
 
 
 def test_single_values_and_free_text_are_fixed() -> None:
@@ -135,16 +135,16 @@ def test_a_range_of_ints_is_pythons(low: int, width: int, step: int) -> None:
     """`train.seed` takes any int here: only the config refuses negative ones."""
     if step > width:
         return
-    found = domain("train.seed", f"{low}:{low + width}:{step}")
-    assert list(found.grid_values()) == list(range(low, low + width + 1, step))
+    found = distribution("train.seed", f"{low}:{low + width}:{step}")
+    assert list_values("train.seed", found) == list(range(low, low + width + 1, step))
 
 
 @quick
 @given(st.decimals(-10, 10, places=3), st.integers(1, 60), st.decimals("0.001", 3, places=3))
 def test_a_range_with_steps_holds_what_was_written(low: Any, steps: int, step: Any) -> None:
     """0.1 + 2 * 0.1 is 0.3 and not 0.30000000000000004."""
-    found = domain("optim.weight_decay", f"{low}:{low + steps * step}:{step}")
-    assert list(found.grid_values()) == [float(low + i * step) for i in range(steps + 1)]
+    found = distribution("optim.weight_decay", f"{low}:{low + steps * step}:{step}")
+    assert list_values("optim.weight_decay", found) == [float(low + i * step) for i in range(steps + 1)]
 
 
 @quick

@@ -23,15 +23,15 @@ from tinystories.config_file import load_config
 from tinystories.errors import UserError
 from tinystories.sweep import trial
 from tinystories.sweep.results import TrialResult, at_boundary, find_best, format_table, read_results
-from tinystories.sweep.runner import SweepInterrupted, check_runnable, run_sweep
+from tinystories.sweep.runner import check_runnable, run_sweep
 from tinystories.sweep.search_space import parse_search_space
-from tinystories.sweep.study import Plan, exclusive_lock, merge_plan, open_study, read_plan
+from tinystories.sweep.study import Plan, merge_plan, open_study, read_plan
 
 pytestmark = pytest.mark.extended
 
 # Bits per byte are 2 + (lg rate + 2)^2 at the end and one more for each step before it; `sample_tokens` hundredths of a
 # second make a step. A trial with a file SWEEP/hold-trial-NNNN waits after the step named there until it is
-# stopped. The rate 1 is not finite; n_layer 7 crashes, 8 is refused before the first step.
+# stopped. The rate 1 is not finite; n_layer 7 crashes, 8 is refused before the first step, 9 does not react to signals.
 STAND_IN = """
 import json, math, os, signal, sys, time, tomllib
 from pathlib import Path
@@ -39,7 +39,7 @@ run = Path(sys.argv[2])
 config = tomllib.loads((run / "config.toml").read_text())
 stopped = []
 for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, lambda number, _: stopped.append(number))
+    signal.signal(number, lambda number, _: stopped.append(number) if config["model"]["n_layer"] != 9 else None)
 with (run / "starts").open("a") as starts:
     starts.write(f"{os.getpid()}\\n")
 if config["model"]["n_layer"] == 8:
@@ -98,7 +98,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than all else here."""
-    monkeypatch.setattr("tinystories.sweep.runner.plot_results", lambda *_: None)
+    monkeypatch.setattr("tinystories.sweep.results.plot_results", lambda *_: None)
 
 
 def plan_of(settings: dict[str, str], **options: Any) -> Plan:
@@ -177,6 +177,40 @@ def test_what_stops_every_trial_stops_the_sweep(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("stand_in", "no_picture")
+def test_what_stops_one_worker_lets_the_trials_of_the_others_save(tmp_path: Path) -> None:
+    plan = plan_of({"model.n_layer": "1,8", "optim.learning_rate": "1e-2,2e-2,3e-2"}, sampler="grid")
+    hold(tmp_path / "sweep", 0)
+    with pytest.raises(UserError, match="3 trials in a row failed"):
+        run(tmp_path / "sweep", plan, workers=2)
+    results = read_results(open_study(tmp_path / "sweep"), plan.space, tmp_path / "sweep")
+    assert [(r.number, r.outcome.state) for r in results[:3]] == [(1, "complete"), (2, "complete"), (0, "unfinished")]
+    assert not is_alive(int((tmp_path / "sweep" / "trial-0000" / "starts").read_text()))
+
+
+@pytest.mark.usefixtures("stand_in", "no_picture")
+def test_a_second_signal_kills_the_trials(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    folder = tmp_path / "sweep"
+    plan = plan_of(RATES | {"model.n_layer": "9"}, trials=1)
+    hold(folder, 0)
+
+    def interrupt_twice() -> None:
+        stop_in_the_middle(folder, 0)
+        wait_for(lambda: "interrupt again to stop at once" in caplog.text)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    stopper = threading.Thread(target=interrupt_twice)
+    stopper.start()
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(folder, plan, plan.space.find_valid_config(), 1)
+    stopper.join()
+    assert not is_alive(int((folder / "trial-0000" / "starts").read_text()))
+    assert [r.outcome.state for r in read_results(open_study(folder), plan.space, folder)] == ["unfinished"]
+    (folder / "hold-trial-0000").unlink()
+    assert [r.outcome.state for r in run(folder, plan)] == ["complete"]
+
+
+@pytest.mark.usefixtures("stand_in", "no_picture")
 @pytest.mark.parametrize("prune", ["median", "hyperband"])
 def test_bad_trials_are_pruned_and_saved(tmp_path: Path, prune: str) -> None:
     rates = "1e-2,2e-2,3e-2,4e-2,5e-2,1e-4,6e-2"
@@ -193,7 +227,10 @@ def test_bad_trials_are_pruned_and_saved(tmp_path: Path, prune: str) -> None:
 
 @pytest.mark.usefixtures("stand_in", "no_picture")
 @pytest.mark.parametrize("sampler", ["tpe", "grid"])
-def test_stopped_and_resumed_it_is_the_straight_sweep(tmp_path: Path, sampler: str) -> None:
+def test_stopped_and_resumed_it_is_the_straight_sweep(
+    tmp_path: Path, sampler: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     settings = {"optim.learning_rate": "1e-3,1e-2,2e-2" if sampler == "grid" else "1e-4:1e-1:log"}
     plan = plan_of(settings | {"schedule.warmup": "0:0.2:0.1"}, sampler=sampler, trials=5)
     straight = run(tmp_path / "straight", plan)
@@ -202,9 +239,9 @@ def test_stopped_and_resumed_it_is_the_straight_sweep(tmp_path: Path, sampler: s
         hold(folder, number)
         stopper = threading.Thread(target=stop_in_the_middle, args=(folder, number))
         stopper.start()
-        with pytest.raises(SweepInterrupted, match=f"stopped by SIGINT with {number} of 5 trials finished"):
-            run_sweep(folder, plan, plan.space.find_valid_config(), 1)
+        assert run_sweep(folder, plan, plan.space.find_valid_config(), 1) == signal.SIGINT
         stopper.join()
+        assert f"stopped by SIGINT with {number} of 5 trials finished" in caplog.text
     assert by_number(run(folder, plan)) == by_number(straight)
     assert [starts(path) for path in sorted(folder.glob("trial-*"))] == [2, 1, 2, 1, 1]
     more = dataclasses.replace(plan, trials=6)
@@ -245,27 +282,34 @@ def test_killed_it_loses_no_trial_and_repeats_none(stand_in: Path, tmp_path: Pat
     process.kill()
     process.wait()
     left = [int((trial.trial_dir(folder, number) / "starts").read_text()) for number in (0, 1)]
-    assert all(trial.is_alive(psutil.Process(pid)) for pid in left)
+    assert all(is_alive(pid) for pid in left)
     assert by_number(run(folder, plan, workers=2)) == by_number(straight)
-    assert not any(psutil.pid_exists(pid) and trial.is_alive(psutil.Process(pid)) for pid in left)
+    assert not any(is_alive(pid) for pid in left)
     for number in range(4):
         steps = [record["step"] for record in trial.read_records(trial.trial_dir(folder, number))]
         assert steps == [1, 2, 3], "no two processes wrote it, and what was done is not done again"
     assert [starts(path) for path in sorted(folder.glob("trial-*"))] == [2, 2, 1, 1]
 
 
+def is_alive(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
 def test_two_sweeps_do_not_work_in_one_folder(tmp_path: Path) -> None:
-    program = "import sys; from pathlib import Path; from tinystories.sweep.study import exclusive_lock\n"
-    program += f"with exclusive_lock(Path({str(tmp_path)!r})):\n print('in', flush=True); sys.stdin.read()"
+    plan = plan_of(RATES, trials=1)
+    program = "import sys; from pathlib import Path; from tinystories.files import acquire_lock\n"
+    program += (
+        f"lock = acquire_lock(Path({str(tmp_path / '.lock')!r})); print(lock is not None, flush=True); sys.stdin.read()"
+    )
     other = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stdin=subprocess.PIPE)
     assert other.stdout is not None
-    assert other.stdout.readline() == b"in\n"
-    with pytest.raises(UserError, match="another sweep is running"), exclusive_lock(tmp_path):
-        pass
+    assert other.stdout.readline() == b"True\n"
+    with pytest.raises(UserError, match="another sweep is running"):
+        run(tmp_path, plan)
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
     other.kill()
     other.communicate()
-    with exclusive_lock(tmp_path):
-        assert read_plan(tmp_path) is None
+    assert read_plan(tmp_path) is None
 
 
 def test_a_sweep_goes_on_only_with_what_it_was_begun_with(tmp_path: Path) -> None:
@@ -325,6 +369,6 @@ def test_workers_share_cores_and_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("rate", "found"), [(1.05e-4, True), (9e-2, True), (1e-2, False)])
 def test_a_best_value_at_an_end_is_pointed_out(rate: float, found: bool) -> None:
-    domains = parse_search_space({}, "x", RATES | {"train.batch_size": "32,64"}).domains
+    distributions = parse_search_space({}, "x", RATES | {"train.batch_size": "32,64"}).distributions
     best = TrialResult(0, {"optim.learning_rate": rate, "train.batch_size": 32}, trial.Outcome("complete", 2.0))
-    assert at_boundary(best, domains) == ["optim.learning_rate"] * found
+    assert at_boundary(best, distributions) == ["optim.learning_rate"] * found

@@ -12,7 +12,7 @@ from torch.nn.functional import kl_div
 from tinystories import checkpoint
 from tinystories.config import Config
 from tinystories.data.prepare import prepare
-from tinystories.engine.torch_engine import load_model
+from tinystories.engine.torch_engine import TorchEngine
 from tinystories.errors import UserError
 from tinystories.train.loop import Interrupted, Trainer
 from tinystories.train.run import train
@@ -57,10 +57,10 @@ def test_a_student_comes_closer_to_its_teacher(short: Config, tmp_path: Path) ->
     train(changed(short, "train", steps=60), tmp_path / "teacher")
     short = changed(short, "train", steps=20)
     settings = {"teacher": (str(tmp_path / "teacher"),), "teacher_weight": 10.0}
-    models = [load_model(checkpoint.read_model(tmp_path / "teacher"))]
+    models = [TorchEngine.load(checkpoint.read_model(tmp_path / "teacher")).model]
     for name, extra in {"alone": {}, "taught": settings}.items():
         train(changed(short, "train", **extra), tmp_path / name)
-        models.append(load_model(checkpoint.read_model(tmp_path / name)))
+        models.append(TorchEngine.load(checkpoint.read_model(tmp_path / name)).model)
     ids = np.fromfile(Path(short.data.dir) / "val.bin", dtype=np.uint16)[: 8 * 32]
     tokens = torch.from_numpy(ids.astype(np.int64)).view(8, 32)
     with torch.inference_mode():

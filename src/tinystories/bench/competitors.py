@@ -1,17 +1,15 @@
 """The programs that `tinystories bench` compares, all running the same weights: each is a function from prompts to ids.
 
-`python -m tinystories.bench.competitors NAME PRECISION FOLDER WORKLOAD` runs one of them as a child process;
-`bench_runner.BenchProcess` talks to it over stdin and stdout.
+`python -m tinystories.bench.competitors NAME PRECISION FOLDER WORKLOAD` runs one of them as a child process, from the
+files of `bench/setup.py`; `runner.BenchProcess` talks to it over stdin and stdout.
 """
 
 import dataclasses
-import importlib.metadata
-import importlib.util
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,145 +20,26 @@ from tinystories.config import ModelConfig, SamplingConfig
 from tinystories.engine.engine_config import EngineConfig
 from tinystories.engine.protocol import Engine
 from tinystories.errors import UserError
-from tinystories.files import sha256, write_json
-from tinystories.formats.gguf import format as gguf
 
 Prompts = list[list[int]]
 GenerateFn = Callable[[Prompts, int], Prompts]  # (prompts, n) -> n new ids for each prompt, decoded greedily
 SHAPE_FILE, WEIGHTS_FILE = "shape.json", "model.safetensors"
-# Python packages each program needs; `tinystories` itself needs none.
-REQUIRED_PACKAGES = {
-    "tinystories": (),
-    "torch": ("torch", "jaxtyping"),
-    "transformers": ("torch", "transformers"),
-    "ctranslate2": ("torch", "transformers", "ctranslate2"),
-    "llama.cpp": ("llama_cpp", "gguf"),
-}
-PRECISIONS = {
-    "tinystories": ("fp32", "int8", "int4"),
-    "torch": ("fp32",),
-    "transformers": ("fp32",),
-    "ctranslate2": ("fp32", "int8"),
-    "llama.cpp": ("fp32", "int8", "int4"),
-}
-LLAMA_FILE_TYPES = {"fp32": 0, "int8": 7, "int4": 2}  # LLAMA_FTYPE_ALL_F32, _MOSTLY_Q8_0, _MOSTLY_Q4_0
 
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """What a benchmark runs: batch size, length and hardware."""
+    """What a benchmark runs: threads, batch size and length."""
 
     threads: int
-    # Batch size: sequences that are decoded together.
-    streams: int
-    # Length of one sequence, prompt included.
-    tokens: int
-    device: str = "cpu"
-    # Rows of the LM head that our CPU engine computes (the first ones); 0 computes all.
-    shortlist: int = 0
-
-
-def unavailable_reason(name: str, config: ModelConfig) -> str | None:
-    """Return why program `name` cannot run `config` (continues a sentence: "it ..."); None if it can."""
-    missing = [package for package in REQUIRED_PACKAGES[name] if importlib.util.find_spec(package) is None]
-    if missing:
-        return f"needs {' and '.join(missing)}: pip install 'tinystories-gpt[bench]'"
-    if name == "llama.cpp":
-        return gguf.unsupported_reason(config)
-    if name == "ctranslate2" and not config.qk_norm and config.architecture != "classic":
-        return "is only built for models with QK-norm"
-    if name == "ctranslate2" and not config.scaled_scores:
-        return "scales attention scores"
-    return None
-
-
-def package_version(name: str) -> str:
-    """Return the installed version of the Python package behind program `name`."""
-    package = {"tinystories": "tinystories-gpt", "llama.cpp": "llama-cpp-python"}.get(name, name)
-    return importlib.metadata.version(package)
-
-
-def prepare_files(folder: Path, name: str, precision: str) -> None:
-    """Convert the weights in `folder` to the files that program `name` loads; call it once per precision."""
-    if name == "tinystories":
-        from tinystories.engine.cpu.weights import load_or_quantize
-
-        if precision != "fp32":
-            load_or_quantize(read_model_files(folder), precision)  # type: ignore[arg-type]
-    elif name == "llama.cpp":
-        prepare_gguf(folder, precision)
-    elif name in ("transformers", "ctranslate2"):
-        if not (folder / "hf").exists():
-            prepare_hf(folder)
-        if name == "ctranslate2":
-            from ctranslate2.converters import TransformersConverter
-
-            quantization = "float32" if precision == "fp32" else precision
-            TransformersConverter(str(folder / "hf")).convert(
-                str(folder / f"ct2-{precision}"), quantization=quantization
-            )
-
-
-def prepare_gguf(folder: Path, precision: str) -> None:
-    """Write `fp32.gguf` and let llama.cpp itself quantize it to `precision`."""
-    from tinystories.engine.cpu.weights import load_fp32
-
-    fp32_path = folder / "fp32.gguf"
-    files = read_model_files(folder)
-    if not fp32_path.exists():
-        gguf.write_gguf(files.config, load_fp32(files), fp32_path)
-    if precision == "fp32":
-        return
-    import llama_cpp
-
-    silence_log(llama_cpp)
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype, params.nthread = LLAMA_FILE_TYPES[precision], os.cpu_count() or 1
-    params.pure = precision == "int4"  # otherwise the head is stored in 6 bits, which is slower
-    if llama_cpp.llama_model_quantize(str(fp32_path).encode(), str(folder / f"{precision}.gguf").encode(), params):
-        raise UserError(f"llama.cpp could not quantize these weights to {precision}")
-
-
-def prepare_hf(folder: Path) -> None:
-    """Write `folder/hf` for transformers, with a tokenizer that maps "17" to id 17, which CTranslate2 requires."""
-    from safetensors.torch import load_file
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast
-    from transformers.utils.logging import disable_progress_bar
-
-    from tinystories.formats.hf.mapping import to_transformers
-
-    disable_progress_bar()
-    config = read_model_files(folder).config
-    to_transformers(config, load_file(folder / WEIGHTS_FILE)).save_pretrained(folder / "hf")
-    id_tokenizer = Tokenizer(WordLevel({str(i): i for i in range(config.vocab_size)}, unk_token="0"))
-    PreTrainedTokenizerFast(tokenizer_object=id_tokenizer, unk_token="0", bos_token="0", eos_token="0").save_pretrained(
-        folder / "hf"
-    )
+    streams: int  # batch size: sequences that are decoded together
+    tokens: int  # length of one sequence, prompt included
+    shortlist: int = 0  # rows of the LM head that our CPU engine computes (the first ones); 0 computes all
 
 
 def read_model_files(folder: Path) -> ModelFiles:
     """Describe the weights in `folder` by its shape file (without a tokenizer)."""
     shape = json.loads((folder / SHAPE_FILE).read_text(encoding="utf-8"))
     return ModelFiles(folder, ModelConfig(**shape["config"]), {}, SamplingConfig(), {WEIGHTS_FILE: shape["sha256"]})
-
-
-def write_shape_file(folder: Path, config: ModelConfig) -> None:
-    """Record the config and the weights' SHA-256 in `folder`, for `read_model_files`."""
-    write_json(folder / SHAPE_FILE, {"config": dataclasses.asdict(config), "sha256": sha256(folder / WEIGHTS_FILE)})
-
-
-def make_generator(name: str, precision: str, folder: Path, workload: Workload) -> GenerateFn:
-    """Load program `name` with the files of `prepare_files`."""
-    if name == "tinystories":
-        return make_cpu_generator(folder, precision, workload)
-    return {
-        "torch": make_torch_generator,
-        "transformers": make_transformers_generator,
-        "ctranslate2": make_ctranslate2_generator,
-        "llama.cpp": make_llama_cpp_generator,
-    }[name](folder, precision, workload)
 
 
 def make_cpu_generator(folder: Path, precision: str, workload: Workload) -> GenerateFn:
@@ -180,12 +59,8 @@ def make_torch_generator(folder: Path, precision: str, workload: Workload) -> Ge
     from tinystories.engine.torch_engine import TorchEngine
 
     torch.set_num_threads(workload.threads)
-    return from_engine(
-        TorchEngine.load(
-            read_model_files(folder),
-            EngineConfig(n_slots=workload.streams, device=workload.device, precision=precision),
-        )
-    )
+    engine_config = EngineConfig(n_slots=workload.streams, device="cpu", precision=precision)
+    return from_engine(TorchEngine.load(read_model_files(folder), engine_config))
 
 
 def from_engine(engine: Engine) -> GenerateFn:
@@ -199,9 +74,8 @@ def from_engine(engine: Engine) -> GenerateFn:
         slots = list(range(len(prompts)))
         generated = [sample(engine.prefill(slot, prompts[slot])[None], greedy, u[:1]) for slot in slots]
         while len(generated[0]) < n:
-            for ids, new in zip(
-                generated, sample(engine.step(slots, [ids[-1] for ids in generated]), greedy, u), strict=True
-            ):
+            new_ids = sample(engine.step(slots, [ids[-1] for ids in generated]), greedy, u)
+            for ids, new in zip(generated, new_ids, strict=True):
                 ids.append(new)
         return generated
 
@@ -213,12 +87,12 @@ def make_transformers_generator(folder: Path, precision: str, workload: Workload
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(workload.threads)
-    model = AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32).to(workload.device).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32).eval()
     model.generation_config.eos_token_id = None
     assert precision == "fp32"
 
     def generate(prompts: Prompts, n: int) -> Prompts:
-        tokens = torch.tensor(prompts, device=workload.device)
+        tokens = torch.tensor(prompts)
         with torch.inference_mode():
             sequences = model.generate(
                 tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=n, do_sample=False, pad_token_id=0
@@ -232,11 +106,10 @@ def make_transformers_generator(folder: Path, precision: str, workload: Workload
 def make_ctranslate2_generator(folder: Path, precision: str, workload: Workload) -> GenerateFn:
     from ctranslate2 import Generator
 
-    compute_type = "float32" if precision == "fp32" else precision
     generator = Generator(
         str(folder / f"ct2-{precision}"),
-        device=workload.device,
-        compute_type=compute_type,
+        device="cpu",
+        compute_type="float32" if precision == "fp32" else precision,
         intra_threads=workload.threads,
     )
 
@@ -317,22 +190,27 @@ def peak_memory_mb() -> float | None:
     return next((int(line.split()[1]) / 1000 for line in lines if line.startswith("VmHWM")), None)
 
 
-def serve(generate: GenerateFn, requests: Iterator[str]) -> Iterator[dict[str, Any]]:
-    """Answer each JSON line {"prompts", "tokens"} with {"seconds", "ids", "peak_mb"}."""
-    for line in requests:
-        request = json.loads(line)
-        started_at = time.perf_counter()
-        ids = generate(request["prompts"], request["tokens"])
-        yield {"seconds": time.perf_counter() - started_at, "ids": ids, "peak_mb": peak_memory_mb()}
+GENERATORS = {
+    "tinystories": make_cpu_generator,
+    "torch": make_torch_generator,
+    "transformers": make_transformers_generator,
+    "ctranslate2": make_ctranslate2_generator,
+    "llama.cpp": make_llama_cpp_generator,
+}
 
 
 def main() -> None:
+    """Answer each JSON line {"prompts", "tokens"} on stdin with {"seconds", "ids", "peak_mb"}, after {"ready"}."""
     name, precision, folder, workload_json = sys.argv[1:]
     out = os.fdopen(os.dup(1), "w")  # stdout is for replies; what libraries print goes to stderr
     os.dup2(2, 1)
-    generate = make_generator(name, precision, Path(folder), Workload(**json.loads(workload_json)))
+    generate = GENERATORS[name](Path(folder), precision, Workload(**json.loads(workload_json)))
     print(json.dumps({"ready": True}), file=out, flush=True)
-    for reply in serve(generate, sys.stdin):
+    for line in sys.stdin:
+        request = json.loads(line)
+        started_at = time.perf_counter()
+        ids = generate(request["prompts"], request["tokens"])
+        reply = {"seconds": time.perf_counter() - started_at, "ids": ids, "peak_mb": peak_memory_mb()}
         print(json.dumps(reply), file=out, flush=True)
 
 

@@ -2,32 +2,55 @@
 
 import dataclasses
 import json
+import logging
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tinystories.bench.competitors import Prompts, Workload
+from tinystories.bench.setup import Competitor
 from tinystories.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def child_command(competitor: Competitor, folder: Path, workload: Workload) -> list[str]:
+    """Return the command that runs a competitor with the files in `folder`."""
+    program = [sys.executable, "-m", "tinystories.bench.competitors", competitor.name, competitor.precision]
+    settings = dataclasses.asdict(dataclasses.replace(workload, shortlist=competitor.shortlist))
+    return [*program, str(folder), json.dumps(settings)]
+
+
+def last_line(stderr: str) -> str:
+    """Return the last line that a program wrote to stderr: usually its error."""
+    return (stderr.strip().splitlines() or ["it printed no error"])[-1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What every program generates: `tokens` ids after each of `streams` prompts of `prompt_tokens` random ids."""
+
+    name: str
+    streams: int
+    prompt_tokens: int
+    tokens: int
+    counted_tokens: int  # of all streams together; divided by the seconds, they are the tokens/s
 
 
 class BenchProcess:
     """The child process of one program; it idles between its turns. Constructing it waits until the model is loaded."""
 
-    def __init__(self, name: str, precision: str, folder: Path, workload: Workload) -> None:
-        self.name, self.precision, self.shortlist = name, precision, workload.shortlist
-        self.label = f"{name} {precision}" + (f", {workload.shortlist:,} ids" if workload.shortlist else "")
+    def __init__(self, competitor: Competitor, folder: Path, workload: Workload) -> None:
+        self.competitor = competitor
         self.stderr_file = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        command = [sys.executable, "-m", "tinystories.bench.competitors", name, precision, str(folder)]
+        command = child_command(competitor, folder, workload)
         self.process = subprocess.Popen(
-            [*command, json.dumps(dataclasses.asdict(workload))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.stderr_file,
-            text=True,
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.stderr_file, text=True
         )
         try:
             self.read_reply()
@@ -42,8 +65,7 @@ class BenchProcess:
         if not line:
             self.process.wait()
             self.stderr_file.seek(0)
-            last_line = (self.stderr_file.read().strip().splitlines() or ["it printed no error"])[-1]
-            raise UserError(f"{self.label} stopped: {last_line}")
+            raise UserError(f"{self.competitor} stopped: {last_line(self.stderr_file.read())}")
         return json.loads(line)
 
     def generate(self, prompts: Prompts, tokens: int) -> Any:
@@ -69,13 +91,13 @@ class Measurement:
     """What one program achieved at one task."""
 
     process: BenchProcess
-    rates: list[float]  # tokens/s, one per round
-    ids: Prompts
-    peak_mb: float | None
+    rates: list[float] = dataclasses.field(default_factory=list)  # tokens/s, one per round
+    ids: Prompts = dataclasses.field(default_factory=list)
+    peak_mb: float | None = None
 
     @property
-    def label(self) -> str:
-        return self.process.label
+    def competitor(self) -> Competitor:
+        return self.process.competitor
 
     @property
     def median(self) -> float:
@@ -85,38 +107,44 @@ class Measurement:
         """Return the median over rounds of the ratio of the two rates measured in the same round."""
         return statistics.median(a / b for a, b in zip(self.rates, other.rates, strict=True))
 
+    def same_ids(self, reference: "Measurement") -> float:
+        """Return the share of the new ids before the first that differs from the reference's, over all streams."""
+        n_matching = 0
+        for ids, reference_ids in zip(self.ids, reference.ids, strict=True):
+            mismatches = (i for i, (a, b) in enumerate(zip(ids, reference_ids, strict=True)) if a != b)
+            n_matching += next(mismatches, len(reference_ids))
+        return n_matching / sum(map(len, reference.ids))
 
-def run_rounds(
-    processes: Sequence[BenchProcess],
-    prompts: Prompts,
-    tokens: int,
-    runs: int,
-    *,
-    counted_tokens: int,
-    report: Callable[[str], None],
-) -> list[Measurement]:
-    """Run one warm-up round and `runs` measured ones; every process has one turn per round.
 
-    `counted_tokens`: the tokens credited to a turn, from which its rate in tokens/s is computed.
-    """
-    measurements = [Measurement(c, [], [], None) for c in processes]
+def run_rounds(processes: Sequence[BenchProcess], task: Task, prompts: Prompts, runs: int) -> list[Measurement]:
+    """Run one warm-up round and `runs` measured ones of a task; every process has one turn per round."""
+    measurements = [Measurement(process) for process in processes]
     for i in range(runs + 1):
-        report(f"round {i} of {runs}" if i else "warming up")
-        for process, measurement in zip(processes, measurements, strict=True):
-            reply = process.generate(prompts, tokens)
+        log.info("%s: %s", task.name, f"round {i} of {runs}" if i else "warming up")
+        for measurement in measurements:
+            reply = measurement.process.generate(prompts, task.tokens)
             measurement.ids, measurement.peak_mb = reply["ids"], reply["peak_mb"]
             if i:
-                measurement.rates.append(counted_tokens / reply["seconds"])
+                measurement.rates.append(task.counted_tokens / reply["seconds"])
     return measurements
 
 
-def matching_prefix(measurement: Measurement, reference: Measurement) -> int:
-    """Count the new ids that equal the reference's, up to the first mismatch of each stream, summed over streams."""
-    n_matching = 0
-    for ids, reference_ids in zip(measurement.ids, reference.ids, strict=True):
-        mismatches = (i for i, (a, b) in enumerate(zip(ids, reference_ids, strict=True)) if a != b)
-        n_matching += next(mismatches, len(reference_ids))
-    return n_matching
+def time_startup(commands: dict[str, tuple[list[str], str]], runs: int) -> dict[str, list[float]]:
+    """Return the seconds of each run of each command, (command line, text on stdin) by label, after a warm-up round.
+
+    `UserError` with the last line of stderr if one fails.
+    """
+    seconds: dict[str, list[float]] = {label: [] for label in commands}
+    for i in range(runs + 1):
+        log.info(f"round {i} of {runs}" if i else "warming up")
+        for label, (command, stdin) in commands.items():
+            started_at = time.perf_counter()
+            completed = subprocess.run(command, input=stdin, capture_output=True, text=True, check=False)
+            if completed.returncode:
+                raise UserError(f"{label} stopped: {last_line(completed.stderr)}")
+            if i:
+                seconds[label].append(time.perf_counter() - started_at)
+    return seconds
 
 
 def speed_ratios(measurements: Sequence[Measurement]) -> dict[str, float]:
@@ -125,16 +153,16 @@ def speed_ratios(measurements: Sequence[Measurement]) -> dict[str, float]:
     They are ours over each competitor of the same precision, a shortlist over the full vocabulary, and our fastest over
     the fastest competitor. TorchEngine counts as neither.
     """
-    ours = [s for s in measurements if s.process.name == "tinystories"]
-    competitors = [s for s in measurements if s.process.name not in ("tinystories", "torch")]
-    full_vocabulary = [s for s in ours if not s.process.shortlist]
+    ours = [m for m in measurements if m.competitor.name == "tinystories"]
+    competitors = [m for m in measurements if m.competitor.name not in ("tinystories", "torch")]
+    full_vocabulary = [m for m in ours if not m.competitor.shortlist]
     ratios = {
-        f"{a.label} / {b.label}": a.speedup_over(b)
+        f"{a.competitor} / {b.competitor}": a.speedup_over(b)
         for b in competitors + full_vocabulary
         for a in ours
-        if a.process.precision == b.process.precision and (a.process.shortlist or b in competitors)
+        if a.competitor.precision == b.competitor.precision and (a.competitor.shortlist or b in competitors)
     }
     if ours and competitors:
-        best, rival = (max(group, key=lambda s: s.median) for group in (ours, competitors))
-        ratios[f"fastest: {best.label} / {rival.label}"] = best.speedup_over(rival)
+        best, rival = (max(group, key=lambda m: m.median) for group in (ours, competitors))
+        ratios[f"fastest: {best.competitor} / {rival.competitor}"] = best.speedup_over(rival)
     return ratios

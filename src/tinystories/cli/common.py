@@ -1,97 +1,139 @@
 """Run a command so that errors become one line on stderr and an exit code; options that several commands share."""
 
+import contextlib
+import dataclasses
 import functools
+import io
+import json
 import logging
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import click
 
+from tinystories.config import SamplingConfig
+from tinystories.engine.engine_config import ENGINE_PRECISIONS, ENGINES, EngineConfig
 from tinystories.errors import UserError
 from tinystories.files import DISK_FULL_ERRNOS, describe_write_error
 from tinystories.train.distributed import claim_error_message
 
-CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
-PRECISION_CHOICES = ["auto", "fp32", "bf16", "int8", "int4"]
+Command: TypeAlias = Callable[..., Any]
+Decorator: TypeAlias = Callable[[Command], Command]
+
+CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
 TRAIN_EXTRA_HINT = 'this command needs more packages; install them with: pip install "tinystories-gpt[train]"'
+PATH = click.Path(path_type=Path)
+FILE = click.Path(path_type=Path, dir_okay=False)
 
 errors_option = click.option(
     "--errors",
     type=click.Choice(["strict", "replace"]),
     default="strict",
-    show_default=True,
     help="Bytes that are not valid UTF-8: stop (strict) or replace them with U+FFFD (replace).",
 )
+# For a command that prints either text or JSON; a command that does more than that has `json_option`.
+json_flag = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, the rest on stderr.")
 
 
-def model_argument(
-    name: str = "model", *, bundled: bool = False
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def json_option(command: Command) -> Command:
+    """Add --json to a command that returns its result as a dict, or an exit code if it has none.
+
+    With --json, stdout gets the dict as one JSON object, and whatever else the command prints goes to stderr.
+    """
+
+    @json_flag
+    @functools.wraps(command)
+    def wrapper(*, as_json: bool, **kwargs: Any) -> int:
+        with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+            result = command(**kwargs)
+        if isinstance(result, int):
+            return result
+        if as_json:
+            click.echo(json.dumps(result, default=str))
+        return 0
+
+    return wrapper
+
+
+def add_options(*options: Decorator) -> Decorator:
+    """Return a decorator that adds several options; --help lists them in this order."""
+
+    def decorator(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorator
+
+
+def model_argument(*, bundled: bool = False) -> Decorator:
     """Add the argument MODEL, a directory or hf:OWNER/NAME[@REVISION]; the command receives the directory.
 
     A model on the Hub is downloaded only after all options have been parsed. With `bundled`, MODEL is optional and
     defaults to the bundled storyteller.
     """
 
-    def decorator(command: Callable[..., None]) -> Callable[..., None]:
-        @click.argument(name, required=not bundled)
+    def decorator(command: Command) -> Command:
+        @click.argument("model", required=not bundled)
         @functools.wraps(command)
-        def wrapper(**kwargs: Any) -> None:
+        def wrapper(*, model: str | None, **kwargs: Any) -> Any:
             from tinystories.hub.client import resolve_model_folder
 
-            kwargs[name] = resolve_model_folder(kwargs[name])
-            command(**kwargs)
+            return command(model=resolve_model_folder(model), **kwargs)
 
         return wrapper
 
     return decorator
 
 
-def engine_option(help_text: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Add --engine, explained by `help_text`: what `auto` selects depends on the command."""
-    choice = click.Choice(["auto", "cpu", "torch"])
-    return click.option("--engine", type=choice, default="auto", show_default=True, help=help_text)
+def engine_options(engine_help: str, precision_help: str) -> Decorator:
+    """Add --engine, --device, --precision and --threads; the command receives an `EngineConfig` as `engine_config`.
+
+    What `auto` selects depends on the command, so it passes the help of --engine and --precision.
+    """
+
+    def decorator(command: Command) -> Command:
+        @click.option("--engine", type=click.Choice(ENGINES), default="auto", help=engine_help)
+        @click.option("--device", default="auto", help="Device of the torch engine: auto, cpu, cuda, cuda:1, mps.")
+        @click.option("--precision", type=click.Choice(ENGINE_PRECISIONS), default="auto", help=precision_help)
+        @click.option(
+            "--threads",
+            type=click.IntRange(min=1),
+            help="Threads of the CPU engine.  [default: number of cores, at most 16]",
+        )
+        @functools.wraps(command)
+        def wrapper(*, engine: str, device: str, precision: str, threads: int | None, **kwargs: Any) -> Any:
+            engine_config = EngineConfig(engine=engine, device=device, precision=precision, threads=threads)
+            return command(engine_config=engine_config, **kwargs)
+
+        return wrapper
+
+    return decorator
 
 
-device_option = click.option(
-    "--device", default="auto", show_default=True, help="Device of the torch engine: auto, cpu, cuda, cuda:1, mps."
-)
-precision_option = click.option(
-    "--precision",
-    type=click.Choice(PRECISION_CHOICES),
-    default="auto",
-    show_default=True,
-    help="Weight precision. cpu: int8 (auto), int4 or fp32; torch: bf16 if the hardware supports it, else fp32 (auto).",
-)
-threads_option = click.option(
-    "--threads",
-    type=click.IntRange(min=1),
-    help="Threads of the CPU engine.  [default: number of cores, at most 16]",
-)
-json_option = click.option("--json", "as_json", is_flag=True, help="Print a JSON object as the last line.")
+def sampling_options(command: Command) -> Command:
+    """Add an option for each field of `SamplingConfig`; the command receives those given as the dict `sampling`."""
 
-SAMPLING_OPTIONS = (
-    click.option("--temperature", type=float, help="Randomness of sampling (0: greedy, always the most likely token)."),
-    click.option("--top-k", type=int, help="Sample from the K most likely tokens (0: off)."),
-    click.option(
+    @click.option("--temperature", type=float, help="Randomness of sampling (0: greedy, always the most likely token).")
+    @click.option("--top-k", type=int, help="Sample from the K most likely tokens (0: off).")
+    @click.option(
         "--top-p", type=float, help="Sample from the most likely tokens that add up to probability P (1: off)."
-    ),
-    click.option(
+    )
+    @click.option(
         "--min-p", type=float, help="Drop tokens less than P times as likely as the most likely one (0: off)."
-    ),
-    click.option(
+    )
+    @click.option(
         "--repetition-penalty", type=float, help="Values above 1 make tokens already used less likely (1: off)."
-    ),
-)
+    )
+    @functools.wraps(command)
+    def wrapper(**kwargs: Any) -> Any:
+        values = {field.name: kwargs.pop(field.name) for field in dataclasses.fields(SamplingConfig)}
+        return command(sampling={name: value for name, value in values.items() if value is not None}, **kwargs)
 
-
-def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add an option for each field of `SamplingConfig`; an option that is not given is None."""
-    for option in reversed(SAMPLING_OPTIONS):
-        command = option(command)
-    return command
+    return wrapper
 
 
 def run(command: click.Command, argv: list[str] | None = None, name: str = "tinystories") -> int:
@@ -102,6 +144,7 @@ def run(command: click.Command, argv: list[str] | None = None, name: str = "tiny
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for logger_name in ("httpx", "httpx2"):
         logging.getLogger(logger_name).setLevel(logging.WARNING)
+    escape_unencodable_characters()
     original_stdout = sys.stdout
     try:
         result = command.main(argv, prog_name=name, standalone_mode=False)
@@ -136,6 +179,17 @@ def run(command: click.Command, argv: list[str] | None = None, name: str = "tiny
     except ModuleNotFoundError as error:
         click.echo(f"error: {error.name} is not installed; {TRAIN_EXTRA_HINT}", err=True)
         return 2
+
+
+def escape_unencodable_characters() -> None:
+    """Print characters that the encoding of stdout or stderr does not have as escapes such as \\U0001f98a.
+
+    Python would raise UnicodeEncodeError in the middle of a story: in code page 1252 on Windows, in Latin-1 or ASCII
+    locales, and for file names that are not UTF-8.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not if a caller has replaced it by another object, or by None
+            stream.reconfigure(errors="backslashreplace")
 
 
 def discard_stdout() -> None:

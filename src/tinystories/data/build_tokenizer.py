@@ -1,13 +1,16 @@
 """Build a tokenizer: GPT-2's published vocabulary, a BPE trained on the stories, or a tokenizer.json."""
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tinystories.data.encoder import split_at_words
 from tinystories.data.source.timeout import call_with_timeout
 from tinystories.data.tokenizer import END, Tokenizer, char_to_byte
 from tinystories.errors import UserError
+from tinystories.progress import LOG_INTERVAL_SECONDS
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -15,6 +18,11 @@ log = logging.getLogger(__name__)
 FETCH_TIMEOUT_SECONDS = 25.0  # for downloading GPT-2's vocabulary; tiktoken itself has no timeout
 # Text that BPE merges are learned from; more changes the merges little and costs minutes.
 MAX_TRAINING_BYTES = 200_000_000
+# Longer stories are given to the trainer in pieces, which take 200 bytes of memory per byte.
+TRAINING_PIECE_BYTES = 1 << 16
+# Longer words are cut: a merge moves the rest of its word, so training takes time quadratic in the longest one. Only
+# runs such as lines of dashes or encoded data are longer.
+MAX_WORD_CHARS = 1000
 
 
 def build_from_spec(spec: str, stories: Callable[[], Iterable[str]]) -> Tokenizer:
@@ -100,7 +108,8 @@ def train_bpe(size: int, stories: Iterable[str]) -> Tokenizer:
     backend = new_byte_level_bpe({}, [])
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=size - 1, initial_alphabet=alphabet, show_progress=False)
-    backend.train_from_iterator(take_bytes(stories, MAX_TRAINING_BYTES), trainer)
+    pieces = split_stories(take_bytes(stories, MAX_TRAINING_BYTES), backend.pre_tokenizer)
+    backend.train_from_iterator(log_progress(pieces, size), trainer)
     backend.add_special_tokens([END])
     tokenizer = Tokenizer(backend.to_str(), f"bpe:{size}")
     if tokenizer.vocab_size < size:
@@ -116,3 +125,47 @@ def take_bytes(stories: Iterable[str], limit: int) -> Iterator[str]:
         n_chars += len(story)
         if n_chars >= limit:
             return
+
+
+def split_stories(stories: Iterable[str], pre_tokenizer: Any) -> Iterator[str]:
+    """Yield stories for the trainer: long ones in pieces, words of more than MAX_WORD_CHARS in parts.
+
+    The pieces have the same words as the stories, except for those parts and where 64 KB contain no end of a word.
+    """
+    for story in stories:
+        if len(story) <= TRAINING_PIECE_BYTES:
+            texts: Iterable[str] = (story,)
+        else:
+            pieces = split_at_words(story.encode(), TRAINING_PIECE_BYTES, 2 * TRAINING_PIECE_BYTES)
+            texts = (piece.decode() for piece in pieces)
+        for text in texts:
+            yield from split_long_words(text, pre_tokenizer) if may_have_long_word(text) else (text,)
+
+
+def may_have_long_word(text: str) -> bool:
+    """Whether a word of a text may be longer than MAX_WORD_CHARS: it would fill one of these windows."""
+    width = MAX_WORD_CHARS // 2
+    return any(len(text[start : start + width].split(None, 1)) < 2 for start in range(0, len(text) - width + 1, width))
+
+
+def split_long_words(text: str, pre_tokenizer: Any) -> Iterator[str]:
+    """Yield the text if all its words (of the pre-tokenizer) are short, otherwise each word, long ones in parts."""
+    words = [text[start:end] for _, (start, end) in pre_tokenizer.pre_tokenize_str(text)]
+    if max(map(len, words)) <= MAX_WORD_CHARS:
+        yield text
+        return
+    for word in words:
+        for start in range(0, len(word), MAX_WORD_CHARS):
+            yield word[start : start + MAX_WORD_CHARS]
+
+
+def log_progress(texts: Iterable[str], size: int) -> Iterator[str]:
+    """Yield the texts; log every few seconds how much has been read, and at the end that the merges are computed."""
+    n_chars, logged_at = 0, time.monotonic()
+    for text in texts:
+        yield text
+        n_chars += len(text)
+        if time.monotonic() >= logged_at + LOG_INTERVAL_SECONDS:
+            logged_at = time.monotonic()
+            log.info("bpe:%d: %.0f MB of text read (at most %.0f)", size, n_chars / 1e6, MAX_TRAINING_BYTES / 1e6)
+    log.info("training bpe:%d on %.1f MB of text", size, n_chars / 1e6)

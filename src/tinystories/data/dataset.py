@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -63,7 +64,7 @@ def read_meta(folder: Path | str) -> DatasetMeta:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         version = values["format"]
     except NotADirectoryError:
-        command = f"tinystories prepare {folder} --tokenizer bpe:4096 --out DIR"
+        command = f"tinystories prepare {shlex.quote(str(folder))} --tokenizer bpe:4096 --out DIR"
         raise UserError(f"{folder} is a file; tokenize it first with: {command}") from None
     except FileNotFoundError:
         raise UserError(f"{folder} holds no prepared data (no meta.json); {remedy}") from None

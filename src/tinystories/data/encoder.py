@@ -4,7 +4,7 @@ import itertools
 import json
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,16 @@ EncodedBatch = tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]
 EncodeFn = Callable[[Sequence[bytes]], EncodedBatch]
 
 STORIES_PER_CALL = 1024  # stories per call of `tokenizers`, whose results take 100 bytes per token
+PIECE_BYTES = 1 << 20  # longer stories are encoded in pieces: `tokenizers` takes 140 bytes of memory per byte of a text
+EXAMPLE_BYTES = 1 << 16  # of a long story on which both libraries are compared
+
+# After a word and before white space. No token of GPT-2's pre-tokenizer continues from a character that is not white
+# space to one that is, and none depends on what precedes it: text cut here is encoded as in one piece. The negative
+# lookbehinds are the non-ASCII white space in UTF-8.
+WORD_END = re.compile(
+    rb"(?<=[!-~\x80-\xbf])(?<!\xc2[\x85\xa0])(?<!\xe1\x9a\x80)(?<!\xe2\x80[\x80-\x8a\xa8\xa9\xaf])(?<!\xe2\x81\x9f)"
+    rb"(?<!\xe3\x80\x80)(?=[ \n])"
+)
 
 # Stories with characters outside these blocks are encoded by `tokenizers`. gigatoken splits words by Unicode 17,
 # tiktoken and `tokenizers` by Unicode 16, so they disagree on letters and digits that are new in 17. Within these
@@ -44,17 +54,69 @@ def make_bulk_encoder(tokenizer: Tokenizer, examples: Sequence[bytes]) -> Encode
     fast = make_gigatoken_encoder(tokenizer)
     if isinstance(fast, str):
         log.info("tokenizing with `tokenizers`, which is slower: %s", fast)
-        return make_tokenizers_encoder(tokenizer)
+        exact = make_tokenizers_encoder(tokenizer)
+        return (lambda stories: encode_in_pieces(stories, exact)) if has_gpt2_words(tokenizer) else exact
     exact = make_tokenizers_encoder(tokenizer)
-    texts = [text for text in (*(probe.encode() for probe in PROBES), *examples) if is_unambiguous(text)]
+    starts = [next(split_at_words(text, EXAMPLE_BYTES, 2 * EXAMPLE_BYTES), b"") for text in examples]
+    texts = [text for text in (*(probe.encode() for probe in PROBES), *starts) if is_unambiguous(text)]
     (ids, counts), (exact_ids, exact_counts) = fast(texts), exact(texts)
     if not (np.array_equal(ids, exact_ids) and np.array_equal(counts, exact_counts)):
         log.warning(
             "tokenizing with `tokenizers`, which is slower: gigatoken produces different ids for this tokenizer"
         )
-        return exact
+        return lambda stories: encode_in_pieces(stories, exact)
     log.info("tokenizing with gigatoken")
-    return lambda stories: encode_mixed(stories, fast, exact)
+    return lambda stories: encode_in_pieces(stories, lambda pieces: encode_mixed(pieces, fast, exact))
+
+
+def encode_in_pieces(stories: Sequence[bytes], encode: EncodeFn) -> EncodedBatch:
+    """Encode with `encode`, long stories in pieces; the result is the same if the tokenizer `has_gpt2_words`."""
+    if max(map(len, stories), default=0) <= PIECE_BYTES:
+        return encode(stories)
+    ids: list[npt.NDArray[np.uint32]] = []
+    counts: list[npt.NDArray[np.int64]] = []
+    for is_long, group in itertools.groupby(stories, lambda story: len(story) > PIECE_BYTES):
+        if not is_long:
+            group_ids, group_counts = encode(list(group))
+            ids.append(group_ids)
+            counts.append(group_counts)
+            continue
+        for story in group:
+            n_ids = 0
+            for piece in split_at_words(story, PIECE_BYTES):
+                piece_ids, piece_counts = encode([piece])
+                ids.append(piece_ids)
+                n_ids += int(piece_counts[0])
+            counts.append(np.array([n_ids], np.int64))
+    return np.concatenate(ids), np.concatenate(counts)
+
+
+def split_at_words(text: bytes, size: int, max_size: int | None = None) -> Iterator[bytes]:
+    """Yield the pieces of a UTF-8 text: each ends with the first word that reaches `size` bytes.
+
+    If that word does not end within `max_size` bytes, the piece is cut there, after a character.
+    """
+    start = 0
+    while len(text) - start > size:
+        limit = len(text) if max_size is None else min(start + max_size, len(text))
+        match = WORD_END.search(text, start + size, limit)
+        end = match.start() if match else limit
+        while end < len(text) and text[end] & 0xC0 == 0x80:  # inside a character
+            end -= 1
+        yield text[start:end]
+        start = end
+    if start < len(text):
+        yield text[start:]
+
+
+def has_gpt2_words(tokenizer: Tokenizer) -> bool:
+    """Whether the tokenizer is byte-level with GPT-2's pre-tokenizer, so that texts may be cut at any `WORD_END`."""
+    json_data = tokenizer.json_data
+    return (
+        tokenizer.is_lossless
+        and json_data["pre_tokenizer"].get("use_regex", True)
+        and all(token["special"] for token in json_data["added_tokens"])
+    )
 
 
 def is_unambiguous(story: bytes) -> bool:
@@ -97,15 +159,15 @@ def make_tokenizers_encoder(tokenizer: Tokenizer) -> EncodeFn:
 def make_gigatoken_encoder(tokenizer: Tokenizer) -> EncodeFn | str:
     """Return an encoder based on gigatoken, or the reason (a string) why it cannot be used for this tokenizer."""
     json_data = tokenizer.json_data
-    model, pre_tokenizer = json_data["model"], json_data["pre_tokenizer"]
+    model = json_data["model"]
     is_plain_bpe = model["type"] == "BPE" and not any(
         model.get(key)
         for key in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
     )
-    if not (tokenizer.is_lossless and is_plain_bpe and pre_tokenizer.get("use_regex", True)):
-        return "gigatoken is verified only for byte-level BPE with GPT-2's pre-tokenizer"
     if not all(token["special"] for token in json_data["added_tokens"]):
         return "the tokenizer has added tokens that match ordinary text"
+    if not (is_plain_bpe and has_gpt2_words(tokenizer)):
+        return "gigatoken is verified only for byte-level BPE with GPT-2's pre-tokenizer"
     try:
         import awkward  # type: ignore[import-untyped]
         import gigatoken

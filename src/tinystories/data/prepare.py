@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import logging
+import os
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -16,14 +17,14 @@ import numpy as np
 from tinystories.data import build_tokenizer
 from tinystories.data.dataset import FORMAT_VERSION, SPLITS, DatasetMeta, SplitMeta
 from tinystories.data.dedup import Assignment, Role, SplitAssigner, hash_stories, is_held_out
-from tinystories.data.encoder import EncodeFn, make_bulk_encoder
+from tinystories.data.encoder import PIECE_BYTES, EncodeFn, make_bulk_encoder, split_at_words
 from tinystories.data.source.reader import DecodeErrors, ReadOptions, StoryBatch
 from tinystories.data.source.resolve import Source, SourceNames, resolve_source
 from tinystories.data.spec import PrepareSpec, disk_error_message, existing_output
 from tinystories.data.staging import StagingDir
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.errors import UserError
-from tinystories.files import sha256, write_atomic
+from tinystories.files import require_name, sha256, write_atomic
 from tinystories.progress import ByteDisplay
 
 log = logging.getLogger(__name__)
@@ -61,7 +62,8 @@ def prepare(
     set that was not held out is kept unchanged.
 
     A second run with nothing changed does nothing. A run after an interruption resumes from the staging directory
-    `OUT.draft`. `out` is created atomically. Memory use is constant except for 16 bytes per story.
+    `OUT.draft`. `out` is created atomically; if it is a symbolic link, the folder that it points to is. Memory use is
+    constant except for 16 bytes per story and a few times the longest story.
     Raises `UserError` for unusable input or output, and if the disk is full.
     """
     started_at = time.monotonic()
@@ -76,14 +78,17 @@ def prepare(
     )
     if meta := existing_output(out, spec):
         return PrepareReport(out=out, meta=meta, up_to_date=True, seconds=time.monotonic() - started_at, mb_per_s=0.0)
-    staging_path = out.with_name(out.name + ".draft")
+    require_name(out)
+    # A link stays: what it points to is written, with the staging directory on the same disk.
+    target = Path(os.path.realpath(out)) if out.is_symlink() else out
+    staging_path = target.with_name(target.name + ".draft")
     try:
         with StagingDir(staging_path, spec.to_json_dict()) as staging:
             bytes_before = staging.journal.read
             job = PrepareJob(spec, staging)
             job.read_all(progress)
             meta = job.finalize()
-            staging.publish(out)
+            staging.publish(target)
     except OSError as error:
         raise UserError(disk_error_message(error, staging_path, spec)) from None
     seconds = time.monotonic() - started_at
@@ -125,12 +130,13 @@ class PrepareJob:
         return tokenizer
 
     def _iter_train_stories(self) -> Iterator[str]:
-        """Yield the stories to train a tokenizer on, leaving out the held-out ones."""
+        """Yield the stories to train a tokenizer on, leaving out the held-out ones; long ones in pieces."""
         source, role = self.stages[-1]
         for batch in source.read_batches(self.spec.options):
             val_fraction = self.spec.resolved_val_fraction if role == "both" else 0.0
             is_val = is_held_out(hash_stories(batch.stories), val_fraction)
-            yield from (story.decode() for story in itertools.compress(batch.stories, ~is_val))
+            for story in itertools.compress(batch.stories, ~is_val):
+                yield from (piece.decode() for piece in split_at_words(story, PIECE_BYTES))
 
     def read_all(self, progress: bool) -> None:
         """Process the remaining stages. A thread encodes and writes a batch while the next is read and deduplicated."""
@@ -219,5 +225,6 @@ class PrepareJob:
             **{reason: counts.get(reason, 0) for reason in ("duplicates", "also_in_val", "empty")},
         )
         text = json.dumps(dataclasses.asdict(meta), indent=1, ensure_ascii=False)
-        write_atomic(self.staging.data_dir / "meta.json", text + "\n")
+        # A file name that is not UTF-8 has lone surrogates, which become \udcXX: also their escapes in JSON.
+        write_atomic(self.staging.data_dir / "meta.json", f"{text}\n".encode("utf-8", "backslashreplace"))
         return meta

@@ -12,11 +12,13 @@ import time
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from tinystories.data.dataset import SPLITS
 from tinystories.errors import UserError
 from tinystories.files import acquire_lock, fsync, read_json_object, write_json
 
 log = logging.getLogger(__name__)
 
+STAGING_NAMES = {"lock", "request.json", "journal.json", *(f"{split}.digests" for split in SPLITS)}
 JOURNAL_INTERVAL_SECONDS = 1.0  # a kill loses at most this much work, plus the current batch
 
 
@@ -45,8 +47,7 @@ class StagingDir:
         self.data_dir = folder / "data"  # what is published; the rest is only needed to resume
         self.journal = Journal()
         self._files: dict[str, BinaryIO] = {}
-        own_files = (folder / "request.json", folder / "lock")
-        if folder.exists() and any(folder.iterdir()) and not any(path.exists() for path in own_files):
+        if not is_own_folder(folder):
             raise UserError(
                 f"{folder} exists but is not a staging directory of prepare; remove it or choose another --out"
             )
@@ -128,6 +129,12 @@ class StagingDir:
     def _sync_files(self) -> None:
         for file in self._files.values():
             os.fsync(file.fileno())
+
+
+def is_own_folder(folder: Path) -> bool:
+    """Whether a folder is missing, or a staging directory; it may be incomplete, after a kill while it was removed."""
+    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    return bool(names & {"request.json", "lock"}) or names <= STAGING_NAMES
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

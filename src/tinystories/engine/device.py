@@ -25,7 +25,7 @@ def select_device(name: str | torch.device = "auto") -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         device = torch.device("meta")  # rejected below, like every other unsupported type
     if device.type not in ("cpu", "cuda", "mps"):
         raise UserError(f"device {name} is unknown; use auto, cpu, cuda, cuda:1 or mps")

@@ -4,7 +4,7 @@ import dataclasses
 import os
 from typing import TYPE_CHECKING
 
-from tinystories.errors import UserError
+from tinystories.errors import UserError, check_bool, check_integer
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +42,10 @@ class EngineConfig:
             raise UserError(f"the torch engine does not support {self.precision}; use fp32 or bf16, or --engine cpu")
         if self.engine == "torch":
             self.check_torch()
+        check_integer("n_slots", self.n_slots)
+        check_bool("shortlist", self.shortlist)
+        if self.threads is not None:
+            check_integer("threads", self.threads)
         if self.n_slots < 1:
             raise UserError(f"the number of slots must be at least 1, not {self.n_slots}")
         max_threads = 4 * (os.cpu_count() or 1)

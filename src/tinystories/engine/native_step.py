@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tinystories.engine.cpu.runtime import MAX_ROWS, Runtime
+from tinystories.engine.cpu.runtime import MAX_ROWS, KVCacheAddress, Runtime
 from tinystories.model import GPT, KVCache
 
 # With more rows, the model's own forward pass (BLAS matmuls) is faster (docs/log.md).
@@ -29,12 +29,6 @@ class NativeStep:
         # `cache` may be a view of some rows of a larger cache (layer, n_slots, H_kv, n_ctx, D). The kernels address the
         # layers by the full number of rows, and only the strides still tell it.
         n_slots = cache.k.stride(0) // cache.k.stride(1)
-        logits = self.runtime.run(
-            tokens.numpy(),
-            np.arange(len(tokens)),
-            np.asarray(positions),
-            cache.k.data_ptr(),
-            cache.v.data_ptr(),
-            n_slots,
-        )
+        address = KVCacheAddress(cache.k.data_ptr(), cache.v.data_ptr(), n_slots)
+        logits = self.runtime.run(tokens.numpy(), np.arange(len(tokens)), np.asarray(positions), address)
         return torch.from_numpy(logits.copy())

@@ -24,11 +24,8 @@ def select_engine(config: EngineConfig) -> EngineName:
     device = str(config.device)
     if config.engine == "torch" or config.precision == "bf16" or device not in ("auto", "cpu"):
         return "torch"
-    return (
-        "torch"
-        if device == "auto" and config.precision not in QUANTIZED_PRECISIONS and is_gpu_torch_available() and has_cuda()
-        else "cpu"
-    )
+    may_use_gpu = device == "auto" and config.precision not in QUANTIZED_PRECISIONS
+    return "torch" if may_use_gpu and is_gpu_torch_available() and has_cuda() else "cpu"
 
 
 def is_gpu_torch_available() -> bool:
@@ -58,7 +55,7 @@ def load_engine(model: str | Path, config: EngineConfig) -> tuple[ModelFiles, En
         from tinystories.engine.cpu.engine import CpuEngine
         from tinystories.engine.cpu.shortlist import read_shortlist
 
-        files = read_model(model, check_weights=False)
+        files = read_model(model, verify_weights=False)
         shortlist_ids = read_shortlist(files) if config.shortlist else None
         return files, CpuEngine.load(files, config, shortlist_ids=shortlist_ids)
     config.check_torch()

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tinystories.checkpoint import ModelFiles
 from tinystories.engine.cuda_graph import CudaGraphStep
 from tinystories.engine.device import Precision, select_device, select_precision
 from tinystories.engine.engine_config import DEFAULT_ENGINE_CONFIG, EngineConfig
@@ -18,9 +19,8 @@ from tinystories.engine.native_step import MAX_NATIVE_ROWS, NativeStep
 from tinystories.engine.protocol import Ids, Logits, validate_context, validate_sequences, validate_slot, validate_step
 from tinystories.errors import UserError
 from tinystories.model import GPT, KVCache
-
-if TYPE_CHECKING:
-    from tinystories.checkpoint import ModelFiles
+from tinystories.weights.load import load_fp32
+from tinystories.weights.names import check_weights
 
 KV_LEN_STEP = 64  # attention reads a number of cached positions that is a multiple of this
 # Tokens per batch of `logprobs`, padding included. The CPU value keeps a batch in the CPU's caches.
@@ -60,11 +60,12 @@ class TorchEngine:
             cast_linears_to_bf16(model)
 
     @classmethod
-    def load(cls, files: "ModelFiles", engine_config: EngineConfig = DEFAULT_ENGINE_CONFIG) -> "TorchEngine":
+    def load(cls, files: ModelFiles, engine_config: EngineConfig = DEFAULT_ENGINE_CONFIG) -> "TorchEngine":
         """Load the model of a model directory (weights in fp32, or dequantized if it has only int8 weights)."""
         device = select_device(engine_config.device)
         precision = select_precision(device, engine_config.precision)  # raise before reading the weights
-        model = load_model(files)
+        model = GPT(files.config)
+        load_weights(files, model)
         return cls(model.eval(), n_slots=engine_config.n_slots, device=device, precision=precision, owns_model=True)
 
     def prefill(self, slot: int, ids: Ids) -> Logits:
@@ -132,8 +133,7 @@ class TorchEngine:
         max_tokens = SCORE_BATCH_TOKENS_CPU if self.device.type == "cpu" else SCORE_BATCH_TOKENS_CUDA
         with self._inference_mode():
             for members in group_by_length([len(ids) - 1 for ids in arrays], max_tokens):
-                for i, sequence_logprobs in zip(members, self._score_batch([arrays[i] for i in members]), strict=True):
-                    results[i] = sequence_logprobs
+                results |= zip(members, self._score_batch([arrays[i] for i in members]), strict=True)
         return [results[i] for i in range(len(arrays))]
 
     def _score_batch(self, arrays: list[npt.NDArray[np.int64]]) -> list[npt.NDArray[np.float32]]:
@@ -188,18 +188,14 @@ class TorchEngine:
                 self.model.train()
 
 
-def load_model(files: "ModelFiles") -> GPT:
-    """Return the model of a model directory, with its weights in fp32 (dequantized if it has only int8 weights)."""
-    from tinystories.checkpoint import copy_into_model, load_weights
+def load_weights(files: ModelFiles, model: GPT) -> None:
+    """Copy the weights of a model directory into a model; int8 weights are dequantized.
 
-    model = GPT(files.config)
-    if files.is_int8_only:
-        from tinystories.engine.cpu.weights import dequantize
-
-        copy_into_model({name: torch.tensor(weight) for name, weight in dequantize(files).items()}, model, files.folder)
-    else:
-        load_weights(files, model)
-    return model
+    Raises `UserError` if a name or shape is not that of the model, or a weight is not finite.
+    """
+    weights = load_fp32(files)
+    check_weights({name: weight.shape for name, weight in weights.items()}, model.config, str(files.weights_path))
+    model.load_state_dict({name: torch.tensor(weight) for name, weight in weights.items()}, strict=False)
 
 
 def cast_linears_to_bf16(model: GPT) -> None:

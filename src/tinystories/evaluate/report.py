@@ -1,20 +1,14 @@
 """Bits per byte of a model on any data: story files, named sources or a folder of prepared data."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from tinystories.data.dataset import open_split, read_meta
 from tinystories.data.source.reader import DecodeErrors
 from tinystories.data.source.resolve import iter_stories
 from tinystories.errors import UserError
-from tinystories.evaluate.bits import (
-    BitsReport,
-    EncodedStory,
-    encode_stories,
-    evaluate_bits_per_byte,
-    read_prepared_stories,
-)
+from tinystories.evaluate.bits import BitsReport, encode_stories, evaluate_bits_per_byte, read_prepared_stories
 from tinystories.generate.storyteller import Storyteller
 
 
@@ -33,20 +27,13 @@ def evaluate_model(
     folder (the same as evaluation during training). Raises `UserError` if a prepared folder was made with a different
     tokenizer than the model's.
     """
-    return evaluate_bits_per_byte(
-        storyteller.engine, load_stories(storyteller, data, text_field, errors, limit), progress
-    )
-
-
-def load_stories(
-    storyteller: Storyteller, data: str, text_field: str, errors: DecodeErrors, limit: int
-) -> Iterator[EncodedStory]:
-    """Yield the tokenized stories that `evaluate_model` scores, with their sizes in bytes."""
     if (Path(data) / "meta.json").is_file():
         if read_meta(data).tokenizer_sha256 != storyteller.tokenizer.sha256:
             raise UserError(
                 f"{data} was prepared with a different tokenizer than the model's; evaluate on the text files instead"
             )
-        return read_prepared_stories(*open_split(data, "val"), limit)
-    texts = iter_stories(data, text_field=text_field, errors=errors, split="val")
-    return encode_stories(itertools.islice(texts, limit or None), storyteller.tokenizer)
+        stories = read_prepared_stories(*open_split(data, "val"), limit)
+    else:
+        texts = iter_stories(data, text_field=text_field, errors=errors, split="val")
+        stories = encode_stories(itertools.islice(texts, limit or None), storyteller.tokenizer)
+    return evaluate_bits_per_byte(storyteller.engine, stories, progress)

@@ -12,10 +12,11 @@ from tinystories import checkpoint
 from tinystories.config import ModelConfig, SamplingConfig
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.engine.cpu.engine import CpuEngine, CpuKVCache
-from tinystories.engine.cpu.weights import expected_shapes, load_fp32
 from tinystories.engine.engine_config import EngineConfig
-from tinystories.errors import UserError, quoted
+from tinystories.errors import UserError
 from tinystories.files import atomic_directory
+from tinystories.weights.load import load_fp32
+from tinystories.weights.names import check_weights
 
 Array = npt.NDArray[Any]
 
@@ -59,20 +60,16 @@ class ModelBundle:
             weights = {name: np.ascontiguousarray(weight, np.float32) for name, weight in self.weights.items()}
             checkpoint.write_arrays(staging_dir, self.config, weights, self.tokenizer, self.sampling, self.provenance)
 
-    def check(self) -> None:
+    def check(self, where: object = "the model") -> None:
         """Raise `UserError` if a weight is missing, unknown, misshapen or not finite, or the tokenizer is too large."""
-        expected = expected_shapes(self.config)
-        for name in sorted(expected.keys() | self.weights.keys()):
-            if name not in self.weights or name not in expected:
-                raise UserError(f"weight {quoted(name)} is {'unknown' if name in self.weights else 'missing'}")
-            if self.weights[name].shape != expected[name]:
-                raise UserError(f"weight {name} has shape {self.weights[name].shape}, not {expected[name]}")
-            if not np.isfinite(self.weights[name]).all():
-                raise UserError(f"weight {name} contains NaN or infinity (not finite); use another checkpoint")
+        check_weights({name: weight.shape for name, weight in self.weights.items()}, self.config, str(where))
+        for name, weight in self.weights.items():
+            if not np.isfinite(weight).all():
+                raise UserError(f"{where}: weight {name} contains NaN or infinity (not finite); use another checkpoint")
         if self.tokenizer.vocab_size > self.config.vocab_size:
             raise UserError(
-                f"the tokenizer has {self.tokenizer.vocab_size:,} ids, the model only {self.config.vocab_size:,};"
-                " use the model's own tokenizer"
+                f"{where}: the tokenizer has {self.tokenizer.vocab_size:,} ids, the model only"
+                f" {self.config.vocab_size:,}; use the model's own tokenizer"
             )
 
     def logits(self, ids: npt.ArrayLike) -> npt.NDArray[np.float32]:

@@ -1,27 +1,17 @@
 """Checks of --out for exports and imports: what may be written there, and what --force may replace."""
 
-import contextlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 from tinystories.checkpoint import INT8_WEIGHTS, WEIGHTS, read_json
-from tinystories.data.tokenizer import sanitize
 from tinystories.engine.cpu import shortlist
 from tinystories.errors import UserError
 from tinystories.files import require_name
 
 # The files that this program writes into a model directory, or into an export for transformers. A training run has
 # more, such as checkpoints/, and is therefore never replaced.
-OUR_FILES = {
-    "config.json",
-    "generation.json",
-    "tokenizer.json",
-    WEIGHTS,
-    INT8_WEIGHTS,
-    "packed-int4.safetensors",
-    shortlist.FILE_NAME,
-}
+OUR_FILES = {"config.json", "generation.json", "tokenizer.json", WEIGHTS, INT8_WEIGHTS, shortlist.FILE_NAME}
+OUR_FILES |= {"packed-int4.safetensors"}
 HF_FILES = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", WEIGHTS}
 
 
@@ -34,11 +24,8 @@ def check_destination(out: Path, *, is_folder: bool, force: bool, source: Path |
     require_name(out)
     if source is not None:
         out_path, source_path = Path(os.path.realpath(out)), Path(os.path.realpath(source))
-        if (
-            out_path == source_path
-            or out_path in source_path.parents
-            or (source_path in out_path.parents and os.path.lexists(out))
-        ):
+        is_inside = source_path in out_path.parents and os.path.lexists(out)
+        if is_inside or source_path.is_relative_to(out_path):
             raise UserError(f"{out} is, contains, or is inside {source}, the model being read; choose another --out")
     if not os.path.lexists(out):
         return
@@ -66,24 +53,8 @@ def refusal_reason(out: Path, is_folder: bool) -> str | None:
 def is_own_output(folder: Path) -> bool:
     """Return whether a directory is empty, or contains one of our models or transformers exports and nothing else."""
     files = list(folder.iterdir())
-    names = {file.name for file in files}
-    if not all(file.is_file() for file in files):
+    names = {file.name for file in files if file.is_file()}
+    if len(names) < len(files) or (names and "config.json" not in names):
         return False
-    if not names:
-        return True
-    if "config.json" not in names:
-        return False
-    config = read_json(folder / "config.json")
-    return ("format" in config and names <= OUR_FILES) or ("model_type" in config and names <= HF_FILES)
-
-
-@contextlib.contextmanager
-def translate_write_errors(out: Path) -> Iterator[None]:
-    """Turn I/O errors inside the block (disk full, no permission) into a `UserError` about `out`."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or sanitize(error)
-        raise UserError(f"{out} could not be written: {reason}") from None
+    config = read_json(folder / "config.json") if names else {}
+    return not names or ("format" in config and names <= OUR_FILES) or ("model_type" in config and names <= HF_FILES)

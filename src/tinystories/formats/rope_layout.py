@@ -4,11 +4,7 @@ Our layout (Hugging Face's) pairs dimension i of a head with i + head_dim / 2; L
 GGUF, pairs adjacent dimensions. Attention scores do not change, as long as q and k are reordered alike.
 """
 
-from typing import Any
-
-import numpy.typing as npt
-
-Array = npt.NDArray[Any]
+from tinystories.formats.bundle import Array
 
 
 def permute_rope(weight: Array, head_dim: int) -> Array:

@@ -12,6 +12,8 @@ from tinystories.errors import UserError, quoted
 SPACE_SYMBOL = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece's escape for a space
 MAX_PIECE_CHARS = 1024  # real pieces have up to 50 characters
 BYTE_PIECES = [f"<0x{byte:02X}>" for byte in range(256)]  # names of the byte-fallback pieces
+# How an added token is found in a text; all false: exactly as it is written.
+TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 # What code that walks malformed JSON may raise.
 MALFORMED_ERRORS = (TypeError, KeyError, AttributeError, ValueError, IndexError, RecursionError)
 
@@ -50,50 +52,45 @@ def build_sentencepiece_bpe(
         if not math.isfinite(score):
             raise UserError(f"{where}: the score of piece {i} is not finite")
         ids[name] = i
-    names = list(ids)
     text_pieces = {name: i for name, i in ids.items() if i not in special_ids and name not in BYTE_PIECES}
-    unk_token = "<unk>" if ids.get("<unk>", -1) in special_ids else None
-    space_normalizers: list[dict[str, Any]] = [{"type": "Replace", "pattern": {"String": " "}, "content": SPACE_SYMBOL}]
+    bpe = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": "<unk>" if ids.get("<unk>", -1) in special_ids else None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": True,
+        "byte_fallback": True,
+        "ignore_merges": False,
+        "vocab": ids,
+        "merges": list(derive_merges(text_pieces, scores)),
+    }
+    return Tokenizer(build_sentencepiece_json(bpe, sorted(special_ids), add_prefix_space), where)
+
+
+def build_sentencepiece_json(bpe: Mapping[str, Any], special_ids: Sequence[int], add_prefix_space: bool) -> str:
+    """Return the tokenizer.json around the model `bpe`: special tokens, and how spaces and bytes become pieces."""
+    names = list(bpe["vocab"])
+    replace_spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE_SYMBOL}
+    restore_spaces = {"type": "Replace", "pattern": {"String": SPACE_SYMBOL}, "content": " "}
+    prepend = [{"type": "Prepend", "prepend": SPACE_SYMBOL}] if add_prefix_space else []
+    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if add_prefix_space else []
+    flags = {"special": True, "normalized": False, "single_word": False, "lstrip": False, "rstrip": False}
     parts = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [
-            {"id": i, "content": names[i], "special": True, "normalized": False}
-            | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
-            for i in sorted(special_ids)
-            if i < len(names)
-        ],
-        "normalizer": {
-            "type": "Sequence",
-            "normalizers": ([{"type": "Prepend", "prepend": SPACE_SYMBOL}] if add_prefix_space else [])
-            + space_normalizers,
-        },
+        "added_tokens": [{"id": i, "content": names[i]} | flags for i in special_ids if i < len(names)],
+        "normalizer": {"type": "Sequence", "normalizers": [*prepend, replace_spaces]},
         "pre_tokenizer": None,
         "post_processor": None,
         "decoder": {
             "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": SPACE_SYMBOL}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-                *([{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if add_prefix_space else []),
-            ],
+            "decoders": [restore_spaces, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip],
         },
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": unk_token,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": True,
-            "ignore_merges": False,
-            "vocab": ids,
-            "merges": list(derive_merges(text_pieces, scores)),
-        },
+        "model": bpe,
     }
-    return Tokenizer(json.dumps(parts, ensure_ascii=False), where)
+    return json.dumps(parts, ensure_ascii=False)
 
 
 def decode_piece(piece: bytes, i: int, where: str) -> str:
@@ -125,8 +122,11 @@ def set_end_token(text: str, end_id: int, where: str) -> Tokenizer:
         parts = json.loads(text)
         old_name = rename_end_token(parts, end_id)
         added_tokens = {token["id"]: token for token in parts["added_tokens"]}
-        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        added_tokens[end_id] = added_tokens.get(end_id, flags) | {"id": end_id, "content": END, "special": True}
+        added_tokens[end_id] = added_tokens.get(end_id, dict.fromkeys(TOKEN_FLAGS, False)) | {
+            "id": end_id,
+            "content": END,
+            "special": True,
+        }
         parts["added_tokens"] = [added_tokens[i] for i in sorted(added_tokens)]
         parts["post_processor"] = None
         tokenizer = Tokenizer(json.dumps(parts, ensure_ascii=False), where)

@@ -20,7 +20,7 @@ import numpy as np
 from tinystories.config import SamplingConfig
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.engine.protocol import Engine, Logits
-from tinystories.errors import UserError
+from tinystories.errors import UserError, check_bool, check_integer, quoted
 from tinystories.generate.detokenizer import StreamingDetokenizer
 from tinystories.generate.sampling import UniformStream, sample
 
@@ -33,7 +33,7 @@ StopReason = Literal["end", "stop", "length"]
 class Request:
     """One story to generate. Equal seed, number and settings give the same story, whatever else is in the batch.
 
-    Raises `UserError` if `max_tokens`, `seed`, a stop string or the prompt is invalid.
+    Raises `UserError` if `max_tokens`, `seed`, a stop string or the prompt is invalid or of a wrong type.
     """
 
     prompt: str = ""
@@ -45,10 +45,15 @@ class Request:
     ignore_end: bool = False  # start a new story after END, until max_tokens
 
     def __post_init__(self) -> None:
+        check_integer("max_tokens", self.max_tokens)
+        check_integer("seed", self.seed)
+        check_bool("ignore_end", self.ignore_end)
         if self.max_tokens < 1:
             raise UserError(f"max_tokens={self.max_tokens} must be at least 1")
         if self.seed < 0:
             raise UserError(f"seed={self.seed} must not be negative")
+        for text in self.stop:
+            check_text(text, "a stop string")
         if not all(self.stop):
             raise UserError("a stop string must not be empty; leave it out to stop only at the end of the story")
         check_text(self.prompt, "the prompt")
@@ -89,11 +94,13 @@ class Story:
         return {**dataclasses.asdict(self), "ids": list(self.ids), **derived}
 
 
-def check_text(text: str, what: str) -> None:
-    """Raise `UserError` if the text contains a lone surrogate; `what` names the text in the message.
+def check_text(text: object, what: str) -> None:
+    """Raise `UserError` unless `text` is a string without lone surrogates; `what` names it in the message.
 
     Python decodes command-line bytes that are not UTF-8 to lone surrogates.
     """
+    if not isinstance(text, str):
+        raise UserError(f"{what} must be one string, not {type(text).__name__}: {quoted(text)}")
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -217,14 +224,10 @@ def sample_next(engine: Engine, active: list[ActiveSequence]) -> list[tuple[Acti
         for settings, rows in rows_by_settings.items():
             members = [group[row] for row in rows]
             selected_logits = logits if len(rows) == len(group) else logits[rows]
-            sampled += zip(members, sample_rows(members, settings, selected_logits), strict=True)
+            u = np.array([member.uniforms.next() for member in members])
+            ids = sample(selected_logits, settings, u, [member.seen_ids for member in members])
+            sampled += zip(members, ids, strict=True)
     return sampled
-
-
-def sample_rows(members: list[ActiveSequence], settings: SamplingConfig, logits: Logits) -> list[int]:
-    """Sample one token per row of logits (B, V), each with the random stream of its own sequence."""
-    u = np.array([sequence.uniforms.next() for sequence in members])
-    return sample(logits, settings, u, [sequence.seen_ids for sequence in members])
 
 
 def forward(engine: Engine, active: list[ActiveSequence]) -> Iterator[tuple[list[ActiveSequence], Logits]]:

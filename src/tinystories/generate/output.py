@@ -1,22 +1,22 @@
 """Story output: order the text of concurrent stories for display, and write stories to files."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import TracebackType
 
 from tinystories.data.tokenizer import END
 from tinystories.errors import UserError
+from tinystories.files import describe_write_error
 from tinystories.generate.batching import Story
 
 STORY_SEPARATOR = "\n\n---\n\n"  # between stories on the screen
 
 
-def reorder(events: Iterable[tuple[int, str | Story]], on_story: Callable[[Story], None]) -> Iterator[str]:
+def reorder(events: Iterable[tuple[int, str | Story]]) -> Iterator[str | Story]:
     """Yield the text of concurrently generated stories as if they were generated one after the other.
 
     `events` are those of `Storyteller.events`. The first unfinished story streams, the text of later ones is buffered.
-    Prompts are not part of the text. `on_story` is called with each Story when all its text has been yielded, in order.
+    Prompts are not part of the text. Each Story follows when all its text has been yielded.
     """
     current, buffered, finished = 0, dict[int, str](), dict[int, Story]()
     for number, item in events:
@@ -27,7 +27,7 @@ def reorder(events: Iterable[tuple[int, str | Story]], on_story: Callable[[Story
         else:
             buffered[number] = buffered.get(number, "") + item
         while current in finished:
-            on_story(finished.pop(current))
+            yield finished.pop(current)
             current += 1
             if current in buffered:
                 yield buffered.pop(current)
@@ -54,14 +54,12 @@ class StoryWriter:
         try:
             self.file = path.open("w", encoding="utf-8", newline="\n")
         except OSError as error:
-            raise UserError(f"{path} cannot be written: {error.strerror}") from None
+            raise UserError(describe_write_error(error, path)) from None
 
     def __enter__(self) -> "StoryWriter":
         return self
 
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc_value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.file.close()
 
     def write(self, story: Story) -> None:

@@ -171,12 +171,10 @@ def sample(
 class UniformStream:
     """The random numbers of one story: token t uses the t-th number of a generator seeded with (seed, story).
 
-    A story therefore depends neither on its batch nor on the engine. Raises `UserError` if the seed is negative.
+    A story therefore depends neither on its batch nor on the engine.
     """
 
     def __init__(self, seed: int, story: int) -> None:
-        if seed < 0:
-            raise UserError(f"seed={seed} must not be negative")
         self._rng: Any = np.random.default_rng([seed, story])
 
     def next(self) -> np.float32:

@@ -15,7 +15,7 @@ from tinystories.engine.engine_config import DEFAULT_ENGINE_CONFIG, EngineConfig
 from tinystories.engine.protocol import Engine
 from tinystories.engine.select import load_engine
 from tinystories.engine.sliding_window import sliding_window_logprobs
-from tinystories.errors import UserError
+from tinystories.errors import UserError, check_integer, quoted
 from tinystories.generate.batching import Request, Story, check_text, collect_stories, stream_all
 
 
@@ -80,6 +80,8 @@ class Storyteller:
 
         Greedy decoding (temperature 0) makes them identical. Raises `UserError` for invalid options.
         """
+        if num is not None:
+            check_integer("num", num)
         if num is not None and num < 1:
             raise UserError(f"num={num} must be at least 1")
         first = self.build_request(prompt, options)
@@ -140,6 +142,8 @@ class Storyteller:
         sampling_names = {field.name for field in dataclasses.fields(SamplingConfig)} & overrides.keys()
         settings = dataclasses.replace(self.settings, **{name: overrides.pop(name) for name in sampling_names})
         stop = overrides.pop("stop", ())
+        if not isinstance(stop, str | Iterable):
+            raise UserError(f"stop={quoted(stop)} must be a string or a list of strings, not {type(stop).__name__}")
         overrides.setdefault("seed", secrets.randbits(32))
         return Request(
             prompt=prompt, settings=settings, stop=(stop,) if isinstance(stop, str) else tuple(stop), **overrides

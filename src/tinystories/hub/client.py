@@ -4,9 +4,9 @@ Code in a repository is neither downloaded nor run.
 """
 
 import contextlib
-import errno
 import hashlib
 import logging
+import os
 import re
 import shutil
 import sys
@@ -19,23 +19,14 @@ from tinystories import checkpoint
 from tinystories.data.source.hub import CONNECT_TIMEOUT_SECONDS, parse_hub_name
 from tinystories.data.source.timeout import call_with_timeout
 from tinystories.data.tokenizer import sanitize
-from tinystories.errors import UserError
-from tinystories.files import sha256
+from tinystories.errors import UserError, quoted
+from tinystories.files import DISK_FULL_ERRNOS, describe_write_error, sha256
 
 log = logging.getLogger(__name__)
 
-METADATA_FILES = {
-    "config.json",
-    "generation.json",
-    "generation_config.json",
-    "merges.txt",
-    "model.safetensors.index.json",
-    "pytorch_model.bin.index.json",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-}
+METADATA_FILES = {"config.json", "generation.json", "generation_config.json", "merges.txt", "vocab.json"}
+METADATA_FILES |= {"special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"}
+METADATA_FILES |= {"model.safetensors.index.json", "pytorch_model.bin.index.json"}
 WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")  # in order of preference; one kind is downloaded
 INSTALL_COMMAND = 'pip install "tinystories-gpt[export]"'
 
@@ -51,23 +42,17 @@ def download(source: str) -> Path:
     hf_hub = import_huggingface_hub()
     api = hf_hub.HfApi()
     with translate_errors(source, api.endpoint):
+        options = {"revision": revision or None, "files_metadata": True, "timeout": CONNECT_TIMEOUT_SECONDS / 2}
         try:
-            info = call_with_timeout(
-                CONNECT_TIMEOUT_SECONDS,
-                lambda: api.model_info(
-                    repo, revision=revision or None, files_metadata=True, timeout=CONNECT_TIMEOUT_SECONDS / 2
-                ),
-            )
+            info = call_with_timeout(CONNECT_TIMEOUT_SECONDS, lambda: api.model_info(repo, **options))
         except Exception as error:
-            if is_hub_refusal(error):
-                raise
             cached_config = hf_hub.try_to_load_from_cache(repo, "config.json", revision=revision or None)
-            if not isinstance(cached_config, str):
+            if is_hub_refusal(error) or not isinstance(cached_config, str):
                 raise
             log.warning("%s: the Hub does not answer (%s); using an earlier download", source, type(error).__name__)
             return Path(cached_config).parent
         files = select_files(source, info.siblings)
-        check_disk_space(source, hf_hub, repo, [f for f in files if not is_cached(hf_hub, repo, f.rfilename, info.sha)])
+        check_disk_space(source, hf_hub, [f for f in files if not is_cached(hf_hub, repo, f.rfilename, info.sha)])
         names = [file.rfilename for file in files]  # safe as patterns: none contains * ? [ or /
         folder = Path(hf_hub.snapshot_download(repo, revision=revision or None, allow_patterns=names))
     if folder.name != info.sha:
@@ -83,18 +68,16 @@ def select_files(source: str, files: Sequence[Any]) -> list[Any]:
     `UserError` if weights are missing, or if there are several GGUF files to choose from.
     """
     top_level_files = [file for file in files if re.fullmatch(r"[\w.-]+", file.rfilename)]
-    files_by_pattern = (
-        [file for file in top_level_files if fnmatchcase(file.rfilename, kind)] for kind in WEIGHT_PATTERNS
-    )
-    weights = next(filter(None, files_by_pattern), [])
-    names = [file.rfilename for file in weights]
-    if not weights:
+    for kind in WEIGHT_PATTERNS:
+        if weights := [file for file in top_level_files if fnmatchcase(file.rfilename, kind)]:
+            break
+    else:
         listing = ", ".join(sanitize(file.rfilename) for file in files[:10]) or "nothing"
         raise UserError(f"{source} has none of {', '.join(WEIGHT_PATTERNS)} in its top folder; it has {listing}")
-    if len(weights) > 1 and names[0].endswith(".gguf"):
+    if len(weights) > 1 and kind == "*.gguf":
         raise UserError(
             f"{source} has several models; download one of these files, then run: tinystories import FILE"
-            f" ({', '.join(names)})"
+            f" ({', '.join(file.rfilename for file in weights)})"
         )
     return [file for file in top_level_files if file.rfilename in METADATA_FILES] + weights
 
@@ -103,21 +86,19 @@ def is_cached(hf_hub: Any, repo: str, name: str, commit: str) -> bool:
     return isinstance(hf_hub.try_to_load_from_cache(repo, name, revision=commit), str)
 
 
-def check_disk_space(source: str, hf_hub: Any, repo: str, files: Sequence[Any]) -> None:
+def check_disk_space(source: str, hf_hub: Any, files: Sequence[Any]) -> None:
     """Raise `UserError` if the files do not fit on the cache's disk; otherwise log how much is downloaded."""
-    needed_bytes = sum(file.size or 0 for file in files)
     if not files:
         return
-    cache_dir = Path(hf_hub.constants.HF_HUB_CACHE)
-    free_bytes = shutil.disk_usage(
-        next(folder for folder in (cache_dir, *cache_dir.absolute().parents) if folder.exists())
-    ).free
+    needed_bytes = sum(file.size or 0 for file in files)
+    cache_dir = Path(hf_hub.constants.HF_HUB_CACHE).absolute()
+    free_bytes = shutil.disk_usage(next(folder for folder in (cache_dir, *cache_dir.parents) if folder.exists())).free
     if needed_bytes > free_bytes:
         raise UserError(
             f"{source} needs {needed_bytes / 1e6:,.1f} MB, but {cache_dir} has only {free_bytes / 1e6:,.1f} MB left;"
             " free space, or set HF_HUB_CACHE to another folder"
         )
-    log.info("downloading %s: %d files, %.1f MB", repo, len(files), needed_bytes / 1e6)
+    log.info("downloading %s: %d files, %.1f MB", source, len(files), needed_bytes / 1e6)
 
 
 def verify_hash(source: str, path: Path, remote_file: Any) -> None:
@@ -146,6 +127,8 @@ def resolve_model_folder(model: str | Path | None) -> Path:
     """
     if model is None:
         return checkpoint.BUNDLED_MODEL
+    if not isinstance(model, str | os.PathLike):
+        raise UserError(f"a model is a folder or hf:OWNER/NAME, not {type(model).__name__}: {quoted(model)}")
     if not str(model).startswith("hf:"):
         return Path(model)
     folder = download(str(model))
@@ -173,12 +156,9 @@ def collect_files(folder: Path, repo: str, license: str = "") -> dict[str, Path 
     from tinystories.formats.bundle import ModelBundle
     from tinystories.hub.card import build_model_card
 
-    model_files = checkpoint.read_model(folder)
+    names = ("config.json", *checkpoint.read_model(folder).checksums)
     card_text = build_model_card(ModelBundle.read(folder), repo, license)
-    return {
-        "README.md": card_text.encode(),
-        **{name: folder / name for name in ("config.json", *model_files.checksums)},
-    }
+    return {"README.md": card_text.encode()} | {name: folder / name for name in names}
 
 
 def push(files: Mapping[str, Path | bytes], repo: str, *, private: bool = True, message: str = "") -> str:
@@ -194,9 +174,8 @@ def push(files: Mapping[str, Path | bytes], repo: str, *, private: bool = True, 
         call_with_timeout(CONNECT_TIMEOUT_SECONDS, lambda: api.create_repo(repo, private=private, exist_ok=True))
         if private and not call_with_timeout(CONNECT_TIMEOUT_SECONDS, lambda: api.model_info(repo)).private:
             raise UserError(f"{repo} already exists and is public; push with --public, or choose another repository")
-        operations = [
-            hf_hub.CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in files.items()
-        ]
+        add = hf_hub.CommitOperationAdd
+        operations = [add(path_in_repo=name, path_or_fileobj=file) for name, file in files.items()]
         commit = api.create_commit(repo, operations, commit_message=message or "A model of TinyStories GPT")
     return str(commit.commit_url)
 
@@ -232,29 +211,26 @@ def translate_errors(name: str, endpoint: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except hub_errors.GatedRepoError:
-        raise UserError(f"{name}: request access at {endpoint}/{repo}, then set HF_TOKEN to your token") from None
-    except hub_errors.RepositoryNotFoundError:
-        raise UserError(f"{name}: no model {repo} at {endpoint} (a private one needs HF_TOKEN)") from None
-    except hub_errors.RevisionNotFoundError:
-        raise UserError(f"{name}: {repo} has no such revision; see {endpoint}/{repo}/commits/main") from None
-    except hub_errors.HFValidationError as error:
-        raise UserError(f"{name} is not a valid repository name: {sanitize(error)}") from None
     except Exception as error:
         status = error.response.status_code if isinstance(error, hub_errors.HfHubHTTPError) else 0
-        if status in (401, 403):
-            raise UserError(
-                f"{name}: the Hub denied access ({status}); set HF_TOKEN to a token that may do this"
-                " (https://huggingface.co/settings/tokens)"
-            ) from None
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"{name}: the disk is full; free space, or set HF_HUB_CACHE to another folder,"
-                " and run the same command again"
-            ) from None
-        if isinstance(error, OSError) and error.filename:
-            raise UserError(f"{name}: {error.filename}: {error.strerror}") from None
-        raise UserError(
-            f"{name}: cannot reach {endpoint}/{repo}, or its answer is invalid ({type(error).__name__}:"
-            f" {sanitize(error)[:200]}); run the same command again to continue"
-        ) from None
+        if isinstance(error, hub_errors.GatedRepoError):
+            text = f": request access at {endpoint}/{repo}, then set HF_TOKEN to your token"
+        elif isinstance(error, hub_errors.RepositoryNotFoundError):
+            text = f": no model {repo} at {endpoint} (a private one needs HF_TOKEN)"
+        elif isinstance(error, hub_errors.RevisionNotFoundError):
+            text = f": {repo} has no such revision; see {endpoint}/{repo}/commits/main"
+        elif isinstance(error, hub_errors.HFValidationError):
+            text = f" is not a valid repository name: {sanitize(error)}"
+        elif status in (401, 403):
+            advice = "set HF_TOKEN to a token that may do this (https://huggingface.co/settings/tokens)"
+            text = f": the Hub denied access ({status}); {advice}"
+        elif isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS:
+            text = (
+                ": the disk is full; free space, or set HF_HUB_CACHE to another folder, and run the same command again"
+            )
+        elif isinstance(error, OSError) and error.filename:
+            text = f": {describe_write_error(error, repo)}"
+        else:
+            reason = f"{type(error).__name__}: {sanitize(error)[:200]}"
+            text = f": cannot reach {endpoint}/{repo}, or its answer is invalid ({reason}); run the same command again"
+        raise UserError(name + text) from None

@@ -7,8 +7,7 @@ from typing import Any
 
 from tinystories import checkpoint
 from tinystories.errors import UserError
-from tinystories.files import atomic_directory, sha256
-from tinystories.formats.destination import translate_write_errors
+from tinystories.files import atomic_directory, sha256, write_errors
 from tinystories.hub import client as hub
 
 REGISTRY_PATH = Path(__file__).with_suffix(".json")
@@ -38,6 +37,6 @@ def fetch(name: str, out: Path, registry: dict[str, dict[str, Any]]) -> None:
     if sha256(folder / "config.json") != entry["sha256"]:
         raise UserError(f"{entry['repository']}: config.json does not match the published hash; nothing was written")
     files = checkpoint.read_model(folder)
-    with translate_write_errors(out), atomic_directory(out) as staging_dir:
+    with write_errors(out), atomic_directory(out) as staging_dir:
         for file in ("config.json", *files.checksums):
             shutil.copyfile(folder / file, staging_dir / file)

@@ -1,22 +1,22 @@
 """The search space of a sweep, parsed from the command line: `--optim.learning_rate 1e-4:1e-2:log` and the like.
 
-Values are parsed by the type of their setting (`config.setting_type`), so every setting can be searched.
+A searched setting becomes an Optuna distribution: a range of numbers, or a list of texts that are parsed by the type of
+their setting (`config.setting_type`), so every setting can be searched.
 """
 
 import dataclasses
 import itertools
 import math
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any, get_args, get_origin
+from typing import Any, get_args, get_origin
+
+import optuna
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from tinystories.config import Config
 from tinystories.config_file import UNION_TYPES, build_dataclass, merge_overrides, parse_text, setting_type, validate
 from tinystories.errors import UserError
-
-if TYPE_CHECKING:
-    from optuna.trial import Trial
 
 CHOICES_PREFIX = "choose:"
 COMMAND_LINE = "command line"
@@ -25,78 +25,7 @@ MAX_CANDIDATES = 200
 MAX_GRID_SIZE = 100_000
 MAX_RANGE_STEPS = 1e9  # values of a range with steps
 
-
-@dataclasses.dataclass(frozen=True)
-class Categorical:
-    """A choice from a list. Optuna stores the texts, so the values can have any type a setting has."""
-
-    name: str
-    texts: tuple[str, ...]
-    values: tuple[Any, ...]
-    log: bool = False
-
-    def suggest(self, trial: "Trial") -> Any:
-        return self.decode(trial.suggest_categorical(self.name, self.texts))
-
-    def decode(self, stored: Any) -> Any:
-        """The setting's value for what Optuna stores."""
-        return self.values[self.texts.index(stored)]
-
-    def grid_values(self) -> Sequence[Any]:
-        return self.values
-
-    def bounds(self) -> Sequence[Any]:
-        return self.values
-
-    def sample(self, generator: random.Random) -> Any:
-        return generator.choice(self.values)
-
-
-@dataclasses.dataclass(frozen=True)
-class Range:
-    """Numbers from `low` to `high`, both included. Integers if both are; with `step`, only low + n * step."""
-
-    name: str
-    low: int | float
-    high: int | float
-    step: int | float | None
-    log: bool
-
-    def suggest(self, trial: "Trial") -> int | float:
-        if isinstance(self.low, int):
-            return trial.suggest_int(self.name, self.low, int(self.high), step=int(self.step or 1), log=self.log)
-        return trial.suggest_float(self.name, self.low, self.high, step=self.step, log=self.log)
-
-    def decode(self, stored: Any) -> Any:
-        """The setting's value for what Optuna stores."""
-        return stored
-
-    def value_at_step(self, n: int) -> int | float:
-        """Return low + n * step, computed in decimal: 0.1 + 2 * 0.1 is 0.3, not 0.30000000000000004."""
-        return type(self.low)(Decimal(str(self.low)) + n * Decimal(str(self.step or 1)))
-
-    def n_steps(self) -> int:
-        """Return how many steps fit between low and high."""
-        return int((Decimal(str(self.high)) - Decimal(str(self.low))) / Decimal(str(self.step or 1)))
-
-    def grid_values(self) -> Sequence[int | float]:
-        """Return all values. `UserError` if the range is continuous or has more than MAX_GRID_SIZE values."""
-        if self.log or (self.step is None and isinstance(self.low, float)):
-            raise UserError(f"--{self.name} is a range without steps; a grid needs a list, or LOW:HIGH:STEP")
-        if self.n_steps() >= MAX_GRID_SIZE:
-            raise UserError(f"--{self.name} has more than {MAX_GRID_SIZE:,} values; a grid needs fewer")
-        return [self.value_at_step(n) for n in range(self.n_steps() + 1)]
-
-    def bounds(self) -> Sequence[int | float]:
-        return self.low, self.high
-
-    def sample(self, generator: random.Random) -> int | float:
-        if self.step is None and isinstance(self.low, float):
-            return generator.uniform(self.low, self.high)
-        return self.value_at_step(generator.randint(0, self.n_steps()))
-
-
-Domain = Categorical | Range
+Distribution = CategoricalDistribution | FloatDistribution | IntDistribution
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,15 +41,22 @@ class SearchSpace:
     where: str
 
     @property
-    def domains(self) -> list[Domain]:
-        """The domains of the searched settings, in the order of `texts`."""
-        parsed_domains = [parse_domain(name, text, setting_type(name)) for name, text in self.texts.items()]
-        assert all(parsed_domains)
-        return [domain for domain in parsed_domains if domain is not None]
+    def distributions(self) -> dict[str, Distribution]:
+        """The distribution of each searched setting, in the order of `texts`."""
+        parsed = {name: parse_distribution(name, text, setting_type(name)) for name, text in self.texts.items()}
+        return {name: distribution for name, distribution in parsed.items() if distribution is not None}
 
-    def build_config(self, values: Mapping[str, Any]) -> Config:
-        """Return the config of a trial. `UserError` if its settings contradict each other."""
-        return build_dataclass(Config, merge_overrides(self.base, values, self.where), self.where)
+    def decode(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the settings for parameters as Optuna stores them: numbers, and list items as texts."""
+        return {
+            name: parse_value(name, stored, setting_type(name)) if isinstance(stored, str) else stored
+            for name, stored in params.items()
+            if name in self.texts
+        }
+
+    def build_config(self, params: Mapping[str, Any]) -> Config:
+        """Return the config of a trial with these Optuna parameters. `UserError` if its settings are contradictory."""
+        return build_dataclass(Config, merge_overrides(self.base, self.decode(params), self.where), self.where)
 
     def find_valid_config(self) -> Config:
         """Return any valid config of the space. `UserError` if none is found: then a fixed setting must be wrong."""
@@ -129,38 +65,63 @@ class SearchSpace:
                 "nothing to search: give a setting several values, as in --optim.learning_rate 1e-4:1e-2:log or"
                 " --train.batch_size 8,16"
             )
-        first_error = None
-        for values in self.iter_candidates():
+        errors = []
+        for params in self.iter_candidates():
             try:
-                return self.build_config(values)
+                return self.build_config(params)
             except UserError as error:
-                first_error = first_error or error
-        assert first_error is not None
-        raise UserError(f"no combination of these settings is a valid config: {first_error}")
+                errors.append(error)
+        raise UserError(f"no combination of these settings is a valid config: {errors[0]}")
 
     def iter_candidates(self) -> Iterator[dict[str, Any]]:
-        """Yield values by setting: corners of the space first, then random points inside it."""
-        domains = self.domains
-        corners = itertools.product(*(domain.bounds() for domain in domains))
-        generator = random.Random(0)
-        interior = ([domain.sample(generator) for domain in domains] for _ in range(MAX_CANDIDATES))
-        for combination in itertools.chain(itertools.islice(corners, MAX_CANDIDATES), interior):
-            yield dict(zip(self.texts, combination, strict=True))
+        """Yield parameters of the space: corners first, then random points inside it."""
+        distributions = self.distributions
+        bounds = (
+            d.choices if isinstance(d, CategoricalDistribution) else (d.low, d.high) for d in distributions.values()
+        )
+        for corner in itertools.islice(itertools.product(*bounds), MAX_CANDIDATES):
+            yield dict(zip(distributions, corner, strict=True))
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+        for _ in range(MAX_CANDIDATES):
+            yield study.ask(dict(distributions)).params
 
     def data_dirs(self, config: Config) -> list[str]:
         """Return the folders of prepared data that trials read. `config` is any valid config of the space."""
-        data_domains = [domain for domain in self.domains if domain.name == "data.dir"]
-        return [str(folder) for domain in data_domains for folder in domain.grid_values()] or [config.data.dir]
+        searched = self.distributions.get("data.dir")
+        return list(list_values("data.dir", searched)) if searched else [config.data.dir]
 
     def grid(self) -> list[dict[str, Any]]:
         """Return every combination, in the form Optuna stores; the last setting varies fastest.
 
         `UserError` if a range is continuous or there are more than MAX_GRID_SIZE combinations.
         """
-        lists = [domain.texts if isinstance(domain, Categorical) else domain.grid_values() for domain in self.domains]
+        lists = [list_values(name, distribution) for name, distribution in self.distributions.items()]
         if math.prod(len(values) for values in lists) > MAX_GRID_SIZE:
             raise UserError(f"the grid has more than {MAX_GRID_SIZE:,} combinations; list fewer values")
         return [dict(zip(self.texts, combination, strict=True)) for combination in itertools.product(*lists)]
+
+
+def list_values(name: str, distribution: Distribution) -> Sequence[Any]:
+    """Return all values of a setting. `UserError` if the range is continuous or has more than MAX_GRID_SIZE values."""
+    if isinstance(distribution, CategoricalDistribution):
+        return distribution.choices
+    if distribution.log or distribution.step is None:
+        raise UserError(f"--{name} is a range without steps; a grid needs a list, or LOW:HIGH:STEP")
+    n_steps = count_steps(distribution.low, distribution.high, distribution.step)
+    if n_steps >= MAX_GRID_SIZE:
+        raise UserError(f"--{name} has more than {MAX_GRID_SIZE:,} values; a grid needs fewer")
+    return [value_at_step(distribution.low, distribution.step, n) for n in range(n_steps + 1)]
+
+
+def count_steps(low: float, high: float, step: float) -> int:
+    """Return how many steps fit between low and high."""
+    return int((Decimal(str(high)) - Decimal(str(low))) / Decimal(str(step)))
+
+
+def value_at_step(low: float, step: float, n: int) -> float:
+    """Return low + n * step, computed in decimal: 0.1 + 2 * 0.1 is 0.3, not 0.30000000000000004."""
+    return type(low)(Decimal(str(low)) + n * Decimal(str(step)))
 
 
 def parse_search_space(tables: Mapping[str, Any], where: str, overrides: Mapping[str, str]) -> SearchSpace:
@@ -168,18 +129,15 @@ def parse_search_space(tables: Mapping[str, Any], where: str, overrides: Mapping
 
     `where` names the file of `tables` in error messages. `UserError` names the setting that cannot be parsed.
     """
-    fixed: dict[str, Any] = {}
-    searched: dict[str, str] = {}
-    for name, text in overrides.items():
-        hint = setting_type(name)
-        if parse_domain(name, text, hint) is not None:
-            searched[name] = text
-        else:
-            fixed[name] = parse_value(name, text, hint)
+    hints = {name: setting_type(name) for name in overrides}
+    searched = {
+        name: text for name, text in overrides.items() if parse_distribution(name, text, hints[name]) is not None
+    }
+    fixed = {name: parse_value(name, text, hints[name]) for name, text in overrides.items() if name not in searched}
     return SearchSpace(merge_overrides(tables, fixed, where), searched, where)
 
 
-def parse_domain(name: str, text: str, hint: Any) -> Domain | None:
+def parse_distribution(name: str, text: str, hint: Any) -> Distribution | None:
     """Parse the range or list of a searched setting; return None for a single value. `hint` is the setting's type.
 
     Free text may itself contain commas and colons, so for such settings only a list after `choose:` is searched.
@@ -193,7 +151,7 @@ def parse_domain(name: str, text: str, hint: Any) -> Domain | None:
     return parse_choices(name, text, hint) if "," in text else None
 
 
-def parse_choices(name: str, text: str, hint: Any) -> Categorical:
+def parse_choices(name: str, text: str, hint: Any) -> CategoricalDistribution:
     """Parse the list A,B,C. `UserError` for empty, repeated or single values."""
     texts = tuple(part.strip() for part in text.split(","))
     if "" in texts:
@@ -204,11 +162,11 @@ def parse_choices(name: str, text: str, hint: Any) -> Categorical:
             raise UserError(f"--{name} {text!r}: {texts[i]} is listed twice")
     if len(values) == 1:
         raise UserError(f"--{name} {text!r} is a single value; list several, or fix it with --{name} {texts[0]}")
-    return Categorical(name, texts, values)
+    return CategoricalDistribution(texts)
 
 
-def parse_range(name: str, text: str, hint: Any) -> Range:
-    """Parse LOW:HIGH, LOW:HIGH:log or LOW:HIGH:STEP; `high` becomes the last value that the steps reach."""
+def parse_range(name: str, text: str, hint: Any) -> FloatDistribution | IntDistribution:
+    """Parse LOW:HIGH, LOW:HIGH:log or LOW:HIGH:STEP; the highest value is the last one that the steps reach."""
     number_type = get_args(hint)[0] if get_origin(hint) in UNION_TYPES else hint
     if number_type not in (int, float):
         raise UserError(f"--{name} {text!r}: only numbers can have ranges; list the values, as in --{name} A,B")
@@ -219,19 +177,22 @@ def parse_range(name: str, text: str, hint: Any) -> Range:
     log = parts[2:] == ["log"]
     step = parse_value(name, parts[2], number_type) if len(parts) == 3 and not log else None
     if low > high:
-        raise UserError(f"--{name} {text!r}: the range is empty; write {high}:{low}")
-    if low == high:
-        raise UserError(f"--{name} {text!r}: the range is a single value; fix it with --{name} {low}")
-    if log and low <= 0:
-        raise UserError(f"--{name} {text!r}: a range on a logarithmic scale must start above 0")
-    if not math.isfinite(high - low) or (step and (high - low) / step > MAX_RANGE_STEPS):
-        raise UserError(f"--{name} {text!r}: the range is too wide")
-    value_domain = Range(name, low, high, step, log)
-    if step is None:
-        return value_domain
-    if step <= 0 or value_domain.n_steps() < 1:
-        raise UserError(f"--{name} {text!r}: the step must be above 0 and at most {high - low:g}, or log")
-    return dataclasses.replace(value_domain, high=value_domain.value_at_step(value_domain.n_steps()))
+        problem = f"the range is empty; write {high}:{low}"
+    elif low == high:
+        problem = f"the range is a single value; fix it with --{name} {low}"
+    elif log and low <= 0:
+        problem = "a range on a logarithmic scale must start above 0"
+    elif not math.isfinite(high - low) or (step and (high - low) / step > MAX_RANGE_STEPS):
+        problem = "the range is too wide"
+    elif step is not None and (step <= 0 or count_steps(low, high, step) < 1):
+        problem = f"the step must be above 0 and at most {high - low:g}, or log"
+    else:
+        if step is not None:
+            high = value_at_step(low, step, count_steps(low, high, step))
+        if number_type is int:
+            return IntDistribution(low, high, log=log, step=step or 1)
+        return FloatDistribution(low, high, log=log, step=step)
+    raise UserError(f"--{name} {text!r}: {problem}")
 
 
 def parse_value(name: str, text: str, hint: Any) -> Any:

@@ -1,22 +1,20 @@
 """A sweep on disk: its plan and its trials, stored by Optuna in SWEEP/sweep.db (SQLite)."""
 
-import contextlib
 import dataclasses
 import json
 import logging
-import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner
+from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 
 from tinystories.config import Config
 from tinystories.errors import UserError
 from tinystories.sweep.search_space import SearchSpace
-
-if TYPE_CHECKING:
-    from optuna.pruners import BasePruner
-    from optuna.samplers import BaseSampler
-    from optuna.study import Study
 
 DATABASE = "sweep.db"
 STUDY_NAME = "sweep"  # the only study in the database
@@ -55,16 +53,11 @@ def merge_plan(stored: Plan | None, space: SearchSpace | None, requested: Mappin
 
     `UserError` if the request contradicts what the sweep in `folder` was started with.
     """
-    if stored is None:
-        assert space is not None, "a new sweep needs settings"
-        plan = Plan(space, **requested)
-        if plan.sampler == "grid":
-            size = len(space.grid())
-            plan = dataclasses.replace(plan, trials=min(size, requested.get("trials", size)))
-        return Plan.from_json(plan.to_json())
-    plan = dataclasses.replace(stored, space=space or stored.space, **requested)
+    space = space or (stored.space if stored else None)
+    assert space is not None, "a new sweep needs settings"
+    plan = dataclasses.replace(stored or Plan(space), space=space, **requested)
     plan = Plan.from_json(plan.to_json())
-    stored_settings, new_settings = stored.flatten(), plan.flatten()
+    stored_settings, new_settings = (stored or plan).flatten(), plan.flatten()
     for name in [*new_settings, *stored_settings]:
         stored_value, new_value = stored_settings.get(name, "unset"), new_settings.get(name, "unset")
         if stored_value != new_value:
@@ -73,30 +66,26 @@ def merge_plan(stored: Plan | None, space: SearchSpace | None, requested: Mappin
                 " resume without settings, or choose another --out"
             )
     if plan.sampler == "grid":
-        plan = dataclasses.replace(plan, trials=min(plan.trials, len(plan.space.grid())))
+        size = len(space.grid())
+        has_limit = stored is not None or "trials" in requested
+        plan = dataclasses.replace(plan, trials=min(size, plan.trials) if has_limit else size)
     return plan
 
 
 def read_plan(folder: Path) -> Plan | None:
-    """Return the plan of the sweep in a folder, or None if the folder is empty or absent. Else `UserError`."""
+    """Return the plan of the sweep in a folder; None if there is none yet. `UserError` if it holds something else."""
     if folder.is_file():
         raise UserError(f"--out {folder} is a file; choose a directory")
     if (folder / DATABASE).exists():
-        return load_plan(open_study(folder))
+        text = open_study(folder).user_attrs.get("plan")  # a sweep may be killed before it stores its plan
+        return Plan.from_json(text) if text else None
     if folder.exists() and any(path.name != ".lock" for path in folder.iterdir()):
         raise UserError(f"--out {folder} is not a sweep and not empty; choose another directory")
     return None
 
 
-def load_plan(study: "Study") -> Plan | None:
-    """Return the plan stored in a study; None if the sweep was killed before it stored one."""
-    text = study.user_attrs.get("plan")
-    return Plan.from_json(text) if text else None
-
-
-def open_study(folder: Path) -> "Study":
+def open_study(folder: Path) -> optuna.Study:
     """Open the study of a sweep, creating it if needed. `UserError` if the database cannot be read."""
-    import optuna
     from sqlalchemy.engine import URL
     from sqlalchemy.exc import DatabaseError
 
@@ -111,46 +100,18 @@ def open_study(folder: Path) -> "Study":
         raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}; choose another --out") from None
 
 
-def make_sampler(plan: Plan, number: int) -> "BaseSampler":
+def make_sampler(plan: Plan, number: int) -> BaseSampler:
     """Return the sampler of trial `number`.
 
     Its seed depends only on the plan's seed and the trial's number, so a resumed sweep draws what an uninterrupted one
     would, without saved sampler state. With a grid the values are enqueued, and the sampler is not consulted.
     """
-    import numpy as np
-    from optuna.samplers import RandomSampler, TPESampler
-
     seed = int(np.random.SeedSequence([plan.seed, number]).generate_state(1)[0])
     return TPESampler(seed=seed) if plan.sampler == "tpe" else RandomSampler(seed=seed)
 
 
-def make_pruner(plan: Plan, config: Config) -> "BasePruner":
+def make_pruner(plan: Plan, config: Config) -> BasePruner:
     """Return the pruner that the plan names. `config` is any valid config of its search space."""
-    from optuna.pruners import HyperbandPruner, MedianPruner, NopPruner
-
     if plan.prune == "hyperband":
         return HyperbandPruner(min_resource=config.train.eval_every, max_resource=config.train.steps)
     return MedianPruner() if plan.prune == "median" else NopPruner()
-
-
-@contextlib.contextmanager
-def exclusive_lock(folder: Path) -> Iterator[None]:
-    """Hold an exclusive lock on the sweep folder; it is released even if the process is killed.
-
-    The lock is SQLite's, on the file SWEEP/.lock. `UserError` if another sweep holds it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = sqlite3.connect(folder / ".lock", timeout=0, isolation_level=None)
-    try:
-        lock.execute("PRAGMA journal_mode = off")
-        lock.execute("BEGIN EXCLUSIVE")
-    except sqlite3.OperationalError as error:
-        lock.close()
-        raise UserError(
-            f"another sweep is running in {folder} ({error}); watch it with --show, or stop it and add --resume;"
-            " to run trials in parallel, use --workers"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.close()

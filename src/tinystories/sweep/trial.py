@@ -60,61 +60,23 @@ def worker_environment(slot: int, workers: int, device: str) -> Mapping[str, str
     return os.environ | overrides
 
 
-def prepare_dir(folder: Path, config: Config) -> None:
-    """Create the run directory of a trial with its config.toml, if a killed sweep has not done so already."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "config.toml").exists():
-        write_atomic(folder / "config.toml", to_toml(config))
-
-
-class TrialProcess:
-    """The process of a running trial.
+def start_process(folder: Path, config: Config, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """Start or resume the process that trains a trial; a new run directory gets the trial's config.toml.
 
     It has its own process session, so Ctrl-C reaches only the sweep, which then asks the trial to stop.
     """
-
-    def __init__(self, folder: Path, slot: int, workers: int, device: str) -> None:
-        self.folder, self.slot = folder, slot
-        self.prune_reason = ""  # set when the pruner has stopped it
-        with (folder / LOG_FILE).open("ab") as log:
-            self.popen = subprocess.Popen(
-                train_command(folder),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=worker_environment(slot, workers, device),
-                start_new_session=True,
-            )
-
-    def has_ended(self) -> bool:
-        return self.popen.poll() is not None
-
-    def stop(self) -> None:
-        """Ask the trial to finish its step, save and exit."""
-        if not self.has_ended():
-            self.popen.terminate()
-
-    def kill(self) -> None:
-        if not self.has_ended():
-            self.popen.kill()
-
-    def final_outcome(self) -> Outcome | None:
-        """Return the outcome of an ended process; None if the trial was interrupted and can be resumed."""
-        assert self.popen.returncode is not None, "the trial is still running"
-        exit_code = self.popen.returncode
-        outcome = read_outcome(self.folder)
-        if outcome.state != "unfinished":
-            return outcome
-        if self.prune_reason:
-            return dataclasses.replace(outcome, state="pruned", reason=self.prune_reason)
-        if exit_code in STOP_EXIT_CODES:
-            return None
-        reason = failure_reason(self.folder, exit_code)
-        return dataclasses.replace(outcome, state="failed", reason=reason, settings_to_blame=exit_code == 2)
-
-    def has_started(self) -> bool:
-        """Return whether the first step was recorded. What stops a run before that may stop every trial."""
-        return (self.folder / "metrics.jsonl").exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "config.toml").exists():
+        write_atomic(folder / "config.toml", to_toml(config))
+    with (folder / LOG_FILE).open("ab") as log:
+        return subprocess.Popen(
+            train_command(folder),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=environment,
+            start_new_session=True,
+        )
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
@@ -134,20 +96,28 @@ def read_outcome(folder: Path) -> Outcome:
     records = read_records(folder)
     if not records:
         return Outcome("unfinished")
-    bits = [record["val_bits_per_byte"] for record in records if "val_bits_per_byte" in record]
-    seconds = [record["seconds"] for record in records if "seconds" in record]
-    last = records[-1]
-    outcome = Outcome(
-        state="complete" if last.get("final") else "unfinished",
-        bits_per_byte=bits[-1] if bits else None,
-        step=last["step"],
-        tokens=last["tokens"],
-        seconds=seconds[-1] if seconds else 0.0,
-    )
-    if outcome.state == "complete" and not math.isfinite(bits[-1]):
-        reason = "its bits per byte are not finite"
-        return dataclasses.replace(outcome, state="failed", bits_per_byte=None, reason=reason, settings_to_blame=True)
-    return outcome
+    latest = {key: value for record in records for key, value in record.items()}  # the last value of each field
+    bits = latest.get("val_bits_per_byte")
+    outcome = Outcome("unfinished", bits, latest["step"], latest["tokens"], latest.get("seconds", 0.0))
+    if not records[-1].get("final"):
+        return outcome
+    if math.isfinite(records[-1]["val_bits_per_byte"]):
+        return dataclasses.replace(outcome, state="complete")
+    reason = "its bits per byte are not finite"
+    return dataclasses.replace(outcome, state="failed", bits_per_byte=None, reason=reason, settings_to_blame=True)
+
+
+def final_outcome(folder: Path, exit_code: int, prune_reason: str) -> Outcome:
+    """Return the outcome of a trial whose process has ended; unfinished if it was interrupted and can be resumed."""
+    outcome = read_outcome(folder)
+    if outcome.state != "unfinished":
+        return outcome
+    if prune_reason:
+        return dataclasses.replace(outcome, state="pruned", reason=prune_reason)
+    if exit_code in STOP_EXIT_CODES:
+        return outcome
+    reason = failure_reason(folder, exit_code)
+    return dataclasses.replace(outcome, state="failed", reason=reason, settings_to_blame=exit_code == 2)
 
 
 def failure_reason(folder: Path, exit_code: int) -> str:
@@ -168,31 +138,17 @@ def stop_orphans(folders: Iterable[Path]) -> int:
     """
     import psutil
 
-    orphan_commands = {tuple(train_command(folder)[1:]) for folder in folders}
-    processes = [
-        process
-        for process in psutil.process_iter(["cmdline"])
-        if tuple((process.info["cmdline"] or [])[1:]) in orphan_commands
-    ]
-    for process in processes:
+    commands = [train_command(folder)[1:] for folder in folders]
+    orphans = [p for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [])[1:] in commands]
+    for process in orphans:
         try:
             process.terminate()
+            while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                time.sleep(0.1)
         except psutil.NoSuchProcess:
             continue
         except psutil.AccessDenied:
             raise UserError(
                 f"process {process.pid} of an earlier sweep is still running and may not be stopped; end it first"
             ) from None
-    while any(is_alive(process) for process in processes):
-        time.sleep(0.1)
-    return len(processes)
-
-
-def is_alive(process: Any) -> bool:
-    """Return whether a psutil process is running; a zombie is not."""
-    import psutil
-
-    try:
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
+    return len(orphans)

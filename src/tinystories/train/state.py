@@ -13,6 +13,7 @@ from tinystories import checkpoint
 from tinystories.config import Config, SamplingConfig
 from tinystories.config_file import load_config, to_toml
 from tinystories.data.tokenizer import Tokenizer
+from tinystories.engine.torch_engine import load_weights
 from tinystories.errors import UserError
 from tinystories.files import TEMP_SUFFIX, atomic_directory, sha256, write_json
 from tinystories.model import GPT
@@ -157,12 +158,12 @@ def initialize_from(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
         raise UserError(
             f"{folder} has only int8 weights, which cannot be trained; pass the unquantized model to --train.init"
         )
-    checkpoint.load_weights(source, model)
+    load_weights(source, model)
 
 
 def load_weights_and_optimizers(folder: Path, model: GPT, optimizers: Optimizers) -> None:
     """Load a checkpoint into the model and the optimizers. `UserError` if it is damaged."""
-    checkpoint.load_weights(checkpoint.read_model(folder), model)
+    load_weights(checkpoint.read_model(folder), model)
     path = folder / "state" / "optimizer.safetensors"
     try:
         load_optimizer_state(model, optimizers, load_file(path))

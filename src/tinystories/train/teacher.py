@@ -8,7 +8,7 @@ import torch
 from tinystories import checkpoint
 from tinystories.config import ModelConfig
 from tinystories.data.tokenizer import Tokenizer
-from tinystories.engine.torch_engine import load_model
+from tinystories.engine.torch_engine import load_weights
 from tinystories.errors import UserError
 from tinystories.model import GPT
 
@@ -34,5 +34,7 @@ def load_teachers(
                 f"train.teacher: {folder} has a context of {files.config.n_ctx} tokens, which is less than"
                 f" model.n_ctx={student.n_ctx}; lower model.n_ctx, or choose a teacher with a longer context"
             )
-        teachers.append(load_model(files).to(device).eval().requires_grad_(False))
+        teacher = GPT(files.config)
+        load_weights(files, teacher)
+        teachers.append(teacher.to(device).eval().requires_grad_(False))
     return teachers

@@ -26,6 +26,7 @@ force_option = click.option(
 @click.option(
     "--precision",
     default="",
+    show_default=False,
     help="Weight precision. gguf: f32, f16, q8_0, q4_0; llama2c: f32, q8_0; hf, onnx: f32.  [default: f32]",
 )
 @force_option
@@ -40,7 +41,8 @@ def export(model: Path, name: str, out: Path, precision: str, force: bool) -> No
       tinystories export runs/small --format hf --out stories-hf
     """
     from tinystories.formats.bundle import ModelBundle
-    from tinystories.formats.exports import FORMATS, export
+    from tinystories.formats.exports import export
+    from tinystories.formats.registry import FORMATS
 
     result = export(ModelBundle.read(model), name, out, precision=precision, force=force)
     for path in result.paths:
@@ -87,8 +89,13 @@ def import_(source: str, out: Path, tokenizer: Path | None, force: bool) -> None
 @model_argument()
 @click.argument("repository", metavar="OWNER/NAME")
 @click.option("--private/--public", default=True, show_default=True, help="Visibility of a new repository.")
-@click.option("--message", default="", help="Commit message.")
-@click.option("--license", default="", help="License of the weights, for the model card: mit, apache-2.0, cc0-1.0, ...")
+@click.option("--message", default="", show_default=False, help="Commit message.")
+@click.option(
+    "--license",
+    default="",
+    show_default=False,
+    help="License of the weights, for the model card: mit, apache-2.0, cc0-1.0, ...",
+)
 def push(model: Path, repository: str, private: bool, message: str, license: str) -> None:
     """Upload MODEL to the Hugging Face Hub as OWNER/NAME, in one commit.
 

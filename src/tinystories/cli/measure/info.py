@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from tinystories.cli.common import CONTEXT_SETTINGS, json_option
+from tinystories.cli.common import json_flag
 from tinystories.config import Config
 from tinystories.config_file import PRESETS, load_config
 from tinystories.errors import UserError
@@ -18,11 +18,11 @@ CARD_FILE = "README.md"
 FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)  # a card's YAML metadata, read by the Hub
 
 
-@click.command(context_settings=CONTEXT_SETTINGS)
+@click.command()
 @click.argument("path", required=False)
 @click.option("--config", "config_file", help=f"TOML file, or a preset: {', '.join(PRESETS)}.")
 @click.option("--card", "as_card", is_flag=True, help="Print a model card (README.md) for the Hub.")
-@json_option
+@json_flag
 def info(path: str | None, config_file: str | None, as_card: bool, as_json: bool) -> None:
     """Describe PATH or a config: sizes, parameters, provenance, and the model card if there is one.
 

@@ -1,7 +1,6 @@
 """`tinystories prepare`."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,8 +40,7 @@ def prepare(
     text_field: str,
     errors: Any,
     keep_duplicates: bool,
-    as_json: bool,
-) -> int:
+) -> dict[str, Any] | int:
     """Tokenize stories into files to train on.
 
     \b
@@ -52,7 +50,8 @@ def prepare(
       tinystories-v2      the GPT-4 stories of the same dataset
       tinystories-clean   karpathy/tinystories-gpt4-clean
       hf:OWNER/NAME       any dataset on the Hugging Face Hub
-      FILE or FOLDER ...  .txt (<|endoftext|> between stories), .jsonl, .csv, .parquet
+      FILE or FOLDER ...  .txt (<|endoftext|> between stories), .jsonl, .csv, .parquet; .gz, .bz2 and .xz of text
+      -                   standard input: .txt, or .jsonl if it starts with {
 
     After an interrupt, the same command continues where it stopped; once the data is complete, it does nothing.
     """
@@ -71,22 +70,21 @@ def prepare(
     except KeyboardInterrupt:
         click.echo("stopped; run the same command again to continue", err=True)
         return 130
-    print_prepare_report(report)
-    if as_json:
-        click.echo(json.dumps(dataclasses.asdict(report), default=str))
-    return 0
+    click.echo(describe_preparation(report))
+    return dataclasses.asdict(report)
 
 
-def print_prepare_report(report: "PrepareReport") -> None:
-    """Print the size of each split, what was dropped and why, and how long it took."""
+def describe_preparation(report: "PrepareReport") -> str:
+    """Return, in a few lines, the size of each split, what was dropped and why, and how long it took."""
     meta = report.meta
-    for name, split in meta.splits.items():
-        click.echo(
-            f"{name:5}  {split.stories:>10,} stories  {split.tokens:>12,} tokens  {split.bytes / 1e6:>8.1f} MB of text"
-        )
+    lines = [
+        f"{name:5}  {split.stories:>10,} stories  {split.tokens:>12,} tokens  {split.bytes / 1e6:>8.1f} MB of text"
+        for name, split in meta.splits.items()
+    ]
     dropped = [f"{meta.duplicates:,} duplicates", f"{meta.also_in_val:,} also in val", f"{meta.empty:,} empty"]
-    click.echo(f"dropped: {', '.join(dropped)}; vocabulary: {meta.vocab_size:,} ids ({meta.tokenizer})")
+    lines.append(f"dropped: {', '.join(dropped)}; vocabulary: {meta.vocab_size:,} ids ({meta.tokenizer})")
     if report.up_to_date:
-        click.echo(f"{report.out} is up to date: nothing to do")
+        lines.append(f"{report.out} is up to date: nothing to do")
     else:
-        click.echo(f"wrote {report.out} in {report.seconds:.1f} s ({report.mb_per_s:.1f} MB/s)")
+        lines.append(f"wrote {report.out} in {report.seconds:.1f} s ({report.mb_per_s:.1f} MB/s)")
+    return "\n".join(lines)

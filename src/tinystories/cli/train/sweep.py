@@ -1,22 +1,23 @@
 """`tinystories sweep`: hyperparameter search."""
 
 import dataclasses
-import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from tinystories.cli.common import CONTEXT_SETTINGS, json_option
 from tinystories.cli.train.train import ensure_prepared, parse_overrides
-from tinystories.config import Config
 from tinystories.config_file import PRESETS, read_toml
 from tinystories.errors import UserError
 from tinystories.train.distributed import World
 
 if TYPE_CHECKING:
-    from tinystories.sweep.search_space import SearchSpace
     from tinystories.sweep.study import Plan
+
+OUTPUT_FILES = ("results.csv", "sweep.png", "best.toml")
 
 
 @click.command(context_settings=CONTEXT_SETTINGS | {"ignore_unknown_options": True, "allow_extra_args": True})
@@ -51,9 +52,8 @@ def sweep(
     workers: int,
     resume: bool,
     show: bool,
-    as_json: bool,
     **plan_options: Any,
-) -> int:
+) -> dict[str, Any] | int:
     """Search hyperparameters for the fewest bits per byte. Each trial trains in its own run directory.
 
     \b
@@ -76,79 +76,54 @@ def sweep(
     Trials are compared by bits per byte on the whole validation set after their last step. Ctrl-C saves them and
     prints how to resume. The sweep folder holds results.csv, sweep.png, best.toml, sweep.db (Optuna) and trial-NNNN.
     """
-    from tinystories.sweep.runner import check_runnable
+    from tinystories.sweep.runner import check_runnable, run_sweep
+    from tinystories.sweep.search_space import parse_search_space
     from tinystories.sweep.study import merge_plan, read_plan
 
     if World.from_environment().size > 1:
         raise UserError("a sweep starts its own processes: run it without torchrun, with --workers N")
     out = out or Path("runs") / f"{Path(config_file).stem}-sweep"
-    stored_plan = read_plan(out)
-    if show and stored_plan is not None:
-        return print_results(out, as_json)
+    plan = read_plan(out)
+    if show and plan is not None:
+        return print_results(out, plan)
     if show:
         raise UserError(f"--show found no sweep in --out {out}")
-    if stored_plan is not None and not resume:
+    if plan is not None and not resume:
         raise UserError(f"--out {out} already holds a sweep; add --resume to continue it, or choose another directory")
     overrides = parse_overrides(context) | ({"data.dir": str(data)} if data else {})
-    has_config_flag = context.get_parameter_source("config_file") is not click.core.ParameterSource.DEFAULT
-    space = load_search_space(config_file, overrides) if stored_plan is None or overrides or has_config_flag else None
-    if space is not None and (stored_plan is None or space.texts):
-        space.find_valid_config()
+    space = None
+    if plan is None or overrides or context.get_parameter_source("config_file") is ParameterSource.COMMANDLINE:
+        space = parse_search_space(read_toml(config_file), config_file, overrides)
     requested = {name: value for name, value in plan_options.items() if value is not None}
-    merged_plan = merge_plan(stored_plan, space, requested, out)
-    example_config = merged_plan.space.find_valid_config()
-    if data is None and merged_plan.space.data_dirs(example_config) == [example_config.data.dir]:
+    plan = merge_plan(plan, space, requested, out)
+    example_config = plan.space.find_valid_config()
+    if data is None and plan.space.data_dirs(example_config) == [example_config.data.dir]:
         ensure_prepared(example_config)
-    check_runnable(merged_plan, example_config)
-    return run_search(out, merged_plan, example_config, workers, as_json)
+    check_runnable(plan, example_config)
+    stop_signal = run_sweep(out, plan, example_config, workers)
+    return 128 + stop_signal if stop_signal else print_results(out, plan)
 
 
-def load_search_space(config_file: str, overrides: dict[str, str]) -> "SearchSpace":
-    """Return the search space of a preset or TOML file and the command line's settings, which override it."""
-    from tinystories.sweep.search_space import parse_search_space
-
-    return parse_search_space(read_toml(config_file), config_file, overrides)
-
-
-def run_search(out: Path, plan: "Plan", example_config: Config, workers: int, as_json: bool) -> int:
-    """Run the trials, print the results, and return the exit code: 0, or 128 + n after signal n."""
-    from tinystories.sweep.runner import SweepInterrupted, run_sweep
-
-    try:
-        run_sweep(out, plan, example_config, workers)
-    except SweepInterrupted as stop:
-        click.echo(f"{stop}; saved. Resume with: tinystories sweep --out {out} --resume", err=True)
-        return 128 + stop.signal
-    return print_results(out, as_json)
-
-
-def print_results(out: Path, as_json: bool) -> int:
-    """Print the table of a sweep and what to do next; return exit code 0."""
+def print_results(out: Path, plan: "Plan") -> dict[str, Any]:
+    """Print the table of a sweep and what to do next; return the results for --json."""
     from tinystories.sweep.results import at_boundary, find_best, format_table, read_results
-    from tinystories.sweep.study import load_plan, open_study
+    from tinystories.sweep.study import open_study
 
-    study = open_study(out)
-    plan = load_plan(study)
-    assert plan is not None, "the plan was read before"
-    results = read_results(study, plan.space, out)
+    results = read_results(open_study(out), plan.space, out)
     best = find_best(results)
     click.echo(format_table(results, list(plan.space.texts)))
-    files = [name for name in ("results.csv", "sweep.png", "best.toml") if (out / name).exists()]
-    click.echo(f"\n{out}: {', '.join(files)}")
-    for name in at_boundary(best, plan.space.domains) if best else []:
-        click.echo(
-            f"the best {name} is at the edge of its range {plan.space.texts[name]}: a wider range may hold a better one"
-        )
+    click.echo(f"\n{out}: {', '.join(name for name in OUTPUT_FILES if (out / name).exists())}")
     if best is None:
         click.echo("no trial is complete yet")
     else:
+        for name in at_boundary(best, plan.space.distributions):
+            edge = f"the best {name} is at the edge of its range {plan.space.texts[name]}"
+            click.echo(f"{edge}: a wider range may hold a better one")
+        train_command = f"tinystories train --config {shlex.quote(str(out / 'best.toml'))} --out runs/best"
         click.echo(
-            f"best: trial {best.number}, {best.bits:.4f} bits per byte. Train with its settings:"
-            f" tinystories train --config {out / 'best.toml'} --out runs/best"
+            f"best: trial {best.number}, {best.bits:.4f} bits per byte. Train with its settings: {train_command}"
         )
-    if as_json:
-        trials = [{"trial": r.number, "settings": r.settings} | dataclasses.asdict(r.outcome) for r in results]
-        for trial in trials:
-            del trial["settings_to_blame"]
-        click.echo(json.dumps({"out": str(out), "best": trials[0] if best else None, "trials": trials}))
-    return 0
+    trials = [{"trial": r.number, "settings": r.settings} | dataclasses.asdict(r.outcome) for r in results]
+    for trial in trials:
+        del trial["settings_to_blame"]
+    return {"out": str(out), "best": trials[0] if best else None, "trials": trials}

@@ -3,12 +3,14 @@
 import dataclasses
 import difflib
 import json
+import shlex
 from pathlib import Path
+from typing import Any
 
 import click
 
 from tinystories.cli.common import CONTEXT_SETTINGS, json_option
-from tinystories.cli.train.prepare import print_prepare_report
+from tinystories.cli.train.prepare import describe_preparation
 from tinystories.config import Config
 from tinystories.config_file import PRESETS, load_config, setting_names, to_toml
 from tinystories.errors import UserError
@@ -50,8 +52,7 @@ def train(
     out: Path | None,
     resume: bool,
     print_config: bool,
-    as_json: bool,
-) -> int:
+) -> dict[str, Any] | int:
     """Train a model. Settings come from --config; any --SECTION.KEY VALUE below overrides them.
 
     \b
@@ -68,16 +69,16 @@ def train(
     config = load_config(source, overrides | ({"data.dir": str(data)} if data else {}))
     if print_config:
         click.echo(to_toml(config), nl=False)
-        return 0
+        return dataclasses.asdict(config)
     if resume and not saved_config.exists() and World.from_environment().is_main:
         click.echo(f"no run in {out} yet: starting a new one", err=True)
     if data is None:
         ensure_prepared(config)
-    return run_training(config, out, resume=resume, as_json=as_json)
+    return run_training(config, out, resume=resume)
 
 
-def run_training(config: Config, out: Path, *, resume: bool, as_json: bool = False) -> int:
-    """Train, print what to do next, and return the exit code: 0, or 128 + n after signal n."""
+def run_training(config: Config, out: Path, *, resume: bool) -> dict[str, Any] | int:
+    """Train and print what to do next. Return the result, or an exit code: 128 + n after signal n; 0 in other ranks."""
     from tinystories.train.loop import Interrupted
     from tinystories.train.run import train
 
@@ -87,17 +88,16 @@ def run_training(config: Config, out: Path, *, resume: bool, as_json: bool = Fal
     except Interrupted as stop:
         if not is_main:
             return 0  # on an error code, torchrun would kill the main process before it has printed how to resume
-        click.echo(f"{stop}; saved. Resume with: tinystories train --out {out} --resume", err=True)
+        click.echo(f"{stop}; saved. Resume with: tinystories train --out {shlex.quote(str(out))} --resume", err=True)
         return 128 + stop.signum
     if not is_main:
         return 0
     if report is not None:
         click.echo(f"{report.bits_per_byte:.4f} bits per byte on {report.stories:,} validation stories", err=True)
-    click.echo(f"done: {out} (loss.png, samples.md). Read a story: tinystories generate {out}", err=True)
-    if as_json:
-        score = dataclasses.asdict(report) if report is not None else {}
-        click.echo(json.dumps({"out": str(out), "steps": config.train.steps} | score))
-    return 0
+    command = f"tinystories generate {shlex.quote(str(out))}"
+    click.echo(f"done: {out} (loss.png, samples.md). Read a story: {command}", err=True)
+    score = dataclasses.asdict(report) if report is not None else {}
+    return {"out": str(out), "steps": config.train.steps} | score
 
 
 def is_finished(run: Path) -> bool:
@@ -113,9 +113,12 @@ def ensure_prepared(config: Config) -> None:
     if (folder / "meta.json").exists():
         return
     if World.from_environment().size > 1:
+        words = [config.data.source, "--tokenizer", config.data.tokenizer, "--out", str(folder)]
+        if config.data.val:
+            words += ["--val", config.data.val]
+        command = f"tinystories prepare {shlex.join(words)}"
         raise UserError(
-            f"{folder} holds no prepared data; before starting several processes, prepare it once: tinystories prepare"
-            f" {config.data.source} --tokenizer {config.data.tokenizer} --out {folder}"
+            f"{folder} holds no prepared data; before starting several processes, prepare it once: {command}"
         )
     from tinystories.data.prepare import prepare as prepare_data
 
@@ -123,7 +126,7 @@ def ensure_prepared(config: Config) -> None:
         f"{folder} holds no prepared data yet: preparing {config.data.source} ({config.data.tokenizer})", err=True
     )
     report = prepare_data(config.data.source, folder, val=config.data.val or None, tokenizer=config.data.tokenizer)
-    print_prepare_report(report)
+    click.echo(describe_preparation(report), err=True)
 
 
 def parse_overrides(context: click.Context) -> dict[str, str]:

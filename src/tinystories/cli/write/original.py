@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from tinystories.cli.common import CONTEXT_SETTINGS
+from tinystories.cli.common import CONTEXT_SETTINGS, FILE, PATH, Decorator, add_options
 from tinystories.cli.train.train import ensure_prepared, parse_overrides, run_training
 from tinystories.cli.write.generate import print_stories
 from tinystories.config import Config
@@ -15,27 +15,29 @@ SECONDS_PER_DAY = 24 * 3600
 DEFAULT_PRESET = "seed-89m"
 RUN = Path("runs") / DEFAULT_PRESET
 
+model_option = click.option(
+    "--model", type=PATH, help=f"Model directory.  [default: {RUN}, or the bundled storyteller]"
+)
+
+
+def story_options(tokens: int, tokens_help: str, seed: int | None = None) -> Decorator:
+    """Add --tokens, --prompt and --seed, with the defaults of a command."""
+    seed_help = (
+        "Same seed, same text.  [default: a new seed each time]" if seed is None else "Random seed of the stories."
+    )
+    return add_options(
+        click.option("--tokens", type=click.IntRange(min=1), default=tokens, help=tokens_help),
+        click.option("--prompt", default="", show_default=False, help="Beginning of the first story."),
+        click.option("--seed", type=click.IntRange(min=0), default=seed, show_default=seed is not None, help=seed_help),
+    )
+
 
 @click.command(context_settings=CONTEXT_SETTINGS | {"ignore_unknown_options": True, "allow_extra_args": True})
-@click.option(
-    "--config", "config_file", default=DEFAULT_PRESET, show_default=True, help=f"TOML file, or: {', '.join(PRESETS)}."
-)
-@click.option(
-    "--data", type=click.Path(path_type=Path), help="Prepared data.  [default: the config's, prepared if absent]"
-)
-@click.option("--out", type=click.Path(path_type=Path), help="Run directory.  [default: runs/NAME of --config]")
-@click.option(
-    "--tokens", type=click.IntRange(min=1), default=10_000, show_default=True, help="Tokens to generate after training."
-)
-@click.option("--prompt", default="", help="Beginning of the first story.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Random seed of the stories.")
-@click.option(
-    "--text",
-    type=click.Path(path_type=Path, dir_okay=False),
-    default=Path("generated.txt"),
-    show_default=True,
-    help="File for the generated text (.txt or .jsonl).",
-)
+@click.option("--config", "config_file", default=DEFAULT_PRESET, help=f"TOML file, or: {', '.join(PRESETS)}.")
+@click.option("--data", type=PATH, help="Prepared data.  [default: the config's, prepared if absent]")
+@click.option("--out", type=PATH, help="Run directory.  [default: runs/NAME of --config]")
+@story_options(10_000, "Tokens to generate after training.", seed=0)
+@click.option("--text", type=FILE, default=Path("generated.txt"), help="File for the generated text (.txt or .jsonl).")
 @click.option("--yes", is_flag=True, help="Do not ask before a run that takes more than a day.")
 @click.pass_context
 def gpt(
@@ -64,45 +66,34 @@ def gpt(
         return 1
     if data is None:
         ensure_prepared(config)
-    code = run_training(config, out, resume=(out / "config.toml").exists())
-    return code or write_tokens(out, prompt=prompt, tokens=tokens, seed=seed, stream=True, text=text)
+    result = run_training(config, out, resume=(out / "config.toml").exists())
+    if isinstance(result, int):
+        return result
+    write_tokens(out, prompt=prompt, tokens=tokens, seed=seed, stream=True, text=text)
+    return 0
 
 
 @click.command(context_settings=CONTEXT_SETTINGS)
-@click.option(
-    "--model",
-    type=click.Path(path_type=Path),
-    help=f"Model directory.  [default: {RUN}, or the bundled storyteller]",
-)
-@click.option("--tokens", type=click.IntRange(min=1), default=500, show_default=True, help="Tokens to generate.")
-@click.option("--prompt", default="", help="Beginning of the first story.")
-@click.option("--seed", type=click.IntRange(min=0), help="Same seed, same text.  [default: a new seed each time]")
-@click.option(
-    "--text", type=click.Path(path_type=Path, dir_okay=False), help="Also write to this file (.txt or .jsonl)."
-)
-def generate(model: Path | None, tokens: int, prompt: str, seed: int | None, text: Path | None) -> int:
+@model_option
+@story_options(500, "Tokens to generate.")
+@click.option("--text", type=FILE, help="Also write to this file (.txt or .jsonl).")
+def generate(model: Path | None, tokens: int, prompt: str, seed: int | None, text: Path | None) -> None:
     """Generate 500 tokens, story after story, and print them when all are done.
 
     If the default model has not been trained yet, the bundled storyteller writes them.
     """
-    return write_tokens(choose_model(model), prompt=prompt, tokens=tokens, seed=seed, stream=False, text=text)
+    write_tokens(choose_model(model), prompt=prompt, tokens=tokens, seed=seed, stream=False, text=text)
 
 
 @click.command(context_settings=CONTEXT_SETTINGS)
-@click.option(
-    "--model",
-    type=click.Path(path_type=Path),
-    help=f"Model directory.  [default: {RUN}, or the bundled storyteller]",
-)
-@click.option("--tokens", type=click.IntRange(min=1), default=500, show_default=True, help="Tokens to generate.")
-@click.option("--prompt", default="", help="Beginning of the first story.")
-@click.option("--seed", type=click.IntRange(min=0), help="Same seed, same text.  [default: a new seed each time]")
-def sample(model: Path | None, tokens: int, prompt: str, seed: int | None) -> int:
+@model_option
+@story_options(500, "Tokens to generate.")
+def sample(model: Path | None, tokens: int, prompt: str, seed: int | None) -> None:
     """Generate 500 tokens, story after story, and print each as it is generated.
 
     If the default model has not been trained yet, the bundled storyteller writes them.
     """
-    return write_tokens(choose_model(model), prompt=prompt, tokens=tokens, seed=seed, stream=True, text=None)
+    write_tokens(choose_model(model), prompt=prompt, tokens=tokens, seed=seed, stream=True)
 
 
 def choose_model(model: Path | None) -> Path:
@@ -115,18 +106,16 @@ def choose_model(model: Path | None) -> Path:
     return BUNDLED_MODEL
 
 
-def write_tokens(model: Path, *, prompt: str, tokens: int, seed: int | None, stream: bool, text: Path | None) -> int:
-    """Print `tokens` tokens, story after story, and write them to `text` if given; return exit code 0."""
+def write_tokens(
+    model: Path, *, prompt: str, tokens: int, seed: int | None, stream: bool, text: Path | None = None
+) -> None:
+    """Print `tokens` tokens, story after story, and write them to `text` if given."""
     from tinystories.engine.engine_config import EngineConfig
     from tinystories.generate.storyteller import Storyteller
 
     storyteller = Storyteller.load(model, EngineConfig(n_slots=1))
-    request = storyteller.build_request(
-        prompt,
-        {"max_tokens": tokens, "seed": seed, "ignore_end": True},  # type: ignore[typeddict-item]
-    )
+    request = storyteller.build_request(prompt, {"max_tokens": tokens, "seed": seed, "ignore_end": True})  # type: ignore[typeddict-item]
     print_stories(storyteller, request, 1, stream=stream, out=text)
-    return 0
 
 
 def confirm_long_run(config: Config, out: Path, *, ask: bool) -> bool:

@@ -2,24 +2,26 @@
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from tinystories.cli.common import CONTEXT_SETTINGS, model_argument, sampling_options
+from tinystories.cli.common import PATH, model_argument, sampling_options
+from tinystories.engine.engine_config import QUANTIZED_PRECISIONS
+from tinystories.errors import UserError
 
 if TYPE_CHECKING:
     from tinystories.checkpoint import ModelFiles
+    from tinystories.weights.load import Precision
 
 
-@click.command(context_settings=CONTEXT_SETTINGS)
+@click.command()
 @model_argument()
 @click.option(
     "--precision",
-    type=click.Choice(["int8", "int4"]),
+    type=click.Choice(QUANTIZED_PRECISIONS),
     multiple=True,
     default=["int8"],
-    show_default=True,
     help="Weight precision; can be repeated.",
 )
 @click.option(
@@ -28,21 +30,16 @@ if TYPE_CHECKING:
     metavar="N",
     help="Also store the N most frequent ids in the stories of --data, for `generate --shortlist`.",
 )
-@click.option("--data", type=click.Path(path_type=Path), help="Folder written by `tinystories prepare`.")
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Write a small model directory with int8 weights only.",
-)
+@click.option("--data", type=PATH, help="Folder written by `tinystories prepare`.")
+@click.option("--out", type=PATH, metavar="DIR", help="Write a small model directory with int8 weights only.")
 @sampling_options
 def quantize(
     model: Path,
-    precision: tuple[str, ...],
+    precision: "tuple[Precision, ...]",
     shortlist: int | None,
     data: Path | None,
     out: Path | None,
-    **sampling: float | int | None,
+    sampling: dict[str, Any],
 ) -> None:
     """Quantize the weights of MODEL for the CPU engine.
 
@@ -56,31 +53,27 @@ def quantize(
     CPU engine) computes the logits of these ids only and never generates another. `eval` always uses all ids.
     """
     from tinystories.checkpoint import read_model
-    from tinystories.engine.cpu.int8_model import write_int8_model
-    from tinystories.engine.cpu.weights import SafetensorsFile, load_or_quantize, quantized_path
-    from tinystories.errors import UserError
+    from tinystories.weights.load import load_or_quantize, quantized_path, write_int8_model
+    from tinystories.weights.safetensors_file import SafetensorsFile
 
     if (shortlist is None) != (data is None):
         raise UserError("--shortlist N and --data DIR go together; give both or neither")
-    sampling_overrides = {name: value for name, value in sampling.items() if value is not None}
-    if sampling_overrides and out is None:
-        raise UserError(
-            f"--{next(iter(sampling_overrides)).replace('_', '-')} sets a default of the model that --out writes"
-        )
-    files = read_model(model, check_weights=False)
+    if sampling and out is None:
+        raise UserError(f"--{next(iter(sampling)).replace('_', '-')} sets a default of the model that --out writes")
+    files = read_model(model, verify_weights=False)
     if out is not None:
         if (precision, shortlist) != (("int8",), None):
             raise UserError("--out is for int8 and all ids: leave out --precision and --shortlist")
         if out.exists():
             raise UserError(f"--out {out} exists; choose another --out")
-        write_int8_model(files, out, dataclasses.replace(files.sampling, **sampling_overrides))  # type: ignore[arg-type]
+        write_int8_model(files, out, dataclasses.replace(files.sampling, **sampling))
         click.echo(f"{out}: {sum(file.stat().st_size for file in out.iterdir()) / 1e6:,.1f} MB")
         return
     if shortlist is not None and data is not None:
         create_shortlist(files, shortlist, data)
     for name in precision:
-        path = quantized_path(files, name)  # type: ignore[arg-type]
-        if not isinstance(load_or_quantize(files, name), SafetensorsFile):  # type: ignore[arg-type]
+        path = quantized_path(files, name)
+        if not isinstance(load_or_quantize(files, name), SafetensorsFile):
             raise UserError(f"{path} could not be written; check free space and the permissions of the folder")
         sizes = path.stat().st_size / 1e6, 4 * files.config.n_params / 1e6
         click.echo(f"{path}: {sizes[0]:,.1f} MB ({sizes[1]:,.1f} MB in fp32)")
@@ -101,7 +94,7 @@ def create_shortlist(files: "ModelFiles", n: int, data: Path) -> None:
         )
 
 
-@click.command(context_settings=CONTEXT_SETTINGS)
+@click.command()
 def warmup() -> None:
     """Compile the CPU engine for this machine, so that the first story starts instantly.
 
@@ -109,7 +102,6 @@ def warmup() -> None:
     the environment variable TINYSTORIES_CACHE.
     """
     from tinystories.engine.cpu import jit
-    from tinystories.errors import UserError
 
     jit.load_forward()
     path = jit.cache_path()

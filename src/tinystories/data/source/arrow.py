@@ -65,6 +65,8 @@ def select_text_column(where: str, table: Any, options: ReadOptions) -> Any:
     if options.text_field not in table.schema.names:
         raise UserError(missing_field_message(where, options, table.schema.names))
     column = table.column(options.text_field)
-    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+    is_dictionary = pa.types.is_dictionary(column.type)  # a categorical column of pandas or Polars
+    value_type = column.type.value_type if is_dictionary else column.type
+    if value_type not in (pa.string(), pa.large_string(), pa.string_view(), pa.null()):
         raise UserError(f"{where}: column {options.text_field!r} holds {column.type}, not text")
-    return column.cast(pa.large_binary())
+    return (column.cast(value_type) if is_dictionary else column).cast(pa.large_binary())

@@ -61,19 +61,38 @@ def read_txt(where: str, file: BinaryIO, options: ReadOptions, position: Any = N
     """
     start: int = position or skip_bom(file)
     file.seek(start)
-    remainder, found_separator = b"", position is not None
+    found_separator = position is not None
+    chunks: list[bytes] = []  # the story being read; joined only once, so that time is linear in its length
+    size, tail = 0, b""  # its length, and its end, which may hold the first part of an END
     while chunk := file.read(BATCH_BYTES):
-        *pieces, remainder = (remainder + chunk).split(END.encode())
-        if pieces:
-            batch = parse_txt_batch(where, pieces, start, options)
+        chunks.append(chunk)
+        size += len(chunk)
+        if END.encode() in (window := tail + chunk):
+            batch, remainder = parse_txt_chunks(where, chunks, start, options)
             yield batch
             start, found_separator = batch.position, True
-        elif len(remainder) > MAX_STORY_BYTES:
+            chunks, size, tail = [remainder], len(remainder), remainder[1 - len(END) :]
+        elif size > MAX_STORY_BYTES:
             raise UserError(missing_separator_message(where, f"the {MAX_STORY_BYTES >> 20} MB from byte {start} on"))
+        else:
+            tail = window[1 - len(END) :]
     if not found_separator:
         raise UserError(missing_separator_message(where, "the whole file"))
+    remainder = b"".join(chunks)
     if remainder.strip():  # the last story, not followed by END
         yield dataclasses.replace(parse_txt_batch(where, [remainder], start, options), position=start + len(remainder))
+
+
+def parse_txt_chunks(where: str, chunks: list[bytes], start: int, options: ReadOptions) -> tuple[StoryBatch, bytes]:
+    """Return the batch of the stories in the chunks, which start at byte `start`, and what follows the last END.
+
+    Empties `chunks`: a long story is not kept in memory twice.
+    """
+    data = b"".join(chunks)
+    chunks.clear()
+    *pieces, remainder = data.split(END.encode())
+    del data
+    return parse_txt_batch(where, pieces, start, options), remainder
 
 
 def parse_txt_batch(where: str, pieces: list[bytes], start: int, options: ReadOptions) -> StoryBatch:
@@ -105,7 +124,8 @@ def read_jsonl(where: str, file: BinaryIO, options: ReadOptions, position: Any =
 def parse_jsonl(where: str, lines: "LineReader", options: ReadOptions) -> Iterator[str]:
     """Yield the text field of each JSON line; blank lines are skipped. Raises `UserError` with the line number."""
     for line in lines:
-        if not (text := decode_text(where, line, options, lines.start_offset).strip()):
+        # Without its newline, so that `strip` usually has nothing to copy: a line may be long.
+        if not (text := decode_text(where, line.rstrip(b"\r\n"), options, lines.start_offset).strip()):
             continue
         try:
             row = json.loads(text)
@@ -238,7 +258,8 @@ def decode_text(where: str, data: bytes, options: ReadOptions, start: int = 0) -
         byte = data[error.start]
         raise UserError(
             f"{where}: byte {start + error.start} (0x{byte:02x}) is not UTF-8;"
-            " convert the file, or pass --errors replace to substitute U+FFFD"
+            " convert the file (from Windows-1252 or Latin-1: iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW),"
+            " or pass --errors replace to substitute U+FFFD"
         ) from None
 
 

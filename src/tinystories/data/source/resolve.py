@@ -1,12 +1,14 @@
 """Resolve source names to sources: known collections, Hub datasets, files."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from tinystories.data.source.files import FileSource, find_story_files
+from tinystories.data.source.files import READERS, FileSource, find_story_files
 from tinystories.data.source.hub import HubSource, parse_hub_name
+from tinystories.data.source.pipe import PipeCopy, copy_pipe, is_pipe
 from tinystories.data.source.reader import DecodeErrors, ReadOptions
+from tinystories.errors import UserError, quoted
 
 SAMPLE_PATH = Path(__file__).parents[1] / "sample" / "stories.txt"
 
@@ -35,19 +37,29 @@ def get_named_sources() -> dict[str, Source]:
 
 
 def resolve_source(source: SourceNames) -> Source:
-    """Return the source for a known name, hf:OWNER/NAME[@REVISION], or one or more files or folders.
+    """Return the source for a known name, hf:OWNER/NAME[@REVISION], or one or more files, folders or pipes.
 
-    Does not access the network. Raises `UserError` if the name is unknown or a file is missing, empty or unsupported.
+    Does not access the network. A pipe is read to its end. Raises `UserError` if the name is unknown or a file is
+    missing, empty or unsupported.
     """
-    names = [source] if isinstance(source, str | Path) else list(source)
+    names = [source] if isinstance(source, str | bytes | Path) or not isinstance(source, Iterable) else list(source)
     named = get_named_sources()
     if len(names) == 1 and (name := str(names[0])) in named:
         return named[name]
     if len(names) == 1 and (name := str(names[0])).startswith("hf:"):
         repo, revision = parse_hub_name(name)
         return HubSource(name=name, repo=repo, revision=revision)
-    paths = tuple(path for name in names for path in find_story_files(Path(name), named))
-    return FileSource(" ".join(map(str, names)), paths)
+    for item in names:
+        if not isinstance(item, str | Path):
+            raise UserError(f"a source is a name or a path, not {type(item).__name__}: {quoted(item)}")
+    paths, copies = list[Path](), list[PipeCopy]()
+    for path in map(Path, names):
+        if is_pipe(path):
+            copies.append(copy_pipe(path, tuple(READERS)))
+            paths.append(copies[-1].path)
+        else:
+            paths += find_story_files(path, named)
+    return FileSource(" ".join(map(str, names)), tuple(paths), copies=tuple(copies))
 
 
 def iter_stories(

@@ -1,22 +1,23 @@
 """`CpuEngine` implements the engine protocol without torch. docs/cpu-engine.md explains how and why."""
 
+import dataclasses
 import functools
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from tinystories.checkpoint import ModelFiles
 from tinystories.config import ModelConfig
-from tinystories.engine.cpu.runtime import MAX_ROWS, Runtime
+from tinystories.engine.cpu.runtime import MAX_ROWS, KVCacheAddress, Runtime
 from tinystories.engine.cpu.thread_pool import count_physical_cores
-from tinystories.engine.cpu.weights import Precision, load_fp32, load_or_quantize
 from tinystories.engine.engine_config import DEFAULT_ENGINE_CONFIG, EngineConfig
 from tinystories.engine.protocol import Ids, Logits, validate_context, validate_sequences, validate_slot, validate_step
 from tinystories.errors import UserError
+from tinystories.weights.load import load_fp32, load_or_quantize
 
 Array = npt.NDArray[Any]
 
@@ -32,7 +33,7 @@ class CpuEngine:
         *,
         shortlist_ids: Array | None = None,
     ) -> None:
-        """Create an engine from the weights of `weights.load_fp32` or `weights.load_or_quantize`.
+        """Create an engine from the weights of `load_fp32` or `load_or_quantize`.
 
         `shortlist_ids`: ids whose logits are computed; those of all others are -inf. An engine with a shortlist can
         generate but not score. Raises UserError if the KV cache would not fit in memory.
@@ -57,15 +58,14 @@ class CpuEngine:
     ) -> "CpuEngine":
         """Load a model directory; verify its weights, and quantize them unless a cached quantized file is valid.
 
-        Raises UserError if the precision is not supported or the weights are damaged.
+        Raises UserError if a setting is not supported or the weights are damaged.
         """
-        precision: Any = "int8" if engine_config.precision == "auto" else engine_config.precision
-        if precision not in get_args(Precision):
-            choices = ", ".join(get_args(Precision))
-            raise UserError(f"the CPU engine does not support precision {precision}; use one of {choices}")
-        if precision == "fp32":
-            files.check_weights()
-        weights = load_fp32(files) if precision == "fp32" else load_or_quantize(files, precision)
+        dataclasses.replace(engine_config, engine="cpu")  # raises if this engine does not support a setting
+        if engine_config.precision == "fp32":
+            files.verify_weights()
+            weights = load_fp32(files)
+        else:
+            weights = load_or_quantize(files, "int4" if engine_config.precision == "int4" else "int8")
         return cls(files.config, weights, engine_config, shortlist_ids=shortlist_ids)
 
     @functools.cached_property
@@ -91,7 +91,7 @@ class CpuEngine:
         slot_array = np.array(slots, dtype=np.int64)
         positions = np.array([self.lengths[slot] for slot in slots], dtype=np.int64)
         chunk_logits = [
-            self.forward(self.kv_cache, tokens[chunk], slot_array[chunk], positions[chunk], 0)
+            self.runtime.run(tokens[chunk], slot_array[chunk], positions[chunk], self.kv_cache.address)
             for chunk in (slice(start, start + MAX_ROWS) for start in range(0, len(tokens), MAX_ROWS))
         ]
         for slot in slots:
@@ -128,12 +128,7 @@ class CpuEngine:
             is_last = start + len(chunk) == len(ids)
             first_logits_row = 0 if all_logits else len(chunk) - is_last
             positions = np.arange(start, start + len(chunk))
-            yield start, self.forward(cache, chunk, np.full(len(chunk), slot), positions, first_logits_row)
-
-    def forward(self, cache: "CpuKVCache", ids: Array, slots: Array, positions: Array, first_logits_row: int) -> Logits:
-        """Run at most MAX_ROWS rows (see `Runtime.run`) on a KV cache."""
-        keys, values = cache.keys.ctypes.data, cache.values.ctypes.data
-        return self.runtime.run(ids, slots, positions, keys, values, cache.n_slots, first_logits_row)
+            yield start, self.runtime.run(chunk, np.full(len(chunk), slot), positions, cache.address, first_logits_row)
 
 
 class CpuKVCache:
@@ -148,7 +143,7 @@ class CpuKVCache:
             self.keys, self.values = np.empty(shape, np.float32), np.empty(shape, np.float32)
         except MemoryError:
             raise UserError(f"not enough memory for {n_slots:,} slots; use fewer") from None
-        self.n_slots = n_slots
+        self.address = KVCacheAddress(self.keys.ctypes.data, self.values.ctypes.data, n_slots)
 
 
 def total_memory_bytes() -> float:

@@ -23,10 +23,11 @@ import llvmlite.binding as llvm
 
 from tinystories.errors import UserError
 from tinystories.files import atomic_file
+from tinystories.weights.quantize import BLOCK_ROWS, GROUP_SIZE
 
 log = logging.getLogger(__name__)
 
-SOURCE_FILES = ("layout.py", "kernels.py", "simd.py", "jit.py")
+SOURCE_FILES = (Path(__file__), *sorted((Path(__file__).parent / "kernels").glob("*.py")))
 MAX_CACHED_FILES = 8  # object files of other versions and environments; the oldest are deleted
 _alive: list[Any] = []  # execution engines, which own the memory of the machine code
 # Runtime functions of Numba for exceptions and for arrays that own memory. The object file refers to them but never
@@ -55,9 +56,10 @@ def cache_path() -> Path:
     key_parts = [llvm.get_host_cpu_name(), features, platform.machine(), sys.platform]
     key_parts += sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith("NUMBA_"))
     key_parts += [metadata.version("numba"), metadata.version("llvmlite"), sys.version.split()[0]]
+    key_parts += [f"{BLOCK_ROWS} {GROUP_SIZE}"]  # compiled in as constants
     digest = hashlib.sha256("\n".join(key_parts).encode())
-    for name in SOURCE_FILES:
-        digest.update((Path(__file__).parent / name).read_bytes())
+    for path in SOURCE_FILES:
+        digest.update(path.read_bytes())
     return cache_folder() / f"forward-{digest.hexdigest()[:32]}.o"
 
 
@@ -66,7 +68,7 @@ def compile_object() -> bytes:
 
     The JSON has the `name` of the entry point and in `calls` the external symbols that the code refers to.
     """
-    from tinystories.engine.cpu.kernels import make_entry_point
+    from tinystories.engine.cpu.kernels.forward import make_entry_point
 
     entry = make_entry_point()
     library = entry._library
@@ -158,7 +160,7 @@ def function_address(function: Any) -> int:
 def load_forward() -> Forward:
     """Load the machine code (compile it if needed) and return its entry point.
 
-    Its arguments are those of `kernels.make_entry_point`: address of the model table, address of the call table, norm
+    Its arguments are those of `forward.make_entry_point`: address of the model table, address of the call table, norm
     eps, thread, n_threads. Being a ctypes function, it releases the GIL during a call.
     """
     llvm.initialize_native_target()

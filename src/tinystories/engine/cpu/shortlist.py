@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def read_shortlist(files: ModelFiles) -> Array:
     Raises UserError if there is none, or it is damaged or was made for a different vocabulary.
     """
     path, n = files.folder / FILE_NAME, min(8000, files.config.vocab_size // 4)
-    command = f"tinystories quantize {files.folder} --shortlist {n} --data DIR"
+    command = f"tinystories quantize {shlex.quote(str(files.folder))} --shortlist {n} --data DIR"
     if files.folder.resolve() == BUNDLED_MODEL.resolve():
         n_ids = f"{files.config.vocab_size:,}"
         raise UserError(f"the bundled storyteller has no shortlist: its vocabulary has only {n_ids} ids")

@@ -78,11 +78,6 @@ class ThreadPool:
             start_lock.acquire()
             threading.Thread(target=self.run_worker, args=(thread, start_lock), daemon=True).start()
 
-    @staticmethod
-    def shared(n_threads: int) -> "ThreadPool":
-        """Return the pool of this size that all engines of the process share; its `lock` serializes their calls."""
-        return shared_pool(n_threads)
-
     def run_worker(self, thread: int, start_lock: "_thread.LockType") -> None:
         while True:
             start_lock.acquire()
@@ -104,6 +99,7 @@ class ThreadPool:
 
 @functools.cache
 def shared_pool(n_threads: int) -> ThreadPool:
+    """Return the pool of this size that all engines of the process share; its `lock` serializes their calls."""
     return ThreadPool(n_threads)
 
 

@@ -14,29 +14,38 @@ import numpy as np
 from tinystories.config import ModelConfig, SamplingConfig
 from tinystories.config_file import build_dataclass
 from tinystories.data.tokenizer import END
-from tinystories.engine.cpu.runtime import EMBEDDING, LM_HEAD
 from tinystories.errors import UserError, error_context, quoted
-from tinystories.formats.bundle import MAX_CONTEXT, ModelBundle
+from tinystories.formats.bundle import MAX_CONTEXT, Array, ModelBundle
 from tinystories.formats.gguf import tokenizer as gguf_tokenizer
-from tinystories.formats.gguf.reader import GgufFile, import_gguf
-from tinystories.formats.gguf.tensors import (
+from tinystories.formats.gguf.mapping import (
     QKV_BIAS_NAME,
     TOP_NAMES,
-    Array,
     from_gguf_tensors,
     select_tensor_type,
     to_gguf_tensors,
 )
+from tinystories.formats.gguf.reader import MAGIC, GgufFile, import_gguf
+from tinystories.formats.protocol import Format, starts_with
+from tinystories.weights.names import EMBEDDING, LM_HEAD
 
 ARCHITECTURES = ("qwen3", "llama", "gpt2")
 FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0"}
 MAX_F16 = 65504.0  # largest finite float16
 # Metadata keys that our config has a field for, and for others the value that has no effect. Any other key is refused.
-KNOWN_KEYS = (
-    *("block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size"),
-    *("attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length"),
-    *("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon", "rope.freq_base", "rope.dimension_count"),
-)
+SIZE_KEYS = {
+    "vocab_size": "vocab_size",
+    "context_length": "n_ctx",
+    "embedding_length": "n_embd",
+    "block_count": "n_layer",
+    "feed_forward_length": "n_ff",
+    "attention.head_count": "n_head",
+}
+HEAD_KEYS = ("attention.key_length", "attention.value_length", "rope.dimension_count")  # all are the head dimension
+FLOAT_KEYS = {
+    "classic": {"attention.layer_norm_epsilon": "norm_eps"},
+    "modern": {"rope.freq_base": "rope_base", "attention.layer_norm_rms_epsilon": "norm_eps"},
+}
+KNOWN_KEYS = {*SIZE_KEYS, *HEAD_KEYS, *FLOAT_KEYS["classic"], *FLOAT_KEYS["modern"], "attention.head_count_kv"}
 NEUTRAL_VALUES = {"expert_count": 0, "expert_used_count": 0, "attention.causal": True, "rope.scaling.type": "none"}
 SAMPLING_KEYS = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
 
@@ -79,43 +88,53 @@ def logits(path: Path, ids: list[int]) -> Array:
     return read(path, None).logits(ids)
 
 
+def find_file(path: Path) -> Path:
+    """Return `path`, or the GGUF file in it if it is a folder that has no other weights."""
+    if not path.is_dir():
+        return path
+    weights = [file for file in path.iterdir() if file.suffix in (".safetensors", ".bin", ".gguf") and file.is_file()]
+    return weights[0] if len(weights) == 1 else path
+
+
+def can_read(path: Path) -> bool:
+    return starts_with(find_file(path), MAGIC)
+
+
 def read(path: Path, tokenizer: Path | None) -> ModelBundle:
     """Read a GGUF file of architecture qwen3, llama or gpt2, in any type that the `gguf` package can dequantize.
 
     `tokenizer`: a tokenizer.json that replaces the file's own. `UserError` if the file is damaged or has settings that
     our architectures do not have.
     """
+    path = find_file(path)
     file = GgufFile(path)
     architecture = file.get("general.architecture", str)
     if architecture not in ARCHITECTURES:
         raise UserError(f"{path} has architecture {quoted(architecture)}; only qwen3, llama and gpt2 are supported")
+    names = {key: file.metadata.get(f"general.{key}") for key in ("name", "license")}
     with error_context(path):
         config = read_config(file, architecture)
-        model = ModelBundle(
+        return ModelBundle(
             config=config,
             weights=from_gguf_tensors(file, config),
-            tokenizer=gguf_tokenizer.read(file, tokenizer),
+            tokenizer=gguf_tokenizer.read_tokenizer(file, tokenizer),
             sampling=read_sampling(file),
             provenance={"imported_from": path.name, "format": f"GGUF {architecture}"}
-            | {
-                key: text for key in ("name", "license") if isinstance(text := file.metadata.get(f"general.{key}"), str)
-            },
+            | {key: text for key, text in names.items() if isinstance(text, str)},
         )
-        model.check()
-    return model
 
 
 def unsupported_reason(config: ModelConfig) -> str | None:
     """Return why llama.cpp cannot run a model (continues a sentence: "llama.cpp ..."); None if it can."""
-    is_gpt2 = (
-        config.learned_positions and config.activation == "gelu_tanh" and config.scaled_scores and not config.window
+    has_gelu = config.activation == "gelu_tanh"
+    if config.architecture == "modern" or (
+        config.learned_positions and has_gelu and config.scaled_scores and not config.window
+    ):
+        return None
+    return (
+        "cannot run this classic model: its gpt2 has learned positions, gelu_tanh, scaled attention scores and no"
+        " sliding window"
     )
-    if config.architecture == "classic" and not is_gpt2:
-        return (
-            "cannot run this classic model: its gpt2 has learned positions, gelu_tanh, scaled attention scores and no"
-            " sliding window"
-        )
-    return None
 
 
 def write_gguf(
@@ -133,24 +152,16 @@ def write_gguf(
     if reason := unsupported_reason(config):
         raise UserError(f"llama.cpp {reason}; use --format hf or onnx")
     gguf = import_gguf()
-    is_modern = config.architecture == "modern"
-    writer = gguf.GGUFWriter(path, ("qwen3" if config.qk_norm else "llama") if is_modern else "gpt2")
+    architecture = "gpt2" if config.architecture == "classic" else "qwen3" if config.qk_norm else "llama"
+    writer = gguf.GGUFWriter(path, architecture)
     add_metadata(writer)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.n_ctx)
-    writer.add_embedding_length(config.n_embd)
-    writer.add_block_count(config.n_layer)
-    writer.add_feed_forward_length(config.n_ff)
-    writer.add_head_count(config.n_head)
-    if is_modern:
-        writer.add_head_count_kv(config.kv_heads)
-        writer.add_key_length(config.head_dim)
-        writer.add_value_length(config.head_dim)
-        writer.add_rope_dimension_count(config.head_dim)
-        writer.add_rope_freq_base(config.rope_base)
-        writer.add_layer_norm_rms_eps(config.norm_eps)
-    else:
-        writer.add_layer_norm_eps(config.norm_eps)
+    sizes = {key: getattr(config, name) for key, name in SIZE_KEYS.items()}
+    if config.architecture == "modern":
+        sizes |= {"attention.head_count_kv": config.kv_heads} | dict.fromkeys(HEAD_KEYS, config.head_dim)
+    for key, size in sizes.items():
+        writer.add_uint32(f"{architecture}.{key}", size)
+    for key, name in FLOAT_KEYS[config.architecture].items():
+        writer.add_float32(f"{architecture}.{key}", getattr(config, name))
     writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[precision]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for name, tensor in to_gguf_tensors(config, weights):
@@ -177,45 +188,29 @@ def read_config(file: GgufFile, architecture: str) -> ModelConfig:
         is_neutral = key in NEUTRAL_VALUES and file.get(name, type(NEUTRAL_VALUES[key])) == NEUTRAL_VALUES[key]
         if key != name and key not in KNOWN_KEYS and not is_neutral:
             raise UserError(f"{quoted(name)} is set, but our architectures do not support it")
-    n_head, n_embd, n_layer, n_ctx = (
-        get_int(key) for key in ("attention.head_count", "embedding_length", "block_count", "context_length")
-    )
+    sizes: dict[str, Any] = {name: get_int(key) for key, name in SIZE_KEYS.items() if key != "vocab_size"}
+    n_head, n_layer, n_ctx = sizes["n_head"], sizes["n_layer"], sizes["n_ctx"]
     if TOP_NAMES[EMBEDDING] not in file.tensors or n_layer > len(file.tensors) or n_ctx > MAX_CONTEXT:
         raise UserError(
             f"implausible sizes: block_count={n_layer:,}, context_length={n_ctx:,}, {len(file.tensors):,} tensors"
             f"{'' if TOP_NAMES[EMBEDDING] in file.tensors else f' without {TOP_NAMES[EMBEDDING]}'}"
         )
-    n_kv_head, default_head_dim = get_int("attention.head_count_kv", n_head), n_embd // max(n_head, 1)
-    sizes: dict[str, Any] = {
-        "vocab_size": file.tensors[TOP_NAMES[EMBEDDING]].shape[0],
-        "n_ctx": n_ctx,
-        "n_layer": n_layer,
-        "n_head": n_head,
-        "n_kv_head": 0 if n_kv_head == n_head else n_kv_head,
-        "n_embd": n_embd,
-        "n_ff": get_int("feed_forward_length"),
-        "tied": TOP_NAMES[LM_HEAD] not in file.tensors,
-    }
+    n_kv_head, default_head_dim = get_int("attention.head_count_kv", n_head), sizes["n_embd"] // max(n_head, 1)
+    sizes["n_kv_head"] = 0 if n_kv_head == n_head else n_kv_head
+    sizes["vocab_size"] = file.tensors[TOP_NAMES[EMBEDDING]].shape[0]
+    sizes["tied"] = TOP_NAMES[LM_HEAD] not in file.tensors
     if architecture == "gpt2":
         bias_names = (QKV_BIAS_NAME.format(i) for i in range(n_layer))
-        sizes |= {
-            "architecture": "classic",
-            "learned_positions": True,
-            "activation": "gelu_tanh",
-            "qkv_bias": any(file.load_tensor(name).any() for name in bias_names if name in file.tensors),
-            "norm_eps": file.get("gpt2.attention.layer_norm_epsilon", float),
-        }
+        sizes |= {"architecture": "classic", "learned_positions": True, "activation": "gelu_tanh"}
+        sizes["qkv_bias"] = any(file.load_tensor(name).any() for name in bias_names if name in file.tensors)
     else:
         head_dim = get_int("attention.key_length", default_head_dim)
-        sizes |= {
-            "architecture": "modern",
-            "head_size": 0 if head_dim == default_head_dim else head_dim,
-            "qk_norm": architecture == "qwen3",
-            "rope_base": file.get(f"{architecture}.rope.freq_base", float, 10000.0),
-            "norm_eps": file.get(f"{architecture}.attention.layer_norm_rms_epsilon", float),
-        }
+        sizes |= {"architecture": "modern", "qk_norm": architecture == "qwen3"}
+        sizes["head_size"] = 0 if head_dim == default_head_dim else head_dim
+    for key, name in FLOAT_KEYS[sizes["architecture"]].items():
+        sizes[name] = file.get(f"{architecture}.{key}", float, 10000.0 if name == "rope_base" else None)
     config = build_dataclass(ModelConfig, sizes, str(file.path))
-    for key in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
+    for key in HEAD_KEYS:
         if get_int(key, config.head_dim) != config.head_dim:
             raise UserError(f"{architecture}.{key}={get_int(key)} must equal the head dimension, {config.head_dim}")
     return config
@@ -246,3 +241,15 @@ def render_modelfile(model: ModelBundle, name: str, file: str) -> str:
     parameters = (f"PARAMETER {key} {value}" for key, value in settings.items())
     header = f'# ollama create {name} -f {name}.Modelfile\nFROM ./{file}\nTEMPLATE "{{{{ .Prompt }}}}"\n'
     return header + "\n".join(parameters) + "\n"
+
+
+GGUF = Format(
+    name="gguf",
+    can_read=can_read,
+    read=read,
+    write=write,
+    logits=logits,
+    max_divergence={"f32": 0, "f16": 1e-4, "q8_0": 0.01, "q4_0": 0.5},
+    sidecars=sidecars,
+    next_steps=next_steps,
+)

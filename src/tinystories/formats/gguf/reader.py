@@ -10,16 +10,15 @@ import math
 import mmap
 import struct
 from pathlib import Path
-from types import ModuleType
 from typing import Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from tinystories.errors import UserError, quoted
+from tinystories.formats.bundle import Array
+from tinystories.formats.protocol import import_package
 
 T = TypeVar("T")
-Array = npt.NDArray[Any]
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -32,14 +31,10 @@ MAX_DIMENSIONS = 4
 TYPE_NAMES = {int: "an integer", float: "a float", str: "a string", bool: "a boolean", list: "a list of strings"}
 
 
-def import_gguf() -> ModuleType:
-    """Import the `gguf` package; `UserError` if it is not installed."""
-    try:
-        import gguf
-    except ModuleNotFoundError:
-        raise UserError('GGUF files need the gguf package: pip install "tinystories-gpt[export]"') from None
-    logging.getLogger("gguf").setLevel(logging.WARNING)  # at INFO it logs every step
-    return gguf
+def import_gguf() -> Any:
+    """Import the `gguf` package, without its log of every step; `UserError` if it is not installed."""
+    logging.getLogger("gguf").setLevel(logging.WARNING)
+    return import_package("gguf", "a GGUF file")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,26 +64,33 @@ class GgufFile:
             with path.open("rb") as file:
                 self.buffer = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
             self._parse()
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
         except ValueError as error:
             raise UserError(f"{path} is not a GGUF file, or is damaged: {error}; copy it again") from None
+
+    def error(self, problem: str) -> UserError:
+        """Return the error for contents that no converter writes."""
+        return UserError(f"{self.path}: {problem}; convert the model again")
 
     def get(self, key: str, value_type: type[T], default: T | None = None) -> T:
         """Return the value of a key; `UserError` if it has another type, or is missing without a default."""
         value = self.metadata.get(key, default)
-        if value is None:
-            raise UserError(f"{self.path}: {key} is missing; convert the model again")
-        if type(value) is not value_type:
-            raise UserError(f"{self.path}: {key} is not {TYPE_NAMES[value_type]}")
+        if value is None or type(value) is not value_type:
+            raise self.error(f"{key} is " + ("missing" if value is None else f"not {TYPE_NAMES[value_type]}"))
         return value
 
     def get_numbers(self, key: str) -> list[Any] | None:
         """Return a list of numbers; None if the key is missing, `UserError` if it has another type."""
         value = self.metadata.get(key)
         if value is not None and not isinstance(value, np.ndarray):
-            raise UserError(f"{self.path}: {key} is not a list of numbers")
+            raise self.error(f"{key} is not a list of numbers")
         return None if value is None else value.tolist()
+
+    def get_texts(self, key: str, default: list[bytes] | None = None) -> list[str]:
+        """Return a list of strings; `UserError` if one is not UTF-8."""
+        try:
+            return [text.decode() for text in self.get(key, list, default)]
+        except UnicodeDecodeError:
+            raise self.error(f"{key} has a string that is not UTF-8") from None
 
     def load_tensor(self, name: str) -> Array:
         """Return a tensor dequantized to fp32; F32 tensors are not copied."""
@@ -98,10 +100,8 @@ class GgufFile:
             with np.errstate(all="ignore"):  # damaged scales; ModelBundle.check rejects the result
                 weight: Array = self.gguf.quants.dequantize(data, info.tensor_type)
         except NotImplementedError:
-            raise UserError(
-                f"{self.path}: {name} is of type {info.tensor_type.name}, which is not supported; use F32, F16, BF16,"
-                " Q8_0 or Q4_0"
-            ) from None
+            supported = "is not supported; use F32, F16, BF16, Q8_0 or Q4_0"
+            raise UserError(f"{self.path}: {name} is of type {info.tensor_type.name}, which {supported}") from None
         return weight
 
     def _parse(self) -> None:

@@ -13,6 +13,7 @@ from tinystories.errors import UserError, quoted
 from tinystories.formats.gguf.reader import GgufFile
 from tinystories.formats.tokenizer_conversion import (
     BYTE_PIECES,
+    TOKEN_FLAGS,
     build_sentencepiece_bpe,
     extract_pieces,
     parse_merges,
@@ -32,20 +33,17 @@ def write_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int) -> None:
     support the tokenizer.
     """
     tokenizer_model = select_tokenizer_model(tokenizer)
-    model, added_tokens = (
-        tokenizer.json_data["model"],
-        {token["id"]: token for token in tokenizer.json_data["added_tokens"]},
-    )
+    model = tokenizer.json_data["model"]
+    added_tokens = {token["id"]: token for token in tokenizer.json_data["added_tokens"]}
     names = {i: name for name, i in model["vocab"].items()} | {i: token["content"] for i, token in added_tokens.items()}
-    token_types = []
-    for i in range(vocab_size):
-        if i in added_tokens:
-            token_type = UNKNOWN if names[i] == model.get("unk_token") else CONTROL
-            token_types.append(token_type if added_tokens[i]["special"] else USER_DEFINED)
-        else:
-            token_types.append(
-                UNUSED if i not in names else BYTE if tokenizer_model == "llama" and names[i] in BYTE_PIECES else NORMAL
-            )
+    token_types = [NORMAL if i in names else UNUSED for i in range(vocab_size)]
+    for i, name in names.items():
+        if i in added_tokens and not added_tokens[i]["special"]:
+            token_types[i] = USER_DEFINED
+        elif i in added_tokens:
+            token_types[i] = UNKNOWN if name == model.get("unk_token") else CONTROL
+        elif tokenizer_model == "llama" and name in BYTE_PIECES:
+            token_types[i] = BYTE
     writer.add_tokenizer_model(tokenizer_model)
     writer.add_token_list([names.get(i, f"[PAD{i}]") for i in range(vocab_size)])
     writer.add_token_types(token_types)
@@ -66,18 +64,11 @@ def select_tokenizer_model(tokenizer: Tokenizer) -> str:
     """Return llama.cpp's name for the kind of tokenizer, "gpt2" or "llama"; `UserError` if it supports neither."""
     model, pre_tokenizer = tokenizer.json_data["model"], tokenizer.json_data["pre_tokenizer"]
     user_tokens = [token for token in tokenizer.json_data["added_tokens"] if not token["special"]]
-    match_verbatim = not any(
-        token[flag] for token in user_tokens for flag in ("lstrip", "rstrip", "single_word", "normalized")
-    )
-    if model["type"] == "BPE" and match_verbatim:
+    if model["type"] == "BPE" and not any(token[flag] for token in user_tokens for flag in TOKEN_FLAGS):
         if tokenizer.is_lossless and pre_tokenizer.get("use_regex", True) and not model.get("ignore_merges"):
             return "gpt2"
-        if (
-            model.get("byte_fallback")
-            and pre_tokenizer is None
-            and normalizer_types(tokenizer) in SPACE_NORMALIZERS
-            and not user_tokens
-        ):
+        has_spaces = normalizer_types(tokenizer) in SPACE_NORMALIZERS and pre_tokenizer is None
+        if model.get("byte_fallback") and has_spaces and not user_tokens:
             return "llama"
     raise UserError(
         "llama.cpp does not support this model's tokenizer: GGUF supports gpt2, bpe:N, and SentencePiece BPE with byte"
@@ -91,7 +82,7 @@ def normalizer_types(tokenizer: Tokenizer) -> set[str]:
     return {part["type"] for part in normalizer.get("normalizers", [normalizer]) if part}
 
 
-def read(file: GgufFile, tokenizer_path: Path | None) -> Tokenizer:
+def read_tokenizer(file: GgufFile, tokenizer_path: Path | None) -> Tokenizer:
     """Read the file's tokenizer, or the tokenizer.json at `tokenizer_path`.
 
     END becomes the name of the file's BOS token, or of its EOS token if it has no BOS.
@@ -102,70 +93,56 @@ def read(file: GgufFile, tokenizer_path: Path | None) -> Tokenizer:
         tokenizer = Tokenizer.load(tokenizer_path)
         return tokenizer if end_id < 0 else set_end_token(tokenizer.json_text, end_id, str(tokenizer_path))
     tokenizer_model = file.get("tokenizer.ggml.model", str, "none")
-    pre_tokenizer = file.get("tokenizer.ggml.pre", str, "none")
-    if tokenizer_model not in ("gpt2", "llama") or (tokenizer_model == "gpt2" and pre_tokenizer != PRE_TOKENIZER):
-        description = (
-            f"{quoted(tokenizer_model)} with pre-tokenizer {quoted(pre_tokenizer)}"
-            if tokenizer_model == "gpt2"
-            else quoted(tokenizer_model)
-        )
+    pre_tokenizer = file.get("tokenizer.ggml.pre", str, "none") if tokenizer_model == "gpt2" else ""
+    if (tokenizer_model, pre_tokenizer) not in (("gpt2", PRE_TOKENIZER), ("llama", "")):
+        description = quoted(tokenizer_model) + (f" with pre-tokenizer {quoted(pre_tokenizer)}" * bool(pre_tokenizer))
         raise UserError(
             f"{file.path}: its tokenizer ({description}) is not supported, only gpt2 with pre-tokenizer"
             f" {PRE_TOKENIZER}, and llama; pass the model's tokenizer.json with --tokenizer"
         )
-    tokens = file.get("tokenizer.ggml.tokens", list)
-    token_types = file.get_numbers("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
-    if len(token_types) != len(tokens):
-        raise UserError(f"{file.path}: {len(tokens):,} tokens but {len(token_types):,} token types; convert it again")
+    n_tokens = len(file.get("tokenizer.ggml.tokens", list))
+    token_types = file.get_numbers("tokenizer.ggml.token_type") or [NORMAL] * n_tokens
+    if len(token_types) != n_tokens:
+        raise file.error(f"{n_tokens:,} tokens but {len(token_types):,} token types")
     while token_types and token_types[-1] == UNUSED:
-        tokens, token_types = tokens[:-1], token_types[:-1]
-    if not 0 <= end_id < len(tokens):
-        raise UserError(f"{file.path}: its BOS or EOS token is {end_id}, but there are only {len(tokens):,} tokens")
-    if tokenizer_model == "llama":
-        return build_sentencepiece_tokenizer(file, tokens, token_types, end_id)
-    return build_byte_level_tokenizer(file, tokens, token_types, end_id)
+        token_types.pop()
+    if not 0 <= end_id < len(token_types):
+        raise file.error(f"its BOS or EOS token is {end_id}, but there are only {len(token_types):,} tokens")
+    build = build_sentencepiece_tokenizer if tokenizer_model == "llama" else build_byte_level_tokenizer
+    return build(file, token_types, end_id)
 
 
-def build_byte_level_tokenizer(file: GgufFile, tokens: list[bytes], token_types: list[int], end_id: int) -> Tokenizer:
-    """Build a byte-level BPE tokenizer with GPT-2's pre-tokenizer."""
+def build_byte_level_tokenizer(file: GgufFile, token_types: list[int], end_id: int) -> Tokenizer:
+    """Build a byte-level BPE tokenizer with GPT-2's pre-tokenizer, of the first `len(token_types)` tokens."""
     vocab: dict[str, int] = {}
-    for i, name in enumerate(decode_utf8(file, tokens, "token")):
-        if token_types[i] != UNUSED and vocab.setdefault(name, i) != i:
-            raise UserError(f"{file.path}: tokens {vocab[name]} and {i} are both {quoted(name)}; convert it again")
-    merges = [line.split(" ") for line in decode_utf8(file, file.get("tokenizer.ggml.merges", list, []), "merge")]
+    names = file.get_texts("tokenizer.ggml.tokens")
+    for i, token_type in enumerate(token_types):
+        if token_type != UNUSED and vocab.setdefault(names[i], i) != i:
+            raise file.error(f"tokens {vocab[names[i]]} and {i} are both {quoted(names[i])}")
+    merges = [line.split(" ") for line in file.get_texts("tokenizer.ggml.merges", [])]
     if not all(len(pair) == 2 for pair in merges):
-        raise UserError(f"{file.path}: a merge does not have two parts; convert it again")
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        raise file.error("a merge does not have two parts")
     parts = json.loads(new_byte_level_bpe({}, []).to_str())
     parts["model"] |= {"vocab": vocab, "merges": merges}
     parts["added_tokens"] = [
-        {"id": i, "content": name, "special": token_types[i] != USER_DEFINED, **flags}
+        {"id": i, "content": name, "special": token_types[i] != USER_DEFINED, **dict.fromkeys(TOKEN_FLAGS, False)}
         for name, i in vocab.items()
         if token_types[i] in (UNKNOWN, CONTROL, USER_DEFINED)
     ]
     return set_end_token(json.dumps(parts, ensure_ascii=False), end_id, f"{file.path}: its vocabulary")
 
 
-def build_sentencepiece_tokenizer(
-    file: GgufFile, tokens: list[bytes], token_types: list[int], end_id: int
-) -> Tokenizer:
-    """Build a SentencePiece BPE tokenizer."""
+def build_sentencepiece_tokenizer(file: GgufFile, token_types: list[int], end_id: int) -> Tokenizer:
+    """Build a SentencePiece BPE tokenizer of the first `len(token_types)` tokens."""
     if USER_DEFINED in token_types:
         raise UserError(
             f"{file.path}: its vocabulary has user-defined tokens, which are not supported; pass the model's"
             " tokenizer.json with --tokenizer"
         )
-    scores = file.get_numbers("tokenizer.ggml.scores") or []
+    pieces = file.get("tokenizer.ggml.tokens", list)[: len(token_types)]
+    scores = (file.get_numbers("tokenizer.ggml.scores") or [])[: len(token_types)]
     special_ids = [i for i, token_type in enumerate(token_types) if token_type in (UNKNOWN, CONTROL, UNUSED)]
     add_prefix_space = file.get("tokenizer.ggml.add_space_prefix", bool, True)
     return build_sentencepiece_bpe(
-        tokens, scores[: len(tokens)], end_id, special_ids, add_prefix_space=add_prefix_space, where=str(file.path)
+        pieces, scores, end_id, special_ids, add_prefix_space=add_prefix_space, where=str(file.path)
     )
-
-
-def decode_utf8(file: GgufFile, texts: list[bytes], what: str) -> list[str]:
-    """Decode strings of the file; `UserError` calls the malformed one "a `what`"."""
-    try:
-        return [text.decode() for text in texts]
-    except UnicodeDecodeError:
-        raise UserError(f"{file.path}: a {what} of its vocabulary is not UTF-8; convert it again") from None

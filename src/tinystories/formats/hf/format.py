@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from tinystories import checkpoint
 from tinystories.config import SamplingConfig
@@ -15,18 +14,15 @@ from tinystories.config_file import build_dataclass
 from tinystories.data.tokenizer import END, Tokenizer, sanitize
 from tinystories.errors import UserError, error_context
 from tinystories.files import write_json
-from tinystories.formats.bundle import ModelBundle
+from tinystories.formats.bundle import Array, ModelBundle
 from tinystories.formats.hf.mapping import from_transformers, to_hf_config_and_weights
-from tinystories.formats.tokenizer_conversion import set_end_token
+from tinystories.formats.hf.tokenizer import load_tokenizer
+from tinystories.formats.protocol import Format, import_package
 from tinystories.formats.torch_file import load_state_dict
-
-Array = npt.NDArray[Any]
 
 MODEL_CLASSES = {"gpt2": "GPT2", "gpt_neo": "GPTNeo", "llama": "Llama", "qwen3": "Qwen3"}
 SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-GPT2_VOCAB_SIZE = 50257
 FILE_NAME = re.compile(r"\w[\w.-]{0,199}", re.ASCII)
-INSTALL_HINT = 'verifying a Hugging Face export needs transformers: pip install "tinystories-gpt[export]"'
 
 
 def write(model: ModelBundle, path: Path, precision: str) -> None:
@@ -79,21 +75,18 @@ def logits(path: Path, ids: list[int]) -> Array:
 
     `UserError` if transformers is missing, or if its tokenizer encodes the text of `ids` differently from ours.
     """
-    try:
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-        from transformers.utils.logging import disable_progress_bar
-    except ModuleNotFoundError:
-        raise UserError(INSTALL_HINT) from None
-    disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    torch, transformers = (
+        import_package(name, "verifying a Hugging Face export") for name in ("torch", "transformers")
+    )
+    transformers.utils.logging.disable_progress_bar()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
     our_tokenizer = Tokenizer.load(path)
     text = our_tokenizer.decode(ids[1:])
     if tokenizer(text).input_ids != [our_tokenizer.end_id, *our_tokenizer.encode(text)]:
         raise UserError(
             "verification failed: transformers' tokenizer encodes a text differently from ours; nothing was written"
         )
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
     with torch.inference_mode():
         file_logits: Array = model(torch.tensor([ids])).logits[0].numpy()
     return file_logits
@@ -106,7 +99,7 @@ def read(path: Path, tokenizer: Path | None) -> ModelBundle:
     """
     with error_context(path):
         settings = checkpoint.read_json(path / "config.json")
-        config, weights = from_transformers(settings, load_weights(path))
+        config, weights = from_transformers(settings, load_weights(path), str(path))
         generation_path = path / "generation_config.json"
         generation_config = checkpoint.read_json(generation_path) if generation_path.is_file() else {}
         return ModelBundle(
@@ -152,7 +145,7 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, Array]]:
     dtypes = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
     try:
         tensors = deserialize(path.read_bytes())
-    except (OSError, SafetensorError) as error:
+    except SafetensorError as error:
         raise UserError(f"{path} cannot be read: {sanitize(error)}") from None
     for name, info in tensors:
         if info["dtype"] not in dtypes:
@@ -165,47 +158,6 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, Array]]:
         yield name, array
 
 
-def load_tokenizer(path: Path, tokenizer_path: Path | None, settings: Mapping[str, Any], vocab_size: int) -> Tokenizer:
-    """Load `tokenizer_path`, else the folder's tokenizer, else GPT-2's if the vocabulary size is GPT-2's.
-
-    END becomes the name of the BOS token (without one, the EOS token) in `settings`, the folder's config.json.
-    """
-    file = tokenizer_path or path / "tokenizer.json"
-    end_id = next((settings[name] for name in ("bos_token_id", "eos_token_id") if settings.get(name) is not None), None)
-    if isinstance(end_id, list) and end_id:
-        end_id = end_id[0]
-    text = (
-        Tokenizer.load(file).json_text if tokenizer_path or file.is_file() else build_tokenizer_json(path, vocab_size)
-    )
-    if end_id is None and json.loads(text)["added_tokens"]:
-        return Tokenizer(text, str(file))
-    if type(end_id) is not int:
-        raise UserError(
-            f"{path}/config.json: bos_token_id and eos_token_id are both missing or invalid; one must be a token id"
-        )
-    return set_end_token(text, end_id, str(file))
-
-
-def build_tokenizer_json(path: Path, vocab_size: int) -> str:
-    """Return a tokenizer.json made of vocab.json and merges.txt, else GPT-2's own if the vocabulary size matches."""
-    from tinystories.data.build_tokenizer import load_gpt2, new_byte_level_bpe
-
-    if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
-        try:
-            lines = (path / "merges.txt").read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError:
-            raise UserError(f"{path}/merges.txt is not UTF-8 text; download the model again") from None
-        merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
-        try:
-            text: str = new_byte_level_bpe(checkpoint.read_json(path / "vocab.json"), merges).to_str()  # type: ignore[arg-type]
-        except Exception as error:  # the Rust library raises plain Exception
-            raise UserError(f"{path}: merges.txt and vocab.json are not a valid tokenizer: {sanitize(error)}") from None
-        return text
-    if vocab_size == GPT2_VOCAB_SIZE:
-        return load_gpt2().json_text
-    raise UserError(f"{path} has no tokenizer; pass one with --tokenizer FILE")
-
-
 def parse_sampling(generation_config: Mapping[str, Any], where: Path) -> SamplingConfig:
     """Return the sampling settings of generation_config.json, with our defaults for those it lacks."""
     if generation_config.get("do_sample") is False and "temperature" not in generation_config:
@@ -215,3 +167,15 @@ def parse_sampling(generation_config: Mapping[str, Any], where: Path) -> Samplin
         {name: generation_config[name] for name in SAMPLING_FIELDS if generation_config.get(name) is not None},
         str(where),
     )
+
+
+HF = Format(
+    name="hf",
+    can_read=checkpoint.is_model,
+    read=read,
+    write=write,
+    logits=logits,
+    max_divergence={"f32": 0},
+    next_steps=next_steps,
+    is_folder=True,
+)

@@ -11,21 +11,17 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 import numpy as np
-import numpy.typing as npt
 
 from tinystories.config import ModelConfig
 from tinystories.config_file import build_dataclass, validate
-from tinystories.engine.cpu.runtime import EMBEDDING, LM_HEAD, POSITION_EMBEDDING
-from tinystories.engine.cpu.weights import expected_shapes
 from tinystories.errors import UserError, quoted
-from tinystories.formats.bundle import MAX_CONTEXT, MAX_LAYERS
+from tinystories.formats.bundle import MAX_CONTEXT, MAX_LAYERS, Array
 from tinystories.position_tables import build_sinusoid_table
+from tinystories.weights.names import EMBEDDING, LM_HEAD, POSITION_EMBEDDING, check_weights, expected_shapes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-
-Array = npt.NDArray[Any]
 
 # For each `model_type`: config.json keys that correspond to one of our settings, and its name.
 GPT_SETTINGS = {"vocab_size": "vocab_size", "layer_norm_epsilon": "norm_eps", "tie_word_embeddings": "tied"}
@@ -96,37 +92,35 @@ BUFFER_NAMES = re.compile(r"\.attn\.(attention\.)?(masked_)?bias$|rotary_emb\.in
 
 
 def from_transformers(
-    settings: Mapping[str, Any], weights: Mapping[str, Array]
-) -> tuple[ModelConfig, dict[str, npt.NDArray[np.float32]]]:
+    settings: Mapping[str, Any], weights: Mapping[str, Array], where: str = "the model"
+) -> tuple[ModelConfig, dict[str, Array]]:
     """Convert a transformers config.json and its weights to our config and fp32 weights.
 
     `weights`: floating-point NumPy arrays (NumPy has no bf16, so convert that first). A position table that equals our
-    sinusoids and qkv biases that are all zero are dropped. `UserError` if something is missing, unknown, or cannot be
-    represented exactly.
+    sinusoids and qkv biases that are all zero are dropped. `UserError`, naming `where`, if a weight is missing, unknown
+    or misshapen, or if something cannot be represented exactly. Messages have our names of the weights.
     """
-    config = parse_config(settings)
-    model_type, shapes = settings["model_type"], expected_shapes(config)
+    config = read_config(settings)
+    model_type = settings["model_type"]
     name_map = build_name_map(model_type, config)
     if not any(name.startswith(NAME_PREFIX[model_type]) for name in weights):  # a bare model, saved without its LM head
         name_map = {name.removeprefix(NAME_PREFIX[model_type]): ours for name, ours in name_map.items()}
-    weight_names = {name for name in weights if not BUFFER_NAMES.search(name)}
-    if config.tied and LM_HEAD in weight_names:
-        weight_names.remove(LM_HEAD)
-        embedding = next(name for name, ours in name_map.items() if ours == [EMBEDDING])
-        if embedding in weights and not np.array_equal(weights[LM_HEAD], weights[embedding]):
-            raise UserError(f"{LM_HEAD} differs from {embedding}, but config.json has tie_word_embeddings=true")
-    ours: dict[str, npt.NDArray[np.float32]] = {}
-    for name in sorted(name_map.keys() | weight_names):
-        if name not in weight_names or name not in name_map:
-            raise UserError(f"weight {quoted(name)} is {'unknown' if name in weight_names else 'missing'}")
-        array, parts, transposed = weights[name], name_map[name], is_transposed(model_type, name)
-        shape = (sum(shapes[part][0] for part in parts), *shapes[parts[0]][1:])
-        expected = shape[::-1] if transposed else shape
-        if array.shape != expected or not np.issubdtype(array.dtype, np.floating):
-            raise UserError(f"weight {name} is {array.dtype} {array.shape}, not floating-point {expected}")
-        for part, piece in zip(parts, np.split(array.T if transposed else array, len(parts)), strict=True):
-            with np.errstate(over="ignore"):  # `ModelBundle.check` rejects infinities
-                ours[part] = np.ascontiguousarray(piece, dtype=np.float32)
+    name_map.setdefault(LM_HEAD, [LM_HEAD])  # some files have it beside the embedding that it is tied to
+    ours: dict[str, Array] = {}
+    for name, array in weights.items():
+        if BUFFER_NAMES.search(name):
+            continue
+        if name not in name_map:
+            raise UserError(f"{where}: weight {quoted(name)} is unknown")
+        if not np.issubdtype(array.dtype, np.floating):
+            raise UserError(f"{where}: weight {quoted(name)} is {array.dtype}, not floating-point")
+        parts, array = name_map[name], array.T if is_transposed(model_type, name) else array
+        pieces = [array] if len(parts) == 1 else np.array_split(np.atleast_1d(array), len(parts))
+        with np.errstate(over="ignore"):  # `ModelBundle.check` rejects infinities
+            ours |= {part: np.ascontiguousarray(x, np.float32) for part, x in zip(parts, pieces, strict=True)}
+    if config.tied and LM_HEAD in ours and not np.array_equal(ours.pop(LM_HEAD), ours.get(EMBEDDING, ())):
+        raise UserError(f"{where}: {LM_HEAD} differs from the embedding, but config.json has tie_word_embeddings=true")
+    check_weights({name: weight.shape for name, weight in ours.items()}, config, where)
     return drop_explicit_tables(config, ours)
 
 
@@ -168,7 +162,7 @@ def to_transformers(config: ModelConfig, weights: "Mapping[str, Tensor]") -> Any
     return model.eval()
 
 
-def parse_config(settings: Mapping[str, Any]) -> ModelConfig:
+def read_config(settings: Mapping[str, Any]) -> ModelConfig:
     """Convert a transformers config.json to ours; `UserError` if it is invalid or unsupported.
 
     The result has learned positions and, for GPT-2, qkv biases, since the file has those weights;
@@ -332,18 +326,13 @@ def add_explicit_tables(
     return config, {**weights, **tables}
 
 
-def drop_explicit_tables(
-    config: ModelConfig, weights: dict[str, npt.NDArray[np.float32]]
-) -> tuple[ModelConfig, dict[str, npt.NDArray[np.float32]]]:
+def drop_explicit_tables(config: ModelConfig, weights: dict[str, Array]) -> tuple[ModelConfig, dict[str, Array]]:
     """Remove what `add_explicit_tables` adds: a position table of sinusoids, and qkv biases that are zero."""
     if config.learned_positions and np.array_equal(
         weights[POSITION_EMBEDDING], build_sinusoid_table(config.n_ctx, config.n_embd)
     ):
         config = dataclasses.replace(config, learned_positions=False)
-    if config.qkv_bias and not any(weight.any() for name, weight in weights.items() if is_qkv_bias(name)):
+    biases = ("q_proj.bias", "k_proj.bias", "v_proj.bias")
+    if config.qkv_bias and not any(weight.any() for name, weight in weights.items() if name.endswith(biases)):
         config = dataclasses.replace(config, qkv_bias=False)
     return config, {name: weights[name] for name in expected_shapes(config)}
-
-
-def is_qkv_bias(name: str) -> bool:
-    return name.endswith(("q_proj.bias", "k_proj.bias", "v_proj.bias"))

@@ -5,53 +5,44 @@ It verifies exports, so it deliberately shares no code with the writer. The file
 
 import struct
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-Array = npt.NDArray[Any]
+from tinystories.formats.bundle import Array
+
+LAYER_TENSORS = ("rms_att", "rms_ffn", "wq", "wk", "wv", "wo", "w1", "w2", "w3")
 
 
 class Weights:
     """The weights of a checkpoint, read front to back like `memory_map_weights` in run.c.
 
-    Version 2 (`quantized`) has the norms first and int8 matrices; version 0 is fp32. Attributes have run.c's names.
+    Version 2 (`quantized`) has the norms first and int8 matrices; version 0 is fp32. `tensors` has run.c's names, each
+    with a list of one tensor per layer.
     """
 
     def __init__(self, path: Path) -> None:
         self.data = path.read_bytes()
         self.quantized = self.data[:4] == b"24ka"
         header = struct.unpack_from("<7i", self.data, 8 if self.quantized else 0)
-        self.dim, self.hidden_dim, self.n_layers, self.n_heads, self.n_kv_heads, signed_vocab_size, self.seq_len = (
-            header
-        )
-        self.vocab_size = abs(signed_vocab_size)
-        self.shared_classifier = bool(self.data[36]) if self.quantized else signed_vocab_size > 0
+        dim, hidden, self.n_layers, self.n_heads, self.n_kv_heads, vocab_size, seq_len = header
+        shared_classifier = bool(self.data[36]) if self.quantized else vocab_size > 0
         self.group_size = struct.unpack_from("<i", self.data, 37)[0] if self.quantized else 0
         self.offset = 256 if self.quantized else 28
-        self.head_size = self.dim // self.n_heads
-        kv_dim, layers = self.n_kv_heads * self.head_size, range(self.n_layers)
-        square, narrow, wide = (self.dim, self.dim), (kv_dim, self.dim), (self.hidden_dim, self.dim)
-        if self.quantized:
-            self.rms_att, self.rms_ffn = (
-                self.read_floats(self.n_layers, self.dim),
-                self.read_floats(self.n_layers, self.dim),
-            )
-            self.rms_final = self.read_floats(self.dim)
-        self.embedding = self.read_matrix(self.vocab_size, self.dim)
+        self.head_size = dim // self.n_heads
+        square, narrow, wide = (dim, dim), (self.n_kv_heads * self.head_size, dim), (hidden, dim)
+        shapes: dict[str, tuple[int, ...]] = {"wq": square, "wk": narrow, "wv": narrow, "wo": square}
+        shapes |= {"w1": wide, "w2": wide[::-1], "w3": wide, "classifier": (abs(vocab_size), dim)}
+        shapes |= {"embedding": (abs(vocab_size), dim), "rope": (seq_len * self.head_size,)}
+        norms, attention, mlp = ["rms_att", "rms_ffn", "rms_final"], ["wq", "wk", "wv", "wo"], ["w1", "w2", "w3"]
+        order = [*norms, "embedding", *attention, *mlp]
         if not self.quantized:
-            self.rms_att = self.read_floats(self.n_layers, self.dim)
-        self.wq, self.wk, self.wv, self.wo = (
-            [self.read_matrix(*s) for _ in layers] for s in (square, narrow, narrow, square)
-        )
-        if not self.quantized:
-            self.rms_ffn = self.read_floats(self.n_layers, self.dim)
-        self.w1, self.w2, self.w3 = ([self.read_matrix(*s) for _ in layers] for s in (wide, wide[::-1], wide))
-        if not self.quantized:
-            self.rms_final = self.read_floats(self.dim)
-            self.offset += 4 * self.seq_len * self.head_size
-        self.classifier = self.embedding if self.shared_classifier else self.read_matrix(self.vocab_size, self.dim)
+            order = ["embedding", "rms_att", *attention, "rms_ffn", *mlp, "rms_final", "rope"]
+        self.tensors: dict[str, list[Array]] = {}
+        for name in order if shared_classifier else [*order, "classifier"]:
+            is_single = name in ("embedding", "rms_final", "rope", "classifier")
+            shape = shapes.get(name, (dim,))
+            self.tensors[name] = [self.read_tensor(shape) for _ in range(1 if is_single else self.n_layers)]
+        self.tensors.setdefault("classifier", self.tensors["embedding"])
 
     def read_floats(self, *shape: int) -> Array:
         """Read the next fp32 tensor."""
@@ -59,13 +50,14 @@ class Weights:
         self.offset += 4 * count
         return np.frombuffer(self.data, "<f4", count, self.offset - 4 * count).reshape(shape)
 
-    def read_matrix(self, rows: int, columns: int) -> Array:
-        """Read the next matrix; in version 2, dequantize it."""
-        if not self.quantized:
-            return self.read_floats(rows, columns)
-        quantized_values = np.frombuffer(self.data, np.int8, rows * columns, self.offset).reshape(-1, self.group_size)
-        self.offset += rows * columns
-        return (quantized_values * self.read_floats(len(quantized_values), 1)).reshape(rows, columns)
+    def read_tensor(self, shape: tuple[int, ...]) -> Array:
+        """Read the next tensor; in version 2, dequantize it if it is a matrix."""
+        if not self.quantized or len(shape) == 1:
+            return self.read_floats(*shape)
+        count = int(np.prod(shape))
+        quantized_values = np.frombuffer(self.data, np.int8, count, self.offset).reshape(-1, self.group_size)
+        self.offset += count
+        return (quantized_values * self.read_floats(len(quantized_values), 1)).reshape(shape)
 
     def matmul(self, x: Array, matrix: Array) -> Array:
         """Multiply x (T, in) by the transpose of matrix (out, in).
@@ -79,27 +71,27 @@ class Weights:
         return x @ matrix.T
 
 
-def logits(path: Path, ids: list[int]) -> npt.NDArray[np.float32]:
+def logits(path: Path, ids: list[int]) -> Array:
     """Return (T, V) logits for `ids`, which are ids of the file."""
-    w = Weights(path)
-    T = len(ids)
-    x = w.embedding[ids]
+    w, T = Weights(path), len(ids)
+    x = w.tensors["embedding"][0][ids]
     for layer in range(w.n_layers):
-        y = rmsnorm(x, w.rms_att[layer])
-        q = apply_rope(w.matmul(y, w.wq[layer]).reshape(T, w.n_heads, w.head_size))
-        k = apply_rope(w.matmul(y, w.wk[layer]).reshape(T, w.n_kv_heads, w.head_size))
-        v = w.matmul(y, w.wv[layer]).reshape(T, w.n_kv_heads, w.head_size)
+        rms_att, rms_ffn, wq, wk, wv, wo, w1, w2, w3 = (w.tensors[name][layer] for name in LAYER_TENSORS)
+        y = rmsnorm(x, rms_att)
+        q = apply_rope(w.matmul(y, wq).reshape(T, w.n_heads, w.head_size))
+        k = apply_rope(w.matmul(y, wk).reshape(T, w.n_kv_heads, w.head_size))
+        v = w.matmul(y, wv).reshape(T, w.n_kv_heads, w.head_size)
         out = np.empty_like(q)
         for head in range(w.n_heads):
             kv_head = head // (w.n_heads // w.n_kv_heads)
             scores = q[:, head] @ k[:, kv_head].T / np.float32(np.sqrt(w.head_size))
             scores[np.triu_indices(T, 1)] = -np.inf
             out[:, head] = softmax(scores) @ v[:, kv_head]
-        x = x + w.matmul(out.reshape(T, w.dim), w.wo[layer])
-        y = rmsnorm(x, w.rms_ffn[layer])
-        gate = w.matmul(y, w.w1[layer])
-        x = x + w.matmul(gate / (1 + np.exp(-gate)) * w.matmul(y, w.w3[layer]), w.w2[layer])
-    return w.matmul(rmsnorm(x, w.rms_final), w.classifier).astype(np.float32)
+        x = x + w.matmul(out.reshape(T, -1), wo)
+        y = rmsnorm(x, rms_ffn)
+        gate = w.matmul(y, w1)
+        x = x + w.matmul(gate / (1 + np.exp(-gate)) * w.matmul(y, w3), w2)
+    return w.matmul(rmsnorm(x, w.tensors["rms_final"][0]), w.tensors["classifier"][0]).astype(np.float32)
 
 
 def rmsnorm(x: Array, weight: Array) -> Array:

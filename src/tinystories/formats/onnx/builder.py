@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tinystories.config import ModelConfig
-from tinystories.engine.cpu.runtime import EMBEDDING, LM_HEAD, POSITION_EMBEDDING
 from tinystories.position_tables import build_rope_tables, build_sinusoid_table
+from tinystories.weights.names import EMBEDDING, LM_HEAD, POSITION_EMBEDDING
 
 OPSET, IR_VERSION = 17, 8  # the first opset with LayerNormalization; ONNX Runtime has read both since 1.12
 # Mask value. Unlike -inf it gives no NaN in the softmax of a row that is masked completely (padding).

@@ -3,7 +3,6 @@
 Dimensions: B batch, T new tokens, P past tokens, S = P + T, K KV heads, D head_dim, V vocab_size.
 """
 
-import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,21 +14,13 @@ from tinystories.data.tokenizer import sanitize
 from tinystories.errors import UserError
 from tinystories.formats.bundle import ModelBundle
 from tinystories.formats.onnx.builder import DecoderBuilder, GraphBuilder
+from tinystories.formats.protocol import FP32_TOLERANCE, Format, import_package, max_logit_difference
 
 Floats = npt.NDArray[np.float32]
 
 # Most bytes of weights: Protocol Buffers are limited to 2 GB, and 1 MB is left for the nodes.
 MAX_FILE_BYTES = 2**31 - 2**20
 SPLIT_POINTS = 1, 5  # where `logits` splits the ids into chunks to test the KV cache
-TOLERANCE = 1e-4  # largest difference of logits with and without the KV cache, for logits up to 10
-
-
-def import_package(name: str) -> Any:
-    """Import onnx or onnxruntime; `UserError` if it is not installed."""
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise UserError(f'ONNX files need {name}: pip install "tinystories-gpt[export]"') from None
 
 
 def write(model: ModelBundle, path: Path, precision: str) -> None:
@@ -42,7 +33,7 @@ def write(model: ModelBundle, path: Path, precision: str) -> None:
     assert precision == "f32"
     from tinystories import __version__
 
-    onnx = import_package("onnx")
+    onnx = import_package("onnx", "ONNX export")
     graph = GraphBuilder()
     DecoderBuilder(graph, model.config, model.weights).build()
     if sum(array.nbytes for array in graph.initializers.values()) > MAX_FILE_BYTES:
@@ -73,7 +64,7 @@ def logits(path: Path, ids: list[int]) -> Floats:
 
     `UserError` if ONNX Runtime cannot run the file, or if chunked evaluation with the KV cache gives other logits.
     """
-    onnxruntime = import_package("onnxruntime")
+    onnxruntime = import_package("onnxruntime", "ONNX export")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only
     options.intra_op_num_threads = 1  # a short sequence; more threads do not pay off
@@ -83,8 +74,8 @@ def logits(path: Path, ids: list[int]) -> Floats:
         chunked_logits = run_chunks(session, np.split(np.array(ids), SPLIT_POINTS))
     except Exception as error:  # its exceptions have no common base class
         raise UserError(f"{path}: ONNX Runtime cannot run it: {sanitize(error)}") from None
-    max_difference = float(np.abs(full_logits - chunked_logits).max() / max(1, np.abs(full_logits).max() / 10))
-    if not max_difference <= TOLERANCE:
+    max_difference = max_logit_difference(chunked_logits, full_logits)
+    if not max_difference <= FP32_TOLERANCE:
         raise UserError(
             f"verification failed: {path}: logits with and without the KV cache differ by {max_difference:.2g}"
         )
@@ -110,3 +101,8 @@ def run_chunks(session: Any, chunks: Sequence[npt.ArrayLike]) -> Floats:
         past, n_past = dict(zip(past, present, strict=True)), n_total
         rows.append(logits[0])
     return np.concatenate(rows)
+
+
+ONNX = Format(
+    name="onnx", write=write, logits=logits, max_divergence={"f32": 0}, sidecars=sidecars, next_steps=next_steps
+)

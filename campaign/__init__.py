@@ -1,0 +1,1 @@
+"""Attacks on the program: damaged files, kills, full disks, signals, read-only homes, many processes (README.md)."""

@@ -1,0 +1,104 @@
+"""Field indices of the two int64 tables (model and call) that the machine code reads.
+
+Imports nothing from the package, because both sides use it: `runtime` fills the tables, the kernels compile the indices
+in as constants. The default of each field is its index.
+"""
+
+from typing import NamedTuple
+
+FP32, INT8, INT4 = 0, 1, 2  # MatrixLayout.kind
+KINDS = {"fp32": FP32, "int8": INT8, "int4": INT4}
+RELU, GELU_TANH, GELU_ERF = 0, 1, 2  # ModelLayout.activation, for the classic architecture
+ACTIVATIONS = {"relu": RELU, "gelu_tanh": GELU_TANH, "gelu_erf": GELU_ERF}
+
+
+class MatrixLayout(NamedTuple):
+    """A matrix (out_features, in_features), relative to its base index. It takes 7 integers."""
+
+    kind: int = 0  # FP32, INT8 or INT4
+    weights: int = 1  # address
+    scales: int = 2  # address; 0 for FP32
+    bias: int = 3  # address; 0 if there is none
+    out_features: int = 4
+    padded_out: int = 5  # out_features rounded up to a multiple of BLOCK_ROWS
+    in_features: int = 6
+
+
+class LayerLayout(NamedTuple):
+    """A transformer layer, relative to its base index: addresses of norms, and base indices of matrices.
+
+    The offsets are written by hand: a matrix takes the 7 integers of `MatrixLayout`, so q = 6, k = 6 + 7 = 13, and so
+    on. A field added to `MatrixLayout` moves every field after a matrix, here and in `ModelLayout`. The kernels rely
+    on the bias of a norm following its weight, here and in `ModelLayout`.
+    """
+
+    input_norm: int = 0
+    input_norm_bias: int = 1
+    post_norm: int = 2
+    post_norm_bias: int = 3
+    q_norm: int = 4
+    k_norm: int = 5
+    q: int = 6
+    k: int = 13
+    v: int = 20
+    o: int = 27
+    gate: int = 34
+    up: int = 41
+    down: int = 48
+    window: int = 55  # sliding window: positions that a token attends to, itself included; n_ctx means all
+    size: int = 56
+
+
+class ModelLayout(NamedTuple):
+    """The model. The layers follow from index `layers`, `LayerLayout.size` integers each."""
+
+    n_layer: int = 0
+    n_embd: int = 1
+    n_head: int = 2
+    n_kv_head: int = 3
+    head_dim: int = 4
+    n_ctx: int = 5
+    modern: int = 6  # 1: RMSNorm, RoPE, SwiGLU; 0 (classic): LayerNorm, added position embeddings, plain MLP
+    norm: int = 7  # address of the final norm's weight
+    norm_bias: int = 8
+    rope_cos: int = 9  # address of a (S, D/2) fp32 table
+    rope_sin: int = 10
+    lm_head: int = 11  # a matrix: 7 integers, hence the next is 18
+    activation: int = 18  # RELU, GELU_TANH or GELU_ERF
+    scale_scores: int = 19  # 1: attention scores are divided by sqrt(head_dim)
+    layers: int = 20
+
+
+class CallLayout(NamedTuple):
+    """One call with B rows (new tokens): sizes, and the addresses of its inputs, outputs and work buffers.
+
+    Buffers are fp32 and have room for `max_rows` rows. Unless noted, a row is as wide as `padded_out` of the matrix
+    that writes it.
+    """
+
+    n_rows: int = 0
+    first_logits_row: int = 1  # logits are computed for this row and those after it
+    x: int = 2  # (B, C): the embedded tokens, then the residual stream
+    positions: int = 3  # (B,) int64
+    slots: int = 4  # (B,) int64
+    keys: int = 5  # KV cache, (layers, slots, KV heads, S, D) fp32
+    values: int = 6
+    n_slots: int = 7
+    logits: int = 8  # (B, padded_out of the LM head)
+    barrier_counter: int = 9  # int64, only ever incremented
+    q: int = 10
+    k: int = 11
+    v: int = 12
+    attn_out: int = 13  # output of attention, before the o projection: (B, n_head D)
+    mlp_hidden: int = 14  # hidden layer of the MLP
+    gate: int = 15  # gate projection of SwiGLU
+    delta: int = 16  # output of the o or down projection, before it is added to the residual stream
+    scratch: int = 17  # private memory of the threads; its memory map is at `memory.ThreadContext`
+    scratch_stride: int = 18  # bytes from one thread's scratch to the next
+    scratch_width: int = 19  # floats in a row of scratch: the widest input of any matrix, a multiple of GROUP_SIZE
+    max_rows: int = 20  # capacity of all buffers, in rows
+    barrier_start: int = 21  # value of the barrier counter before the call
+    size: int = 22
+
+
+MATRIX, LAYER, MODEL, CALL = MatrixLayout(), LayerLayout(), ModelLayout(), CallLayout()

@@ -1,0 +1,215 @@
+"""Matmul of rows of x with a weight matrix in fp32, int8 or int4, and the quantization of x that precedes it."""
+
+import numpy as np
+
+from tinystories.engine.cpu.kernels.layout import CALL, FP32, INT8, MATRIX, MODEL
+from tinystories.engine.cpu.kernels.memory import njit, view_f32, view_i8, view_i16, view_i32
+from tinystories.engine.cpu.kernels.simd import make_fp32_kernel, make_int4_kernel, make_int8_kernel
+from tinystories.weights.quantize import BLOCK_ROWS, GROUP_SIZE
+
+# Rows of x whose largest magnitude is below this are quantized to zeros: the inverse scale would overflow.
+MIN_AMAX = np.float32(1e-30)
+# Inner loops of the matmuls. The suffix is (weight rows)x(rows of x) that one call multiplies.
+int8_kernel_8x1, int8_kernel_8x4 = make_int8_kernel(1), make_int8_kernel(4)
+int4_kernel_8x1, int4_kernel_8x4 = make_int4_kernel(1), make_int4_kernel(4)
+fp32_kernel_1x1, fp32_kernel_4x1 = make_fp32_kernel(1, 1), make_fp32_kernel(4, 1)
+fp32_kernel_4x2 = make_fp32_kernel(4, 2)
+
+
+@njit
+def quantize_rows(m, c, base, ctx):
+    """Quantize the rows of x in `ctx.x` in the format that the matrix at `base` multiplies.
+
+    INT8 weights take 16-bit activations with one scale per row, INT4 weights 8-bit ones with a scale per group; FP32
+    weights take x as it is.
+    """
+    kind, in_features = m[base + MATRIX.kind], m[base + MATRIX.in_features]
+    if kind != FP32:
+        x = view_f32(ctx.x, c[CALL.n_rows] * in_features)
+        for b in range(c[CALL.n_rows]):
+            if kind == INT8:
+                quantize_row_i16(x[b * in_features : (b + 1) * in_features], b, ctx)
+            else:
+                quantize_row_i8(x[b * in_features : (b + 1) * in_features], b, ctx)
+
+
+@njit
+def quantize_row_i16(x, b, ctx):
+    """Quantize row b of x to 16-bit integers with one scale, for int8 weights.
+
+    The range of the integers is chosen so that a sum of in_features products with 8-bit weights cannot overflow 32
+    bits. A row that is not finite gets the scale NaN, which propagates to the logits.
+    """
+    in_features = len(x)
+    quant_max = np.float32(min(32767, (2**31 - 1) // (127 * in_features)))
+    width = (in_features + GROUP_SIZE - 1) // GROUP_SIZE * GROUP_SIZE
+    quantized = view_i16(ctx.quantized + 2 * width * b, width)
+    amax, nan_if_bad = np.float32(0), np.float32(0)
+    for j in range(in_features):
+        amax = max(amax, abs(x[j]))
+        nan_if_bad += x[j] * np.float32(0)  # becomes NaN if any x is NaN or infinite, else stays 0
+    inverse_scale = quant_max / amax if amax > MIN_AMAX and nan_if_bad == 0 else np.float32(0)
+    for j in range(in_features):
+        quantized[j] = np.int16(np.rint(x[j] * inverse_scale)) if inverse_scale > 0 else np.int16(0)
+    for j in range(in_features, width):  # the kernels read whole groups
+        quantized[j] = 0
+    view_f32(ctx.scales, b + 1)[b] = amax / quant_max + nan_if_bad
+
+
+@njit
+def quantize_row_i8(x, b, ctx):
+    """Quantize row b of x to 8-bit integers, for int4 weights.
+
+    Each group of GROUP_SIZE columns gets a scale and the sum of its integers; the kernel uses the sum to correct for
+    the offset of 8 in the stored weights. A group that is not finite gets the scale NaN, as in `quantize_row_i16`.
+    """
+    in_features = len(x)
+    n_groups = (in_features + GROUP_SIZE - 1) // GROUP_SIZE
+    quantized = view_i8(ctx.quantized + GROUP_SIZE * n_groups * b, n_groups * GROUP_SIZE)
+    group_sums = view_i32(ctx.group_sums + 4 * n_groups * b, n_groups)
+    scales = view_f32(ctx.group_scales + 4 * n_groups * b, n_groups)
+    for g in range(n_groups):
+        lo, hi = g * GROUP_SIZE, min((g + 1) * GROUP_SIZE, in_features)
+        amax, nan_if_bad = np.float32(0), np.float32(0)
+        for j in range(lo, hi):
+            amax = max(amax, abs(x[j]))
+            nan_if_bad += x[j] * np.float32(0)
+        inverse_scale = np.float32(127) / amax if amax > MIN_AMAX and nan_if_bad == 0 else np.float32(0)
+        total = np.int32(0)
+        for j in range(lo, hi):
+            value = np.int32(np.rint(x[j] * inverse_scale)) if inverse_scale > 0 else np.int32(0)
+            quantized[j] = value
+            total += value
+        for j in range(hi, lo + GROUP_SIZE):
+            quantized[j] = 0
+        group_sums[g] = total
+        scales[g] = amax / np.float32(127) + nan_if_bad
+
+
+@njit
+def matmul_fp32(m, base, lo, hi, first_row, n_rows, y_address, ctx):
+    """Multiply rows lo..hi-1 of an unpadded fp32 matrix by rows first_row..n_rows-1 of x, as in `matmul_rows`.
+
+    The main loop multiplies tiles of 4 weight rows by 2 rows of x, and single rows at the edges.
+    """
+    weights, in_features = m[base + MATRIX.weights], m[base + MATRIX.in_features]
+    padded_out = m[base + MATRIX.padded_out]
+    n_chunks, stride, y_stride = in_features // 8, 4 * in_features, 4 * padded_out
+    i = lo
+    while i < hi:
+        n_weight_rows = 4 if i + 4 <= hi else 1
+        w_ptr = weights + stride * i
+        b = first_row
+        while b < n_rows:
+            two_rows = n_weight_rows == 4 and b + 2 <= n_rows
+            x_ptr, y_ptr = ctx.x + stride * b, y_address + y_stride * b + 4 * i
+            if two_rows:
+                fp32_kernel_4x2(w_ptr, stride, x_ptr, stride, n_chunks, y_ptr, y_stride)
+            elif n_weight_rows == 4:
+                fp32_kernel_4x1(w_ptr, stride, x_ptr, stride, n_chunks, y_ptr, y_stride)
+            else:
+                fp32_kernel_1x1(w_ptr, stride, x_ptr, stride, n_chunks, y_ptr, y_stride)
+            b += 2 if two_rows else 1
+        i += n_weight_rows
+    if in_features % 8:  # the kernels only read whole vectors of 8 columns; add the remaining columns
+        w, x = view_f32(weights, hi * in_features), view_f32(ctx.x, n_rows * in_features)
+        y = view_f32(y_address, n_rows * padded_out)
+        for i in range(lo, hi):
+            for b in range(first_row, n_rows):
+                for j in range(in_features // 8 * 8, in_features):
+                    y[b * padded_out + i] += w[i * in_features + j] * x[b * in_features + j]
+
+
+@njit
+def matmul_int8(m, base, lo, hi, first_row, n_rows, y_address, ctx):
+    """Multiply rows lo..hi-1 of an int8 matrix by rows first_row..n_rows-1 of the quantized x, as in `matmul_rows`."""
+    weights, scales, in_features = m[base + MATRIX.weights], m[base + MATRIX.scales], m[base + MATRIX.in_features]
+    n_chunks, n_groups = (in_features + 7) // 8, (in_features + GROUP_SIZE - 1) // GROUP_SIZE
+    # Bytes between rows of the quantized x (padded to whole groups) and of y.
+    x_stride, y_stride = 2 * GROUP_SIZE * n_groups, 4 * m[base + MATRIX.padded_out]
+    for i in range(lo, hi, BLOCK_ROWS):  # each block of weights is loaded once for four rows of x
+        w_ptr, w_scales = weights + 8 * n_chunks * i, scales + 4 * i
+        b = first_row
+        while b < n_rows:
+            x_ptr, y_ptr, x_scales = ctx.quantized + x_stride * b, y_address + y_stride * b + 4 * i, ctx.scales + 4 * b
+            if b + 4 <= n_rows:
+                int8_kernel_8x4(w_ptr, x_ptr, x_stride, n_chunks, y_ptr, y_stride, w_scales, x_scales)
+                b += 4
+            else:
+                int8_kernel_8x1(w_ptr, x_ptr, x_stride, n_chunks, y_ptr, y_stride, w_scales, x_scales)
+                b += 1
+
+
+@njit
+def matmul_int4(m, base, lo, hi, first_row, n_rows, y_address, ctx):
+    """Multiply rows lo..hi-1 of an int4 matrix by rows first_row..n_rows-1 of the quantized x, as in `matmul_rows`."""
+    weights, scales = m[base + MATRIX.weights], m[base + MATRIX.scales]
+    n_groups = (m[base + MATRIX.in_features] + GROUP_SIZE - 1) // GROUP_SIZE
+    # Bytes between rows of the quantized x (padded to whole groups), of y, and of the scales and sums of the groups.
+    x_stride, y_stride, g_stride = GROUP_SIZE * n_groups, 4 * m[base + MATRIX.padded_out], 4 * n_groups
+    for i in range(lo, hi, BLOCK_ROWS):
+        w_ptr, w_scales = weights + GROUP_SIZE // 2 * n_groups * i, scales + 2 * n_groups * i
+        b = first_row
+        while b < n_rows:
+            x_ptr, y_ptr = ctx.quantized + x_stride * b, y_address + y_stride * b + 4 * i
+            x_scales, x_sums = ctx.group_scales + g_stride * b, ctx.group_sums + g_stride * b
+            if b + 4 <= n_rows:
+                int4_kernel_8x4(w_ptr, x_ptr, x_stride, n_groups, y_ptr, y_stride, w_scales, x_scales, x_sums, g_stride)
+                b += 4
+            else:
+                int4_kernel_8x1(w_ptr, x_ptr, x_stride, n_groups, y_ptr, y_stride, w_scales, x_scales, x_sums, g_stride)
+                b += 1
+
+
+@njit
+def matmul_rows(m, c, base, first_row, y_address, ctx):
+    """Matmul of this thread's share of a matrix: y[b, lo:hi] = weights[lo:hi] . x[b] + bias[lo:hi] for b >= first_row.
+
+    The matrix is described at m[base:]. x is (B, in_features) fp32 at `ctx.x`; for quantized weights, `quantize_rows`
+    must have quantized it. y at `y_address` is (B, padded_out) fp32. Returns (lo, hi), which are multiples of
+    BLOCK_ROWS, and hi may exceed out_features.
+    """
+    kind, padded_out, n_rows = m[base + MATRIX.kind], m[base + MATRIX.padded_out], c[CALL.n_rows]
+    n_blocks = padded_out // BLOCK_ROWS
+    lo = n_blocks * ctx.thread // ctx.n_threads * BLOCK_ROWS
+    hi = n_blocks * (ctx.thread + 1) // ctx.n_threads * BLOCK_ROWS
+    unpadded_hi = min(hi, m[base + MATRIX.out_features])
+    if kind == FP32:
+        matmul_fp32(m, base, lo, unpadded_hi, first_row, n_rows, y_address, ctx)
+    elif kind == INT8:
+        matmul_int8(m, base, lo, hi, first_row, n_rows, y_address, ctx)
+    else:
+        matmul_int4(m, base, lo, hi, first_row, n_rows, y_address, ctx)
+    if m[base + MATRIX.bias]:
+        bias, y = view_f32(m[base + MATRIX.bias], unpadded_hi), view_f32(y_address, n_rows * padded_out)
+        for b in range(first_row, n_rows):
+            for i in range(lo, unpadded_hi):
+                y[b * padded_out + i] += bias[i]
+    return lo, hi
+
+
+@njit
+def opaque_zero(m):
+    """Return 0 in a way that Numba cannot see: for a constant it would compile a second copy of `matmul_rows`."""
+    return m[MODEL.n_layer] * 0
+
+
+@njit
+def matmul_add_residual(m, c, base, source, stride, ctx):
+    """Matmul of a shared buffer, added to the residual stream: x (B, C) += y, for this thread's columns of x.
+
+    `source` is the address of the buffer, `stride` the number of floats between its rows. It is copied to `ctx.x` (and
+    quantized) first.
+    """
+    n_rows, in_features = c[CALL.n_rows], m[base + MATRIX.in_features]
+    source_rows, rows = view_f32(source, n_rows * stride), view_f32(ctx.x, n_rows * in_features)
+    for b in range(n_rows):
+        for j in range(in_features):
+            rows[b * in_features + j] = source_rows[b * stride + j]
+    quantize_rows(m, c, base, ctx)
+    lo, hi = matmul_rows(m, c, base, opaque_zero(m), c[CALL.delta], ctx)
+    C, padded_out = m[MODEL.n_embd], m[base + MATRIX.padded_out]
+    x, delta = view_f32(c[CALL.x], n_rows * C), view_f32(c[CALL.delta], n_rows * padded_out)
+    for b in range(n_rows):
+        for i in range(lo, min(hi, C)):
+            x[b * C + i] += delta[b * padded_out + i]

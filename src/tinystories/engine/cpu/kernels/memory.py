@@ -1,0 +1,69 @@
+"""How kernels see memory: arrays at raw addresses, and what one thread has for itself."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numba
+from numba import carray, types
+
+from tinystories.engine.cpu.kernels.layout import CALL
+from tinystories.engine.cpu.kernels.simd import make_pointer_cast
+from tinystories.weights.quantize import GROUP_SIZE
+
+# Lets LLVM vectorize sums. "nnan" and "ninf" are left out on purpose: NaN and infinities must propagate.
+FASTMATH = {"reassoc", "nsz", "contract"}
+njit = numba.njit(fastmath=FASTMATH, error_model="numpy")
+
+
+def make_view(kind: Any) -> Callable[[int, int], Any]:
+    """Return a Numba function that views n numbers at an address as an array, without a copy."""
+    cast_to_pointer = make_pointer_cast(kind)
+
+    @njit
+    def view(address, n):
+        return carray(cast_to_pointer(address), (n,))
+
+    return view
+
+
+view_f32, view_i64, view_i32 = make_view(types.float32), make_view(types.int64), make_view(types.int32)
+view_i16, view_i8 = make_view(types.int16), make_view(types.int8)
+
+
+class ThreadContext(NamedTuple):
+    """One thread of a call: its number, and its scratch (private memory). `make_context` makes it.
+
+    The scratch holds the input x of the next matmul, in fp32 and quantized. Memory map, for R = c[CALL.max_rows] rows
+    of W = c[CALL.scratch_width] floats and groups of G = GROUP_SIZE columns:
+
+        offset                type           elements   field
+        0                     fp32           R W        x
+        4 R W                 int16 or int8  R W        quantized: int16 for int8 weights, int8 for int4 weights
+        6 R W                 fp32           R          scales: one per row (int8 weights)
+        6 R W + 4 R           int32          R W / G    group_sums: sum of the quantized values (int4 weights)
+        6 R W + 4 R + 4 R W/G fp32           R W / G    group_scales: one per group (int4 weights)
+
+    `Workspace` in runtime.py allocates the memory, R (4 W + 2 W + 4 + 2 * 4 W / G) bytes per thread: change both
+    together. Rows are stored back to back at the width of the current matrix, not at W. `attention` uses `x` for its S
+    attention weights, so R W >= S.
+    """
+
+    thread: int
+    n_threads: int
+    eps: float  # of the norms, fp32
+    x: int  # address, as are the following
+    quantized: int
+    scales: int
+    group_sums: int
+    group_scales: int
+
+
+@njit
+def make_context(c, eps, thread, n_threads):
+    """Make the `ThreadContext` of a thread."""
+    scratch_base = c[CALL.scratch] + thread * c[CALL.scratch_stride]
+    scratch_floats = c[CALL.scratch_width] * c[CALL.max_rows]
+    quantized, scales = scratch_base + 4 * scratch_floats, scratch_base + 6 * scratch_floats
+    group_sums = scales + 4 * c[CALL.max_rows]
+    group_scales = group_sums + 4 * scratch_floats // GROUP_SIZE
+    return ThreadContext(thread, n_threads, eps, scratch_base, quantized, scales, group_sums, group_scales)

@@ -1,0 +1,288 @@
+"""SIMD inner loops of the matmuls as LLVM IR, and other things Numba cannot express: raw pointers and a spin barrier.
+
+LLVM maps the vectors to the instructions of the CPU (`vpmaddwd` on x86, `smlal` on ARM). It does not find `vpmaddubsw`,
+so that one is called by name if the CPU has AVX2. The layout of quantized matrices is that of `weights.quantize`.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import binding as llvm
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+I8X16, I16X16, I32X16 = (ir.VectorType(kind, 16) for kind in (I8, I16, I32))
+I8X32 = ir.VectorType(I8, 32)
+I32X8, F32X8, I16X8 = (ir.VectorType(kind, 8) for kind in (I32, F32, I16))
+SPINS_BEFORE_YIELD = 4096  # checks of the barrier before the thread starts to yield its core to other processes
+
+Value = Any  # llvmlite has no type annotations
+Builder = Any
+
+
+def const_i64(value: int) -> Value:
+    """Return a 64-bit integer constant."""
+    return ir.Constant(I64, value)
+
+
+def splat(b: Builder, value: Value, vector: Value) -> Value:
+    """Broadcast a scalar to all lanes of a vector type."""
+    with_lane_0 = b.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(I32, 0))
+    lane_0_mask = ir.Constant(ir.VectorType(I32, vector.count), None)
+    return b.shuffle_vector(with_lane_0, ir.Constant(vector, ir.Undefined), lane_0_mask)
+
+
+def load(b: Builder, base: Value, offset: Value, kind: Value, align: int) -> Value:
+    """Load a value of type `kind` from the address base + offset (bytes)."""
+    return b.load(b.inttoptr(b.add(base, offset), kind.as_pointer()), align=align)
+
+
+def madd_i16(b: Builder, weights: Value, x: Value) -> Value:
+    """Multiply 16 pairs of 16-bit integers and add adjacent products to 8 32-bit sums: w[0] x[0] + w[1] x[1], ...
+
+    LLVM compiles this to one instruction on x86 (`vpmaddwd`).
+    """
+    products = b.mul(b.sext(weights, I32X16), b.sext(x, I32X16))
+    undefined = ir.Constant(I32X16, ir.Undefined)
+    even, odd = (ir.Constant(I32X8, list(range(first, 16, 2))) for first in (0, 1))
+    return b.add(b.shuffle_vector(products, undefined, even), b.shuffle_vector(products, undefined, odd))
+
+
+def maddubs(b: Builder, weights: Value, x: Value) -> Value:
+    """Multiply 32 unsigned by 32 signed bytes and add adjacent products to 16 sums, which must fit 16 bits.
+
+    One instruction with AVX2 (`vpmaddubsw`).
+    """
+    if has_avx2(b):
+        return call_intrinsic(b, "llvm.x86.avx2.pmadd.ub.sw", I16X16, weights, x)
+    wide = ir.VectorType(I16, 32)
+    products = b.mul(b.zext(weights, wide), b.sext(x, wide))
+    undefined = ir.Constant(wide, ir.Undefined)
+    even, odd = (ir.Constant(I32X16, list(range(first, 32, 2))) for first in (0, 1))
+    return b.add(b.shuffle_vector(products, undefined, even), b.shuffle_vector(products, undefined, odd))
+
+
+def madd_ones(b: Builder, words: Value) -> Value:
+    """Add adjacent 16-bit integers to 8 32-bit sums."""
+    ones = ir.Constant(I16X16, [1] * 16)
+    if has_avx2(b):  # LLVM does not find the instruction by itself
+        return call_intrinsic(b, "llvm.x86.avx2.pmadd.wd", I32X8, words, ones)
+    return madd_i16(b, words, ones)
+
+
+def call_intrinsic(b: Builder, name: str, result: Value, *operands: Value) -> Value:
+    """Call an LLVM intrinsic by name; `result` is the type it returns."""
+    kind = ir.FunctionType(result, [operand.type for operand in operands])
+    return b.call(cgutils.get_or_insert_function(b.module, kind, name), operands)
+
+
+def has_avx2(b: Builder) -> bool:
+    """Return whether this machine, for which the code is compiled, has AVX2."""
+    return is_x86(b) and llvm.get_host_cpu_features().get("avx2", False)
+
+
+def is_x86(b: Builder) -> bool:
+    return "x86" in b.module.triple or "amd64" in b.module.triple
+
+
+def broadcast_pair(b: Builder, row: Value, offset: Value) -> Value:
+    """Load two adjacent 16-bit values of x and repeat the pair 8 times."""
+    return b.bitcast(splat(b, load(b, row, offset, I32, 4), I32X8), I16X16)
+
+
+def store_f32x8(b: Builder, y: Value, offset: Value, values: Value) -> None:
+    """Store 8 fp32 values at the address y + offset (bytes)."""
+    b.store(values, b.inttoptr(b.add(y, offset), F32X8.as_pointer()), align=4)
+
+
+def make_int8_kernel(n_rows: int) -> Callable[..., None]:
+    """Make the int8 matmul kernel: one block of 8 weight rows times n_rows rows of x.
+
+    It computes y[i, :8] = scales * x_scales[i] * (w . x[i]). Arguments, addresses unless noted: block w, quantized x
+    (16 bits), row stride of x (bytes), columns / 8 (number), y (fp32), row stride of y (bytes), scales (8 fp32),
+    x_scales (n_rows fp32). The 32-bit sums cannot overflow: see `matmul.quantize_row_i16`.
+    """
+
+    @intrinsic
+    def kernel(context, w, x, x_stride, n_chunks, y, y_stride, scales, x_scales):  # type: ignore[no-untyped-def]  # noqa: ARG001
+        def codegen(context: Any, b: Builder, _: Any, args: Any) -> Value:
+            weights, x, x_stride, n_chunks, y, y_stride, scales, x_scales = args
+            rows = [b.add(x, b.mul(x_stride, const_i64(i))) for i in range(n_rows)]
+            # Two accumulators per row of x, so that an addition need not wait for the previous one.
+            sums = [[cgutils.alloca_once_value(b, ir.Constant(I32X8, None)) for _ in range(2)] for _ in rows]
+            with cgutils.for_range(b, n_chunks) as loop:
+                w_offset, x_offset = b.mul(loop.index, const_i64(64)), b.mul(loop.index, const_i64(16))
+                for step in range(4):
+                    w = b.sext(load(b, weights, b.add(w_offset, const_i64(16 * step)), I8X16, 1), I16X16)
+                    for row, pointers in zip(rows, sums, strict=True):
+                        partial_sums = madd_i16(b, w, broadcast_pair(b, row, b.add(x_offset, const_i64(4 * step))))
+                        b.store(b.add(b.load(pointers[step % 2]), partial_sums), pointers[step % 2])
+            scale = load(b, scales, const_i64(0), F32X8, 4)
+            for i, pointers in enumerate(sums):
+                total = b.sitofp(b.add(b.load(pointers[0]), b.load(pointers[1])), F32X8)
+                x_scale = splat(b, load(b, x_scales, const_i64(4 * i), F32, 4), F32X8)
+                store_f32x8(b, y, b.mul(y_stride, const_i64(i)), b.fmul(total, b.fmul(scale, x_scale)))
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 8), codegen
+
+    return kernel
+
+
+def make_int4_kernel(n_rows: int) -> Callable[..., None]:
+    """Make the int4 matmul kernel: one block of 8 weight rows times n_rows rows of x.
+
+    It computes y[i, :8] = sum over groups g of scales[g] * x_scales[i, g] * (w[g] . x[i, g] - 8 * x_sums[i, g]) with
+    the stored weights w in 0..15 (value + 8). Arguments, addresses unless noted: block w, quantized x (8 bits), row
+    stride of x (bytes), groups (number), y (fp32), row stride of y (bytes), scales (8 bf16 per group), x_scales (fp32
+    per group), x_sums (int32 per group), row stride of both (bytes).
+    The products of a group are summed in 16 bits without overflow: 15 * 127 * 2 * 8 < 2^15.
+    """
+
+    @intrinsic
+    def kernel(context, w, x, x_stride, n_groups, y, y_stride, scales, x_scales, x_sums, group_stride):  # type: ignore[no-untyped-def]  # noqa: ARG001
+        def codegen(context: Any, b: Builder, _: Any, args: Any) -> Value:
+            weights, x, x_stride, n_groups, y, y_stride, scales, x_scales, x_sums, group_stride = args
+            rows = [b.add(x, b.mul(x_stride, const_i64(i))) for i in range(n_rows)]
+            totals = [cgutils.alloca_once_value(b, ir.Constant(F32X8, None)) for _ in rows]
+            # Per group: load 4 x 32 bytes of weights, multiply the low and the high nibbles by 4 columns of x each.
+            low_nibble_mask, nibble_shift = (ir.Constant(I8X32, [value] * 32) for value in (15, 4))
+            with cgutils.for_range(b, n_groups) as loop:
+                w_offset, x_offset, group_offset = (b.mul(loop.index, const_i64(n)) for n in (128, 32, 4))
+                sums = [ir.Constant(I16X16, None) for _ in rows]
+                for step in range(4):
+                    nibbles = load(b, weights, b.add(w_offset, const_i64(32 * step)), I8X32, 1)
+                    for half, w in enumerate((b.and_(nibbles, low_nibble_mask), b.lshr(nibbles, nibble_shift))):
+                        for i, row in enumerate(rows):
+                            offset = b.add(x_offset, const_i64(16 * half + 4 * step))
+                            x_quad = b.bitcast(splat(b, load(b, row, offset, I32, 1), I32X8), I8X32)
+                            sums[i] = b.add(sums[i], maddubs(b, w, x_quad))
+                scale_bits = b.zext(load(b, scales, b.mul(loop.index, const_i64(16)), I16X8, 2), I32X8)
+                scale = b.bitcast(b.shl(scale_bits, ir.Constant(I32X8, [16] * 8)), F32X8)
+                for i, (pointer, words) in enumerate(zip(totals, sums, strict=True)):
+                    offset = b.add(b.mul(group_stride, const_i64(i)), group_offset)
+                    # The weights are stored plus 8: subtract 8 times the sum of x.
+                    zero_point_correction = b.mul(load(b, x_sums, offset, I32, 4), ir.Constant(I32, -8))
+                    group_sum = b.add(madd_ones(b, words), splat(b, zero_point_correction, I32X8))
+                    combined_scale = b.fmul(scale, splat(b, load(b, x_scales, offset, F32, 4), F32X8))
+                    scaled = b.fmul(b.sitofp(group_sum, F32X8), combined_scale, flags=["contract"])
+                    b.store(b.fadd(b.load(pointer), scaled, flags=["contract"]), pointer)
+            for i, pointer in enumerate(totals):
+                store_f32x8(b, y, b.mul(y_stride, const_i64(i)), b.load(pointer))
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 10), codegen
+
+    return kernel
+
+
+def make_fp32_kernel(n_weights: int, n_rows: int) -> Callable[..., None]:
+    """Make the fp32 matmul kernel: n_weights weight rows times n_rows rows of x, y[i, :n_weights] = w . x[i].
+
+    It covers whole chunks of 8 columns; the caller adds the rest. Arguments, addresses unless noted: first weight row,
+    its row stride (bytes), x, its row stride (bytes), columns // 8 (number), y, its row stride (bytes). The order of
+    summation does not depend on n_weights or n_rows, so neither do the results.
+    """
+
+    @intrinsic
+    def kernel(context, w, w_stride, x, x_stride, n_chunks, y, y_stride):  # type: ignore[no-untyped-def]  # noqa: ARG001
+        def codegen(context: Any, b: Builder, _: Any, args: Any) -> Value:
+            w, w_stride, x, x_stride, n_chunks, y, y_stride = args
+            w_rows = [b.add(w, b.mul(w_stride, const_i64(i))) for i in range(n_weights)]
+            x_rows = [b.add(x, b.mul(x_stride, const_i64(i))) for i in range(n_rows)]
+            zero = ir.Constant(F32X8, None)
+            sums = [[cgutils.alloca_once_value(b, zero) for _ in w_rows] for _ in x_rows]
+            with cgutils.for_range(b, n_chunks) as loop:
+                offset = b.mul(loop.index, const_i64(32))
+                weights = [load(b, row, offset, F32X8, 4) for row in w_rows]
+                for x_row, pointers in zip(x_rows, sums, strict=True):
+                    values = load(b, x_row, offset, F32X8, 4)
+                    for weight, pointer in zip(weights, pointers, strict=True):
+                        products = b.fmul(weight, values, flags=["contract"])
+                        b.store(b.fadd(b.load(pointer), products, flags=["contract"]), pointer)
+            for i, pointers in enumerate(sums):
+                for j, pointer in enumerate(pointers):
+                    offset = b.add(b.mul(y_stride, const_i64(i)), const_i64(4 * j))
+                    b.store(horizontal_sum(b, b.load(pointer)), b.inttoptr(b.add(y, offset), F32.as_pointer()), align=4)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 7), codegen
+
+    return kernel
+
+
+def horizontal_sum(b: Builder, vector: Value) -> Value:
+    """Add up a vector of 8 by adding its halves three times."""
+    for n in (4, 2, 1):
+        undefined = ir.Constant(vector.type, ir.Undefined)
+        low, high = (ir.Constant(ir.VectorType(I32, n), list(range(first, first + n))) for first in (0, n))
+        vector = b.fadd(b.shuffle_vector(vector, undefined, low), b.shuffle_vector(vector, undefined, high))
+    return b.extract_element(vector, ir.Constant(I32, 0))
+
+
+def make_pointer_cast(kind: Any) -> Callable[[int], Any]:
+    """Return a Numba function that casts an address (int64) to a pointer to `kind`, for `numba.carray`."""
+
+    @intrinsic
+    def cast_to_pointer(context: Any, address: Any) -> Any:  # noqa: ARG001
+        result = types.CPointer(kind)
+
+        def codegen(context: Any, b: Builder, _: Any, args: Any) -> Value:
+            return b.inttoptr(args[0], context.get_value_type(result))
+
+        return result(types.int64), codegen
+
+    return cast_to_pointer
+
+
+@intrinsic
+def barrier_wait(context: Any, counter: Any, target: Any) -> Any:  # noqa: ARG001
+    """Spin barrier: add 1 to the 64-bit counter at an address and wait until it has reached the target.
+
+    Writes of the other threads before their barrier are visible afterwards (acquire and release). Spins
+    SPINS_BEFORE_YIELD times, then yields the core between checks.
+    """
+
+    def codegen(context: Any, b: Builder, _: Any, args: Any) -> Value:
+        pointer = b.inttoptr(args[0], I64.as_pointer())
+        sched_yield = cgutils.get_or_insert_function(b.module, ir.FunctionType(I32, []), "sched_yield")
+        pause = None
+        if is_x86(b):
+            pause = cgutils.get_or_insert_function(b.module, ir.FunctionType(ir.VoidType(), []), "llvm.x86.sse2.pause")
+        b.atomic_rmw("add", pointer, const_i64(1), "acq_rel")
+        spins = cgutils.alloca_once_value(b, const_i64(0))
+        check_block, retry_block, pause_block, yield_block, done_block = (
+            b.append_basic_block(n) for n in ("check", "retry", "pause", "yield", "done")
+        )
+        b.branch(check_block)
+        b.position_at_end(check_block)
+        arrivals = b.load_atomic(pointer, "acquire", 8)
+        b.cbranch(b.icmp_signed(">=", arrivals, args[1]), done_block, retry_block)
+        b.position_at_end(retry_block)
+        count = b.add(b.load(spins), const_i64(1))
+        b.store(count, spins)
+        b.cbranch(b.icmp_signed("<", count, const_i64(SPINS_BEFORE_YIELD)), pause_block, yield_block)
+        b.position_at_end(pause_block)
+        if pause is not None:
+            b.call(pause, [])
+        b.branch(check_block)
+        b.position_at_end(yield_block)
+        b.call(sched_yield, [])
+        b.branch(check_block)
+        b.position_at_end(done_block)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
+def bitcast_f32(context: Any, bits: Any) -> Any:  # noqa: ARG001
+    """Reinterpret the bits of a 32-bit integer as fp32."""
+    return types.float32(types.int32), lambda context, b, _, args: b.bitcast(args[0], F32)  # noqa: ARG005
+
+
+assert sys.byteorder == "little", "bf16 scales and packed pairs are read as little-endian"

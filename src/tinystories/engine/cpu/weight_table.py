@@ -1,0 +1,150 @@
+"""`WeightTable`: where the machine code finds the weights."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tinystories.config import ModelConfig
+from tinystories.engine.cpu.kernels.layout import ACTIVATIONS, FP32, KINDS, LAYER, MATRIX, MODEL
+from tinystories.errors import UserError
+from tinystories.position_tables import build_rope_tables, build_sinusoid_table
+from tinystories.weights.names import EMBEDDING, LM_HEAD, POSITION_EMBEDDING, expected_shapes
+from tinystories.weights.quantize import BLOCK_ROWS, DEQUANTIZERS, gather_rows, quantized_sizes, round_up
+
+Array = npt.NDArray[Any]
+# Fields of a layer and the weights that they describe, if the model has them.
+LAYER_NORMS = {
+    LAYER.input_norm: "input_layernorm.weight",
+    LAYER.input_norm_bias: "input_layernorm.bias",
+    LAYER.post_norm: "post_attention_layernorm.weight",
+    LAYER.post_norm_bias: "post_attention_layernorm.bias",
+    LAYER.q_norm: "self_attn.q_norm.weight",
+    LAYER.k_norm: "self_attn.k_norm.weight",
+}
+LAYER_MATRICES = {
+    LAYER.q: "self_attn.q_proj",
+    LAYER.k: "self_attn.k_proj",
+    LAYER.v: "self_attn.v_proj",
+    LAYER.o: "self_attn.o_proj",
+    LAYER.gate: "mlp.gate_proj",
+    LAYER.up: "mlp.up_proj",
+    LAYER.down: "mlp.down_proj",
+}
+SHORTLIST_HEAD = "shortlist.weight"  # in memory only: the shortlist's rows of the LM head
+
+
+class WeightTable:
+    """The model table (`ModelLayout`) with the addresses of the weights; also embeds tokens.
+
+    `table_address` is passed to the machine code. The arrays must stay alive as long as the table is used. Raises
+    UserError if a weight does not have the size or dtype that `config` implies.
+    """
+
+    def __init__(self, config: ModelConfig, weights: Mapping[str, Array], shortlist: Array | None = None) -> None:
+        self.config, self.weights, self.shapes = config, weights, expected_shapes(config)
+        self.table = table = np.zeros(MODEL.layers + config.n_layer * LAYER.size, dtype=np.int64)
+        self.table_address = table.ctypes.data
+        table[MODEL.n_layer], table[MODEL.n_embd], table[MODEL.n_head] = config.n_layer, config.n_embd, config.n_head
+        table[MODEL.n_kv_head], table[MODEL.head_dim] = config.kv_heads, config.head_dim
+        table[MODEL.n_ctx], table[MODEL.modern] = config.n_ctx, int(config.architecture == "modern")
+        table[MODEL.activation], table[MODEL.scale_scores] = ACTIVATIONS[config.activation], int(config.scaled_scores)
+        head = EMBEDDING if config.tied else LM_HEAD
+        if shortlist is not None:
+            self.weights = {**weights, **gather_shortlist_head(weights, head, shortlist, config.vocab_size)}
+            self.shapes[SHORTLIST_HEAD] = (len(shortlist), config.n_embd)
+            head = SHORTLIST_HEAD
+        self.add_matrix(MODEL.lm_head, head.removesuffix(".weight"))
+        self.add_vector(MODEL.norm, "norm.weight")
+        self.add_vector(MODEL.norm_bias, "norm.bias")
+        for i in range(config.n_layer):
+            layer_base, prefix = MODEL.layers + i * LAYER.size, f"layers.{i}."
+            table[layer_base + LAYER.window] = config.layer_window(i) or config.n_ctx
+            for field, name in LAYER_NORMS.items():
+                self.add_vector(layer_base + field, prefix + name)
+            for field, name in LAYER_MATRICES.items():
+                self.add_matrix(layer_base + field, prefix + name)
+        self.position_embedding = self.make_position_tables()
+
+    def tensor_address(self, name: str, dtype: type, size: int) -> int:
+        """Return the address of a weight; raise UserError unless it has this dtype and number of elements.
+
+        The machine code cannot check either, and would read past the end.
+        """
+        array = self.weights[name]
+        if array.dtype != dtype or array.size != size or not array.flags.c_contiguous:
+            raise UserError(f"weight {name} does not have the size or dtype that config.json implies")
+        return array.ctypes.data
+
+    def add_vector(self, index: int, name: str) -> None:
+        """Write the address of a norm or bias to the table, if the model has it."""
+        if name in self.shapes:
+            self.table[index] = self.tensor_address(name, np.float32, self.shapes[name][0])
+
+    def add_matrix(self, base: int, name: str) -> None:
+        """Describe a matrix and its bias, if the model has them, at index `base`, in the precision of `weights`."""
+        weight, table = f"{name}.weight", self.table
+        if weight not in self.shapes:
+            return
+        out_features, in_features = self.shapes[weight]
+        table[base + MATRIX.out_features], table[base + MATRIX.in_features] = out_features, in_features
+        table[base + MATRIX.padded_out] = round_up(out_features, BLOCK_ROWS)
+        self.add_vector(base + MATRIX.bias, f"{name}.bias")
+        if weight in self.weights:
+            table[base + MATRIX.kind] = FP32
+            table[base + MATRIX.weights] = self.tensor_address(weight, np.float32, out_features * in_features)
+            return
+        precision = block_precision(self.weights, weight)
+        values, scales = quantized_sizes(precision, out_features, in_features)
+        table[base + MATRIX.kind] = KINDS[precision]
+        table[base + MATRIX.weights] = self.tensor_address(f"{weight}.{precision}", *values)
+        table[base + MATRIX.scales] = self.tensor_address(f"{weight}.scales", *scales)
+
+    def padded_out(self, base: int) -> int:
+        """Return the padded out_features of the matrix that is described at index `base`."""
+        return int(self.table[base + MATRIX.padded_out])
+
+    def make_position_tables(self) -> Array | None:
+        """Return the (S, C) position embeddings of a classic model.
+
+        For a modern model, write the addresses of the RoPE tables to the model table and return None.
+        """
+        config = self.config
+        if config.learned_positions:
+            return self.weights[POSITION_EMBEDDING].reshape(config.n_ctx, config.n_embd)
+        if config.architecture == "classic":
+            return build_sinusoid_table(config.n_ctx, config.n_embd)
+        self._keepalive = build_rope_tables(config.n_ctx, config.head_dim, config.rope_base)
+        self.table[MODEL.rope_cos], self.table[MODEL.rope_sin] = (table.ctypes.data for table in self._keepalive)
+        return None
+
+    def embed(self, ids: Array, positions: Array) -> Array:
+        """Return the embeddings (B, C) of the tokens, fp32, position embeddings included."""
+        weights, C = self.weights, self.config.n_embd
+        if EMBEDDING in weights:
+            x = weights[EMBEDDING][ids]
+        elif f"{EMBEDDING}.rows" in weights:
+            x = weights[f"{EMBEDDING}.rows"][ids] * weights[f"{EMBEDDING}.scales"][ids, None]
+        else:  # tied to the quantized LM head: dequantize the blocks of 8 rows that contain the ids
+            precision = block_precision(weights, EMBEDDING)
+            n_blocks = round_up(self.config.vocab_size, BLOCK_ROWS) // BLOCK_ROWS
+            values, scales = (weights[f"{EMBEDDING}.{part}"].reshape(n_blocks, -1) for part in (precision, "scales"))
+            values, scales = (array[ids // BLOCK_ROWS].reshape(-1) for array in (values, scales))
+            block_rows = DEQUANTIZERS[precision](values, scales, BLOCK_ROWS * len(ids), C)
+            x = block_rows.reshape(len(ids), BLOCK_ROWS, C)[np.arange(len(ids)), ids % BLOCK_ROWS]
+        return x if self.position_embedding is None else x + self.position_embedding[positions]
+
+
+def block_precision(weights: Mapping[str, Array], name: str) -> str:
+    """Return the precision, int8 or int4, in which a matrix is quantized."""
+    return "int8" if f"{name}.int8" in weights else "int4"
+
+
+def gather_shortlist_head(weights: Mapping[str, Array], head: str, ids: Array, vocab_size: int) -> dict[str, Array]:
+    """Copy the rows of the LM head `head` for these ids to a matrix of their own, in the same precision."""
+    if head in weights:
+        return {SHORTLIST_HEAD: weights[head][ids]}
+    precision = block_precision(weights, head)
+    values, scales = gather_rows(precision, weights[f"{head}.{precision}"], weights[f"{head}.scales"], ids, vocab_size)
+    return {f"{SHORTLIST_HEAD}.{precision}": values, f"{SHORTLIST_HEAD}.scales": scales}
