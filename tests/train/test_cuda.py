@@ -113,10 +113,9 @@ def test_the_loss_of_an_odd_vocabulary_is_cross_entropy(dtype: torch.dtype, comp
 
 @pytest.mark.parametrize("compiled", ["off", "on"])
 def test_a_run_learns_from_teachers(config: Config, tmp_path: Path, compiled: str) -> None:
-    short = on_cuda(config, compiled=compiled)
-    short = dataclasses.replace(short, train=dataclasses.replace(short.train, steps=4))
+    short = changed(on_cuda(config, compiled=compiled), "train", steps=4)
     train(short, tmp_path / "teacher")
-    taught = dataclasses.replace(short.train, teacher=(str(tmp_path / "teacher"),), teacher_weight=2.0)
-    report = train(dataclasses.replace(short, train=taught), tmp_path / "student")
+    taught = changed(short, "train", teacher=(str(tmp_path / "teacher"),), teacher_weight=2.0)
+    report = train(taught, tmp_path / "student")
     assert report is not None
     assert 0 < report.bits_per_byte < 5
