@@ -86,7 +86,8 @@ class Trainer:
             state.load_weights_and_optimizers(last_checkpoint, self.model, self.optimizers)
         elif config.train.init:
             state.initialize_from(Path(config.train.init), self.model, self.tokenizer)
-        self.stop_signal = 0
+        # Received by this rank, and agreed on by all ranks: a signal may arrive while the ranks agree.
+        self.received_signal = self.stop_signal = 0
         self.batches: Iterator[Batch] | None = None  # prefetched ones
         self.in_flight: StepResult | None = None  # the newest step, until it is recorded
         self.last_recorded_at: float | None = None  # end of the latest recorded step; None while no step is in flight
@@ -208,8 +209,8 @@ class Trainer:
         started_at = time.perf_counter()
 
         def report_progress(n_done: int) -> None:
-            if self.stop_signal:
-                raise Interrupted(self.stop_signal, self.train_state.step)
+            if self.received_signal:
+                raise Interrupted(self.received_signal, self.train_state.step)
             n_done = min(n_evaluated, n_done * world.size)
             display.update(self.train_state.step, f"evaluating {n_done:,} of {n_evaluated:,} stories", log_line=False)
 
@@ -249,7 +250,7 @@ class Trainer:
 
     def sync_stop_signal(self) -> None:
         """Share a stop signal that any rank received, so that all ranks stop at the same step."""
-        self.stop_signal = self.world.all_reduce_max(self.stop_signal)
+        self.stop_signal = self.world.all_reduce_max(self.received_signal)
 
     def check_finite(self, step: int, loss: float, grad_norm: float) -> None:
         """Raise `UserError` if the loss or the gradient norm is infinite or NaN."""
@@ -270,9 +271,9 @@ class Trainer:
         With several processes a second signal changes nothing, because torchrun sends one of its own, and finally
         kills.
         """
-        if self.stop_signal and self.world.size == 1:
+        if self.received_signal and self.world.size == 1:
             raise KeyboardInterrupt
-        self.stop_signal = signum
+        self.received_signal = signum
         hint = "; a second signal stops immediately" if self.world.size == 1 else ""
         log.info("stopping after this step and saving a checkpoint%s", hint)
 
