@@ -107,7 +107,7 @@ class DistillationObjective(nn.Module):
             hiddens = [teacher(inputs) for teacher in self.teachers]
         return self.compute_loss(self.model(inputs), targets, hiddens)
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def compute_loss(self, hidden: Tensor, targets: Tensor, teacher_hiddens: list[Tensor]) -> DistillationLoss:
         heads = []
         with torch.no_grad():

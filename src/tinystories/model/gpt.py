@@ -145,7 +145,7 @@ class Block(nn.Module):
         self.self_attn = Attention(config)
         self.post_attention_layernorm = build_norm(config, config.n_embd)
         self.mlp = ClassicMLP(config) if config.architecture == "classic" else SwiGLU(config)
-        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.dropout: nn.Module = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
     def forward(
         self,
@@ -182,7 +182,7 @@ class GPT(nn.Module):
         assert config.vocab_size > 0, "vocab_size must be set before the model is built"
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
-        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.dropout: nn.Module = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = build_norm(config, config.n_embd)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)

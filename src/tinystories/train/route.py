@@ -56,7 +56,7 @@ class Route:
         if not self.onednn:
             yield
             return
-        settings = torch.backends.mkldnn.matmul
+        settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
         previous = settings.fp32_precision
         # The name of the mode is misleading: where `is_onednn_exact` holds, operands and sums are fp32.
         settings.fp32_precision = "bf16"
