@@ -238,7 +238,7 @@ def test_a_resumed_run_ends_with_the_same_bits_on_every_route(
     step = Trainer.train_step
 
     def stopping(self: Trainer, at: int) -> object:
-        self.stop_signal = 15 if at == 3 else 0
+        self.received_signal = 15 if at == 3 else 0
         return step(self, at)
 
     with monkeypatch.context() as patch:

@@ -78,7 +78,7 @@ def test_an_interrupted_run_with_teachers_ends_with_the_same_bits(
     step = Trainer.train_step
 
     def stopping(self: Trainer, at: int) -> object:
-        self.stop_signal = 15 if at == 1 else 0
+        self.received_signal = 15 if at == 1 else 0
         return step(self, at)
 
     with monkeypatch.context() as patch:

@@ -96,8 +96,10 @@ def select_route(config: Config, device: torch.device, previous: str | None = No
             "matmuls of this model, in GFLOP/s: %s",
             ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in rates.items()),
         )
-    order = list(ROUTES)
-    route = ROUTES[order[world.all_reduce_max(order.index(name))]]
+    if world.size > 1:
+        order = list(ROUTES)
+        name = order[world.all_reduce_max(order.index(name))]
+    route = ROUTES[name]
     if previous and route.name != previous:
         log.warning("the run was on route %s and continues on route %s, which rounds differently", previous, route.name)
     log.info("route: %s", route.name)
