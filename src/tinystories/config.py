@@ -220,7 +220,7 @@ class TrainConfig:
     seed: int = field(1, "random seed of weights, data order and dropout", NOT_NEGATIVE)
     device: str = field("auto", "auto, cpu, cuda, cuda:1 or mps")
     precision: Literal["auto", "fp32", "bf16"] = field(
-        "auto", "auto: bf16 on CUDA devices that support it; on CPUs the fastest that the processor has, measured"
+        "auto", "auto: bf16 on CUDA devices that support it; on CPUs the faster kernels for fp32, measured"
     )
     teacher: tuple[str, ...] = field(
         (), "model directories to learn from as well (distillation), separated by |; their probabilities are averaged"
