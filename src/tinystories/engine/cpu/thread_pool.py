@@ -101,7 +101,7 @@ class ThreadPool:
         self.queue = allocate_aligned((WORK_QUEUE.size,), np.int64)
         self.queue[:] = 0
         self.epoch = 0
-        self.job: tuple[Callable[[int], None], int] = (abs, 0)  # what workers do, and how many threads may
+        self.job: tuple[Callable[[int], None], int] = (print, 0)  # what threads do, and how many may
         self.start_locks: list[_thread.LockType] = []
 
     def add_worker(self) -> None:
