@@ -122,7 +122,7 @@ HASWELL = OLD | {"avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe", "xsave"
         ("arm64-apple-darwin23.0.0", set(), ["neon"]),
         ("riscv64-unknown-linux-gnu", set(), []),
     ],
-    ids=str,
+    ids=["Athlon 64", "Ivy Bridge", "Haswell", "without FMA", "Knights Landing", "Graviton", "Apple", "RISC-V"],
 )
 def test_the_levels_of_a_machine_follow_from_its_features(triple: str, features: set[str], expected: list[str]) -> None:
     host_features = {feature: feature in features for feature in HASWELL | features | {"avx512f", "dotprod"}}

@@ -53,6 +53,7 @@ class Runtime:
         self.config, self.n_threads, self.shortlist = config, threads, shortlist
         self.min_shared_bytes = min_shared_bytes
         self.forward = jit.load_forward()
+        shared_pool()  # now, so that the first calls from two threads do not make two
         self.weight_table = WeightTable(config, weights, shortlist)
         self.workspace = Workspace(config, self.weight_table, threads)
 

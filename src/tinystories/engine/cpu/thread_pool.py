@@ -143,5 +143,11 @@ def shared_pool() -> ThreadPool:
     return ThreadPool()
 
 
-if hasattr(os, "register_at_fork"):  # threads do not survive a fork: the child process needs a new pool
-    os.register_at_fork(after_in_child=shared_pool.cache_clear)
+def renew_pool() -> None:
+    """Replace the pool of the process, as a forked process must: threads do not survive a fork."""
+    shared_pool.cache_clear()
+    shared_pool()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=renew_pool)
