@@ -279,8 +279,13 @@ class Config:
 
 
 def replace_vocab(config: Config, vocab_size: int, where: str) -> Config:
-    """Set the vocabulary size of the data. `UserError` if the config asks for a different one."""
+    """Set the vocabulary size of the data. `UserError` if the config asks for a different one.
+
+    With train.init the model may have more ids than its tokenizer: many models are padded to a round number.
+    """
     requested = config.model.vocab_size
+    if config.train.init and requested >= vocab_size:
+        return config
     if requested not in (0, vocab_size):
         raise UserError(
             f"model.vocab_size={requested} but the data in {where} has {vocab_size} token ids;"

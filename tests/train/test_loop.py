@@ -151,7 +151,7 @@ def test_a_run_may_begin_with_the_weights_of_another(config: Config, tmp_path: P
 def test_a_run_cannot_begin_with_other_shapes_or_ids(config: Config, tmp_path: Path) -> None:
     train(changed(config, "train", steps=1), tmp_path / "first")
     further = changed(config, "train", init=str(tmp_path / "first"))
-    with pytest.raises(UserError, match=r"model\.n_ff is 64, but .*first has 32"):
+    with pytest.raises(UserError, match=r"first: the config has other settings \(n_ff=64\): use --model\.n_ff 32"):
         train(changed(further, "model", n_ff=64), tmp_path / "other")
     with pytest.raises(UserError, match="nowhere: no such model directory"):
         train(changed(config, "train", init="nowhere"), tmp_path / "other")

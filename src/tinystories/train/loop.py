@@ -5,6 +5,7 @@ step. So an interrupted and resumed run ends with the same bits as an uninterrup
 """
 
 import contextlib
+import dataclasses
 import itertools
 import logging
 import math
@@ -16,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tinystories.config import Config, replace_vocab
+from tinystories.checkpoint import read_model
+from tinystories.config import Config, ModelConfig, replace_vocab
 from tinystories.data.dataset import open_split
 from tinystories.data.loader import PackedRows
 from tinystories.data.tokenizer import Tokenizer
@@ -61,6 +63,12 @@ class Trainer:
         self.tokenizer = Tokenizer.load(data_dir)
         if self.tokenizer.sha256 != self.rows.meta.tokenizer_sha256:
             raise UserError(f"{data_dir}/tokenizer.json is not the tokenizer of the data; prepare the data again")
+        initial_model = None
+        if config.train.init and last_checkpoint is None:
+            initial_model = state.read_initial_model(Path(config.train.init), config.model, self.tokenizer)
+            config = follow_vocab_size(config, initial_model.config)
+        elif config.train.init and last_checkpoint is not None:
+            config = follow_vocab_size(config, read_model(last_checkpoint, verify_weights=False).config)
         self.config = config = resolve_auto_rates(replace_vocab(config, self.rows.meta.vocab_size, str(data_dir)))
         self.run_dir, self.world = run_dir, world
         data_sha256 = self.rows.meta.splits["train"].sha256
@@ -84,8 +92,8 @@ class Trainer:
         self.optimizers = self.take_step.optimizers
         if last_checkpoint is not None:
             state.load_weights_and_optimizers(last_checkpoint, self.model, self.optimizers)
-        elif config.train.init:
-            state.initialize_from(Path(config.train.init), self.model, self.tokenizer)
+        elif initial_model is not None:
+            state.load_initial_weights(initial_model, self.model)
         # Received by this rank, and agreed on by all ranks: a signal may arrive while the ranks agree.
         self.received_signal = self.stop_signal = 0
         self.batches: Iterator[Batch] | None = None  # prefetched ones
@@ -223,7 +231,8 @@ class Trainer:
         self.sync_stop_signal()
         if self.stop_signal:
             raise Interrupted(self.stop_signal, self.train_state.step)
-        return summarize(world.all_reduce_sum(story_scores), time.perf_counter() - started_at)
+        report = summarize(world.all_reduce_sum(story_scores), time.perf_counter() - started_at)
+        return dataclasses.replace(report, lost_text=self.rows.meta.lost_text)
 
     def finish(self) -> BitsReport | None:
         """Evaluate on the whole validation set, write the last samples and save the checkpoint with the final score.
@@ -276,6 +285,12 @@ class Trainer:
         self.received_signal = signum
         hint = "; a second signal stops immediately" if self.world.size == 1 else ""
         log.info("stopping after this step and saving a checkpoint%s", hint)
+
+
+def follow_vocab_size(config: Config, model: ModelConfig) -> Config:
+    """Return the config with the vocabulary size of a model, which may be padded, unless it has one already."""
+    vocab_size = config.model.vocab_size or model.vocab_size
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
 
 
 def is_async_device(device: torch.device) -> bool:

@@ -9,6 +9,7 @@ import torch
 
 import tinystories
 from tinystories.data.loader import PackedRows
+from tinystories.data.text_loss import describe_loss, mark_incomparable
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.evaluate.bits import BitsReport
 from tinystories.generate.batching import Request, generate_all
@@ -73,7 +74,8 @@ class Recorder:
             }
         )
         memory_gb = measure_memory_bytes(self.train_step.device) / 1e9
-        text = f"loss {loss:.4f}  {bits_per_byte:.3f} bits/byte  {tokens_per_s:,.0f} tokens/s  {memory_gb:.1f} GB"
+        mark = " (not comparable)" if self.rows.meta.lost_text else ""
+        text = f"loss {loss:.4f}  {bits_per_byte:.3f} bits/byte{mark}  {tokens_per_s:,.0f} tokens/s  {memory_gb:.1f} GB"
         self.display.update(result.step, text, log_line=True)
 
     def record_route_change(self, left_route: str) -> None:
@@ -94,7 +96,7 @@ class Recorder:
 
     def record_evaluation(self, evaluation: BitsReport | None, *, final: bool = False) -> bool:
         """Write the evaluation, samples and the curve; return True if it is the best so far and not the final one."""
-        train_state, is_best = self.train_state, False
+        train_state, is_best, lost_text = self.train_state, False, self.rows.meta.lost_text
         summary = "no validation stories"
         record: dict[str, Any] = {"step": train_state.step, "tokens": train_state.tokens, "evaluated": True}
         if evaluation is not None:
@@ -102,18 +104,23 @@ class Recorder:
             is_best = evaluation.bits_per_byte < train_state.best_bits_per_byte
             if is_best and not final:
                 train_state.best_step, train_state.best_bits_per_byte = train_state.step, evaluation.bits_per_byte
-            summary = f"{evaluation.bits_per_byte:.4f} bits per byte on {evaluation.stories:,} validation stories"
+            summary = mark_incomparable(
+                f"{evaluation.bits_per_byte:.4f} bits per byte on {evaluation.stories:,} validation stories", lost_text
+            )
             record |= {
                 "val_bits_per_byte": evaluation.bits_per_byte,
                 "val_nats_per_token": evaluation.nats_per_token,
                 "val_stories": evaluation.stories,
             }
+            if lost_text:
+                record["val_lost_text"] = lost_text
         if final:
             record["final"] = True
         if self.is_main:
             self.write_samples(summary)
             self.metrics.write(record)
             title = f"{self.run_dir.name}: {self.config.model.n_params / 1e6:.1f}M parameters"
+            title = "\n".join(filter(None, (title, describe_loss(lost_text))))
             plot_curves(self.metrics.records, self.run_dir / "loss.png", title)
             self.display.print_line(f"step {train_state.step}: {summary}")
         return is_best and not final
@@ -159,7 +166,8 @@ class Recorder:
             facts["teachers"] = list(self.config.train.teacher)
         for record in self.metrics.get_step_records(train_state.step):
             if "val_stories" in record:
-                facts |= {name: record[name] for name in ("val_bits_per_byte", "val_stories")}
+                names = ("val_bits_per_byte", "val_stories", "val_lost_text")
+                facts |= {name: record[name] for name in names if name in record}
         return facts
 
 
