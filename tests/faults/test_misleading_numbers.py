@@ -25,6 +25,8 @@ from tinystories.data.text_loss import MIN_SHARE, TextLoss, describe_loss
 from tinystories.data.tokenizer import END, Tokenizer
 from tinystories.formats.bundle import ModelBundle
 from tinystories.hub.card import build_model_card
+from tinystories.sweep.results import TrialResult, describe_result, format_table
+from tinystories.sweep.trial import read_outcome, trial_dir
 from tinystories.train.run import train
 
 NOTE = "not comparable: the tokenizer cannot give back"
@@ -213,3 +215,10 @@ def test_an_honest_number_is_not_marked(sample_data: Path, tmp_path: Path, caplo
     assert "lost_text" not in (tmp_path / "run" / "metrics.jsonl").read_text()
     assert "val_lost_text" not in checkpoint.read_model(tmp_path / "run").provenance
     assert "can be compared" in build_model_card(ModelBundle.read(tmp_path / "run"))
+
+
+def test_sweeps_mark_their_trials(lossy_data: Path, tmp_path: Path) -> None:
+    train(config_for(lossy_data), trial_dir(tmp_path, 0))
+    result = TrialResult(0, {"train.steps": 2}, read_outcome(trial_dir(tmp_path, 0)))
+    assert NOTE in describe_result(result)
+    assert f"trial 0: {NOTE}" in format_table([result], ["train.steps"])

@@ -18,8 +18,8 @@ log = logging.getLogger(__name__)
 # What code that walks malformed JSON may raise.
 MALFORMED_ERRORS = (TypeError, KeyError, AttributeError, ValueError, IndexError, RecursionError)
 # Names of tokens that begin or end a text, for files that do not say which of their tokens do.
-COMMON_NAMES = (END, "<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[BOS]")
-COMMON_NAMES += ("</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "[EOS]")
+COMMON_NAMES = [END, "<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[BOS]"]
+COMMON_NAMES += ["</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "[EOS]"]
 CONTROL_NAME = re.compile(r"<.+>|\[.+\]", re.DOTALL)  # of vocabularies without a list of special tokens
 
 Candidate = tuple[str, object]  # where a file names a token that begins or ends a text, and its id or name
@@ -88,20 +88,20 @@ def find_end_id(parts: Mapping[str, Any], candidates: Iterable[Candidate], where
     added_ids = {token["id"] for token in parts["added_tokens"]}
     merged = {part for left, right in parse_merges(parts["model"]) for part in (left, right, left + right)}
 
-    def is_special(i: int | None) -> bool:
-        is_control = i in added_ids or CONTROL_NAME.fullmatch(names.get(i, "")) is not None  # type: ignore[arg-type]
+    def is_special(i: int) -> bool:
+        is_control = i in added_ids or CONTROL_NAME.fullmatch(names.get(i, "")) is not None
         return i in names and is_control and names[i] not in merged
 
     skipped: list[str] = []
     for source, value in candidates:
-        i = value if type(value) is int else ids.get(value) if isinstance(value, str) else None
+        i = value if type(value) is int else ids.get(value, -1) if isinstance(value, str) else -1
         if is_special(i):
             if skipped:
                 log.warning("%s: %s; %s, %s, ends stories instead", where, skipped[0], source, quoted(names[i]))
             return i
         skipped.append(f"{source} is {quoted(value)}, which is not a special token of the tokenizer")
     for name in COMMON_NAMES:
-        if is_special(i := ids.get(name)):
+        if is_special(i := ids.get(name, -1)):
             if skipped:
                 log.warning("%s: %s; %s ends stories instead", where, skipped[0], quoted(name))
             return i

@@ -94,8 +94,8 @@ def run_training(config: Config, out: Path, *, resume: bool) -> dict[str, Any] |
     if not is_main:
         return 0
     if report is not None:
-        score = f"{report.bits_per_byte:.4f} bits per byte on {report.stories:,} validation stories"
-        click.echo(mark_incomparable(score, report.lost_text), err=True)
+        summary = f"{report.bits_per_byte:.4f} bits per byte on {report.stories:,} validation stories"
+        click.echo(mark_incomparable(summary, report.lost_text), err=True)
     command = f"tinystories generate {shlex.quote(str(out))}"
     click.echo(f"done: {out} (loss.png, samples.md). Read a story: {command}", err=True)
     score = dataclasses.asdict(report) if report is not None else {}
