@@ -62,9 +62,9 @@ def adapt_tokenizer(text: str, candidates: Iterable[Candidate], vocab_size: int,
     """
     try:
         parts = json.loads(text)
-        added_tokens = parts.setdefault("added_tokens", []) or []
+        added_tokens = parts.get("added_tokens") or []
         parts["added_tokens"] = [t for t in added_tokens if t["id"] < vocab_size or not t["special"]]
-        if dropped := [t["content"] for t in added_tokens if t not in parts["added_tokens"]]:
+        if dropped := [t["content"] for t in added_tokens if t["id"] >= vocab_size and t["special"]]:
             log.warning("%s: the model has no embedding of %s; left out", where, ", ".join(map(quoted, dropped[:5])))
         end_id = find_end_id(parts, candidates, where)
         has_room = max(list_token_names(parts), default=-1) + 1 < vocab_size

@@ -138,7 +138,9 @@ def format_story_count(provenance: Mapping[str, Any]) -> str:
 def describe_score(provenance: Mapping[str, Any]) -> str:
     """Return what bits per byte are, or why those of this model cannot be compared with others."""
     lost_text = provenance.get("val_lost_text")
-    return f"This is {describe_loss(lost_text)}." if isinstance(lost_text, float) else BITS_PER_BYTE_NOTE
+    if isinstance(lost_text, float) and lost_text:
+        return f"This is {describe_loss(lost_text)}."
+    return BITS_PER_BYTE_NOTE
 
 
 def render_usage(model: ModelBundle, repo: str) -> str:

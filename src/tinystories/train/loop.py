@@ -64,11 +64,11 @@ class Trainer:
         if self.tokenizer.sha256 != self.rows.meta.tokenizer_sha256:
             raise UserError(f"{data_dir}/tokenizer.json is not the tokenizer of the data; prepare the data again")
         initial_model = None
-        if config.train.init and last_checkpoint is None:
+        if config.train.init and last_checkpoint is not None:
+            config = follow_vocab_size(config, read_model(last_checkpoint, verify_weights=False).config)
+        elif config.train.init:
             initial_model = state.read_initial_model(Path(config.train.init), config.model, self.tokenizer)
             config = follow_vocab_size(config, initial_model.config)
-        elif config.train.init and last_checkpoint is not None:
-            config = follow_vocab_size(config, read_model(last_checkpoint, verify_weights=False).config)
         self.config = config = resolve_auto_rates(replace_vocab(config, self.rows.meta.vocab_size, str(data_dir)))
         self.run_dir, self.world = run_dir, world
         data_sha256 = self.rows.meta.splits["train"].sha256

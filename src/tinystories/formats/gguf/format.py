@@ -111,7 +111,7 @@ def read(path: Path, tokenizer: Path | None) -> ModelBundle:
     file = GgufFile(path)
     for part in other_parts:
         file.add_part(GgufFile(part))
-    if not other_parts and file.metadata.get("split.count", 1) != 1:
+    if not other_parts and file.get("split.count", int, 1) != 1:
         raise UserError(
             f"{path} is one part of a split model, but not named like one (stories-00001-of-00003.gguf); rename all"
             " parts, or merge them with: llama-gguf-split --merge"
