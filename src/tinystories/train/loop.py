@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import logging
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -68,6 +69,7 @@ class Trainer:
         if last_checkpoint is not None:
             self.train_state = state.read_train_state(last_checkpoint)
             state.check_same_run(last_checkpoint, config, is_same_data=self.train_state.data_sha256 == data_sha256)
+        self.train_state.data_dir = os.path.abspath(data_dir)
         self.take_step = TrainStep(config, self.train_state.micro_batch, world)
         self.train_state.micro_batch = self.take_step.micro_batch
         self.device, self.model = self.take_step.device, self.take_step.model
@@ -181,6 +183,8 @@ class Trainer:
             should_save = self.recorder.record_evaluation(evaluation) or should_save
         if should_save:
             self.save_checkpoint()
+        if should_evaluate:
+            self.recorder.illustrate_evaluation(evaluation)
 
     def evaluate(self, limit: int) -> BitsReport | None:
         """Return bits per byte on `limit` fixed validation stories (0: all); None if there are no validation stories.
@@ -213,7 +217,7 @@ class Trainer:
         return summarize(world.all_reduce_sum(story_scores), time.perf_counter() - started_at)
 
     def finish(self) -> BitsReport | None:
-        """Evaluate on the whole validation set, write the last samples and save the checkpoint with the final score.
+        """Evaluate on the whole validation set, save the checkpoint with the final score and write the last samples.
 
         Return the evaluation, or None if an earlier process has already done this or there is no validation story.
         """
@@ -223,6 +227,7 @@ class Trainer:
         evaluation = self.evaluate(0)
         self.recorder.record_evaluation(evaluation, final=True)
         self.save_checkpoint()
+        self.recorder.illustrate_evaluation(evaluation)
         return evaluation
 
     def save_checkpoint(self) -> None:
