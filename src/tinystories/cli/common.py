@@ -194,7 +194,7 @@ def escape_unencodable_characters() -> None:
 
 
 def discard_stdout_if_full() -> bool:
-    """Return whether stdout itself cannot be written, as after `> /dev/full`; what it has buffered is then discarded."""
+    """Return whether stdout itself cannot be written (`> /dev/full`); what it has buffered is then discarded."""
     try:
         sys.stdout.flush()
     except OSError:
