@@ -21,8 +21,8 @@ TEMP_SUFFIX = ".draft"  # of unfinished directories, and of files on their way i
 MAX_JSON_BYTES = 64_000_000  # real files have a few thousand
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota used up, file too large
 # What a disk, a path or a limit of the system can refuse, whatever the program does right.
-DISK_ERRNOS = (*DISK_FULL_ERRNOS, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.EIO, errno.ELOOP)
-DISK_ERRNOS += (errno.ENOTDIR, errno.EISDIR, errno.EMFILE, errno.ENFILE, errno.ENODEV, errno.ENXIO, errno.ESTALE)
+DISK_ERRNOS = {*DISK_FULL_ERRNOS, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.EIO, errno.ELOOP}
+DISK_ERRNOS |= {errno.ENOTDIR, errno.EISDIR, errno.EMFILE, errno.ENFILE, errno.ENODEV, errno.ENXIO, errno.ESTALE}
 LOCK_ATTEMPTS = 100  # each fails only if another process removes the lock at that moment
 # How libraries quote the system: "... I/O error: No space left on device (os error 28)", "... (disk I/O error)".
 LIBRARY_ERROR = re.compile(r"(?:I/O error: )?([^:]*) \(os error \d+\)")
