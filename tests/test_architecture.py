@@ -22,6 +22,7 @@ ORDER = [
     "evaluate",
     "formats",
     "hub",
+    "api",
     "bench",
     "train",
     "sweep",

@@ -107,10 +107,13 @@ def read_model(folder: Path | str, *, verify_weights: bool = True) -> ModelFiles
     settings = config_json.get("model")
     if not isinstance(settings, dict):
         raise UserError(f"{folder}/config.json: [model] is missing")
+    provenance = config_json.get("provenance") or {}
+    if not isinstance(provenance, dict):
+        raise UserError(f"{folder}/config.json: [provenance] must be an object")
     return ModelFiles(
         folder=folder,
         config=build_dataclass(ModelConfig, settings, f"{folder}/config.json", "model."),
-        provenance=dict(config_json.get("provenance") or {}),
+        provenance=provenance,
         sampling=build_dataclass(SamplingConfig, read_json(folder / "generation.json"), f"{folder}/generation.json"),
         checksums=config_json["files"],
     )

@@ -19,6 +19,7 @@ from tinystories.errors import MAX_QUOTED_CHARS, UserError, quoted
 T = TypeVar("T")
 
 UNION_TYPES = (Union, UnionType)  # which of the two `int | Literal["auto"]` is depends on the Python version
+MAX_TOML_CHARS = 10_000_000  # real files have a few thousand
 PRESETS = ("nano", "small", "storyteller", "base", "seed-89m", "modern-89m")
 
 
@@ -61,7 +62,11 @@ def read_toml(file: str | Path) -> dict[str, Any]:
     """Read a TOML file, or a preset by its name, as nested tables."""
     path = preset_path(str(file)) if str(file) in PRESETS else Path(file)
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # Windows editors put a byte order mark first
+        with path.open(encoding="utf-8-sig") as stream:  # Windows editors put a byte order mark first
+            text = stream.read(MAX_TOML_CHARS + 1)
+        if len(text) > MAX_TOML_CHARS:
+            raise ValueError("it is too large for a file of settings")
+        return tomllib.loads(text)
     except FileNotFoundError:
         matches = difflib.get_close_matches(path.stem, PRESETS, n=1)
         hint = f"did you mean the preset {matches[0]}?" if matches else f"presets: {', '.join(PRESETS)}"

@@ -1,4 +1,4 @@
-"""Files on disk: atomic writes, JSON, checksums, a lock, and one-line messages for what the disk refuses.
+"""Files on disk: atomic writes, JSON, checksums, locks, and one-line messages for what the disk refuses.
 
 Whatever is written atomically is complete or unchanged after an exception, a kill or, if it is synced, a power failure.
 """
@@ -8,6 +8,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,12 @@ from tinystories.errors import UserError
 TEMP_SUFFIX = ".draft"  # of unfinished directories, and of files on their way into a run directory
 MAX_JSON_BYTES = 64_000_000  # real files have a few thousand
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota used up, file too large
+# What a disk, a path or a limit of the system can refuse, whatever the program does right.
+DISK_ERRNOS = {*DISK_FULL_ERRNOS, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.EIO, errno.ELOOP}
+DISK_ERRNOS |= {errno.ENOTDIR, errno.EISDIR, errno.EMFILE, errno.ENFILE, errno.ENODEV, errno.ENXIO, errno.ESTALE}
+LOCK_ATTEMPTS = 100  # each fails only if another process removes the lock at that moment
+# How libraries quote the system: "... I/O error: No space left on device (os error 28)", "... (disk I/O error)".
+LIBRARY_ERROR = re.compile(r"(?:I/O error: )?([^:]*) \(os error \d+\)")
 
 
 @contextlib.contextmanager
@@ -38,12 +45,34 @@ def write_errors(where: object) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{where} cannot be written: {getattr(error, 'strerror', None) or error}") from None
+        raise UserError(f"{where} cannot be written: {error_reason(error)}") from None
 
 
 def describe_write_error(error: OSError, where: object) -> str:
     """Return the message for a failed write; `where` is named if the error does not name a file."""
-    return f"{error.filename or where} cannot be written: {error.strerror}"
+    return f"{error.filename or where} cannot be written: {error_reason(error)}"
+
+
+def describe_disk_error(error: BaseException) -> str | None:
+    """Return one line for what a disk or a path refused, in any command; None if the error is something else.
+
+    Writers say more by `write_errors`. This is for the rest: a temporary file, a cache, a library's own files.
+    """
+    if isinstance(error, OSError):
+        return describe_write_error(error, "the output") if error.errno in DISK_ERRNOS else None
+    is_library_error = type(error).__module__.split(".")[0] in ("safetensors", "pyarrow", "sqlalchemy", "sqlite3")
+    if is_library_error and LIBRARY_ERROR.search(str(error)):
+        return f"a file cannot be written: {error_reason(error)}"
+    return None
+
+
+def error_reason(error: BaseException) -> str:
+    """Return why a file could not be read or written, in one line: the words of the system if the error has them."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = " ".join(str(error).split())
+    match = LIBRARY_ERROR.search(text)
+    return match[1] if match else text or type(error).__name__
 
 
 def read_limited(path: Path, max_bytes: int) -> bytes:
@@ -163,17 +192,24 @@ def temp_sibling(path: Path) -> Iterator[Path]:
 
 
 def atomic_replace(source: Path, target: Path) -> None:
-    """Rename `source` to `target`. An existing target directory is removed on success and restored on failure."""
+    """Rename `source` to `target`. An existing target directory is removed on success and restored on failure.
+
+    If it cannot be restored either, it stays in a hidden folder next to `target`.
+    """
     if not target.is_dir():
         os.replace(source, target)
         return
-    with temp_sibling(target) as backup_dir:
+    backup_dir = Path(tempfile.mkdtemp(prefix=".", suffix=TEMP_SUFFIX, dir=target.parent))
+    try:
         os.replace(target, backup_dir / target.name)
         try:
             os.replace(source, target)
-        except OSError:
+        except BaseException:
             os.replace(backup_dir / target.name, target)
             raise
+    finally:
+        if target.exists():
+            shutil.rmtree(backup_dir, ignore_errors=True)
 
 
 def fsync(path: Path) -> None:
@@ -187,19 +223,81 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def acquire_lock(path: Path) -> BinaryIO | None:
-    """Create and lock a file until the returned object is closed or the process ends, however it ends.
+@contextlib.contextmanager
+def hold_lock(path: Path, command: str) -> Iterator[None]:
+    """Hold the lock `path` inside the block, creating its folder if needed, and remove it afterwards.
 
-    None if another process holds the lock. On Windows, which has no fcntl, nothing is locked.
+    `UserError` if another process holds it; `command` is what that process must be ("train"). The folder is removed too
+    if it was created here and nothing else is in it.
     """
-    file = path.open("wb")
+    folder = path.parent
+    is_new = not folder.exists()
+    file = acquire_lock(path)
+    if file is None:
+        raise UserError(in_use_message(path, command))
     try:
-        import fcntl
+        yield
+    finally:
+        release_lock(file)
+        if is_new:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:
-        pass
-    except OSError:
-        file.close()
-        return None
+
+def acquire_lock(path: Path) -> BinaryIO | None:
+    """Create and lock a file until `release_lock` or the end of the process, however it ends; write its id into it.
+
+    None if another process holds the lock. On Windows, which has no fcntl, and on file systems without locks, nothing
+    is locked. OSError if the file cannot be created.
+    """
+    for attempts_left in range(LOCK_ATTEMPTS)[::-1]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            file = path.open("ab", buffering=0)
+        except FileNotFoundError:  # the holder has just removed the folder
+            if attempts_left:
+                continue
+            raise
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return None
+        except (ImportError, OSError):
+            pass
+        if is_same_file(file, path) or not attempts_left:
+            break
+        file.close()  # its earlier holder has removed it since it was opened: what is locked has no name
+    with contextlib.suppress(OSError):  # a full disk: the lock works without the id
+        file.truncate(0)
+        file.write(str(os.getpid()).encode())
     return file
+
+
+def release_lock(file: BinaryIO) -> None:
+    """Remove and unlock a file that `acquire_lock` returned; it may have been removed already."""
+    if os.name == "nt":  # which cannot remove an open file
+        file.close()
+    with contextlib.suppress(OSError):
+        os.unlink(file.name)
+    file.close()
+
+
+def in_use_message(path: Path, command: str) -> str:
+    """Return the message for a lock that another process holds, with its id if that can be read."""
+    try:
+        digits = read_limited(path, 100).decode("ascii", "replace")
+    except (OSError, UserError):
+        digits = ""
+    holder = f"{command} (pid {digits})" if digits.isdigit() else command
+    return f"{path.parent} is in use by another {holder}; wait for it or choose another --out"
+
+
+def is_same_file(file: BinaryIO, path: Path) -> bool:
+    """Return whether an open file is the one that now has the name `path`."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False

@@ -17,7 +17,7 @@ import click
 from tinystories.config import SamplingConfig
 from tinystories.engine.engine_config import ENGINE_PRECISIONS, ENGINES, EngineConfig
 from tinystories.errors import UserError
-from tinystories.files import DISK_FULL_ERRNOS, describe_write_error
+from tinystories.files import describe_disk_error
 from tinystories.train.distributed import claim_error_message
 
 Command: TypeAlias = Callable[..., Any]
@@ -142,7 +142,7 @@ def run(command: click.Command, argv: list[str] | None = None, name: str = "tiny
     Errors that the user can fix become one line on stderr; anything else is a bug and keeps its traceback.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for logger_name in ("httpx", "httpx2"):
+    for logger_name in ("httpx", "httpx2", "matplotlib"):
         logging.getLogger(logger_name).setLevel(logging.WARNING)
     escape_unencodable_characters()
     original_stdout = sys.stdout
@@ -170,15 +170,16 @@ def run(command: click.Command, argv: list[str] | None = None, name: str = "tiny
             raise
         discard_stdout()  # the reader of a pipe has gone, as after `| head`: click replaces sys.stdout and exits
         return 0
-    except OSError as error:
-        if error.errno not in DISK_FULL_ERRNOS:
-            raise
-        discard_stdout()
-        click.echo(f"error: {describe_write_error(error, 'the output')}", err=True)
-        return 1
     except ModuleNotFoundError as error:
         click.echo(f"error: {error.name} is not installed; {TRAIN_EXTRA_HINT}", err=True)
         return 2
+    except Exception as error:
+        message = describe_disk_error(error)
+        if message is None:
+            raise
+        is_stdout = discard_stdout_if_full()
+        click.echo(f"error: {message}", err=True)
+        return 1 if is_stdout else 2
 
 
 def escape_unencodable_characters() -> None:
@@ -190,6 +191,16 @@ def escape_unencodable_characters() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # not if a caller has replaced it by another object, or by None
             stream.reconfigure(errors="backslashreplace")
+
+
+def discard_stdout_if_full() -> bool:
+    """Return whether stdout itself cannot be written (`> /dev/full`); what it has buffered is then discarded."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        discard_stdout()
+        return True
+    return False
 
 
 def discard_stdout() -> None:

@@ -69,7 +69,7 @@ def read_meta(folder: Path | str) -> DatasetMeta:
         raise UserError(f"{folder} is a file; tokenize it first with: {command}") from None
     except FileNotFoundError:
         raise UserError(f"{folder} holds no prepared data (no meta.json); {remedy}") from None
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({type(error).__name__}); {remedy}") from None
     if version != FORMAT_VERSION:
         raise UserError(f"{path} has format {version}, but this version reads format {FORMAT_VERSION}; {remedy}")
@@ -99,6 +99,10 @@ def open_split(folder: Path | str, split: str) -> tuple[np.memmap, npt.NDArray[n
     index = open_memmap(folder / f"{split}.idx", np.dtype("<u8"), 2 * (split_meta.stories + 1)).reshape(-1, 2)
     if tuple(index[-1]) != (split_meta.tokens - 1, split_meta.bytes):
         raise UserError(f"{folder / split}.idx does not match meta.json; remove {folder} and prepare it again")
+    # Compiled code and slices rely on it: stories follow each other, and each has at least its END.
+    positions, byte_counts = index[:, 0], index[:, 1]
+    if positions[0] or (positions[1:] <= positions[:-1]).any() or (byte_counts[1:] < byte_counts[:-1]).any():
+        raise UserError(f"{folder / split}.idx is damaged; remove {folder} and prepare it again")
     return tokens, index
 
 

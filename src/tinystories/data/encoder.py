@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from tinystories.data.tokenizer import END, Tokenizer
+from tinystories.data.tokenizer import END, Tokenizer, sanitize
 
 log = logging.getLogger(__name__)
 
@@ -160,7 +160,7 @@ def make_gigatoken_encoder(tokenizer: Tokenizer) -> EncodeFn | str:
     """Return an encoder based on gigatoken, or the reason (a string) why it cannot be used for this tokenizer."""
     json_data = tokenizer.json_data
     model = json_data["model"]
-    is_plain_bpe = model["type"] == "BPE" and not any(
+    is_plain_bpe = model.get("type") == "BPE" and not any(
         model.get(key)
         for key in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
     )
@@ -174,7 +174,10 @@ def make_gigatoken_encoder(tokenizer: Tokenizer) -> EncodeFn | str:
     except ImportError:
         return "gigatoken is not installed (pip install 'tinystories-gpt[train]')"
     # Without special tokens, so that one spelled out in a story is encoded as text. The ids of the model do not change.
-    backend = gigatoken.Tokenizer.from_json(json.dumps({**json_data, "added_tokens": [], "post_processor": None}))
+    try:
+        backend = gigatoken.Tokenizer.from_json(json.dumps({**json_data, "added_tokens": [], "post_processor": None}))
+    except (RuntimeError, ValueError) as error:  # for instance, a vocabulary without some of the 256 bytes
+        return f"gigatoken cannot read this tokenizer ({sanitize(error)})"
 
     def encode(stories: Sequence[bytes]) -> EncodedBatch:
         if not stories:

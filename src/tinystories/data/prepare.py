@@ -26,7 +26,7 @@ from tinystories.data.staging import StagingDir
 from tinystories.data.text_loss import TextLoss, describe_loss
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.errors import UserError
-from tinystories.files import require_name, sha256, write_atomic
+from tinystories.files import require_name, sha256, write_atomic, write_errors
 from tinystories.progress import ByteDisplay
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,9 @@ def prepare(
         keep_duplicates=keep_duplicates,
         val_fraction=val_fraction,
     )
-    if meta := existing_output(out, spec):
+    with write_errors(f"--out {out}"):  # a name that is too long, a folder that may not be read
+        meta = existing_output(out, spec)
+    if meta is not None:
         return PrepareReport(out=out, meta=meta, up_to_date=True, seconds=time.monotonic() - started_at, mb_per_s=0.0)
     require_name(out)
     # A link stays: what it points to is written, with the staging directory on the same disk.
@@ -86,6 +88,10 @@ def prepare(
     staging_path = target.with_name(target.name + ".draft")
     try:
         with StagingDir(staging_path, spec.to_json_dict()) as staging:
+            if meta := existing_output(out, spec):  # of another prepare that ended in the meantime
+                return PrepareReport(
+                    out=out, meta=meta, up_to_date=True, seconds=time.monotonic() - started_at, mb_per_s=0.0
+                )
             bytes_before = staging.journal.read
             job = PrepareJob(spec, staging)
             job.read_all(progress)

@@ -4,6 +4,7 @@ A run killed at any moment, even by power loss, can resume from the journal: dat
 covers it, and anything in a file beyond the size in the journal is truncated.
 """
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -14,7 +15,7 @@ from typing import Any, BinaryIO
 
 from tinystories.data.dataset import SPLITS
 from tinystories.errors import UserError
-from tinystories.files import acquire_lock, fsync, read_json_object, write_json
+from tinystories.files import acquire_lock, fsync, in_use_message, read_json_object, write_json
 
 log = logging.getLogger(__name__)
 
@@ -51,14 +52,17 @@ class StagingDir:
             raise UserError(
                 f"{folder} exists but is not a staging directory of prepare; remove it or choose another --out"
             )
-        folder.mkdir(parents=True, exist_ok=True)
         lock = acquire_lock(folder / "lock")  # on Windows, that the append-only files are open has the same effect
         if lock is None:
-            raise UserError(f"{folder} is in use by another prepare; wait for it or choose another --out")
+            raise UserError(in_use_message(folder / "lock", "prepare"))
         self._lock = lock
-        self._resume(spec)
-        self.data_dir.mkdir(exist_ok=True)
-        write_json(folder / "request.json", spec)
+        try:
+            self._resume(spec)
+            self.data_dir.mkdir(exist_ok=True)
+            write_json(folder / "request.json", spec)
+        except BaseException:
+            self.__exit__()
+            raise
         self._saved_at = time.monotonic()
 
     def _resume(self, spec: dict[str, Any]) -> None:
@@ -81,10 +85,15 @@ class StagingDir:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for file in (*self._files.values(), self._lock):
-            file.close()
-        if not any(self.data_dir.glob("*")):  # nothing to resume from
+        """Close and unlock the directory; remove it if there is nothing to resume from, while it is still locked."""
+        self._close_files()
+        is_empty = not any(self.data_dir.glob("*"))
+        if is_empty:
             shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock.close()  # the file stays: it marks the directory as ours
+        if is_empty:
+            with contextlib.suppress(OSError):  # Windows could not remove the open lock
+                self.folder.rmdir()
 
     def append(self, name: str, data: bytes) -> None:
         """Append to the file `name`, a path relative to the directory.
@@ -119,12 +128,15 @@ class StagingDir:
         """Move the `data` folder to `out` with one rename and remove the staging directory."""
         self._sync_files()
         fsync(self.data_dir)
-        self.__exit__()  # Windows cannot move or remove open files
+        self._close_files()  # Windows cannot move open files
         if out.exists():
             out.rmdir()  # fails unless it is empty
         self.data_dir.rename(out)
         fsync(out.parent)
-        shutil.rmtree(self.folder)
+
+    def _close_files(self) -> None:
+        for file in self._files.values():
+            file.close()
 
     def _sync_files(self) -> None:
         for file in self._files.values():

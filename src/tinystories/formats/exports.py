@@ -1,6 +1,8 @@
 """Export to the formats of other programs. Each export is read back and compared with the model before it is kept."""
 
 import dataclasses
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +58,14 @@ def export(model: ModelBundle, name: str, out: Path, *, precision: str = "", for
             result = write_and_verify(model, export_format, staging_dir / out.name, precision)
             paths = [out.parent / path.name for path in result.paths]
             assert set(paths) <= {out, *sidecars}
-            for path in paths:
-                atomic_replace(staging_dir / path.name, path)
+            new_paths = [path for path in paths if not os.path.lexists(path)]
+            try:
+                for path in paths:
+                    atomic_replace(staging_dir / path.name, path)
+            except BaseException:  # all files or none, so that the next export is not refused because of this one
+                for path in new_paths:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+                raise
         for path in sidecars:
             if path not in paths:
                 path.unlink(missing_ok=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tinystories.data.tokenizer import END
 from tinystories.errors import UserError
-from tinystories.files import describe_write_error
+from tinystories.files import describe_write_error, write_errors
 from tinystories.generate.batching import Story
 
 STORY_SEPARATOR = "\n\n---\n\n"  # between stories on the screen
@@ -37,22 +37,24 @@ def check_output_path(path: Path) -> None:
     """Raise `UserError` if stories cannot be written to this path; call it before generating."""
     if path.suffix not in (".txt", ".jsonl"):
         raise UserError(f"{path}: the name of a story file must end in .txt or .jsonl")
-    if not path.parent.is_dir():
+    with write_errors(path):
+        is_folder = path.parent.is_dir()
+    if not is_folder:
         raise UserError(f"{path} cannot be written: folder {path.parent} does not exist")
 
 
 class StoryWriter:
     """Context manager that writes stories to a file: .jsonl (one object per line) or .txt (END after each story).
 
-    `write` flushes after each story, so that an interrupt does not lose complete stories. Raises `UserError` if the
-    file cannot be opened.
+    Nothing is buffered, so that an interrupt does not lose complete stories. Raises `UserError` if the file cannot be
+    opened.
     """
 
     def __init__(self, path: Path) -> None:
         check_output_path(path)
         self.path = path
         try:
-            self.file = path.open("w", encoding="utf-8", newline="\n")
+            self.file = path.open("wb", buffering=0)  # with a buffer, closing would fail again after a failed write
         except OSError as error:
             raise UserError(describe_write_error(error, path)) from None
 
@@ -63,9 +65,15 @@ class StoryWriter:
         self.file.close()
 
     def write(self, story: Story) -> None:
-        """Write one story and flush the file."""
+        """Write one story to the file. `UserError` if the disk refuses it."""
         if self.path.suffix == ".jsonl":
-            self.file.write(json.dumps(story.as_dict(), ensure_ascii=False) + "\n")
+            text = json.dumps(story.as_dict(), ensure_ascii=False) + "\n"
         else:
-            self.file.write(f"{story.text}\n{END}\n")
-        self.file.flush()
+            text = f"{story.text}\n{END}\n"
+        data = memoryview(text.encode())
+        try:
+            while data:  # an unbuffered write may be partial
+                data = data[self.file.write(data) :]
+        except OSError as error:
+            message = describe_write_error(error, self.path)
+            raise UserError(f"{message}; the stories before this one are complete") from None

@@ -13,9 +13,10 @@ from optuna import Study
 from optuna.distributions import CategoricalDistribution
 
 from tinystories.data.text_loss import describe_loss, mark_incomparable
-from tinystories.files import atomic_file, write_atomic
+from tinystories.files import write_atomic
 from tinystories.sweep.search_space import Distribution, SearchSpace
 from tinystories.sweep.trial import Outcome, read_outcome, trial_dir
+from tinystories.train.figure import plain_text, png_figure
 
 STATE_ORDER = ("complete", "pruned", "unfinished", "failed", "invalid")  # sort order of the table
 BOUNDARY_FRACTION = 0.03  # a best value within this fraction of the range is at its edge
@@ -123,28 +124,22 @@ def plot_results(results: Sequence[TrialResult], space: SearchSpace, path: Path)
     Trials above three times the distance from the best to the median are drawn at the upper edge: a single diverged
     trial would flatten all others.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     best = results[0].bits
     median = statistics.median(result.bits for result in results if result.outcome.state == "complete")
     ceiling = best + 3 * max(median - best, 0.01 * best)
     scored = [result for result in results if math.isfinite(result.bits)]
     y = [min(result.bits, ceiling) for result in scored]
     colors = ["tab:blue" if result.outcome.state == "complete" else "tab:gray" for result in scored]
-    figure = Figure(figsize=(1 + 3.6 * len(space.texts), 4), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle("blue: complete, gray: not complete, orange: the best trial", fontsize="small")
-    panels = figure.subplots(1, len(space.texts), sharey=True, squeeze=False)[0]
-    panels[0].set_ylabel("bits per byte")
-    for panel, (name, distribution) in zip(panels, space.distributions.items(), strict=True):
-        panel.set_xlabel(name)
-        x = [result.settings[name] for result in scored]
-        if isinstance(distribution, CategoricalDistribution):
-            x = [format_setting(value) for value in x]
-        elif distribution.log:
-            panel.set_xscale("log")
-        panel.scatter(x, y, s=24, c=colors)
-        panel.scatter(x[:1], y[:1], s=120, facecolors="none", edgecolors="tab:orange")
-    with atomic_file(path, sync=False) as file:
-        figure.savefig(file, format="png")
+    with png_figure(path, (1 + 3.6 * len(space.texts), 4)) as figure:
+        figure.suptitle("blue: complete, gray: not complete, orange: the best trial", fontsize="small")
+        panels = figure.subplots(1, len(space.texts), sharey=True, squeeze=False)[0]
+        panels[0].set_ylabel("bits per byte")
+        for panel, (name, distribution) in zip(panels, space.distributions.items(), strict=True):
+            panel.set_xlabel(name)
+            x = [result.settings[name] for result in scored]
+            if isinstance(distribution, CategoricalDistribution):
+                x = [plain_text(format_setting(value)) for value in x]
+            elif distribution.log:
+                panel.set_xscale("log")
+            panel.scatter(x, y, s=24, c=colors)
+            panel.scatter(x[:1], y[:1], s=120, facecolors="none", edgecolors="tab:orange")

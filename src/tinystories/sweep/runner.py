@@ -4,6 +4,7 @@ It uses `study.ask` and `study.tell`, because `study.optimize` ends the trials t
 seed if there are several workers (docs/decisions/0011-sweeps.md).
 """
 
+import contextlib
 import dataclasses
 import logging
 import shlex
@@ -20,12 +21,13 @@ from optuna.trial import TrialState
 from tinystories.config import Config
 from tinystories.data.dataset import open_split
 from tinystories.errors import UserError
-from tinystories.files import acquire_lock
+from tinystories.files import hold_lock, write_errors
 from tinystories.progress import StepDisplay
 from tinystories.sweep import trial as trials
 from tinystories.sweep.results import describe_result, find_best, read_results, write_results
-from tinystories.sweep.study import Plan, make_pruner, make_sampler, open_study
+from tinystories.sweep.study import LOCK, Plan, database_errors, make_pruner, make_sampler, open_study
 from tinystories.sweep.trial import Outcome
+from tinystories.train.side_work import SideWork
 from tinystories.train.signals import handle_signals
 
 log = logging.getLogger(__name__)
@@ -48,6 +50,7 @@ class SweepRunner:
         self.failed_starts = 0  # in a row
         self.stopping = False  # let the running trials save, and start no more
         self.signals: list[int] = []  # received; the second one kills the trials
+        self.side_work = SideWork()
         self.processes: list[subprocess.Popen[bytes]] = []
 
     def run(self) -> int:
@@ -58,7 +61,7 @@ class SweepRunner:
                 for future in [pool.submit(self.run_worker, slot) for slot in range(self.workers)]:
                     future.result()
         finally:
-            write_results(self.folder, self.plan.space, read_results(self.study, self.plan.space, self.folder))
+            self.write_result_files()
         if not self.signals:
             return 0
         n_finished = sum(trial.state.is_finished() for trial in self.study.get_trials(deepcopy=False))
@@ -68,6 +71,11 @@ class SweepRunner:
             f" Resume with: {format_resume_command(self.folder)}"
         )
         return self.signals[0]
+
+    def write_result_files(self) -> None:
+        """Write results.csv, best.toml and sweep.png; a failure is a warning, since the trials are in the database."""
+        with self.side_work.attempt("results.csv, best.toml or sweep.png"):
+            write_results(self.folder, self.plan.space, read_results(self.study, self.plan.space, self.folder))
 
     def requeue_orphans(self) -> None:
         """Let Optuna return the trials that an earlier session left unfinished before new ones, as they are."""
@@ -163,7 +171,7 @@ class SweepRunner:
             self.display.update(n_finished, best_text, log_line=False)
             if outcome.state == "invalid":
                 return
-            write_results(self.folder, self.plan.space, results)
+            self.write_result_files()
             has_started = (trials.trial_dir(self.folder, trial.number) / "metrics.jsonl").exists()
             self.failed_starts = 0 if has_started else self.failed_starts + 1
             if self.failed_starts == MAX_FAILED_STARTS:
@@ -192,14 +200,11 @@ def run_sweep(folder: Path, plan: Plan, config: Config, workers: int) -> int:
 
     `config` is any valid config of the search space. `UserError` if another sweep is running in the folder.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = acquire_lock(folder / ".lock")
-    if lock is None:
-        raise UserError(
-            f"another sweep is running in {folder}; watch it with --show, or stop it and add --resume;"
-            " to run trials in parallel, use --workers"
-        )
-    with lock, StepDisplay(plan.trials, 0, unit="trial") as display:
+    with contextlib.ExitStack() as stack:
+        with write_errors(f"--out {folder}"):
+            stack.enter_context(hold_lock(folder / LOCK, "sweep"))
+        display = stack.enter_context(StepDisplay(plan.trials, 0, unit="trial"))
+        stack.enter_context(database_errors(folder))
         runner = SweepRunner(folder, plan, config, workers, display)
         with handle_signals(runner.on_signal):
             return runner.run()

@@ -7,6 +7,7 @@ their setting (`config.setting_type`), so every setting can be searched.
 import dataclasses
 import itertools
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
 from typing import Any, get_args, get_origin
@@ -14,7 +15,7 @@ from typing import Any, get_args, get_origin
 import optuna
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from tinystories.config import Config
+from tinystories.config import Config, DataConfig
 from tinystories.config_file import UNION_TYPES, build_dataclass, merge_overrides, parse_text, setting_type, validate
 from tinystories.errors import UserError
 
@@ -85,6 +86,15 @@ class SearchSpace:
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
         for _ in range(MAX_CANDIDATES):
             yield study.ask(dict(distributions)).params
+
+    def with_absolute_data(self) -> "SearchSpace":
+        """Return this space with the absolute path of a fixed `data.dir`, so that it can be resumed from elsewhere."""
+        table = self.base.get("data", {})
+        folder = table.get("dir", DataConfig().dir) if isinstance(table, Mapping) else None
+        if "data.dir" in self.texts or not isinstance(folder, str):  # searched; or invalid, which is reported later
+            return self
+        base = merge_overrides(self.base, {"data.dir": os.path.abspath(folder)}, self.where)
+        return dataclasses.replace(self, base=base)
 
     def data_dirs(self, config: Config) -> list[str]:
         """Return the folders of prepared data that trials read. `config` is any valid config of the space."""

@@ -1,22 +1,29 @@
 """A sweep on disk: its plan and its trials, stored by Optuna in SWEEP/sweep.db (SQLite)."""
 
+import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import Mapping
+import os
+import sqlite3
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
+from optuna.exceptions import StorageInternalError
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 
 from tinystories.config import Config
+from tinystories.data.tokenizer import sanitize
 from tinystories.errors import UserError
+from tinystories.files import write_errors
 from tinystories.sweep.search_space import SearchSpace
 
 DATABASE = "sweep.db"
+LOCK = ".lock"  # in the sweep's folder, while it runs
 STUDY_NAME = "sweep"  # the only study in the database
 DATABASE_TIMEOUT = 60.0  # seconds to wait while another process holds the SQLite lock
 
@@ -44,6 +51,8 @@ class Plan:
         fixed = {
             f"{section}.{key}": value for section, table in self.space.base.items() for key, value in table.items()
         }
+        if isinstance(fixed.get("data.dir"), str):  # earlier versions stored it as it was given
+            fixed["data.dir"] = os.path.abspath(fixed["data.dir"])
         options = {"--sampler": self.sampler, "--prune": self.prune, "--seed": self.seed}
         return fixed | dict(self.space.texts) | options
 
@@ -74,30 +83,44 @@ def merge_plan(stored: Plan | None, space: SearchSpace | None, requested: Mappin
 
 def read_plan(folder: Path) -> Plan | None:
     """Return the plan of the sweep in a folder; None if there is none yet. `UserError` if it holds something else."""
-    if folder.is_file():
-        raise UserError(f"--out {folder} is a file; choose a directory")
-    if (folder / DATABASE).exists():
-        text = open_study(folder).user_attrs.get("plan")  # a sweep may be killed before it stores its plan
-        return Plan.from_json(text) if text else None
-    if folder.exists() and any(path.name != ".lock" for path in folder.iterdir()):
-        raise UserError(f"--out {folder} is not a sweep and not empty; choose another directory")
-    return None
+    with write_errors(f"--out {folder}"):
+        if folder.is_file():
+            raise UserError(f"--out {folder} is a file; choose a directory")
+        if (folder / DATABASE).exists():
+            with database_errors(folder):
+                text = open_study(folder).user_attrs.get("plan")  # a sweep may be killed before it stores its plan
+            return Plan.from_json(text) if text else None
+        if folder.exists() and any(path.name != LOCK for path in folder.iterdir()):
+            raise UserError(f"--out {folder} is not a sweep and not empty; choose another directory")
+        return None
 
 
 def open_study(folder: Path) -> optuna.Study:
     """Open the study of a sweep, creating it if needed. `UserError` if the database cannot be read."""
     from sqlalchemy.engine import URL
-    from sqlalchemy.exc import DatabaseError
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     path = (folder / DATABASE).absolute()
     url = URL.create("sqlite", database=str(path)).render_as_string(hide_password=False)
-    try:
+    with database_errors(folder):
         storage = optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": DATABASE_TIMEOUT}})
         return optuna.create_study(storage=storage, study_name=STUDY_NAME, direction="minimize", load_if_exists=True)
-    except (DatabaseError, RuntimeError) as error:  # not a database, or one of another version of Optuna
-        raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}; choose another --out") from None
+
+
+@contextlib.contextmanager
+def database_errors(folder: Path) -> Iterator[None]:
+    """Turn errors of a sweep's database inside the block into `UserError`: disk full, read-only, damaged, foreign."""
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (SQLAlchemyError, StorageInternalError, sqlite3.Error, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "optuna" not in str(error).lower():
+            raise  # Optuna raises it for a database of another of its versions
+        cause = error.__cause__ if isinstance(error, StorageInternalError) and error.__cause__ else error
+        reason = sanitize(str(getattr(cause, "orig", None) or cause).splitlines()[0])
+        raise UserError(f"{folder / DATABASE} cannot be used: {reason}") from None
 
 
 def make_sampler(plan: Plan, number: int) -> BaseSampler:

@@ -1,7 +1,6 @@
 """One trial of a sweep: its run directory, the process that trains in it, and its outcome."""
 
 import dataclasses
-import json
 import math
 import os
 import signal
@@ -15,7 +14,8 @@ from typing import Any
 from tinystories.config import Config
 from tinystories.config_file import to_toml
 from tinystories.errors import UserError
-from tinystories.files import write_atomic
+from tinystories.files import write_atomic, write_errors
+from tinystories.train.metrics import parse_records
 
 LOG_FILE = "train.log"
 STOP_EXIT_CODES = (130, 143, -signal.SIGINT, -signal.SIGTERM)  # of a run that was asked to stop and has saved
@@ -66,10 +66,12 @@ def start_process(folder: Path, config: Config, environment: Mapping[str, str]) 
 
     It has its own process session, so Ctrl-C reaches only the sweep, which then asks the trial to stop.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "config.toml").exists():
-        write_atomic(folder / "config.toml", to_toml(config))
-    with (folder / LOG_FILE).open("ab") as log:
+    with write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "config.toml").exists():
+            write_atomic(folder / "config.toml", to_toml(config))
+        log = (folder / LOG_FILE).open("ab")
+    with log:
         return subprocess.Popen(
             train_command(folder),
             stdin=subprocess.DEVNULL,
@@ -86,7 +88,7 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
         text = (folder / "metrics.jsonl").read_bytes()
     except FileNotFoundError:
         return []
-    return [json.loads(line) for line in text[: text.rfind(b"\n") + 1].splitlines()]
+    return parse_records(text[: text.rfind(b"\n") + 1], folder / "metrics.jsonl")
 
 
 def read_outcome(folder: Path) -> Outcome:

@@ -41,10 +41,13 @@ class World:
 
     @staticmethod
     def from_environment() -> "World":
-        """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, which torchrun sets. `UserError` if inconsistent."""
+        """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, which torchrun sets. `UserError` if inconsistent.
+
+        With a WORLD_SIZE of 1 the others are not read: launchers of a single process set only some of them.
+        """
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         texts = [os.environ.get(name) for name in names]
-        if texts[1] is None:
+        if texts[1] is None or texts[1].strip() == "1":
             return World()
         try:
             rank, size, local_rank, local_size = (int(text or "") for text in texts)
@@ -179,7 +182,7 @@ def claim_error_message(text: str) -> bool:
 
     Uses the key-value store of torchrun; returns True if that cannot be reached.
     """
-    if os.environ.get("WORLD_SIZE", "1") == "1":
+    if os.environ.get("WORLD_SIZE", "1").strip() == "1":
         return True
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 

@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import logging
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -78,6 +79,7 @@ class Trainer:
             self.train_state = state.read_train_state(last_checkpoint)
             previous_route = self.train_state.route
             state.check_same_run(last_checkpoint, config, is_same_data=self.train_state.data_sha256 == data_sha256)
+        self.train_state.data_dir = os.path.abspath(data_dir)
         self.take_step = TrainStep(
             config,
             self.tokenizer,
@@ -202,6 +204,8 @@ class Trainer:
             should_save = self.recorder.record_evaluation(evaluation) or should_save
         if should_save:
             self.save_checkpoint()
+        if should_evaluate:
+            self.recorder.illustrate_evaluation(evaluation)
 
     def evaluate(self, limit: int) -> BitsReport | None:
         """Return bits per byte on `limit` fixed validation stories (0: all); None if there are no validation stories.
@@ -235,7 +239,7 @@ class Trainer:
         return dataclasses.replace(report, lost_text=self.rows.meta.lost_text)
 
     def finish(self) -> BitsReport | None:
-        """Evaluate on the whole validation set, write the last samples and save the checkpoint with the final score.
+        """Evaluate on the whole validation set, save the checkpoint with the final score and write the last samples.
 
         Return the evaluation, or None if an earlier process has already done this or there is no validation story.
         """
@@ -245,6 +249,7 @@ class Trainer:
         evaluation = self.evaluate(0)
         self.recorder.record_evaluation(evaluation, final=True)
         self.save_checkpoint()
+        self.recorder.illustrate_evaluation(evaluation)
         return evaluation
 
     def save_checkpoint(self) -> None:

@@ -6,38 +6,53 @@ import os
 from pathlib import Path
 from typing import Any
 
-from tinystories.files import atomic_file
+from tinystories.errors import UserError
+from tinystories.files import describe_write_error, os_errors, write_errors
+from tinystories.train.figure import plain_text, png_figure
+from tinystories.train.side_work import SideWork
 
 
 class Metrics:
     """Appends records to metrics.jsonl, one JSON object per line, and keeps all of them in `records`.
 
     `resume_bytes` is the length of the file at the checkpoint being resumed; anything after it is cut off. Without a
-    `run_dir` nothing is read or written (ranks other than 0).
+    `run_dir` nothing is read or written (ranks other than 0). `UserError` if the file is damaged or cannot be written.
     """
 
-    def __init__(self, run_dir: Path | None, resume_bytes: int, *, tensorboard: bool = False) -> None:
+    def __init__(
+        self, run_dir: Path | None, resume_bytes: int, side_work: SideWork, *, tensorboard: bool = False
+    ) -> None:
         self.path = run_dir / "metrics.jsonl" if run_dir else Path(os.devnull)
-        truncate(self.path, resume_bytes)
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        self.records: list[dict[str, Any]] = [json.loads(line) for line in lines]
-        self.file = self.path.open("a", encoding="utf-8")
-        self.tensorboard_writer = None
+        self.side_work = side_work
+        with write_errors(self.path):
+            truncate(self.path, resume_bytes)
+            self.file = self.path.open(
+                "ab", buffering=0
+            )  # with a buffer, closing would fail again after a failed write
+        self.records = read_records(self.path) if run_dir else []
+        self.tensorboard_writer: Any = None
         if run_dir and tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             first_step = self.records[-1]["step"] + 1 if self.records else 0
-            self.tensorboard_writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+            with side_work.attempt("tensorboard"):
+                self.tensorboard_writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a record, which must have a "step", to the file and to TensorBoard."""
         self.records.append(record)
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        data = memoryview(f"{json.dumps(record)}\n".encode())
+        try:
+            while data:  # an unbuffered write may be partial
+                data = data[self.file.write(data) :]
+        except OSError as error:
+            message = describe_write_error(error, self.path)
+            raise UserError(f"{message}; free some disk space, then continue with --resume") from None
         if self.tensorboard_writer is not None:
-            for key, value in record.items():
-                if key != "step" and isinstance(value, int | float):
-                    self.tensorboard_writer.add_scalar(key, value, record["step"])
+            with self.side_work.attempt("tensorboard"):
+                for key, value in record.items():
+                    if key != "step" and isinstance(value, int | float):
+                        self.tensorboard_writer.add_scalar(key, value, record["step"])
 
     def get_step_records(self, step: int) -> list[dict[str, Any]]:
         """Return the records of `step`, which must be the current step of the run."""
@@ -47,14 +62,36 @@ class Metrics:
 
     def flush_and_get_size(self) -> int:
         """Force the file to disk and return its length in bytes."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        return self.path.stat().st_size
+        with write_errors(self.path):
+            os.fsync(self.file.fileno())
+            return self.path.stat().st_size
 
     def close(self) -> None:
         self.file.close()
         if self.tensorboard_writer is not None:
-            self.tensorboard_writer.close()
+            with self.side_work.attempt("tensorboard"):
+                self.tensorboard_writer.close()
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a metrics.jsonl; none if there is no file. `UserError` names a line that is damaged."""
+    with os_errors(path):
+        data = path.read_bytes() if path.exists() else b""
+    return parse_records(data, path)
+
+
+def parse_records(data: bytes, path: Path) -> list[dict[str, Any]]:
+    """Return the records in the contents of `path`. `UserError` names a line that is damaged."""
+    records = []
+    for number, line in enumerate(data.splitlines(), 1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if not isinstance(record, dict) or type(record.get("step")) is not int:
+            raise UserError(f"{path}: line {number} is damaged; remove that line, or the file, then resume")
+        records.append(record)
+    return records
 
 
 def truncate(path: Path, size: int) -> None:
@@ -66,27 +103,21 @@ def truncate(path: Path, size: int) -> None:
 
 def plot_curves(records: list[dict[str, Any]], path: Path, title: str) -> None:
     """Plot training and validation loss in bits per byte against tokens, and the learning rate below, as a PNG file."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     train = [r for r in records if "bits_per_byte" in r]
     val = [r for r in records if "val_bits_per_byte" in r]
-    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    loss_axis, lr_axis = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     tokens, bits = [r["tokens"] for r in train], [r["bits_per_byte"] for r in train]
     val_tokens, val_bits = [r["tokens"] for r in val], [r["val_bits_per_byte"] for r in val]
-    loss_axis.plot(tokens, bits, lw=0.8, color="#9ecae1", label="training")
-    loss_axis.plot(val_tokens, val_bits, "o-", ms=3, color="#08519c", label="validation")
-    if val:
-        end, above = (val_tokens[-1], val_bits[-1]), (0, 6)
-        loss_axis.annotate(f"{val_bits[-1]:.3f}", end, above, textcoords="offset points", ha="right")
-        loss_axis.set_ylim(0.9 * min([*val_bits, *bits]), 2.5 * min(val_bits))
-    loss_axis.set(ylabel="bits per byte", title=title)
-    loss_axis.grid(alpha=0.3)
-    loss_axis.legend()
-    lr_axis.plot(tokens, [r["learning_rate"] for r in train], lw=1, color="#636363")
-    lr_axis.set(xlabel="training tokens", ylabel="learning rate")
-    lr_axis.grid(alpha=0.3)
-    with atomic_file(path, sync=False) as file:
-        figure.savefig(file, format="png")
+    with png_figure(path, (8, 5)) as figure:
+        loss_axis, lr_axis = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+        loss_axis.plot(tokens, bits, lw=0.8, color="#9ecae1", label="training")
+        loss_axis.plot(val_tokens, val_bits, "o-", ms=3, color="#08519c", label="validation")
+        if val:
+            end, above = (val_tokens[-1], val_bits[-1]), (0, 6)
+            loss_axis.annotate(f"{val_bits[-1]:.3f}", end, above, textcoords="offset points", ha="right")
+            loss_axis.set_ylim(0.9 * min([*val_bits, *bits]), 2.5 * min(val_bits))
+        loss_axis.set(ylabel="bits per byte", title=plain_text(title))
+        loss_axis.grid(alpha=0.3)
+        loss_axis.legend()
+        lr_axis.plot(tokens, [r["learning_rate"] for r in train], lw=1, color="#636363")
+        lr_axis.set(xlabel="training tokens", ylabel="learning rate")
+        lr_axis.grid(alpha=0.3)

@@ -1,6 +1,7 @@
 """What a run leaves besides checkpoints: metrics, the loss curve, samples, provenance, and the progress display."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,15 @@ from tinystories.data.loader import PackedRows
 from tinystories.data.text_loss import describe_loss, mark_incomparable
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.evaluate.bits import BitsReport
+from tinystories.files import write_errors
 from tinystories.generate.batching import Request, generate_all
 from tinystories.progress import StepDisplay
-from tinystories.train.metrics import Metrics, plot_curves
+from tinystories.train.metrics import Metrics, plot_curves, truncate
+from tinystories.train.side_work import SideWork
 from tinystories.train.state import TrainState
 from tinystories.train.step import StepResult, TrainStep
+
+SECTION_HEADER = re.compile(rb"^## Step ([\d,]+) ", re.MULTILINE)  # in samples.md; lines of stories begin with ">"
 
 
 class Recorder:
@@ -29,15 +34,22 @@ class Recorder:
     def __init__(
         self, run_dir: Path, train_step: TrainStep, train_state: TrainState, rows: PackedRows, tokenizer: Tokenizer
     ) -> None:
-        """Cut metrics.jsonl back to its length in `train_state`."""
+        """Cut metrics.jsonl and samples.md back to what they held at the step of `train_state`."""
         self.run_dir, self.train_step, self.train_state = run_dir, train_step, train_state
         self.rows, self.tokenizer = rows, tokenizer
         self.config, self.is_main = train_step.config, train_step.world.is_main
+        self.side_work = SideWork()
         self.metrics = Metrics(
-            run_dir if self.is_main else None, train_state.metrics_bytes, tensorboard=self.config.train.tensorboard
+            run_dir if self.is_main else None,
+            train_state.metrics_bytes,
+            self.side_work,
+            tensorboard=self.config.train.tensorboard,
         )
         self.display = StepDisplay(self.config.train.steps, train_state.step, quiet=not self.is_main)
         self.samples_path = run_dir / "samples.md"
+        if self.is_main:
+            with self.side_work.attempt("samples.md"):
+                cut_samples(self.samples_path, train_state.step if self.is_evaluated() else train_state.step - 1)
         train_split = rows.meta.splits["train"]
         self.tokens_per_byte = (train_split.tokens - 1) / max(1, train_split.bytes)
 
@@ -95,18 +107,14 @@ class Recorder:
         return bool(records) and bool(records[-1].get("final"))
 
     def record_evaluation(self, evaluation: BitsReport | None, *, final: bool = False) -> bool:
-        """Write the evaluation, samples and the curve; return True if it is the best so far and not the final one."""
+        """Write the evaluation to metrics.jsonl; return True if it is the best so far and not the final one."""
         train_state, is_best, lost_text = self.train_state, False, self.rows.meta.lost_text
-        summary = "no validation stories"
         record: dict[str, Any] = {"step": train_state.step, "tokens": train_state.tokens, "evaluated": True}
         if evaluation is not None:
             # The best is chosen on the fixed subset; the final score is on the whole set and not comparable.
             is_best = evaluation.bits_per_byte < train_state.best_bits_per_byte
             if is_best and not final:
                 train_state.best_step, train_state.best_bits_per_byte = train_state.step, evaluation.bits_per_byte
-            summary = mark_incomparable(
-                f"{evaluation.bits_per_byte:.4f} bits per byte on {evaluation.stories:,} validation stories", lost_text
-            )
             record |= {
                 "val_bits_per_byte": evaluation.bits_per_byte,
                 "val_nats_per_token": evaluation.nats_per_token,
@@ -117,13 +125,20 @@ class Recorder:
         if final:
             record["final"] = True
         if self.is_main:
-            self.write_samples(summary)
             self.metrics.write(record)
-            title = f"{self.run_dir.name}: {self.config.model.n_params / 1e6:.1f}M parameters"
-            title = "\n".join(filter(None, (title, describe_loss(lost_text))))
-            plot_curves(self.metrics.records, self.run_dir / "loss.png", title)
-            self.display.print_line(f"step {train_state.step}: {summary}")
+            self.display.print_line(f"step {train_state.step}: {describe_evaluation(evaluation)}")
         return is_best and not final
+
+    def illustrate_evaluation(self, evaluation: BitsReport | None) -> None:
+        """Write samples and the curve, after the checkpoint: they may fail, or take the process down."""
+        if not self.is_main:
+            return
+        with self.side_work.attempt("samples.md"):
+            self.write_samples(describe_evaluation(evaluation))
+        title = f"{self.run_dir.name}: {self.config.model.n_params / 1e6:.1f}M parameters"
+        title = "\n".join(filter(None, (title, describe_loss(self.rows.meta.lost_text))))
+        with self.side_work.attempt("loss.png"):
+            plot_curves(self.metrics.records, self.run_dir / "loss.png", title)
 
     def write_samples(self, metrics_text: str) -> None:
         """Append a story for each sample prompt to samples.md; fixed seeds make evaluations comparable."""
@@ -132,13 +147,19 @@ class Recorder:
         sections = [f"## Step {self.train_state.step:,} ({metrics_text})\n"]
         for story in generate_all(self.train_step.make_engine(), self.tokenizer, requests):
             sections.append("\n".join("> " + line for line in story.text.splitlines()) + "\n")
-        with self.samples_path.open("a", encoding="utf-8") as file:
-            file.write("\n".join(sections) + "\n")
+        size = self.samples_path.stat().st_size if self.samples_path.exists() else 0
+        try:
+            with self.samples_path.open("a", encoding="utf-8") as file:
+                file.write("\n".join(sections) + "\n")
+        except OSError:
+            truncate(self.samples_path, size)
+            raise
 
     def update_file_sizes(self) -> None:
         """Force metrics.jsonl to disk; store its length and that of samples.md in the train state."""
         self.train_state.metrics_bytes = self.metrics.flush_and_get_size()
-        self.train_state.samples_bytes = self.samples_path.stat().st_size if self.samples_path.exists() else 0
+        with write_errors(self.samples_path):
+            self.train_state.samples_bytes = self.samples_path.stat().st_size if self.samples_path.exists() else 0
 
     def build_provenance(self) -> dict[str, Any]:
         """Return the facts about the origin of the weights: versions, data, tokenizer, progress, seed.
@@ -169,6 +190,21 @@ class Recorder:
                 names = ("val_bits_per_byte", "val_stories", "val_lost_text")
                 facts |= {name: record[name] for name in names if name in record}
         return facts
+
+
+def describe_evaluation(evaluation: BitsReport | None) -> str:
+    if evaluation is None:
+        return "no validation stories"
+    score = f"{evaluation.bits_per_byte:.4f} bits per byte on {evaluation.stories:,} validation stories"
+    return mark_incomparable(score, evaluation.lost_text)
+
+
+def cut_samples(path: Path, last_step: int) -> None:
+    """Cut samples.md at its first section of a step after `last_step`."""
+    for header in SECTION_HEADER.finditer(path.read_bytes() if path.exists() else b""):
+        if int(header[1].replace(b",", b"")) > last_step:
+            truncate(path, header.start())
+            return
 
 
 def measure_memory_bytes(device: torch.device) -> int:

@@ -1,5 +1,6 @@
 """A training run from start to finish: output directory, process group, resuming from a checkpoint, signals."""
 
+import contextlib
 import logging
 from pathlib import Path
 
@@ -9,27 +10,38 @@ from tinystories.config_file import to_toml
 from tinystories.engine.device import select_device
 from tinystories.errors import UserError
 from tinystories.evaluate.bits import BitsReport
+from tinystories.files import hold_lock, write_atomic, write_errors
 from tinystories.train import distributed, signals, state
 from tinystories.train.distributed import World
 from tinystories.train.loop import Interrupted, Trainer
-from tinystories.train.metrics import truncate
 
 log = logging.getLogger(__name__)
+
+LOCK = ".lock"  # in a run directory, while a training runs there
 
 
 def train(config: Config, run_dir: Path, *, resume: bool = False) -> BitsReport | None:
     """Train in `run_dir` and return the final evaluation; None without validation stories or if already finished.
 
-    `run_dir` is new or empty, or holds a run to continue with `resume`. Under torchrun this process is one of several
-    ranks, and `run_dir` must be on a file system that they share.
+    `run_dir` is new or empty, or holds a run to continue with `resume`; it is locked meanwhile. Under torchrun this
+    process is one of several ranks, and `run_dir` must be on a file system that they share.
     Raises `Interrupted` after SIGINT or SIGTERM, once the checkpoint is saved; `UserError` for bad settings or files.
     """
     world = World.from_environment()
+    with contextlib.ExitStack() as stack:
+        if world.is_main:
+            with write_errors(f"--out {run_dir}"):
+                check_run_dir(run_dir, resume)
+                stack.enter_context(hold_lock(run_dir / LOCK, "train"))
+                check_run_dir(run_dir, resume)  # another training may have ended in the meantime
+        return train_locked(config, run_dir, resume, world)
+
+
+def train_locked(config: Config, run_dir: Path, resume: bool, world: World) -> BitsReport | None:
+    """Train as `train` does, in a run directory that is checked and locked."""
     last_step = -1
-    if world.is_main:
-        if resume and (last_checkpoint := state.find_latest_checkpoint(run_dir)):
-            last_step = checkpoint.checkpoint_step(last_checkpoint)
-        check_run_dir(run_dir, resume)
+    if world.is_main and resume and (last_checkpoint := state.find_latest_checkpoint(run_dir)):
+        last_step = checkpoint.checkpoint_step(last_checkpoint)
     try:
         with distributed.process_group(world, select_device(world.resolve_device(config.train.device))):
             last_step = world.broadcast(last_step)
@@ -77,7 +89,7 @@ def check_run_dir(run_dir: Path, resume: bool) -> None:
     """Raise `UserError` unless `run_dir` is new or empty, or holds a run and `resume` is set."""
     if run_dir.is_file():
         raise UserError(f"--out {run_dir} is a file; choose a directory")
-    if not run_dir.exists() or not any(run_dir.iterdir()):
+    if not run_dir.exists() or not any(path.name != LOCK for path in run_dir.iterdir()):
         return
     if not (run_dir / "config.toml").exists():
         raise UserError(f"--out {run_dir} is neither empty nor a training run; choose another directory")
@@ -90,12 +102,8 @@ def check_run_dir(run_dir: Path, resume: bool) -> None:
 def prepare_run_dir(trainer: Trainer, last_checkpoint: Path | None) -> None:
     """Bring the run directory to the state of `last_checkpoint`, and write the settings."""
     run_dir = trainer.run_dir
-    if last_checkpoint is not None:
-        # The earlier process may have been killed after writing a checkpoint and before publishing it.
-        checkpoint.publish(last_checkpoint, run_dir)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.toml").write_text(to_toml(trainer.config), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--out {run_dir} cannot be written: {error.strerror}; choose another directory") from None
-    truncate(run_dir / "samples.md", trainer.train_state.samples_bytes)
+    with write_errors(f"--out {run_dir}"):
+        if last_checkpoint is not None:
+            # The earlier process may have been killed after writing a checkpoint and before publishing it.
+            checkpoint.publish(last_checkpoint, run_dir)
+        write_atomic(run_dir / "config.toml", to_toml(trainer.config))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 import shlex
 import shutil
 from pathlib import Path
@@ -14,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from tinystories import checkpoint
 from tinystories.checkpoint import ModelFiles
 from tinystories.config import Config, ModelConfig, SamplingConfig
-from tinystories.config_file import load_config, to_toml
+from tinystories.config_file import build_dataclass, load_config, to_toml
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.engine.torch_engine import load_weights
-from tinystories.errors import UserError
-from tinystories.files import TEMP_SUFFIX, atomic_directory, sha256, write_json
+from tinystories.errors import UserError, quoted
+from tinystories.files import TEMP_SUFFIX, atomic_directory, error_reason, sha256, write_errors, write_json
 from tinystories.model import GPT
 from tinystories.train.optimizer.build import Optimizers, flatten_optimizer_state, load_optimizer_state
 from tinystories.train.step import TrainStep
@@ -44,6 +45,7 @@ class TrainState:
     recent_seconds: float = 0.0
     micro_batch: int = 0  # rows per forward pass; kept on resuming, since it determines the order of sums
     data_sha256: str = ""  # of train.bin
+    data_dir: str = ""  # absolute path of the data; "": written by a version that did not store it
     route: str = ""  # see train/route.py; "": begun with precision "auto" by a version without routes
 
 
@@ -67,9 +69,9 @@ def save_checkpoint(
             record = dataclasses.asdict(train_state) | {"optimizer_sha256": sha256(state_dir / "optimizer.safetensors")}
             write_json(state_dir / "clock.json", record)
         checkpoint.publish(checkpoint_dir, run_dir)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{checkpoint_dir} could not be written ({error.strerror}); earlier checkpoints are intact:"
+            f"{checkpoint_dir} could not be written ({error_reason(error)}); earlier checkpoints are intact:"
             " free some disk space, then continue with --resume"
         ) from None
     prune_checkpoints(run_dir, train_state.best_step, train_step.config.train.keep_checkpoints)
@@ -77,11 +79,12 @@ def save_checkpoint(
 
 def prune_checkpoints(run_dir: Path, best_step: int, keep: int) -> None:
     """Remove checkpoints except the newest `keep` and the best, and leftover staging directories."""
-    for step, folder in checkpoint.list_checkpoints(run_dir)[:-keep]:
-        if step != best_step:
-            shutil.rmtree(folder)
-    for staging_dir in (run_dir / "checkpoints").glob("*" + TEMP_SUFFIX):
-        shutil.rmtree(staging_dir)
+    with write_errors(run_dir / "checkpoints"):
+        for step, folder in checkpoint.list_checkpoints(run_dir)[:-keep]:
+            if step != best_step:
+                shutil.rmtree(folder)
+        for staging_dir in (run_dir / "checkpoints").glob("*" + TEMP_SUFFIX):
+            shutil.rmtree(staging_dir)
 
 
 def find_latest_checkpoint(run_dir: Path) -> Path | None:
@@ -118,10 +121,16 @@ def read_train_state(folder: Path) -> TrainState:
     if "route" not in record:  # written by a version that had none
         precision = load_config(folder / "state" / "config.toml").train.precision
         record["route"] = "" if precision == "auto" else precision
-    try:
-        return TrainState(**record)
-    except TypeError as error:
-        raise UserError(f"{folder}/state/clock.json cannot be read: {error}") from None
+    where = f"{folder}/state/clock.json"
+    best = record.pop("best_bits_per_byte", math.inf)  # infinite until the first evaluation
+    if type(best) is not float or math.isnan(best):
+        raise UserError(f"{where}: best_bits_per_byte={quoted(best)} must be a number")
+    train_state = build_dataclass(TrainState, record, where)
+    train_state.best_bits_per_byte = best
+    for name in ("step", "tokens", "metrics_bytes", "samples_bytes", "micro_batch"):
+        if getattr(train_state, name) < 0:
+            raise UserError(f"{where}: {name} must not be negative")
+    return train_state
 
 
 def check_same_run(folder: Path, config: Config, is_same_data: bool) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tinystories.errors import quoted
 from tinystories.files import atomic_file
 
 Array = npt.NDArray[Any]
@@ -29,6 +30,8 @@ class SafetensorsFile(Mapping[str, Array]):
     """
 
     def __init__(self, path: Path) -> None:
+        if path.exists() and not path.is_file():  # opening a pipe would wait for a writer
+            raise ValueError("it is not a regular file")
         with path.open("rb") as file:
             self.buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         header_size = int.from_bytes(self.buffer[:8], "little")
@@ -43,7 +46,7 @@ class SafetensorsFile(Mapping[str, Array]):
     def view(self, dtype: str, shape: list[int], data_offsets: list[int]) -> Array:
         """Return a tensor as a view of the mapped file; the arguments are its entry of the header."""
         if dtype not in DTYPES:
-            raise ValueError(f"unsupported dtype {dtype}")
+            raise ValueError(f"unsupported dtype {quoted(dtype)}")
         np_dtype = np.dtype(DTYPES[dtype])
         begin, end = data_offsets
         count = int(np.prod(shape, dtype=object)) if shape else 1

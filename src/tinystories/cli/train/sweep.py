@@ -83,7 +83,7 @@ def sweep(
     if World.from_environment().size > 1:
         raise UserError("a sweep starts its own processes: run it without torchrun, with --workers N")
     out = out or Path("runs") / f"{Path(config_file).stem}-sweep"
-    plan = read_plan(out)
+    stored_plan = plan = read_plan(out)
     if show and plan is not None:
         return print_results(out, plan)
     if show:
@@ -93,12 +93,16 @@ def sweep(
     overrides = parse_overrides(context) | ({"data.dir": str(data)} if data else {})
     space = None
     if plan is None or overrides or context.get_parameter_source("config_file") is ParameterSource.COMMANDLINE:
-        space = parse_search_space(read_toml(config_file), config_file, overrides)
+        space = parse_search_space(read_toml(config_file), config_file, overrides).with_absolute_data()
     requested = {name: value for name, value in plan_options.items() if value is not None}
     plan = merge_plan(plan, space, requested, out)
     example_config = plan.space.find_valid_config()
-    if data is None and plan.space.data_dirs(example_config) == [example_config.data.dir]:
+    data_dirs = plan.space.data_dirs(example_config)
+    if stored_plan is None and data is None and data_dirs == [example_config.data.dir]:
         ensure_prepared(example_config)
+    missing = [folder for folder in data_dirs if not (Path(folder) / "meta.json").exists()]
+    if stored_plan is not None and missing:
+        raise UserError(f"{out} was started on {missing[0]}, which is not here; put it back there to resume")
     check_runnable(plan, example_config)
     stop_signal = run_sweep(out, plan, example_config, workers)
     return 128 + stop_signal if stop_signal else print_results(out, plan)

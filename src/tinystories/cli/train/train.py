@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from tinystories.config import Config
 from tinystories.config_file import PRESETS, load_config, setting_names, to_toml
 from tinystories.data.text_loss import mark_incomparable
 from tinystories.errors import UserError
+from tinystories.files import os_errors, write_errors
 from tinystories.train.distributed import World
 
 
@@ -66,15 +66,17 @@ def train(
     overrides = parse_overrides(context)
     saved_config = out / "config.toml"
     has_config_flag = context.get_parameter_source("config_file") is not click.core.ParameterSource.DEFAULT
-    source = saved_config if resume and not has_config_flag and saved_config.exists() else config_file
+    with write_errors(f"--out {out}"):
+        has_saved_config = saved_config.exists()
+    source = saved_config if resume and not has_config_flag and has_saved_config else config_file
     config = load_config(source, overrides | ({"data.dir": str(data)} if data else {}))
     if print_config:
         click.echo(to_toml(config), nl=False)
         return dataclasses.asdict(config)
-    if resume and not saved_config.exists() and World.from_environment().is_main:
+    if resume and not has_saved_config and World.from_environment().is_main:
         click.echo(f"no run in {out} yet: starting a new one", err=True)
     if data is None:
-        ensure_prepared(config)
+        check_or_prepare_data(config, out, config_file, resume=resume)
     return run_training(config, out, resume=resume)
 
 
@@ -104,16 +106,38 @@ def run_training(config: Config, out: Path, *, resume: bool) -> dict[str, Any] |
 
 def is_finished(run: Path) -> bool:
     """Return whether the run in a run directory has finished: its last step and its final evaluation are recorded."""
-    metrics = run / "metrics.jsonl"
-    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
-    return bool(lines) and bool(json.loads(lines[-1]).get("final"))
+    from tinystories.train.metrics import read_records
+
+    records = read_records(run / "metrics.jsonl")
+    return bool(records) and bool(records[-1].get("final"))
+
+
+def check_or_prepare_data(config: Config, out: Path, config_file: str, *, resume: bool) -> None:
+    """Check that the data of a run to resume is there; for a new run, prepare its data unless it exists.
+
+    Other data is never prepared in place of that of an existing run: neither for the run itself, nor for a new run with
+    the settings that a run or a sweep has stored in `config_file`.
+    """
+    from tinystories.train.run_data import check_run_data, is_run
+
+    with write_errors(f"--out {out}"):
+        is_resumed = resume and is_run(out)
+    if is_resumed:
+        check_run_data(out, config.data.dir)
+        return
+    folder = Path(config_file).parent
+    is_record = config_file not in PRESETS and any((folder / name).exists() for name in ("checkpoints", "sweep.db"))
+    if is_record and not (Path(config.data.dir) / "meta.json").exists():
+        raise UserError(f"{config_file} is of a training on {config.data.dir}, which is not here; give --data DIR")
+    ensure_prepared(config)
 
 
 def ensure_prepared(config: Config) -> None:
     """Prepare the data that a config names, unless it exists. `UserError` if several processes would do so at once."""
     folder = Path(config.data.dir)
-    if (folder / "meta.json").exists():
-        return
+    with os_errors(folder):
+        if (folder / "meta.json").exists():
+            return
     if World.from_environment().size > 1:
         words = [config.data.source, "--tokenizer", config.data.tokenizer, "--out", str(folder)]
         if config.data.val:

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from tinystories.cli.common import CONTEXT_SETTINGS, FILE, PATH, Decorator, add_options
-from tinystories.cli.train.train import ensure_prepared, parse_overrides, run_training
+from tinystories.cli.train.train import check_or_prepare_data, parse_overrides, run_training
 from tinystories.cli.write.generate import print_stories
 from tinystories.config import Config
 from tinystories.config_file import PRESETS, load_config
@@ -64,9 +64,10 @@ def gpt(
     config = load_config(config_file, parse_overrides(context) | ({"data.dir": str(data)} if data else {}))
     if not confirm_long_run(config, out, ask=not yes):
         return 1
+    resume = (out / "config.toml").exists()
     if data is None:
-        ensure_prepared(config)
-    result = run_training(config, out, resume=(out / "config.toml").exists())
+        check_or_prepare_data(config, out, config_file, resume=resume)
+    result = run_training(config, out, resume=resume)
     if isinstance(result, int):
         return result
     write_tokens(out, prompt=prompt, tokens=tokens, seed=seed, stream=True, text=text)

@@ -53,6 +53,7 @@ def quantize(
     CPU engine) computes the logits of these ids only and never generates another. `eval` always uses all ids.
     """
     from tinystories.checkpoint import read_model
+    from tinystories.files import write_errors
     from tinystories.weights.load import load_or_quantize, quantized_path, write_int8_model
     from tinystories.weights.safetensors_file import SafetensorsFile
 
@@ -64,9 +65,10 @@ def quantize(
     if out is not None:
         if (precision, shortlist) != (("int8",), None):
             raise UserError("--out is for int8 and all ids: leave out --precision and --shortlist")
-        if out.exists():
-            raise UserError(f"--out {out} exists; choose another --out")
-        write_int8_model(files, out, dataclasses.replace(files.sampling, **sampling))
+        with write_errors(f"--out {out}"):
+            if out.exists():
+                raise UserError(f"--out {out} exists; choose another --out")
+            write_int8_model(files, out, dataclasses.replace(files.sampling, **sampling))
         click.echo(f"{out}: {sum(file.stat().st_size for file in out.iterdir()) / 1e6:,.1f} MB")
         return
     if shortlist is not None and data is not None:
