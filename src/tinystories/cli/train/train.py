@@ -106,7 +106,7 @@ def run_training(config: Config, out: Path, *, resume: bool) -> dict[str, Any] |
 
 def is_finished(run: Path) -> bool:
     """Return whether the run in a run directory has finished: its last step and its final evaluation are recorded."""
-    from tinystories.train.metrics import read_records
+    from tinystories.train.recording.metrics import read_records
 
     records = read_records(run / "metrics.jsonl")
     return bool(records) and bool(records[-1].get("final"))
