@@ -304,7 +304,7 @@ def test_two_sweeps_do_not_work_in_one_folder(tmp_path: Path) -> None:
     other = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stdin=subprocess.PIPE)
     assert other.stdout is not None
     assert other.stdout.readline() == b"True\n"
-    with pytest.raises(UserError, match="another sweep is running"):
+    with pytest.raises(UserError, match="in use by another sweep"):
         run(tmp_path, plan)
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
     other.kill()

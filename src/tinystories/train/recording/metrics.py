@@ -26,10 +26,9 @@ class Metrics:
         self.side_work = side_work
         with write_errors(self.path):
             truncate(self.path, resume_bytes)
-            self.file = self.path.open(
-                "ab", buffering=0
-            )  # with a buffer, closing would fail again after a failed write
         self.records = read_records(self.path) if run_dir else []
+        with write_errors(self.path):
+            self.file = self.path.open("ab", buffering=0)  # a buffer would fail again when it is closed
         self.tensorboard_writer: Any = None
         if run_dir and tensorboard:
             from torch.utils.tensorboard import SummaryWriter

@@ -1,0 +1,86 @@
+"""Ctrl-C ends every command with exit code 130 and without a traceback, also while the program is being imported."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from command_line import run_python
+
+from tinystories import __main__
+
+# Sends SIGINT to its own process when the module in argv[1] is about to be imported, then runs the command.
+PROGRAM = """
+import os, signal, sys
+MODULE = sys.argv.pop(1)
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == MODULE and not self.sent:
+            self.sent = True
+            os.kill(os.getpid(), signal.SIGINT)
+    sent = False
+sys.meta_path.insert(0, Finder())
+from tinystories.__main__ import main
+main()
+"""
+COMMANDS = ["info", "generate", "prepare", "train", "sweep", "eval", "quantize", "export", "import", "push", "fetch"]
+
+
+@pytest.mark.parametrize("module", ["tinystories.cli", "click", "tinystories.config", "tinystories.cli.measure.bench"])
+def test_during_the_imports_of_the_command_line(module: str) -> None:
+    """The reported case; all commands share these imports."""
+    done = run_python("-c", PROGRAM, module, "info")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
+
+
+@pytest.mark.parametrize("module", ["numpy", "tinystories.checkpoint", "tokenizers"])
+def test_during_the_imports_of_a_command(module: str) -> None:
+    done = run_python("-c", PROGRAM, module, "generate", "--max-tokens", "2")
+    assert done.returncode in (130, -signal.SIGINT), done.stderr
+    assert done.stderr.strip() == "stopped"
+
+
+def test_the_package_itself_imports_nothing() -> None:
+    """Before it is imported, nothing can handle Ctrl-C: that must be a moment."""
+    program = "import sys; before = set(sys.modules); import tinystories; print(*(set(sys.modules) - before))"
+    assert run_python("-c", program).stdout.split() == ["tinystories"]
+
+
+def test_the_installed_command_is_the_one_that_handles_it() -> None:
+    pyproject = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    assert 'tinystories = "tinystories.__main__:main"' in pyproject
+    assert __main__.main.__module__ == "tinystories.__main__"
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    """As in `nohup` and in background jobs of scripts."""
+    program = f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n{PROGRAM}"
+    done = run_python("-c", program, "click", "--version")
+    assert done.returncode == 0, done.stderr
+    assert "stopped" not in done.stderr
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("command", COMMANDS)
+def test_at_any_moment_of_the_start(command: str, tmp_path: Path) -> None:
+    words = {"prepare": ["sample", "--out", "data", "--tokenizer", "bpe:300"], "eval": ["--data", "sample"]}
+    for milliseconds in (80, 150, 220, 290, 400):
+        with subprocess.Popen(
+            [sys.executable, "-m", "tinystories", command, *words.get(command, [])],
+            cwd=tmp_path,
+            env=os.environ | {"HF_HUB_OFFLINE": "1"},
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        ) as process:
+            try:
+                process.wait(milliseconds / 1000)
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGINT)
+            assert process.stderr is not None
+            errors = process.stderr.read()
+        assert process.wait() in (130, -signal.SIGINT, 0, 2), errors  # it may have ended before
+        # Until the package is imported, only Python itself can handle the signal.
+        assert "Traceback" not in errors or "tinystories" not in errors
