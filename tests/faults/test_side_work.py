@@ -14,7 +14,8 @@ from command_line import run_python
 
 from tinystories.config import Config
 from tinystories.sweep import runner
-from tinystories.train import loop, recorder
+from tinystories.train import loop
+from tinystories.train.recording import recorder
 from tinystories.train.recording.figure import plain_text, png_figure
 from tinystories.train.recording.recorder import cut_samples
 from tinystories.train.run import train
