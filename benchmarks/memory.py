@@ -7,6 +7,7 @@ ratios and one JSON line. nanoGPT at 64 x 256 needs 20 GB: --peer-micro-batch me
 nanoGPT's model.py is not part of this project: pass the path to a checkout.
 
     python benchmarks/memory.py --nanogpt nanoGPT/model.py --config seed-89m --micro-batch 16,64
+    python benchmarks/memory.py --nanogpt nanoGPT/model.py --config seed-89m --micro-batch 16,64 --route bf16-cpu
 """
 
 import argparse
@@ -25,9 +26,10 @@ from script import run_main
 from tinystories.config import OptimConfig
 from tinystories.config_file import load_config
 from tinystories.model import GPT
-from tinystories.model.loss import Objective
 from tinystories.train.estimate import estimate_train_bytes
 from tinystories.train.optimizer.build import build_optimizers
+from tinystories.train.route import ROUTES
+from tinystories.train.step import build_objective
 
 
 def main() -> None:
@@ -40,6 +42,7 @@ def main() -> None:
     parser.add_argument(
         "--peer-micro-batch", help="rows per pass for nanoGPT, comma-separated  [default: --micro-batch]"
     )
+    parser.add_argument("--route", default="fp32", choices=ROUTES, help="how ours computes; nanoGPT computes in fp32")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # one measurement in this process: who,rows
     options = parser.parse_args()
     if options.one:
@@ -49,7 +52,7 @@ def main() -> None:
     our_cases = [("ours", int(rows)) for rows in options.micro_batch.split(",")]
     nanogpt_cases = [("nanogpt", int(rows)) for rows in (options.peer_micro_batch or options.micro_batch).split(",")]
     results = [measure_in_subprocess(options, who, rows) for who, rows in our_cases + nanogpt_cases]
-    print(f"\n{options.config}, {options.context} tokens a row, vocabulary {options.vocab:,}, fp32")
+    print(f"\n{options.config}, {options.context} tokens a row, vocabulary {options.vocab:,}, {options.route}")
     print(f"{'':10} {'rows':>6} {'peak GB':>9} {'s/step':>8} {'/ nanoGPT':>10}")
     peaks = {(r["who"], r["rows"]): r["peak_gb"] for r in results}
     for result in results:
@@ -70,6 +73,8 @@ def measure_in_subprocess(options: argparse.Namespace, implementation: str, rows
         *map(str, arguments),
         "--vocab",
         str(options.vocab),
+        "--route",
+        options.route,
         "--one",
         f"{implementation},{rows}",
     ]
@@ -86,9 +91,10 @@ def measure(options: argparse.Namespace, implementation: str, rows: int) -> None
     model_config = dataclasses.replace(config.model, n_ctx=options.context, vocab_size=options.vocab, dropout=0.0)
     tokens = torch.randint(model_config.vocab_size, (rows, options.context + 1))
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    route = ROUTES[options.route if implementation == "ours" else "fp32"]
     if implementation == "ours":
         model: Any = GPT(model_config)
-        objective = Objective(model)
+        objective = build_objective(model, route)
         optimizers = build_optimizers(model, OptimConfig(kind="adamw", learning_rate=1e-3, muon_rate=0.02))
         estimate = estimate_train_bytes(dataclasses.replace(config, model=model_config), rows) / 1e9
     else:
@@ -100,8 +106,14 @@ def measure(options: argparse.Namespace, implementation: str, rows: int) -> None
         estimate = None
     for _ in range(2):
         start_time = time.perf_counter()
-        loss = objective(inputs, targets) / targets.numel() if implementation == "ours" else model(inputs, targets)[1]
-        loss.backward()
+        with route.matmuls():
+            with torch.autocast("cpu", torch.bfloat16, enabled=route.precision == "bf16"):
+                loss = (
+                    objective(inputs, targets) / targets.numel()
+                    if implementation == "ours"
+                    else model(inputs, targets)[1]
+                )
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()

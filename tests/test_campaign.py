@@ -129,5 +129,5 @@ def test_the_numbers_of_a_gguf_header_are_known() -> None:
         (1, "Traceback (most recent call last):\n  File\nKeyError: 'x'\n", "traceback: KeyError: 'x'"),
     ],
 )
-def test_what_is_accepted(code: int, stderr: str, problem: str | None) -> None:
+def test_exit_codes_and_messages_that_are_accepted(code: int, stderr: str, problem: str | None) -> None:
     assert judge(code, stderr) == problem

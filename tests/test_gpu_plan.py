@@ -158,6 +158,8 @@ def test_teachers_are_trained_before_the_student_if_distillation_is_supported(
 ) -> None:
     session = session_of(gpu, tmp_path, budget=420)
     session.config = gpu.GPU
+    assert plans.has_teachers(), "this version has them"
+    monkeypatch.setattr(plans, "has_teachers", lambda: False)
     without = commands_of(gpu.train_plan(session), session)
     assert len(without) == 4
     assert not any("--train.teacher" in command for command in without)

@@ -29,7 +29,8 @@ def load(
         device: device of the torch engine: auto, cpu, cuda, cuda:1 or mps.
         precision: auto or fp32; int8 or int4 (cpu engine); bf16 (torch engine, if the hardware supports it).
         n_slots: stories generated at once.
-        threads: threads of the CPU engine. None: one per core.
+        threads: threads of the CPU engine. None: one per core, but one to continue a story with a small model, which
+            more would not make faster.
         shortlist: generate only token ids that `tinystories quantize --shortlist` selected; faster (cpu engine).
 
     Raises `UserError` if the model is missing or damaged, or if a package that it needs is not installed.

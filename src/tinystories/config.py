@@ -220,7 +220,14 @@ class TrainConfig:
     seed: int = field(1, "random seed of weights, data order and dropout", NOT_NEGATIVE)
     device: str = field("auto", "auto, cpu, cuda, cuda:1 or mps")
     precision: Literal["auto", "fp32", "bf16"] = field(
-        "auto", "auto: bf16 on CUDA devices that support it, fp32 elsewhere"
+        "auto", "auto: bf16 on CUDA devices that support it; on CPUs the faster kernels for fp32, measured"
+    )
+    teacher: tuple[str, ...] = field(
+        (), "model directories to learn from as well (distillation), separated by |; their probabilities are averaged"
+    )
+    teacher_weight: float = field(1.0, "weight of the KL divergence to the teachers; cross-entropy has 1", NOT_NEGATIVE)
+    teacher_temperature: float = field(
+        1.0, "divides the logits of teachers and student in the KL divergence", FINITE_POSITIVE
     )
     compile: Literal["auto", "on", "off"] = field("auto", "torch.compile; auto: on CUDA only")
     log_every: int = field(10, "steps between log lines", POSITIVE)
@@ -272,8 +279,13 @@ class Config:
 
 
 def replace_vocab(config: Config, vocab_size: int, where: str) -> Config:
-    """Set the vocabulary size of the data. `UserError` if the config asks for a different one."""
+    """Set the vocabulary size of the data. `UserError` if the config asks for a different one.
+
+    With train.init the model may have more ids than its tokenizer: many models are padded to a round number.
+    """
     requested = config.model.vocab_size
+    if config.train.init and requested >= vocab_size:
+        return config
     if requested not in (0, vocab_size):
         raise UserError(
             f"model.vocab_size={requested} but the data in {where} has {vocab_size} token ids;"

@@ -43,6 +43,7 @@ def command(data: Path, out: Path, *more: str) -> list[str]:
     settings = (
         "--model.n_layer 1 --model.n_embd 16 --model.n_ff 32 --model.n_head 2 --model.n_ctx 64 --model.dropout 0.1"
         " --train.device cpu --train.batch_size 4 --train.micro_batch 4 --train.steps 24 --train.log_every 1"
+        " --train.precision fp32"
         " --train.checkpoint_every 4 --train.eval_every 12 --train.sample_tokens 4"
     )
     return ["train", "--data", str(data), "--out", str(out), *settings.split(), *more]

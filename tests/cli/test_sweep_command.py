@@ -18,6 +18,7 @@ pytestmark = pytest.mark.extended
 
 TINY = (
     "--model.n_layer 1 --model.n_embd 16 --model.n_ff 32 --model.n_head 2 --model.n_ctx 32 --train.device cpu"
+    " --train.precision fp32"
     " --train.batch_size 4 --train.micro_batch 4 --train.log_every 1 --train.sample_tokens 1 --train.eval_every 999"
     " --train.eval_stories 2 --train.steps 1000000"
 )

@@ -9,7 +9,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -187,7 +186,7 @@ def test_columns_are_named_and_chosen(answers: dict[str, Any]) -> None:
         ("broken", "hf:someone/broken: streaming someone/broken"),
     ],
 )
-def test_what_is_wrong_on_the_hub_is_said_in_one_line(answers: dict[str, Any], what: str, message: str) -> None:
+def test_errors_of_the_hub_are_one_line(answers: dict[str, Any], what: str, message: str) -> None:
     assert message in answers[what]
     assert "\n" not in answers[what]
 
@@ -251,9 +250,7 @@ except UserError as error:
 
 def offline(endpoint: str, tmp_path: Path, seconds: float) -> str:
     """The output that a user without network access sees."""
-    started_at = time.monotonic()
     done = child(OFFLINE, endpoint, tmp_path, str(tmp_path / "out"), str(seconds))
-    assert time.monotonic() - started_at < 30
     assert done.stderr == ""
     assert done.stdout.count("\n") == 1
     return done.stdout

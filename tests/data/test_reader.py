@@ -77,7 +77,7 @@ def test_reading_resumes_from_any_batch(
 
 
 @pytest.mark.parametrize("write", [as_txt, as_jsonl, as_csv])
-def test_what_is_read_adds_up_to_the_file(write: Write, tmp_path: Path, many: list[str]) -> None:
+def test_bytes_read_add_up_to_the_file(write: Write, tmp_path: Path, many: list[str]) -> None:
     path = write(tmp_path, many)
     header = len(b"id,text\r\n") if path.suffix == ".csv" else 0
     trailing = len("\n") if path.suffix == ".txt" else 0  # after the last END

@@ -189,7 +189,7 @@ def test_texts_that_would_grow_without_end_are_refused_before_one_is_read(
         normalizers.ByteLevel(),
     ],
 )
-def test_what_real_tokenizers_do_to_texts_is_not_refused(normalizer: Any) -> None:
+def test_normalizers_of_real_tokenizers_are_not_refused(normalizer: Any) -> None:
     backend = tokenizers.Tokenizer(models.BPE({"a": 0}, []))
     backend.normalizer = normalizer
     assert Tokenizer(backend.to_str()).encode("a a")

@@ -3,7 +3,6 @@
 import base64
 import itertools
 import socket
-import time
 from pathlib import Path
 
 import pytest
@@ -118,10 +117,8 @@ def test_a_network_that_never_answers_does_not_hang_gpt2(monkeypatch: pytest.Mon
     monkeypatch.setattr(build_tokenizer, "FETCH_TIMEOUT_SECONDS", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         go_through(monkeypatch, silent.getsockname()[1])
-        started_at = time.monotonic()
         with pytest.raises(UserError, match="TIKTOKEN_CACHE_DIR"):
             build_from_spec("gpt2", list)
-    assert time.monotonic() - started_at < 5
 
 
 def test_a_damaged_table_is_not_taken(empty_cache: Path) -> None:

@@ -257,7 +257,7 @@ def zip_file() -> bytes:
     ],
     ids=range(13),
 )
-def test_what_cannot_be_read_is_named_with_the_cure(name: str, data: bytes, what: str, tmp_path: Path) -> None:
+def test_unreadable_contents_are_named_with_the_cure(name: str, data: bytes, what: str, tmp_path: Path) -> None:
     message = refusal(put(tmp_path / name, data))
     assert message.startswith(str(tmp_path / name))
     assert what in message

@@ -1,134 +1,126 @@
-"""A folder that a training, a sweep or a preparation writes is locked: a second one is told which process has it."""
+"""One storyteller used from two places at once: exact results or a clear error; a dropped stream blocks nobody."""
 
-import os
-import subprocess
-import sys
+import gc
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
+import numpy as np
 import pytest
 
-from tinystories import checkpoint
-from tinystories.config import Config
-from tinystories.data.prepare import prepare
-from tinystories.data.tokenizer import END
+import tinystories
+from tinystories.engine.cpu.engine import CpuEngine
 from tinystories.errors import UserError
-from tinystories.files import acquire_lock, hold_lock, release_lock
-from tinystories.sweep.runner import run_sweep
-from tinystories.train.run import LOCK, train
 
-pytest.importorskip("fcntl")
-
-HOLDER = """
-import sys
-from pathlib import Path
-from tinystories.files import acquire_lock
-held = acquire_lock(Path(sys.argv[1]))
-print("held", flush=True)
-sys.stdin.read()
-"""
+TEXTS = ["Once upon a time there was a dog. " * 20, "The cat sat on a mat and saw a big red bird. " * 15]
 
 
-@contextmanager
-def held_elsewhere(path: Path) -> Iterator[int]:
-    """Let another process hold a lock; yield its id. It is killed at the end."""
-    command = [sys.executable, "-c", HOLDER, str(path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"held\n"
-        try:
-            yield process.pid
-        finally:
-            process.kill()
+@pytest.fixture(scope="module", params=["cpu", "torch"])
+def storyteller(request: pytest.FixtureRequest) -> tinystories.Storyteller:
+    return tinystories.load(engine=request.param, device="cpu", precision="fp32")
 
 
-def test_a_second_training_names_the_first(config: Config, tmp_path: Path) -> None:
-    """The reported case: both wrote metrics.jsonl, and one of them died."""
-    run = tmp_path / "run"
-    with held_elsewhere(run / LOCK) as pid:
-        for resume in (False, True):
-            with pytest.raises(UserError, match=rf"run is in use by another train \(pid {pid}\); wait for it"):
-                train(config, run, resume=resume)
-        assert os.listdir(run) == [LOCK]
-    assert (run / LOCK).exists(), "a kill leaves the file, but not the lock"
-    assert train(config, run) is not None
-    assert not (run / LOCK).exists()
+def scores(storyteller: tinystories.Storyteller, text: str) -> list[float]:
+    return [token.logprob for token in storyteller.score(text)]
 
 
-def test_reading_a_run_that_is_being_trained_is_not_blocked(config: Config, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    train(config, run)
-    with held_elsewhere(run / LOCK):
-        assert checkpoint.read_model(run).provenance["step"] == 4
-        with pytest.raises(UserError, match="in use by another train"):
-            train(config, run, resume=True)
+def test_a_call_that_starts_during_another_does_not_change_its_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As reported, but in a fixed order: the second text is scored between two chunks of the first."""
+    storyteller = tinystories.load(engine="cpu", threads=1)
+    engine = storyteller.engine
+    assert isinstance(engine, CpuEngine)
+    expected = [scores(storyteller, text) for text in TEXTS]
+    run = engine.runtime.run
+    inner: list[list[float]] = []
+
+    def run_between(*args: Any, **kwargs: Any) -> np.ndarray:
+        logits = run(*args, **kwargs)
+        monkeypatch.setattr(engine.runtime, "run", run)
+        with ThreadPoolExecutor(1) as other_thread:
+            inner.append(other_thread.submit(scores, storyteller, TEXTS[1]).result())
+        return logits
+
+    monkeypatch.setattr(engine.runtime, "run", run_between)
+    assert scores(storyteller, TEXTS[0]) == expected[0]
+    assert inner == [expected[1]]
+    assert len(engine._idle_scoring_caches) == 2  # reused by later calls, however many
+    assert scores(storyteller, TEXTS[0]) == expected[0]
+    assert len(engine._idle_scoring_caches) == 2
 
 
-def test_a_second_sweep_names_the_first(tmp_path: Path) -> None:
-    with (
-        held_elsewhere(tmp_path / "sweep" / ".lock") as pid,
-        pytest.raises(UserError, match=rf"sweep is in use by another sweep \(pid {pid}\)"),
-    ):
-        run_sweep(tmp_path / "sweep", None, None, 1)  # type: ignore[arg-type]
+def test_scores_from_two_threads_are_those_of_one(storyteller: tinystories.Storyteller) -> None:
+    expected = [scores(storyteller, text) for text in TEXTS]
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(lambda i: scores(storyteller, TEXTS[i % 2]), range(6))) == expected * 3
 
 
-def test_a_second_preparation_names_the_first(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text(f"A cat sat.{END}A dog ran.{END}")
-    with (
-        held_elsewhere(tmp_path / "out.draft" / "lock") as pid,
-        pytest.raises(UserError, match=rf"out\.draft is in use by another prepare \(pid {pid}\)"),
-    ):
-        prepare(tmp_path / "a.txt", tmp_path / "out", tokenizer="bpe:300", progress=False)
-    prepare(tmp_path / "a.txt", tmp_path / "out", tokenizer="bpe:300", progress=False)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "out"]
+def test_scoring_and_generating_do_not_disturb_each_other(storyteller: tinystories.Storyteller) -> None:
+    expected_score = scores(storyteller, TEXTS[0])
+    expected_text = "".join(storyteller.stream("One day", seed=1, max_tokens=30))
+    stream = storyteller.stream("One day", seed=1, max_tokens=30)
+    text = next(stream)
+    assert scores(storyteller, TEXTS[0]) == expected_score
+    with ThreadPoolExecutor(1) as other_thread:
+        assert other_thread.submit(scores, storyteller, TEXTS[0]).result() == expected_score
+    assert text + "".join(stream) == expected_text
 
 
-def test_a_failed_start_leaves_no_folder(config: Config, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no prepared data"):
-        train(Config(model=config.model), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+def test_two_storytellers_generate_in_two_threads() -> None:
+    storytellers = [tinystories.load(engine="cpu", threads=threads) for threads in (1, 2)]
+    expected = storytellers[0].generate("One day", seed=2, max_tokens=40).ids
+    with ThreadPoolExecutor(2) as pool:
+        for story in pool.map(lambda i: storytellers[i].generate("One day", seed=2, max_tokens=40), range(2)):
+            assert story.ids == expected
 
 
-def test_a_lock_that_is_removed_while_it_is_opened_is_not_held_twice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The first process removes the file between the second one's open and its lock."""
-    path = tmp_path / "folder" / "lock"
-    first = acquire_lock(path)
-    assert first is not None
-    plain, opened = Path.open, []
-
-    def open_and_release(self: Path, *args: object, **kwargs: object) -> object:
-        file = plain(self, *args, **kwargs)  # type: ignore[arg-type]
-        if not opened:
-            opened.append(file)
-            release_lock(first)
-            path.parent.rmdir()
-        return file
-
-    monkeypatch.setattr(Path, "open", open_and_release)
-    second = acquire_lock(path)
-    assert second is not None
-    assert acquire_lock(path) is None
-    release_lock(second)
-    assert opened[0].closed
+def test_generating_in_a_second_thread_is_an_error_that_says_so(storyteller: tinystories.Storyteller) -> None:
+    stream = storyteller.stream("One day", seed=1, max_tokens=30)
+    next(stream)
+    with ThreadPoolExecutor(1) as other_thread, pytest.raises(UserError, match="another thread is generating"):
+        other_thread.submit(storyteller.generate, "One day", max_tokens=3).result()
+    stream.close()
+    storyteller.generate("One day", max_tokens=3)
 
 
-def test_a_file_system_without_locks_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import fcntl
+class Reader:
+    """Keeps its stream in a reference cycle, as objects with callbacks do."""
 
-    def refuse(*_: object) -> None:
-        raise OSError(95, "Operation not supported")
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
-    with hold_lock(tmp_path / "run" / "lock", "train"):
-        assert (tmp_path / "run" / "lock").read_text() == str(os.getpid())
-    assert not (tmp_path / "run").exists()
+    def __init__(self, stream: Iterator[str]) -> None:
+        self.stream = stream
+        self.me = self
+        next(stream)
 
 
-def test_the_holder_is_left_out_if_it_is_unknown(tmp_path: Path) -> None:
-    with held_elsewhere(tmp_path / "lock"):
-        (tmp_path / "lock").write_text("")
-        with pytest.raises(UserError, match="in use by another train; wait"), hold_lock(tmp_path / "lock", "train"):
-            pass
+def test_a_stream_dropped_in_a_reference_cycle_does_not_block(storyteller: tinystories.Storyteller) -> None:
+    gc.disable()  # otherwise it may be collected before
+    try:
+        Reader(storyteller.stream("One day", max_tokens=30))
+        assert storyteller.generate("One day", max_tokens=3).n_generated == 3
+    finally:
+        gc.enable()
+
+
+def test_a_stream_that_was_left_by_an_exception_does_not_block(storyteller: tinystories.Storyteller) -> None:
+    def read() -> None:
+        for _ in storyteller.stream("One day", max_tokens=30):
+            raise ValueError
+
+    with pytest.raises(ValueError):
+        read()
+    storyteller.generate("One day", max_tokens=3)
+
+
+def test_a_stream_may_be_closed_by_another_thread(storyteller: tinystories.Storyteller) -> None:
+    stream = storyteller.stream("One day", max_tokens=30)
+    next(stream)
+    thread = threading.Thread(target=stream.close)
+    thread.start()
+    thread.join()
+    storyteller.generate("One day", max_tokens=3)
+
+
+def test_a_stream_that_was_never_started_does_not_block(storyteller: tinystories.Storyteller) -> None:
+    stream = storyteller.stream("One day", max_tokens=30)
+    storyteller.generate("One day", max_tokens=3)
+    stream.close()

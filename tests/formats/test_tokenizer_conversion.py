@@ -12,7 +12,8 @@ from tinystories.data.build_tokenizer import train_bpe
 from tinystories.data.source.resolve import iter_stories
 from tinystories.data.tokenizer import END, Tokenizer
 from tinystories.errors import UserError
-from tinystories.formats.tokenizer_conversion import BYTE_PIECES, build_sentencepiece_bpe, extract_pieces, set_end_token
+from tinystories.formats.end_token import set_end_token
+from tinystories.formats.tokenizer_conversion import BYTE_PIECES, build_sentencepiece_bpe, extract_pieces
 
 SPECIAL = [b"<unk>", b"<s>", b"</s>"]
 WHOLES = [

@@ -29,7 +29,7 @@ PRECISIONS = ("fp32", "int8", "int4")
 N_SEEDS = 50
 SMALL = (
     "--model.n_layer 2 --model.n_ctx 64 --train.batch_size 2 --train.micro_batch 1 --train.steps 30 --train.log_every 1"
-    " --train.device cpu --train.compile off --train.eval_stories 3 --train.sample_tokens 5"
+    " --train.device cpu --train.precision fp32 --train.compile off --train.eval_stories 3 --train.sample_tokens 5"
 )
 # Name of an export -> (model it is made from, options of `tinystories export`).
 EXPORTS = {

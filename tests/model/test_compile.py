@@ -16,6 +16,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 from tinystories.config import ModelConfig
 from tinystories.model import GPT, KVCache, loss
+from tinystories.model.distillation import DistillationObjective
 from tinystories.model.loss import IGNORE_INDEX, Objective
 
 # Capturing a whole graph is dynamo's work and needs no C++ compiler; the default backend does.
@@ -117,3 +118,17 @@ def test_compiled_as_for_cuda_no_logits_are_kept_for_the_backward_pass(
     )
     assert (64, model.config.n_embd) in kept
     assert not [shape for shape in kept if shape[-1:] in ((61,), (64,))]
+
+
+def test_a_compiled_model_learns_from_teachers(
+    model: GPT, tokens: Tensor, tiny: Callable[..., ModelConfig], awake: Callable[[ModelConfig], GPT]
+) -> None:
+    """The loss is not part of the graphs, but both models are compiled."""
+    teacher = awake(tiny(n_layer=1)).requires_grad_(False)
+    objective = DistillationObjective(model, [teacher], 0.5, 2.0)
+    compiled = torch.compile(objective, backend="aot_eager")
+    weights = list(model.parameters())
+    results = [f(tokens[:, :-1], tokens[:, 1:]) for f in (objective, compiled)]
+    torch.testing.assert_close(results[1], results[0])
+    gradients = [torch.autograd.grad(result.total, weights) for result in results]
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-4)

@@ -23,5 +23,6 @@ def config(sample_data: Path) -> Config:
             sample_prompts=("The cat",),
             sample_tokens=5,
             device="cpu",
+            precision="fp32",
         ),
     )

@@ -109,3 +109,13 @@ def test_the_loss_of_an_odd_vocabulary_is_cross_entropy(dtype: torch.dtype, comp
     for found, right in zip(*(torch.autograd.grad(x, (hidden, weight)) for x in (ours, theirs)), strict=True):
         assert F.cosine_similarity(found.float().flatten(), right.float().flatten(), dim=0) > 0.999
         assert found.float().norm().item() == pytest.approx(right.float().norm().item(), rel=0.02)
+
+
+@pytest.mark.parametrize("compiled", ["off", "on"])
+def test_a_run_learns_from_teachers(config: Config, tmp_path: Path, compiled: str) -> None:
+    short = changed(on_cuda(config, compiled=compiled), "train", steps=4)
+    train(short, tmp_path / "teacher")
+    taught = changed(short, "train", teacher=(str(tmp_path / "teacher"),), teacher_weight=2.0)
+    report = train(taught, tmp_path / "student")
+    assert report is not None
+    assert 0 < report.bits_per_byte < 5

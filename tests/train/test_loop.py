@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from tinystories.config_file import load_config
 from tinystories.data.prepare import prepare
 from tinystories.errors import UserError
 from tinystories.train import estimate, state
+from tinystories.train.distributed import World
 from tinystories.train.loop import Interrupted, Trainer
 from tinystories.train.run import train
 from tinystories.train.step import StepResult
@@ -36,7 +39,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 
     def stopping(self: Trainer, at: int) -> Any:
         if at == step - 1:
-            self.stop_signal = 15
+            self.received_signal = 15
         return plain(self, at)
 
     monkeypatch.setattr(Trainer, "train_step", stopping)
@@ -91,6 +94,23 @@ def test_an_interrupted_run_ends_with_the_same_bits(
     assert (broken / "samples.md").read_text() == (straight / "samples.md").read_text()
 
 
+def test_a_signal_that_arrives_while_the_ranks_agree_stops_the_next_step(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, calls = World.all_reduce_max, []
+
+    def interrupted(self: World, value: int) -> int:
+        agreed = plain(self, value)
+        calls.append(agreed)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return agreed
+
+    monkeypatch.setattr(World, "all_reduce_max", interrupted)
+    with pytest.raises(Interrupted, match="SIGTERM at step 4"):
+        train(config, tmp_path / "run")
+
+
 @pytest.mark.parametrize("evaluation", [1, 2, 3])
 def test_an_interrupt_during_an_evaluation_loses_nothing(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, evaluation: int
@@ -102,7 +122,7 @@ def test_an_interrupt_during_an_evaluation_loses_nothing(
     def stopping(self: Trainer, *arguments: Any) -> Any:
         calls.append(self.train_state.step)
         if len(calls) == evaluation:
-            self.stop_signal = 15
+            self.received_signal = 15
         return plain(self, *arguments)
 
     with monkeypatch.context() as patch:
@@ -131,7 +151,7 @@ def test_a_run_may_begin_with_the_weights_of_another(config: Config, tmp_path: P
 def test_a_run_cannot_begin_with_other_shapes_or_ids(config: Config, tmp_path: Path) -> None:
     train(changed(config, "train", steps=1), tmp_path / "first")
     further = changed(config, "train", init=str(tmp_path / "first"))
-    with pytest.raises(UserError, match=r"model\.n_ff is 64, but .*first has 32"):
+    with pytest.raises(UserError, match=r"first: the config has other settings \(n_ff=64\): use --model\.n_ff 32"):
         train(changed(further, "model", n_ff=64), tmp_path / "other")
     with pytest.raises(UserError, match="nowhere: no such model directory"):
         train(changed(config, "train", init="nowhere"), tmp_path / "other")

@@ -139,7 +139,7 @@ def test_batches_made_ahead_give_the_same_bits_over_an_interrupt(
     def stopping(self: Trainer, step: int) -> Any:
         assert self.batches is not None
         taken.append(step)
-        self.stop_signal = 15 if step == 6 and len(taken) == 7 else 0
+        self.received_signal = 15 if step == 6 and len(taken) == 7 else 0
         return plain(self, step)
 
     monkeypatch.setattr(Trainer, "train_step", stopping)

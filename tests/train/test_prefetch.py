@@ -57,15 +57,18 @@ def test_targets_are_those_of_the_batch(rows: PackedRows) -> None:
 
 def test_one_batch_is_made_ahead_and_no_more() -> None:
     made: list[int] = []
+    is_made = threading.Semaphore(0)
 
     def make(step: int) -> Batch:
         made.append(step)
+        is_made.release()
         return numbered(step)
 
     with contextlib.closing(prefetch(make, 7, 20)) as batches:
         for step in range(7, 12):
             assert next(batches).step == step
-            time.sleep(0.02)
+            while step + 1 not in made:
+                assert is_made.acquire(timeout=60), "the next batch is made without a call"
             assert made == list(range(7, step + 2))
 
 
@@ -79,7 +82,7 @@ def test_the_next_batch_is_made_while_the_caller_does_something_else() -> None:
 
     with contextlib.closing(prefetch(make, 0, 3)) as batches:
         next(batches)
-        assert started.wait(10)
+        assert started.wait(60)
 
 
 def test_nothing_is_made_beyond_the_last_step() -> None:

@@ -121,7 +121,7 @@ def test_single_values_and_free_text_are_fixed() -> None:
         ("train.steps", "many", "expected a value of type int"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(name: str, text: str, message: str) -> None:
+def test_a_range_that_cannot_be_meant_is_refused(name: str, text: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         parse_search_space({}, "mine.toml", {name: text})
     assert message in str(caught.value)

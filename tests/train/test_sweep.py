@@ -119,7 +119,7 @@ def starts(folder: Path) -> int:
 
 
 @pytest.mark.usefixtures("stand_in")
-def test_it_finds_the_best_and_leaves_everything(tmp_path: Path) -> None:
+def test_a_sweep_finds_the_best_and_leaves_every_file(tmp_path: Path) -> None:
     folder = tmp_path / "we?ird #50% sweep"
     plan = plan_of(RATES | {"train.batch_size": "32,64", "optim.kind": "muon,adamw"}, trials=12)
     results = run(folder, plan, workers=3)
@@ -169,7 +169,7 @@ def test_a_trial_that_fails_does_not_end_the_sweep(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("stand_in", "no_picture")
-def test_what_stops_every_trial_stops_the_sweep(tmp_path: Path) -> None:
+def test_an_error_of_every_trial_stops_the_sweep(tmp_path: Path) -> None:
     plan = plan_of(RATES | {"model.n_layer": "8"}, trials=9)
     with pytest.raises(UserError, match="3 trials in a row failed before their first step, the last: exit code 1"):
         run(tmp_path / "sweep", plan)
@@ -177,7 +177,7 @@ def test_what_stops_every_trial_stops_the_sweep(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("stand_in", "no_picture")
-def test_what_stops_one_worker_lets_the_trials_of_the_others_save(tmp_path: Path) -> None:
+def test_an_error_in_one_worker_lets_the_trials_of_the_others_save(tmp_path: Path) -> None:
     plan = plan_of({"model.n_layer": "1,8", "optim.learning_rate": "1e-2,2e-2,3e-2"}, sampler="grid")
     hold(tmp_path / "sweep", 0)
     with pytest.raises(UserError, match="3 trials in a row failed"):
@@ -227,7 +227,7 @@ def test_bad_trials_are_pruned_and_saved(tmp_path: Path, prune: str) -> None:
 
 @pytest.mark.usefixtures("stand_in", "no_picture")
 @pytest.mark.parametrize("sampler", ["tpe", "grid"])
-def test_stopped_and_resumed_it_is_the_straight_sweep(
+def test_a_stopped_and_resumed_sweep_is_the_straight_one(
     tmp_path: Path, sampler: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
@@ -262,7 +262,7 @@ def hold(folder: Path, number: int, step: int = 1) -> None:
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 250
     while not condition():
         assert time.monotonic() < deadline, "it never came"
         time.sleep(0.005)
@@ -341,7 +341,7 @@ def test_a_folder_that_holds_something_else(tmp_path: Path) -> None:
         read_plan(tmp_path)
 
 
-def test_what_would_fail_everywhere_is_refused_before(sample_data: Path, tmp_path: Path) -> None:
+def test_settings_that_fail_in_every_trial_are_refused_before(sample_data: Path, tmp_path: Path) -> None:
     plan = plan_of(RATES | {"data.dir": str(sample_data)})
     check_runnable(plan, plan.space.find_valid_config())
     nowhere = plan_of({"data.dir": f"choose:{sample_data},{tmp_path / 'nowhere'}"})

@@ -102,7 +102,7 @@ def engine_options(engine_help: str, precision_help: str) -> Decorator:
         @click.option(
             "--threads",
             type=click.IntRange(min=1),
-            help="Threads of the CPU engine.  [default: number of cores, at most 16]",
+            help="Threads of the CPU engine.  [default: number of cores, at most 16; one where more do not help]",
         )
         @functools.wraps(command)
         def wrapper(*, engine: str, device: str, precision: str, threads: int | None, **kwargs: Any) -> Any:

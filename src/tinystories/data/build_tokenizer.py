@@ -15,6 +15,7 @@ from tinystories.progress import LOG_INTERVAL_SECONDS
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
+GPT2_VOCAB_SIZES = (50257, 50304)  # exact, and padded to a multiple of 64 as in nanoGPT
 FETCH_TIMEOUT_SECONDS = 25.0  # for downloading GPT-2's vocabulary; tiktoken itself has no timeout
 # Text that BPE merges are learned from; more changes the merges little and costs minutes.
 MAX_TRAINING_BYTES = 200_000_000

@@ -54,6 +54,7 @@ class DatasetMeta:
     also_in_val: int  # training stories dropped because they are in the validation set
     empty: int  # empty stories dropped
     fingerprint: str  # SHA-256 of the request and the fingerprints of its input files
+    lost_text: float = 0.0  # share of the validation text that the tokenizer cannot give back; in the file if not 0
 
 
 def read_meta(folder: Path | str) -> DatasetMeta:
@@ -61,7 +62,7 @@ def read_meta(folder: Path | str) -> DatasetMeta:
     path = Path(folder) / "meta.json"
     remedy = "create it with: tinystories prepare SOURCE --out DIR"
     try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        values: dict[str, Any] = {"lost_text": 0.0} | json.loads(path.read_text(encoding="utf-8"))
         version = values["format"]
     except NotADirectoryError:
         command = f"tinystories prepare {shlex.quote(str(folder))} --tokenizer bpe:4096 --out DIR"

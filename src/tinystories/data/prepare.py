@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from tinystories.data import build_tokenizer
 from tinystories.data.dataset import FORMAT_VERSION, SPLITS, DatasetMeta, SplitMeta
@@ -22,6 +23,7 @@ from tinystories.data.source.reader import DecodeErrors, ReadOptions, StoryBatch
 from tinystories.data.source.resolve import Source, SourceNames, resolve_source
 from tinystories.data.spec import PrepareSpec, disk_error_message, existing_output
 from tinystories.data.staging import StagingDir
+from tinystories.data.text_loss import TextLoss, describe_loss
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.errors import UserError
 from tinystories.files import require_name, sha256, write_atomic, write_errors
@@ -112,6 +114,7 @@ class PrepareJob:
         for split, hash_set in self.assigner.hash_sets.items():
             hash_set.add(np.frombuffer(staging.read_digests(split), "<u8").reshape(-1, 2))
         self.tokenizer = self._load_or_build_tokenizer()
+        self.example = ""  # of text that the tokenizer cannot give back
         self.dtype = np.dtype("<u2" if self.tokenizer.vocab_size <= 1 << 16 else "<u4")
 
     def _plan_stages(self) -> list[tuple[Source, Role]]:
@@ -180,6 +183,8 @@ class PrepareJob:
         # `ids` are the stories s1 s2 ... sN back to back; the .bin gets END s1 END s2 ... END sN, and `finalize` adds
         # the last END.
         ids, counts = encode(stories)
+        if split == "val" and not self.tokenizer.is_lossless:
+            self._measure_loss(stories, ids, counts)
         assert ids.size == 0 or int(ids.max()) < self.tokenizer.vocab_size
         # Exclusive prefix sums: where each story starts in `ids`, which is where np.insert puts its END.
         text_bytes = self.staging.journal.text_bytes
@@ -195,6 +200,15 @@ class PrepareJob:
         self.staging.append(f"data/{split}.bin", tokens.tobytes())
         self.staging.append(f"data/{split}.idx", index.tobytes())
         text_bytes[split] += int(byte_lengths.sum())
+
+    def _measure_loss(self, stories: list[bytes], ids: npt.NDArray[np.uint32], counts: npt.NDArray[np.int64]) -> None:
+        """Add to the journal how much of these stories the tokenizer cannot give back."""
+        loss = TextLoss()
+        loss.add(self.tokenizer, [story.decode() for story in stories], np.split(ids, np.cumsum(counts)[:-1]))
+        self.example = self.example or loss.example
+        journal = self.staging.journal
+        totals = Counter(val_chars=loss.n_chars, val_chars_lost=loss.n_lost)
+        journal.counts = dict(Counter(journal.counts) + totals)
 
     def _count_tokens(self, split: str) -> int:
         """Return the number of ids (including END) written to the split so far."""
@@ -218,6 +232,13 @@ class PrepareJob:
         if splits["val"].stories == 0:
             log.warning("no stories were held out for validation; pass --val SOURCE")
         counts: dict[str, Any] = self.staging.journal.counts  # Any: the type of keyword arguments
+        loss = TextLoss(counts.get("val_chars", 0), counts.get("val_chars_lost", 0), self.example)
+        if loss.share:
+            log.warning(
+                "bits per byte are %s%s",
+                describe_loss(loss.share),
+                f" ({loss.example})" if loss.example else "",
+            )
         meta = DatasetMeta(
             format=FORMAT_VERSION,
             **self.spec.to_meta_fields(),
@@ -229,8 +250,12 @@ class PrepareJob:
             dtype="uint16" if self.dtype.itemsize == 2 else "uint32",
             splits=splits,
             **{reason: counts.get(reason, 0) for reason in ("duplicates", "also_in_val", "empty")},
+            lost_text=loss.share,
         )
-        text = json.dumps(dataclasses.asdict(meta), indent=1, ensure_ascii=False)
+        values = dataclasses.asdict(meta)
+        if not meta.lost_text:
+            del values["lost_text"]  # earlier versions, which do not know it, can read all other data
+        text = json.dumps(values, indent=1, ensure_ascii=False)
         # A file name that is not UTF-8 has lone surrogates, which become \udcXX: also their escapes in JSON.
         write_atomic(self.staging.data_dir / "meta.json", f"{text}\n".encode("utf-8", "backslashreplace"))
         return meta

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ END = "<|endoftext|>"  # precedes every story and follows the last one
 MAX_EXPANSION = 1000
 MAX_FILE_BYTES = 256_000_000  # size of a tokenizer.json
 MAX_MESSAGE_LENGTH = 300  # characters
+# How a SentencePiece .model (Protocol Buffers) starts: a piece, whose text is a control token such as <unk> or <pad>.
+SENTENCEPIECE_START = re.compile(rb"\n.\n.<\w+>", re.DOTALL)
 
 
 class Tokenizer:
@@ -44,6 +47,9 @@ class Tokenizer:
                     " use another tokenizer"
                 )
             self._backend = tokenizers.Tokenizer.from_str(json_text)
+            for name in ("normalizer", "pre_tokenizer", "decoder"):  # optional in a file
+                json_data.setdefault(name, None)
+            json_data.setdefault("added_tokens", [])
         except UserError:
             raise
         except Exception as error:  # the Rust library raises bare Exception; malformed JSON can cause others
@@ -67,15 +73,8 @@ class Tokenizer:
     @classmethod
     def load(cls, path: Path | str) -> "Tokenizer":
         """Load a tokenizer.json, or the one in a directory. Raises `UserError` if it is missing or invalid."""
-        path = Path(path)
-        file = path / "tokenizer.json" if path.is_dir() else path
-        try:
-            text = read_limited(file, MAX_FILE_BYTES).decode()
-        except FileNotFoundError:
-            raise UserError(f"tokenizer {file} does not exist; pass a tokenizer.json, gpt2 or bpe:4096") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"tokenizer {file} cannot be read: {sanitize(error)}") from None
-        return cls(text, str(file))
+        file = find_tokenizer_file(Path(path))
+        return cls(read_tokenizer_json(file), str(file))
 
     def save(self, path: Path | str) -> None:
         """Write to a file, or to `tokenizer.json` in an existing directory."""
@@ -117,10 +116,13 @@ class Tokenizer:
     @functools.cached_property
     def is_lossless(self) -> bool:
         """Whether decode(encode(text)) == text for every text, as with byte-level BPE without a normalizer."""
-        json_data = self.json_data
+        json_data, model = self.json_data, self.json_data["model"]
         alphabet = set(char_to_byte())
+        stripping = [t for t in json_data["added_tokens"] if not t["special"] and (t.get("lstrip") or t.get("rstrip"))]
         return (
-            (json_data["decoder"] or {}).get("type") == "ByteLevel"
+            model.get("type", "BPE") in ("BPE", "Unigram")  # the others have no token for an unknown word
+            and not (model.get("end_of_word_suffix") or model.get("continuing_subword_prefix") or stripping)
+            and (json_data["decoder"] or {}).get("type") == "ByteLevel"
             and json_data["normalizer"] is None
             and (json_data["pre_tokenizer"] or {}).get("type") == "ByteLevel"
             and not json_data["pre_tokenizer"]["add_prefix_space"]
@@ -155,6 +157,38 @@ class Tokenizer:
         # Any other decoder: decode the token twice, and take what the second one adds.
         single, doubled = self._backend.decode([i]), self._backend.decode([i, i])
         return doubled[len(single) :].encode() if doubled.startswith(single) else single.encode()
+
+
+def find_tokenizer_file(path: Path) -> Path:
+    """Return the path of the tokenizer.json in a directory, and any other path as it is."""
+    return path / "tokenizer.json" if path.is_dir() else path
+
+
+def read_tokenizer_json(path: Path) -> str:
+    """Return the text of a tokenizer.json, or of the one in a directory, unchanged.
+
+    `UserError` if it is missing or cannot be read; whether it is a tokenizer is not checked.
+    """
+    file = find_tokenizer_file(path)
+    try:
+        data = read_limited(file, MAX_FILE_BYTES)
+        check_not_sentencepiece(file, data)
+        return data.decode()
+    except FileNotFoundError:
+        check_not_sentencepiece(file.with_name("tokenizer.model"))
+        raise UserError(f"tokenizer {file} does not exist; pass a tokenizer.json, gpt2 or bpe:4096") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"tokenizer {file} cannot be read: {sanitize(error)}") from None
+
+
+def check_not_sentencepiece(file: Path, data: bytes = b"") -> None:
+    """Raise `UserError`, with what to do, if a file that exists is SentencePiece's own, by its name or contents."""
+    if file.is_file() and (file.suffix == ".model" or SENTENCEPIECE_START.match(data)):
+        folder = str(file.parent)
+        raise UserError(
+            f"{file} is SentencePiece's own format, which is not supported; make a tokenizer.json with transformers:"
+            f" AutoTokenizer.from_pretrained({folder!r}).save_pretrained({folder!r})"
+        )
 
 
 def max_expansion(part: Any) -> float:

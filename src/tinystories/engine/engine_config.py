@@ -26,7 +26,7 @@ class EngineConfig:
     device: "str | torch.device" = "auto"  # of the torch engine
     precision: str = "auto"  # auto: int8 (cpu engine), or bf16 if the hardware supports it, else fp32 (torch engine)
     n_slots: int = 8  # sequences generated at once
-    threads: int | None = None  # of the CPU engine; None: one per physical core, at most 16
+    threads: int | None = None  # of the CPU engine; None: one per physical core, at most 16, where they help
     shortlist: bool = False  # generate only the ids of the model's shortlist (CPU engine)
 
     def __post_init__(self) -> None:

@@ -17,7 +17,7 @@ Logits: TypeAlias = Any  # a NumPy array or a torch tensor, fp32, on the engine'
 class Engine(Protocol):
     """A model with `n_slots` independent KV cache slots of at most `config.n_ctx` token ids each.
 
-    The engine is stateful and not thread-safe: one caller at a time.
+    The slots are state: one caller of `prefill`, `step` and `free` at a time. `logprobs` may be called from any thread.
     """
 
     config: ModelConfig

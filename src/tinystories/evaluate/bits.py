@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tinystories.data.text_loss import TextLoss
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.engine.protocol import Engine, Ids
 from tinystories.engine.sliding_window import sliding_window_logprobs
@@ -33,13 +34,20 @@ class BitsReport:
     stories: int
     interval: tuple[float, float]  # 95% interval of bits per byte, by bootstrap over the stories
     seconds: float
+    lost_text: float = 0.0  # share of the text that the tokenizer cannot give back; unless 0, the score is too good
 
 
-def encode_stories(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[EncodedStory]:
-    """Tokenize stories, in batches, and yield (ids of END text END, number of UTF-8 bytes) for each."""
+def encode_stories(texts: Iterable[str], tokenizer: Tokenizer, loss: TextLoss | None = None) -> Iterator[EncodedStory]:
+    """Tokenize stories, in batches, and yield (ids of END text END, number of UTF-8 bytes) for each.
+
+    What the tokenizer loses of them is added to `loss`.
+    """
     texts = iter(texts)
     while batch := list(itertools.islice(texts, BATCH_STORIES)):
-        for text, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
+        batch_ids = tokenizer.encode_batch(batch)
+        if loss is not None:
+            loss.add(tokenizer, batch, batch_ids)
+        for text, ids in zip(batch, batch_ids, strict=True):
             yield [tokenizer.end_id, *ids, tokenizer.end_id], len(text.encode())
 
 

@@ -1,6 +1,7 @@
 """`ModelBundle`: a model as all file formats see it. Config, NumPy weights and tokenizer, without torch."""
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy.typing as npt
 
 from tinystories import checkpoint
 from tinystories.config import ModelConfig, SamplingConfig
+from tinystories.config_file import build_dataclass
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.engine.cpu.engine import CpuEngine, CpuKVCache
 from tinystories.engine.engine_config import EngineConfig
@@ -19,6 +21,7 @@ from tinystories.weights.load import load_fp32
 from tinystories.weights.names import check_weights
 
 Array = npt.NDArray[Any]
+log = logging.getLogger(__name__)
 
 # The most that a file may claim; checked before anything is allocated.
 MAX_CONTEXT = 1 << 20  # tokens
@@ -77,3 +80,20 @@ class ModelBundle:
         engine = CpuEngine(self.config, self.weights, EngineConfig(n_slots=1))
         chunks = engine.forward_chunks(CpuKVCache(self.config, 1), 0, np.asarray(ids, np.int64), all_logits=True)
         return np.concatenate([logits for _, logits in chunks])
+
+
+def parse_sampling(settings: Mapping[str, Any], where: object) -> SamplingConfig:
+    """Return another program's sampling settings, given by our names, with our defaults for those that are None.
+
+    A value that we cannot use is left out with a warning, since it says nothing about the weights.
+    """
+    usable: dict[str, Any] = {}
+    for name, value in settings.items():
+        if value is None:
+            continue
+        try:
+            build_dataclass(SamplingConfig, {name: value}, str(where))
+            usable[name] = value
+        except UserError as error:
+            log.warning("%s; using the default, %s", error, getattr(SamplingConfig(), name))
+    return build_dataclass(SamplingConfig, usable, str(where))

@@ -10,6 +10,7 @@ from tinystories.files import os_errors, write_errors
 from tinystories.formats.bundle import ModelBundle
 from tinystories.formats.destination import check_destination
 from tinystories.formats.registry import FORMATS
+from tinystories.formats.split_files import explain_weights_file
 
 
 def import_to_directory(
@@ -37,17 +38,18 @@ def import_to_directory(
 def import_model(source: str, tokenizer: Path | None = None) -> ModelBundle:
     """Read and check a model of any format, or one of our model directories.
 
-    `tokenizer`: a tokenizer.json, a folder that contains one, or llama2.c's tokenizer.bin; it replaces the source's
-    own. `UserError` if the source is of no known format, is damaged, or needs what our architectures do not have.
+    `tokenizer`: a tokenizer.json, a folder that contains one, llama2.c's tokenizer.bin, or `gpt2`; it replaces the
+    source's own. `UserError` if the source is of no known format, is damaged, or needs what our architectures do not
+    have.
     """
     # A path without a name, such as ".", is made absolute, so that provenance can record a name.
     path = Path(os.path.realpath(source)) if Path(source).name in ("", "..") else Path(source)
     with os_errors("--tokenizer"):
-        if tokenizer is not None and tokenizer.is_dir():
+        if tokenizer is not None and str(tokenizer) != "gpt2" and tokenizer.is_dir():
             tokenizer = tokenizer / "tokenizer.json"
-        if tokenizer is not None and not tokenizer.is_file():
+        if tokenizer is not None and str(tokenizer) != "gpt2" and not tokenizer.is_file():
             raise UserError(
-                f"--tokenizer {tokenizer}: no such file; expected a tokenizer.json, or llama2.c's tokenizer.bin"
+                f"--tokenizer {tokenizer}: no such file; expected a tokenizer.json, llama2.c's tokenizer.bin, or gpt2"
             )
     with os_errors(path):
         path.stat()
@@ -57,6 +59,8 @@ def import_model(source: str, tokenizer: Path | None = None) -> ModelBundle:
             if tokenizer is not None:
                 raise UserError(f"{path} is a model directory, which has its own tokenizer; leave --tokenizer out")
             return ModelBundle.read(path)
+        if explanation := explain_weights_file(path):
+            raise UserError(explanation)
         read = next((item.read for item in FORMATS.values() if item.read is not None and item.can_read(path)), None)
     if read is None and path.is_dir():
         raise UserError(f"{path} contains no model: neither a config.json nor a single GGUF file")

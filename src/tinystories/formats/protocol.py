@@ -19,7 +19,7 @@ class Format:
     """A file format of another program. `read` is None if it cannot be imported, `write` if it cannot be exported.
 
     `can_read(path)`: whether an existing file or directory is of this format, judged by its name and first bytes.
-    `read(path, tokenizer)`: `tokenizer`, if given, is a file that replaces the model's own.
+    `read(path, tokenizer)`: `tokenizer`, if given, is a file that replaces the model's own, or `gpt2`.
     `write(model, path, precision)` writes the file, and none, some or all of `sidecars(path)` beside it. If it
     renumbers ids, it returns the permutation: file id = permutation[our id].
     `logits(path, ids)` reads the file the way its users will and returns (T, V) logits.

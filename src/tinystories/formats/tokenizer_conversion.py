@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from tinystories.data.tokenizer import END, Tokenizer, sanitize
+from tinystories.data.tokenizer import END, Tokenizer
 from tinystories.errors import UserError, quoted
 
 SPACE_SYMBOL = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece's escape for a space
@@ -14,8 +14,6 @@ MAX_PIECE_CHARS = 1024  # real pieces have up to 50 characters
 BYTE_PIECES = [f"<0x{byte:02X}>" for byte in range(256)]  # names of the byte-fallback pieces
 # How an added token is found in a text; all false: exactly as it is written.
 TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
-# What code that walks malformed JSON may raise.
-MALFORMED_ERRORS = (TypeError, KeyError, AttributeError, ValueError, IndexError, RecursionError)
 
 
 def build_sentencepiece_bpe(
@@ -110,58 +108,6 @@ def derive_merges(ids: Mapping[str, int], scores: Sequence[float]) -> Iterator[t
         for split_at in range(len(merged) - 1, 0, -1):
             if merged[:split_at] in ids and merged[split_at:] in ids:
                 yield merged[:split_at], merged[split_at:]
-
-
-def set_end_token(text: str, end_id: int, where: str) -> Tokenizer:
-    """Load another program's tokenizer.json (`text`), renaming its token `end_id` to END.
-
-    If another token is already called END, the two swap names. The post-processor, which adds special tokens around a
-    text, is dropped. `UserError`, prefixed with `where`, if `text` is not a tokenizer or has no token `end_id`.
-    """
-    try:
-        parts = json.loads(text)
-        old_name = rename_end_token(parts, end_id)
-        added_tokens = {token["id"]: token for token in parts["added_tokens"]}
-        added_tokens[end_id] = added_tokens.get(end_id, dict.fromkeys(TOKEN_FLAGS, False)) | {
-            "id": end_id,
-            "content": END,
-            "special": True,
-        }
-        parts["added_tokens"] = [added_tokens[i] for i in sorted(added_tokens)]
-        parts["post_processor"] = None
-        tokenizer = Tokenizer(json.dumps(parts, ensure_ascii=False), where)
-    except MALFORMED_ERRORS as error:
-        raise UserError(f"{where} is not a Hugging Face tokenizer: {sanitize(error)}") from None
-    if old_name is None or tokenizer.end_id != end_id:
-        raise UserError(f"{where}: token {end_id}, which should end stories, does not exist")
-    return tokenizer
-
-
-def rename_end_token(parts: dict[str, Any], end_id: int) -> str | None:
-    """Swap the names of token `end_id` and of the token called END, in place, in a parsed tokenizer.json.
-
-    Return the old name of `end_id`, or None if it does not exist. `ValueError` if merges produce it from text.
-    """
-    model, added_tokens = parts["model"], parts["added_tokens"]
-    vocab = model["vocab"]
-    is_list = isinstance(vocab, list)  # Unigram: [piece, score] by id
-    names = {i: pair[0] for i, pair in enumerate(vocab)} if is_list else {i: name for name, i in vocab.items()}
-    names |= {token["id"]: token["content"] for token in added_tokens}
-    old_name = names.get(end_id)
-    if old_name in (None, END):
-        return old_name
-    if any(old_name in (left, right, left + right) for left, right in parse_merges(model)):
-        raise ValueError(f"token {end_id} is {quoted(old_name)}, which occurs in ordinary text; it cannot end a story")
-    renames = {old_name: END, END: old_name}
-    for token in added_tokens:
-        token["content"] = renames.get(token["content"], token["content"])
-    if is_list:
-        model["vocab"] = [[renames.get(piece, piece), score] for piece, score in vocab]
-    else:
-        model["vocab"] = {renames.get(name, name): i for name, i in vocab.items()}
-    if "unk_token" in model:
-        model["unk_token"] = renames.get(model["unk_token"], model["unk_token"])
-    return old_name
 
 
 def parse_merges(model: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 STATE_DICT_KEYS = ("model", "state_dict", "model_state_dict")  # keys under which a checkpoint stores its state dict
 CONFIG_KEYS = ("model_args", "config", "hparams")  # keys under which it stores its sizes; nanoGPT uses the first
+FLOAT_TYPES = {f"torch.{name}" for name in ("float64", "float32", "float16", "bfloat16")}  # that weights may have
 MAX_PICKLE_BYTES = 64_000_000  # the pickle holds names and shapes; the numbers are stored outside it
 # Globals that a state dict refers to, as "module name", the form in which pickletools reports them.
 ALLOWED_GLOBALS = re.compile(

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
+import gc
 import secrets
 import threading
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -49,13 +50,17 @@ class TokenScore:
 
 
 class Storyteller:
-    """Generates and scores stories; created by `tinystories.load`. Serves one call at a time."""
+    """Generates and scores stories; created by `tinystories.load`.
+
+    Generates for one caller at a time: a second one gets a `UserError`. `score` may be called from any thread, also
+    while a story is being generated.
+    """
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, settings: SamplingConfig) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
         self.settings = settings
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # held while stories are generated
 
     @classmethod
     def load(cls, model: str | Path, engine_config: EngineConfig = DEFAULT_ENGINE_CONFIG) -> "Storyteller":
@@ -153,12 +158,15 @@ class Storyteller:
     def _exclusive(self) -> Iterator[None]:
         """Reserve the engine for one call: an open stream must not continue on slots that another call has overwritten.
 
-        Raises `UserError` if a stream is still open.
+        Raises `UserError` if a stream is still open, or another thread generates.
         """
         if not self._lock.acquire(blocking=False):
-            raise UserError(
-                "a stream of this storyteller is still open; close() it first, or load a second storyteller"
-            )
+            gc.collect()  # closes a stream that nobody can continue, but that is part of a reference cycle
+            if not self._lock.acquire(blocking=False):
+                raise UserError(
+                    "a stream of this storyteller is still open, or another thread is generating; close() the stream or"
+                    " wait, or load a second storyteller"
+                )
         try:
             yield
         finally:

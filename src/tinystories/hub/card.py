@@ -7,6 +7,7 @@ from typing import Any
 
 from tinystories.data.source.hub import HubSource, parse_hub_name
 from tinystories.data.source.resolve import get_named_sources
+from tinystories.data.text_loss import describe_loss
 from tinystories.data.tokenizer import sanitize
 from tinystories.errors import UserError
 from tinystories.formats.bundle import ModelBundle
@@ -55,7 +56,7 @@ def build_model_card(model: ModelBundle, repo: str = "OWNER/NAME", license: str 
     if isinstance(bits_per_byte := provenance.get("val_bits_per_byte"), int | float):
         sections.append(
             f"## Score\n\n**{bits_per_byte:.4f} bits per byte** on {format_story_count(provenance)}validation stories."
-            f" {BITS_PER_BYTE_NOTE}"
+            f" {describe_score(provenance)}"
         )
     sections += [
         f"## Use\n\n{INTENDED_USE.format(what=text_kind)}",
@@ -132,6 +133,14 @@ def describe_training(provenance: Mapping[str, Any]) -> Iterator[tuple[str, str]
 def format_story_count(provenance: Mapping[str, Any]) -> str:
     count = provenance.get("val_stories")
     return f"{count:,} " if isinstance(count, int) else ""
+
+
+def describe_score(provenance: Mapping[str, Any]) -> str:
+    """Return what bits per byte are, or why those of this model cannot be compared with others."""
+    lost_text = provenance.get("val_lost_text")
+    if isinstance(lost_text, float) and lost_text:
+        return f"This is {describe_loss(lost_text)}."
+    return BITS_PER_BYTE_NOTE
 
 
 def render_usage(model: ModelBundle, repo: str) -> str:

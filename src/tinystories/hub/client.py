@@ -21,11 +21,12 @@ from tinystories.data.source.timeout import call_with_timeout
 from tinystories.data.tokenizer import sanitize
 from tinystories.errors import UserError, quoted
 from tinystories.files import DISK_FULL_ERRNOS, describe_write_error, sha256
+from tinystories.formats.split_files import is_one_model
 
 log = logging.getLogger(__name__)
 
 METADATA_FILES = {"config.json", "generation.json", "generation_config.json", "merges.txt", "vocab.json"}
-METADATA_FILES |= {"special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"}
+METADATA_FILES |= {"special_tokens_map.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"}
 METADATA_FILES |= {"model.safetensors.index.json", "pytorch_model.bin.index.json"}
 WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")  # in order of preference; one kind is downloaded
 INSTALL_COMMAND = 'pip install "tinystories-gpt[export]"'
@@ -65,7 +66,7 @@ def download(source: str) -> Path:
 def select_files(source: str, files: Sequence[Any]) -> list[Any]:
     """Select the files of a listing to download: metadata and one kind of weights, from the top folder only.
 
-    `UserError` if weights are missing, or if there are several GGUF files to choose from.
+    `UserError` if weights are missing, or if there are several GGUF files to choose from; parts of one are one.
     """
     top_level_files = [file for file in files if re.fullmatch(r"[\w.-]+", file.rfilename)]
     for kind in WEIGHT_PATTERNS:
@@ -74,7 +75,7 @@ def select_files(source: str, files: Sequence[Any]) -> list[Any]:
     else:
         listing = ", ".join(sanitize(file.rfilename) for file in files[:10]) or "nothing"
         raise UserError(f"{source} has none of {', '.join(WEIGHT_PATTERNS)} in its top folder; it has {listing}")
-    if len(weights) > 1 and kind == "*.gguf":
+    if len(weights) > 1 and kind == "*.gguf" and not is_one_model([Path(file.rfilename) for file in weights]):
         raise UserError(
             f"{source} has several models; download one of these files, then run: tinystories import FILE"
             f" ({', '.join(file.rfilename for file in weights)})"

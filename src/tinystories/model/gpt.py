@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from tinystories.config import ModelConfig
 from tinystories.model.cache import KVCache, causal_mask
+from tinystories.model.cpu_attention import causal_attention
 from tinystories.model.norm import RMSNorm
 from tinystories.model.positional_encoding import apply_rope, build_rope_tables, build_sinusoid_table
 from tinystories.model.recompute import gated_silu, gelu, recompute_in_backward, relu
@@ -60,6 +61,7 @@ class Attention(nn.Module):
         use_qk_norm = config.qk_norm and not is_classic
         self.q_norm = build_norm(config, config.head_dim) if use_qk_norm else nn.Identity()
         self.k_norm = build_norm(config, config.head_dim) if use_qk_norm else nn.Identity()
+        self.use_cpu_attention = False  # in training, where it applies; set by `use_cpu_training_kernels`
 
     def forward(
         self,
@@ -82,15 +84,18 @@ class Attention(nn.Module):
             q_BHTD, k_BHTD = apply_rope(q_BHTD, *cos_sin), apply_rope(k_BHTD, *cos_sin)
         if cache is not None and positions is not None:
             k_BHTD, v_BHTD = cache.write(layer, k_BHTD, v_BHTD, positions)
-        y_BHTD = F.scaled_dot_product_attention(
-            q_BHTD,
-            k_BHTD,
-            v_BHTD,
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=self.scale,
-            enable_gqa=self.enable_gqa,
-        )
+        if self.use_cpu_attention and self.training and mask is None:
+            y_BHTD = causal_attention(q_BHTD, k_BHTD, v_BHTD, self.scale)
+        else:
+            y_BHTD = F.scaled_dot_product_attention(
+                q_BHTD,
+                k_BHTD,
+                v_BHTD,
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=self.scale,
+                enable_gqa=self.enable_gqa,
+            )
         return self.o_proj(y_BHTD.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -140,7 +145,7 @@ class Block(nn.Module):
         self.self_attn = Attention(config)
         self.post_attention_layernorm = build_norm(config, config.n_embd)
         self.mlp = ClassicMLP(config) if config.architecture == "classic" else SwiGLU(config)
-        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.dropout: nn.Module = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
     def forward(
         self,
@@ -166,6 +171,8 @@ class GPT(nn.Module):
     The two are separate so that logits are computed only for the positions that need them.
     """
 
+    # Dtype of queries and keys in training, where it differs from that of x; set by `use_cpu_training_kernels`.
+    training_dtype: torch.dtype | None = None
     sinusoid: Tensor
     rope_cos: Tensor
     rope_sin: Tensor
@@ -175,7 +182,7 @@ class GPT(nn.Module):
         assert config.vocab_size > 0, "vocab_size must be set before the model is built"
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
-        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.dropout: nn.Module = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = build_norm(config, config.n_embd)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -240,7 +247,8 @@ class GPT(nn.Module):
         else:
             cos_sin = (self.rope_cos[positions][:, None], self.rope_sin[positions][:, None])
         if cos_sin is not None:
-            cos_sin = (cos_sin[0].to(x.dtype), cos_sin[1].to(x.dtype))
+            rope_dtype = self.training_dtype if self.training and self.training_dtype is not None else x.dtype
+            cos_sin = (cos_sin[0].to(rope_dtype), cos_sin[1].to(rope_dtype))
         x = self.dropout(x)
         for i, layer in enumerate(self.layers):
             x = layer(x, cos_sin, cache, i, positions, local_mask if self.config.layer_window(i) else mask)

@@ -1,5 +1,7 @@
 """The training objective: cross-entropy fused with the vocabulary head, which never materializes all logits."""
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -108,21 +110,29 @@ def fused_linear_cross_entropy(
 
     Under autocast the matmuls use its dtype.
     """
+    loss: Tensor = FusedLinearCrossEntropy.apply(*prepare_rows(hidden, weight, targets))
+    return loss
+
+
+def prepare_rows(
+    hidden: Float[Tensor, "*rest C"], weight: Float[Tensor, "V C"], targets: Int[Tensor, "*rest"]
+) -> tuple[Float[Tensor, "N C"], Float[Tensor, "V C"], Int[Tensor, " N"]]:
+    """Return the arguments as rows; `hidden` in autocast's dtype, and without gradients where they are disabled."""
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     if not torch.is_grad_enabled():  # inside a Function, needs_input_grad ignores it
         hidden, weight = hidden.detach(), weight.detach()
-    loss: Tensor = FusedLinearCrossEntropy.apply(hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1))
-    return loss
+    return hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1)
 
 
 class Objective(nn.Module):
     """The function that training minimizes. torch.compile and DDP wrap this module, not the model that is saved."""
 
-    def __init__(self, model: GPT) -> None:
+    def __init__(self, model: GPT, linear_cross_entropy: Callable[..., Tensor] = fused_linear_cross_entropy) -> None:
+        """`linear_cross_entropy` has the signature of `fused_linear_cross_entropy`."""
         super().__init__()
-        self.model = model
+        self.model, self.linear_cross_entropy = model, linear_cross_entropy
 
     def forward(self, inputs: Int[Tensor, "B T"], targets: Int[Tensor, "B T"]) -> Float[Tensor, ""]:
         """Return the cross-entropy of the targets in nats, summed; positions with IGNORE_INDEX are excluded."""
-        return fused_linear_cross_entropy(self.model(inputs), self.model.lm_head.weight, targets)
+        return self.linear_cross_entropy(self.model(inputs), self.model.lm_head.weight, targets)

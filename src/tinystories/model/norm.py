@@ -24,17 +24,57 @@ class RMSNormFunction(torch.autograd.Function):
         ctx: FunctionCtx, grad: Float[Tensor, "*rest C"]
     ) -> tuple[Float[Tensor, "*rest C"], Float[Tensor, " C"], None]:
         x, weight, inv_rms = ctx.saved_tensors  # type: ignore[attr-defined]
-        grad_normed = (grad * x).mul_(inv_rms)
-        grad_weight = grad_normed.reshape(-1, x.shape[-1]).sum(0)
-        # d(1/rms)/dx = -x / (C * rms^3): the part of the gradient that points along x.
-        along_x = (grad_normed @ weight)[..., None] * inv_rms.square() / -x.shape[-1]
-        return (grad * weight).mul_(inv_rms).addcmul_(x, along_x), grad_weight, None
+        return *rms_norm_backward(grad, x, weight, inv_rms), None
+
+
+def rms_norm_backward(
+    grad: Float[Tensor, "*rest C"],
+    x: Float[Tensor, "*rest C"],
+    weight: Float[Tensor, " C"],
+    inv_rms: Float[Tensor, "*rest 1"],
+) -> tuple[Float[Tensor, "*rest C"], Float[Tensor, " C"]]:
+    """Return the gradients of x and of the weight."""
+    grad_normed = (grad * x).mul_(inv_rms)
+    grad_weight = grad_normed.reshape(-1, x.shape[-1]).sum(0)
+    # d(1/rms)/dx = -x / (C * rms^3): the part of the gradient that points along x.
+    along_x = (grad_normed @ weight)[..., None] * inv_rms.square() / -x.shape[-1]
+    return (grad * weight).mul_(inv_rms).addcmul_(x, along_x), grad_weight
+
+
+class CastRMSNormFunction(torch.autograd.Function):
+    """RMSNorm of x in any dtype, computed in fp32 and returned as `dtype`."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, x: Float[Tensor, "*rest C"], weight: Float[Tensor, " C"], eps: float, dtype: torch.dtype
+    ) -> Float[Tensor, "*rest C"]:
+        x_fp32 = x.float()
+        inv_rms = torch.linalg.vecdot(x_fp32, x_fp32).div_(x.shape[-1]).add_(eps).rsqrt_()[..., None]
+        ctx.save_for_backward(x, weight, inv_rms)
+        return (x_fp32 * inv_rms).mul_(weight).to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: FunctionCtx, grad: Float[Tensor, "*rest C"]
+    ) -> tuple[Float[Tensor, "*rest C"], Float[Tensor, " C"], None, None]:
+        x, weight, inv_rms = ctx.saved_tensors  # type: ignore[attr-defined]
+        grad_x, grad_weight = rms_norm_backward(grad.float(), x.float(), weight, inv_rms)
+        return grad_x.to(x.dtype), grad_weight, None, None
 
 
 class RMSNorm(nn.RMSNorm):
-    """`nn.RMSNorm` that is faster on a CPU and stays fused for bf16 inputs with an fp32 weight (autocast)."""
+    """`nn.RMSNorm` that is faster on a CPU and stays fused for bf16 inputs with an fp32 weight (autocast).
+
+    `training_dtype` is the dtype of the output in training, on a CPU; None: that of the input.
+    """
+
+    training_dtype: torch.dtype | None = None
 
     def forward(self, x: Float[Tensor, "*rest C"]) -> Float[Tensor, "*rest C"]:
+        if self.training and self.training_dtype is not None:
+            cast: Tensor = CastRMSNormFunction.apply(x, self.weight, self.eps, self.training_dtype)
+            return cast
         if x.device.type == "cpu" and x.dtype == torch.float32:
             normed: Tensor = RMSNormFunction.apply(x, self.weight, self.eps)
             return normed

@@ -12,6 +12,7 @@ from typing import Any
 from optuna import Study
 from optuna.distributions import CategoricalDistribution
 
+from tinystories.data.text_loss import describe_loss, mark_incomparable
 from tinystories.files import write_atomic
 from tinystories.sweep.search_space import Distribution, SearchSpace
 from tinystories.sweep.trial import Outcome, read_outcome, trial_dir
@@ -73,9 +74,8 @@ def describe_result(result: TrialResult) -> str:
     outcome = result.outcome
     settings = "  ".join(f"{name} {format_setting(value)}" for name, value in result.settings.items())
     if outcome.state == "complete":
-        return (
-            f"trial {result.number}  {settings}: {outcome.bits_per_byte:.4f} bits per byte in {outcome.seconds:,.0f} s"
-        )
+        score = mark_incomparable(f"{outcome.bits_per_byte:.4f} bits per byte", outcome.lost_text)
+        return f"trial {result.number}  {settings}: {score} in {outcome.seconds:,.0f} s"
     return f"trial {result.number}  {settings}: {outcome.state} ({outcome.reason})"
 
 
@@ -89,7 +89,7 @@ def format_setting(value: Any, digits: int = 4) -> str:
 
 
 def format_table(results: Sequence[TrialResult], names: Sequence[str]) -> str:
-    """Format the trials as a table with aligned columns, followed by why trials are not complete."""
+    """Format the trials as a table with aligned columns, followed by why trials are not complete, or not comparable."""
     rows = [["trial", "bits/byte", *names, "tokens", "seconds", "state"]]
     for result in results:
         outcome = result.outcome
@@ -101,6 +101,7 @@ def format_table(results: Sequence[TrialResult], names: Sequence[str]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     reasons = [f"trial {r.number} {r.outcome.state}: {r.outcome.reason}" for r in results if r.outcome.reason]
+    reasons += [f"trial {r.number}: {describe_loss(r.outcome.lost_text)}" for r in results if r.outcome.lost_text]
     return "\n".join([*lines, *[""] * bool(reasons), *reasons])
 
 

@@ -35,6 +35,7 @@ class Outcome:
     seconds: float = 0.0  # spent in training steps, over all sessions
     reason: str = ""  # why it is not complete
     settings_to_blame: bool = False  # the sampler should avoid these settings
+    lost_text: float = 0.0  # share of the text that the tokenizer cannot give back; unless 0, the score is too good
 
 
 def trial_dir(sweep_dir: Path, number: int) -> Path:
@@ -101,6 +102,7 @@ def read_outcome(folder: Path) -> Outcome:
     latest = {key: value for record in records for key, value in record.items()}  # the last value of each field
     bits = latest.get("val_bits_per_byte")
     outcome = Outcome("unfinished", bits, latest["step"], latest["tokens"], latest.get("seconds", 0.0))
+    outcome = dataclasses.replace(outcome, lost_text=latest.get("val_lost_text", 0.0))
     if not records[-1].get("final"):
         return outcome
     if math.isfinite(records[-1]["val_bits_per_byte"]):

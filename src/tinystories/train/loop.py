@@ -5,6 +5,7 @@ step. So an interrupted and resumed run ends with the same bits as an uninterrup
 """
 
 import contextlib
+import dataclasses
 import itertools
 import logging
 import math
@@ -17,7 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tinystories.config import Config, replace_vocab
+from tinystories.checkpoint import read_model
+from tinystories.config import Config, ModelConfig, replace_vocab
 from tinystories.data.dataset import open_split
 from tinystories.data.loader import PackedRows
 from tinystories.data.tokenizer import Tokenizer
@@ -62,23 +64,40 @@ class Trainer:
         self.tokenizer = Tokenizer.load(data_dir)
         if self.tokenizer.sha256 != self.rows.meta.tokenizer_sha256:
             raise UserError(f"{data_dir}/tokenizer.json is not the tokenizer of the data; prepare the data again")
+        initial_model = None
+        if config.train.init and last_checkpoint is not None:
+            config = follow_vocab_size(config, read_model(last_checkpoint, verify_weights=False).config)
+        elif config.train.init:
+            initial_model = state.read_initial_model(Path(config.train.init), config.model, self.tokenizer)
+            config = follow_vocab_size(config, initial_model.config)
         self.config = config = resolve_auto_rates(replace_vocab(config, self.rows.meta.vocab_size, str(data_dir)))
         self.run_dir, self.world = run_dir, world
         data_sha256 = self.rows.meta.splits["train"].sha256
         self.train_state = TrainState(data_sha256=data_sha256)
+        previous_route = None
         if last_checkpoint is not None:
             self.train_state = state.read_train_state(last_checkpoint)
+            previous_route = self.train_state.route
             state.check_same_run(last_checkpoint, config, is_same_data=self.train_state.data_sha256 == data_sha256)
         self.train_state.data_dir = os.path.abspath(data_dir)
-        self.take_step = TrainStep(config, self.train_state.micro_batch, world)
-        self.train_state.micro_batch = self.take_step.micro_batch
+        self.take_step = TrainStep(
+            config,
+            self.tokenizer,
+            world,
+            previous_micro_batch=self.train_state.micro_batch,
+            previous_route=previous_route,
+        )
+        self.train_state.micro_batch, self.train_state.route = self.take_step.micro_batch, self.take_step.route.name
+        # None unless the processor or the settings made a resumed run change its route.
+        self.left_route = previous_route if previous_route not in (None, "", self.train_state.route) else None
         self.device, self.model = self.take_step.device, self.take_step.model
         self.optimizers = self.take_step.optimizers
         if last_checkpoint is not None:
             state.load_weights_and_optimizers(last_checkpoint, self.model, self.optimizers)
-        elif config.train.init:
-            state.initialize_from(Path(config.train.init), self.model, self.tokenizer)
-        self.stop_signal = 0
+        elif initial_model is not None:
+            state.load_initial_weights(initial_model, self.model)
+        # Received by this rank, and agreed on by all ranks: a signal may arrive while the ranks agree.
+        self.received_signal = self.stop_signal = 0
         self.batches: Iterator[Batch] | None = None  # prefetched ones
         self.in_flight: StepResult | None = None  # the newest step, until it is recorded
         self.last_recorded_at: float | None = None  # end of the latest recorded step; None while no step is in flight
@@ -108,6 +127,8 @@ class Trainer:
     def train(self) -> BitsReport | None:
         """Train from the current step to the last, evaluate on all validation stories, save; return the final score."""
         config, train_state = self.config.train, self.train_state
+        if self.left_route is not None and train_state.step < config.steps:
+            self.recorder.record_route_change(self.left_route)
         evaluation_due = self.world.is_main and train_state.step < config.steps and self.is_evaluation_due()
         # A checkpoint written by an interrupt before or during an evaluation: catch up on the evaluation first.
         if self.world.broadcast(evaluation_due):
@@ -200,21 +221,22 @@ class Trainer:
         started_at = time.perf_counter()
 
         def report_progress(n_done: int) -> None:
-            if self.stop_signal:
-                raise Interrupted(self.stop_signal, self.train_state.step)
+            if self.received_signal:
+                raise Interrupted(self.received_signal, self.train_state.step)
             n_done = min(n_evaluated, n_done * world.size)
             display.update(self.train_state.step, f"evaluating {n_done:,} of {n_evaluated:,} stories", log_line=False)
 
         # Each rank fills the columns of its own stories; summed over ranks they are complete. A signal ends the loop on
         # one rank only, so `Interrupted` is suppressed here and raised after all ranks have shared their signals.
         story_scores = np.zeros((3, n_evaluated))
-        with contextlib.suppress(Interrupted):
+        with contextlib.suppress(Interrupted), self.take_step.route.matmuls():
             rank_stories = itertools.islice(read_prepared_stories(tokens, index, limit), world.rank, None, world.size)
             story_scores[:, world.rank :: world.size] = score_stories(engine, rank_stories, report_progress)
         self.sync_stop_signal()
         if self.stop_signal:
             raise Interrupted(self.stop_signal, self.train_state.step)
-        return summarize(world.all_reduce_sum(story_scores), time.perf_counter() - started_at)
+        report = summarize(world.all_reduce_sum(story_scores), time.perf_counter() - started_at)
+        return dataclasses.replace(report, lost_text=self.rows.meta.lost_text)
 
     def finish(self) -> BitsReport | None:
         """Evaluate on the whole validation set, save the checkpoint with the final score and write the last samples.
@@ -242,7 +264,7 @@ class Trainer:
 
     def sync_stop_signal(self) -> None:
         """Share a stop signal that any rank received, so that all ranks stop at the same step."""
-        self.stop_signal = self.world.all_reduce_max(self.stop_signal)
+        self.stop_signal = self.world.all_reduce_max(self.received_signal)
 
     def check_finite(self, step: int, loss: float, grad_norm: float) -> None:
         """Raise `UserError` if the loss or the gradient norm is infinite or NaN."""
@@ -263,11 +285,17 @@ class Trainer:
         With several processes a second signal changes nothing, because torchrun sends one of its own, and finally
         kills.
         """
-        if self.stop_signal and self.world.size == 1:
+        if self.received_signal and self.world.size == 1:
             raise KeyboardInterrupt
-        self.stop_signal = signum
+        self.received_signal = signum
         hint = "; a second signal stops immediately" if self.world.size == 1 else ""
         log.info("stopping after this step and saving a checkpoint%s", hint)
+
+
+def follow_vocab_size(config: Config, model: ModelConfig) -> Config:
+    """Return the config with the vocabulary size of a model, which may be padded, unless it has one already."""
+    vocab_size = config.model.vocab_size or model.vocab_size
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
 
 
 def is_async_device(device: torch.device) -> bool:

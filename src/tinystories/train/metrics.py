@@ -1,5 +1,6 @@
 """Metrics of a run: metrics.jsonl, the loss curve loss.png and TensorBoard."""
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -54,9 +55,9 @@ class Metrics:
 
     def get_step_records(self, step: int) -> list[dict[str, Any]]:
         """Return the records of `step`, which must be the current step of the run."""
-        # No record has a later step, and a step has at most three (training, evaluation, final evaluation), so all of
-        # its records are among the last three.
-        return [record for record in self.records[-3:] if record["step"] == step]
+        # No record has a later step.
+        newest_first = itertools.takewhile(lambda record: record["step"] == step, reversed(self.records))
+        return list(newest_first)[::-1]
 
     def flush_and_get_size(self) -> int:
         """Force the file to disk and return its length in bytes."""

@@ -10,6 +10,7 @@ import torch
 
 import tinystories
 from tinystories.data.loader import PackedRows
+from tinystories.data.text_loss import describe_loss, mark_incomparable
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.evaluate.bits import BitsReport
 from tinystories.files import write_errors
@@ -85,8 +86,16 @@ class Recorder:
             }
         )
         memory_gb = measure_memory_bytes(self.train_step.device) / 1e9
-        text = f"loss {loss:.4f}  {bits_per_byte:.3f} bits/byte  {tokens_per_s:,.0f} tokens/s  {memory_gb:.1f} GB"
+        mark = " (not comparable)" if self.rows.meta.lost_text else ""
+        text = f"loss {loss:.4f}  {bits_per_byte:.3f} bits/byte{mark}  {tokens_per_s:,.0f} tokens/s  {memory_gb:.1f} GB"
         self.display.update(result.step, text, log_line=True)
+
+    def record_route_change(self, left_route: str) -> None:
+        """Mark in metrics.jsonl that a resumed run continues on another route than `left_route`."""
+        state = self.train_state
+        if self.is_main:
+            record = {"step": state.step, "tokens": state.tokens, "route": state.route, "left_route": left_route}
+            self.metrics.write(record)
 
     def is_evaluated(self) -> bool:
         """Return whether the evaluation of the current step is already in metrics.jsonl."""
@@ -99,7 +108,7 @@ class Recorder:
 
     def record_evaluation(self, evaluation: BitsReport | None, *, final: bool = False) -> bool:
         """Write the evaluation to metrics.jsonl; return True if it is the best so far and not the final one."""
-        train_state, is_best = self.train_state, False
+        train_state, is_best, lost_text = self.train_state, False, self.rows.meta.lost_text
         record: dict[str, Any] = {"step": train_state.step, "tokens": train_state.tokens, "evaluated": True}
         if evaluation is not None:
             # The best is chosen on the fixed subset; the final score is on the whole set and not comparable.
@@ -111,6 +120,8 @@ class Recorder:
                 "val_nats_per_token": evaluation.nats_per_token,
                 "val_stories": evaluation.stories,
             }
+            if lost_text:
+                record["val_lost_text"] = lost_text
         if final:
             record["final"] = True
         if self.is_main:
@@ -125,6 +136,7 @@ class Recorder:
         with self.side_work.attempt("samples.md"):
             self.write_samples(describe_evaluation(evaluation))
         title = f"{self.run_dir.name}: {self.config.model.n_params / 1e6:.1f}M parameters"
+        title = "\n".join(filter(None, (title, describe_loss(self.rows.meta.lost_text))))
         with self.side_work.attempt("loss.png"):
             plot_curves(self.metrics.records, self.run_dir / "loss.png", title)
 
@@ -171,16 +183,20 @@ class Recorder:
         }
         if self.config.train.init:
             facts["began_with"] = self.config.train.init
+        if self.config.train.teacher:
+            facts["teachers"] = list(self.config.train.teacher)
         for record in self.metrics.get_step_records(train_state.step):
             if "val_stories" in record:
-                facts |= {name: record[name] for name in ("val_bits_per_byte", "val_stories")}
+                names = ("val_bits_per_byte", "val_stories", "val_lost_text")
+                facts |= {name: record[name] for name in names if name in record}
         return facts
 
 
 def describe_evaluation(evaluation: BitsReport | None) -> str:
     if evaluation is None:
         return "no validation stories"
-    return f"{evaluation.bits_per_byte:.4f} bits per byte on {evaluation.stories:,} validation stories"
+    score = f"{evaluation.bits_per_byte:.4f} bits per byte on {evaluation.stories:,} validation stories"
+    return mark_incomparable(score, evaluation.lost_text)
 
 
 def cut_samples(path: Path, last_step: int) -> None:

@@ -3,15 +3,18 @@
 import dataclasses
 import logging
 import math
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tinystories import checkpoint
-from tinystories.config import Config, SamplingConfig
+from tinystories.checkpoint import ModelFiles
+from tinystories.config import Config, ModelConfig, SamplingConfig
 from tinystories.config_file import build_dataclass, load_config, to_toml
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.engine.torch_engine import load_weights
@@ -20,6 +23,8 @@ from tinystories.files import TEMP_SUFFIX, atomic_directory, error_reason, sha25
 from tinystories.model import GPT
 from tinystories.train.optimizer.build import Optimizers, flatten_optimizer_state, load_optimizer_state
 from tinystories.train.step import TrainStep
+from tinystories.weights.load import load_fp32
+from tinystories.weights.names import POSITION_EMBEDDING
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +46,7 @@ class TrainState:
     micro_batch: int = 0  # rows per forward pass; kept on resuming, since it determines the order of sums
     data_sha256: str = ""  # of train.bin
     data_dir: str = ""  # absolute path of the data; "": written by a version that did not store it
+    route: str = ""  # see train/route.py; "": begun with precision "auto" by a version without routes
 
 
 def save_checkpoint(
@@ -112,6 +118,9 @@ def read_train_state(folder: Path) -> TrainState:
     path = folder / "state" / "optimizer.safetensors"
     if not path.is_file() or sha256(path) != record.pop("optimizer_sha256", None):
         raise UserError(f"{path} is missing or does not match its checksum")
+    if "route" not in record:  # written by a version that had none
+        precision = load_config(folder / "state" / "config.toml").train.precision
+        record["route"] = "" if precision == "auto" else precision
     where = f"{folder}/state/clock.json"
     best = record.pop("best_bits_per_byte", math.inf)  # infinite until the first evaluation
     if type(best) is not float or math.isnan(best):
@@ -144,26 +153,56 @@ def check_same_run(folder: Path, config: Config, is_same_data: bool) -> None:
         )
 
 
-def initialize_from(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
-    """Load the weights of a model directory into the model of a new run (train.init).
+def read_initial_model(folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> ModelFiles:
+    """Read the model directory from which a new run gets its weights (train.init).
 
-    Context length and dropout may differ. `UserError` if the tokenizer or any other model setting differs, or if the
-    directory has int8 weights only.
+    Context length and dropout may differ, and the vocabulary size may be left to the model. `UserError`, naming all of
+    them, if the tokenizer or other settings differ, or if the directory has int8 weights only.
     """
     source = checkpoint.read_model(folder)
+    problems = []
     if source.tokenizer().sha256 != tokenizer.sha256:
-        raise UserError(f"{folder} has another tokenizer than the data; prepare the data with --tokenizer {folder}")
-    source_settings, model_settings = dataclasses.asdict(source.config), dataclasses.asdict(model.config)
-    for name in source_settings.keys() - {"n_ctx", "dropout"}:
-        if source_settings[name] != model_settings[name]:
-            raise UserError(
-                f"model.{name} is {model_settings[name]}, but {folder} has {source_settings[name]}; set it to that"
-            )
+        command = f"tinystories prepare ... --tokenizer {shlex.quote(str(folder))}"
+        problems.append(f"it has another tokenizer than the data, which must be prepared with: {command}")
+    free_settings = {"n_ctx", "dropout"} | ({"vocab_size"} if config.vocab_size == 0 else set())
+    source_settings, settings = dataclasses.asdict(source.config), dataclasses.asdict(config)
+    differences = [name for name in settings if name not in free_settings and settings[name] != source_settings[name]]
+    if differences:
+        flags = " ".join(f"--model.{name} {to_flag(source_settings[name])}" for name in differences)
+        values = ", ".join(f"{name}={to_flag(settings[name])}" for name in differences)
+        problems.append(f"the config has other settings ({values}): use {flags}")
     if source.is_int8_only:
-        raise UserError(
-            f"{folder} has only int8 weights, which cannot be trained; pass the unquantized model to --train.init"
-        )
-    load_weights(source, model)
+        problems.append("it has only int8 weights, which cannot be trained: use the unquantized model")
+    if problems:
+        raise UserError(f"--train.init {folder}: {'; '.join(problems)}")
+    return source
+
+
+def load_initial_weights(source: ModelFiles, model: GPT) -> None:
+    """Copy the weights of `source`, from `read_initial_model`, into a new model.
+
+    Learned position embeddings are cut to a shorter context. In a longer one, the further positions keep their random
+    initialization, with a warning.
+    """
+    weights = {name: torch.tensor(weight) for name, weight in load_fp32(source).items()}
+    if POSITION_EMBEDDING in weights:
+        positions = model.state_dict()[POSITION_EMBEDDING].cpu().clone()
+        learned = weights[POSITION_EMBEDDING][: len(positions)]
+        if len(learned) < len(positions):
+            log.warning(
+                "%s has learned %d positions; those up to model.n_ctx=%d are initialized at random",
+                source.folder,
+                len(learned),
+                len(positions),
+            )
+        positions[: len(learned)] = learned
+        weights[POSITION_EMBEDDING] = positions
+    model.load_state_dict(weights, strict=False)  # a tied head is not stored
+
+
+def to_flag(value: object) -> str:
+    """Return a setting as the text of a command line flag."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def load_weights_and_optimizers(folder: Path, model: GPT, optimizers: Optimizers) -> None:

@@ -9,16 +9,22 @@ import torch
 from torch import Tensor
 
 from tinystories.config import Config
-from tinystories.engine.device import select_device, select_precision
+from tinystories.data.tokenizer import Tokenizer
+from tinystories.engine.device import select_device
 from tinystories.engine.torch_engine import TorchEngine
 from tinystories.model import GPT
-from tinystories.model.loss import Objective
+from tinystories.model.cpu_training import use_cpu_training_kernels
+from tinystories.model.distillation import DistillationObjective
+from tinystories.model.loss import Objective, fused_linear_cross_entropy
+from tinystories.model.tiled_loss import tiled_linear_cross_entropy
 from tinystories.train import distributed
 from tinystories.train.distributed import World
 from tinystories.train.estimate import auto_micro_batch
 from tinystories.train.optimizer.build import build_optimizers
 from tinystories.train.optimizer.learning_rate import get_learning_rate, get_momentum
 from tinystories.train.prefetch import Batch
+from tinystories.train.route import Route, select_route
+from tinystories.train.teacher import load_teachers
 
 
 class StepResult:
@@ -57,19 +63,34 @@ class TrainStep:
     with the same bits.
     """
 
-    def __init__(self, config: Config, previous_micro_batch: int, world: World) -> None:
+    def __init__(
+        self,
+        config: Config,
+        tokenizer: Tokenizer,
+        world: World,
+        *,
+        previous_micro_batch: int = 0,
+        previous_route: str | None = None,
+    ) -> None:
         """Initialize the weights from the seed. `config` has numbers in place of "auto" learning rates.
 
-        `previous_micro_batch` is the micro-batch of the run being resumed (0: none).
+        `previous_micro_batch` and `previous_route` are those of the run being resumed (0, None: a new run).
         """
         self.config, self.world = config, world
         self.device = select_device(world.resolve_device(config.train.device))
-        self.precision = select_precision(self.device, config.train.precision)
+        self.route = select_route(config, self.device, previous_route, world)
+        self.precision = self.route.precision
+        teachers = load_teachers(config.train.teacher, config.model, tokenizer, self.device)
         self.micro_batch = auto_micro_batch(config, self.device, previous_micro_batch, world)
         torch.manual_seed(config.train.seed)
         self.model = GPT(config.model).to(self.device)
-        self.optimizers = build_optimizers(self.model, config.optim, config.train.shard_optimizer and world.size > 1)
-        objective: Any = Objective(self.model)
+        objective: Any = build_objective(self.model, self.route)
+        sharded = config.train.shard_optimizer and world.size > 1
+        self.optimizers = build_optimizers(self.model, config.optim, sharded, muon_in_bf16=self.route.has_bf16_kernels)
+        if teachers and config.train.teacher_weight > 0:
+            objective = DistillationObjective(
+                self.model, teachers, config.train.teacher_weight, config.train.teacher_temperature
+            )
         if config.train.compile == "on" or (config.train.compile == "auto" and self.device.type == "cuda"):
             objective = torch.compile(objective)
         self.objective = distributed.wrap_ddp(objective, world, self.device)
@@ -80,6 +101,11 @@ class TrainStep:
 
     def __call__(self, batch: Batch) -> StepResult:
         """Run the optimizer step of a batch, of which this rank has its share."""
+        with self.route.matmuls():
+            return self.run(batch)
+
+    def run(self, batch: Batch) -> StepResult:
+        """Do what a call does, with the fp32 matmuls that are set in the process."""
         step = batch.step
         inputs, targets = batch.to_device(self.device)
         self.set_schedules(step)
@@ -113,7 +139,7 @@ class TrainStep:
     def accumulate_gradients(self, inputs: Tensor, targets: Tensor, n_targets: int) -> Tensor:
         """Add up the gradient of the mean loss in weight.grad, by a backward pass for each micro-batch.
 
-        Return the sum of the losses on this rank, on the device. `n_targets` counts the targets of all ranks.
+        Return the sum of the cross-entropies on this rank, on the device. `n_targets` counts the targets of all ranks.
         """
         world = self.world
         loss_sum = torch.zeros((), device=self.device)
@@ -124,12 +150,21 @@ class TrainStep:
             with self.objective.no_sync() if skip_sync else contextlib.nullcontext():
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
                     loss = self.objective(inputs[rows], targets[rows])
+                # With teachers, the metrics show the cross-entropy alone, which is comparable between runs.
+                loss, cross_entropy = loss if isinstance(loss, tuple) else (loss, loss)
                 # `loss` is a sum over this micro-batch. Dividing it by the targets of the whole step, not of the
                 # micro-batch, makes the accumulated gradient that of the batch mean, wherever the padding is.
                 # DDP averages gradients over the ranks, but their sum is needed: hence the factor world.size.
                 (loss / n_targets * world.size).backward()
-            loss_sum += loss.detach()
+            loss_sum += cross_entropy.detach()
         return loss_sum
+
+
+def build_objective(model: GPT, route: Route) -> Objective:
+    """Make the model train with the kernels of a route, and return its objective."""
+    if route.cpu_kernels:
+        use_cpu_training_kernels(model, bf16=route.has_bf16_kernels)
+    return Objective(model, tiled_linear_cross_entropy if route.has_bf16_kernels else fused_linear_cross_entropy)
 
 
 def derive_seed(seed: int, step: int, rank: int) -> int:

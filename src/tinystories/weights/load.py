@@ -77,7 +77,8 @@ def load_or_quantize(files: ModelFiles, precision: Precision) -> Mapping[str, Ar
                 files.verify_weights()
             return file
     else:
-        log.info("quantizing the weights to %s (once): %s", precision, path)
+        # A warning: Python shows it also where logging is not configured.
+        log.warning("quantizing the weights to %s (once): %s", precision, path)
     files.verify_weights()
     tensors = quantize(files, precision)
     try:

@@ -329,7 +329,6 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "width of heads": ({"qwen3.attention.key_length": 8}, {}, "value_length=6 must equal the head dimension, 8"),
     "no eps": ({"qwen3.attention.layer_norm_rms_epsilon": None}, {}, "layer_norm_rms_epsilon is missing"),
     "base": ({"qwen3.rope.freq_base": float("inf")}, {}, "rope_base=inf must be finite"),
-    "sampling": ({"general.sampling.temp": -1.0}, {}, "temperature"),
     "vocabulary": ({"tokenizer.ggml.model": "bert"}, {}, r"\('bert'\) is not supported.*--tokenizer"),
     "split": ({"tokenizer.ggml.pre": "qwen2"}, {}, "'gpt2' with pre-tokenizer 'qwen2'"),
     "tokens": ({"tokenizer.ggml.tokens": TOKENS[:-1]}, {}, "399 tokens but 400 token types"),

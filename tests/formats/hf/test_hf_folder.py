@@ -167,12 +167,9 @@ def older_tokenizer(folder: Path, merges: bytes) -> None:
         (lambda folder: (folder / "config.json").write_text(" " * 64_000_001), "larger than 64 MB"),
         (lambda folder: older_tokenizer(folder, b"\xff\xfe a"), "merges.txt is not UTF-8"),
         (lambda folder: edit(folder / "config.json", rope_scaling={"rope_type": "yarn"}), "only rope_theta"),
-        (lambda folder: edit(folder / "config.json", bos_token_id=4000), "token 4000"),
-        (lambda folder: edit(folder / "config.json", bos_token_id="x"), "bos_token_id and eos_token_id"),
         (lambda folder: (folder / "model.safetensors").unlink(), "contains no weights"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer; .* --tokenizer"),
         (lambda folder: (folder / "tokenizer.json").write_text("{"), "is not a Hugging Face tokenizer"),
-        (lambda folder: edit(folder / "generation_config.json", temperature=-1), "temperature=-1"),
     ],
 )
 def test_folders_that_cannot_be_read_are_refused(folder: Path, spoil: Callable[[Path], object], message: str) -> None:

@@ -61,7 +61,7 @@ def export(model: Path, name: str, out: Path, precision: str, force: bool) -> No
 @click.option(
     "--tokenizer",
     type=click.Path(path_type=Path),
-    help="tokenizer.json or llama2.c's tokenizer.bin. Required if SOURCE has none; replaces its own otherwise.",
+    help="tokenizer.json, llama2.c's tokenizer.bin, or gpt2. Required if SOURCE has none; replaces its own otherwise.",
 )
 @force_option
 def import_(source: str, out: Path, tokenizer: Path | None, force: bool) -> None:

@@ -39,6 +39,7 @@ def evaluate(model: Path, data: str, engine_config: "EngineConfig", **reading: A
     Each story is scored on its own, after <|endoftext|>; its closing <|endoftext|> counts. Lower is better. With
     --precision int8 or int4, the difference to fp32 is the cost of quantization.
     """
+    from tinystories.data.text_loss import mark_incomparable
     from tinystories.engine.engine_config import QUANTIZED_PRECISIONS
     from tinystories.evaluate.report import evaluate_model
     from tinystories.generate.storyteller import Storyteller
@@ -52,7 +53,8 @@ def evaluate(model: Path, data: str, engine_config: "EngineConfig", **reading: A
     with show_progress("stories scored") as progress:
         report = evaluate_model(storyteller, data, progress=progress, **reading)
     low, high = report.interval
-    click.echo(f"{report.bits_per_byte:.4f} bits per byte (95 % interval {low:.4f} to {high:.4f} over the stories)")
+    score = f"{report.bits_per_byte:.4f} bits per byte (95 % interval {low:.4f} to {high:.4f} over the stories)"
+    click.echo(mark_incomparable(score, report.lost_text))
     click.echo(
         f"{report.nats_per_token:.4f} nats per token; {report.stories:,} stories, {report.tokens:,} tokens,"
         f" {report.bytes:,} bytes in {report.seconds:.1f} s"

@@ -110,6 +110,7 @@ def sweep(
 
 def print_results(out: Path, plan: "Plan") -> dict[str, Any]:
     """Print the table of a sweep and what to do next; return the results for --json."""
+    from tinystories.data.text_loss import mark_incomparable
     from tinystories.sweep.results import at_boundary, find_best, format_table, read_results
     from tinystories.sweep.study import open_study
 
@@ -124,9 +125,8 @@ def print_results(out: Path, plan: "Plan") -> dict[str, Any]:
             edge = f"the best {name} is at the edge of its range {plan.space.texts[name]}"
             click.echo(f"{edge}: a wider range may hold a better one")
         train_command = f"tinystories train --config {shlex.quote(str(out / 'best.toml'))} --out runs/best"
-        click.echo(
-            f"best: trial {best.number}, {best.bits:.4f} bits per byte. Train with its settings: {train_command}"
-        )
+        score = mark_incomparable(f"{best.bits:.4f} bits per byte", best.outcome.lost_text)
+        click.echo(f"best: trial {best.number}, {score}. Train with its settings: {train_command}")
     trials = [{"trial": r.number, "settings": r.settings} | dataclasses.asdict(r.outcome) for r in results]
     for trial in trials:
         del trial["settings_to_blame"]

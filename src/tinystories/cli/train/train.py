@@ -12,6 +12,7 @@ from tinystories.cli.common import CONTEXT_SETTINGS, json_option
 from tinystories.cli.train.prepare import describe_preparation
 from tinystories.config import Config
 from tinystories.config_file import PRESETS, load_config, setting_names, to_toml
+from tinystories.data.text_loss import mark_incomparable
 from tinystories.errors import UserError
 from tinystories.files import os_errors, write_errors
 from tinystories.train.distributed import World
@@ -95,7 +96,8 @@ def run_training(config: Config, out: Path, *, resume: bool) -> dict[str, Any] |
     if not is_main:
         return 0
     if report is not None:
-        click.echo(f"{report.bits_per_byte:.4f} bits per byte on {report.stories:,} validation stories", err=True)
+        summary = f"{report.bits_per_byte:.4f} bits per byte on {report.stories:,} validation stories"
+        click.echo(mark_incomparable(summary, report.lost_text), err=True)
     command = f"tinystories generate {shlex.quote(str(out))}"
     click.echo(f"done: {out} (loss.png, samples.md). Read a story: {command}", err=True)
     score = dataclasses.asdict(report) if report is not None else {}

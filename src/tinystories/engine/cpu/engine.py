@@ -1,5 +1,6 @@
 """`CpuEngine` implements the engine protocol without torch. docs/cpu-engine.md explains how and why."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -12,7 +13,7 @@ import numpy.typing as npt
 
 from tinystories.checkpoint import ModelFiles
 from tinystories.config import ModelConfig
-from tinystories.engine.cpu.runtime import MAX_ROWS, KVCacheAddress, Runtime
+from tinystories.engine.cpu.runtime import MAX_ROWS, MIN_SHARED_BYTES, KVCacheAddress, Runtime
 from tinystories.engine.cpu.thread_pool import count_physical_cores
 from tinystories.engine.engine_config import DEFAULT_ENGINE_CONFIG, EngineConfig
 from tinystories.engine.protocol import Ids, Logits, validate_context, validate_sequences, validate_slot, validate_step
@@ -46,7 +47,16 @@ class CpuEngine:
             )
         self.config, self.n_slots = config, n_slots
         self.lengths = [0] * n_slots
-        self.runtime = Runtime(config, weights, engine_config.threads or count_physical_cores(), shortlist_ids)
+        # A number of threads that is given is used for every call.
+        min_shared_bytes = 0 if engine_config.threads else MIN_SHARED_BYTES
+        self.runtime = Runtime(
+            config,
+            weights,
+            engine_config.threads or count_physical_cores(),
+            shortlist_ids,
+            min_shared_bytes=min_shared_bytes,
+        )
+        self._idle_scoring_caches: list[CpuKVCache] = []
 
     @classmethod
     def load(
@@ -73,10 +83,18 @@ class CpuEngine:
         """The cache of the slots, allocated on first use."""
         return CpuKVCache(self.config, self.n_slots)
 
-    @functools.cached_property
-    def scoring_cache(self) -> "CpuKVCache":
-        """A cache of one slot for `logprobs`, so that scoring leaves the slots alone."""
-        return CpuKVCache(self.config, 1)
+    @contextlib.contextmanager
+    def scoring_cache(self) -> Iterator["CpuKVCache"]:
+        """Lend a cache of one slot to a call of `logprobs`, so that scoring leaves the slots alone.
+
+        Calls from several threads at once get one each.
+        """
+        try:
+            cache = self._idle_scoring_caches.pop()
+        except IndexError:
+            cache = CpuKVCache(self.config, 1)
+        yield cache
+        self._idle_scoring_caches.append(cache)
 
     def prefill(self, slot: int, ids: Ids) -> Logits:
         tokens = validate_context(ids, self.config)
@@ -105,16 +123,17 @@ class CpuEngine:
     def logprobs(self, sequences: Sequence[Ids]) -> list[npt.NDArray[np.floating[Any]]]:
         if self.runtime.shortlist is not None:
             raise UserError("ids outside a shortlist have no probabilities; score without --shortlist")
-        results = []
-        for ids in validate_sequences(sequences, self.config):
-            token_logprobs = np.empty(len(ids) - 1, dtype=np.float32)
-            for start, logits in self.forward_chunks(self.scoring_cache, 0, ids[:-1], all_logits=True):
-                logits -= logits.max(axis=1, keepdims=True)
-                targets = ids[start + 1 : start + 1 + len(logits)]
-                target_logits = np.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
-                token_logprobs[start : start + len(logits)] = target_logits - np.log(np.exp(logits).sum(axis=1))
-            results.append(token_logprobs)
-        return results
+        with self.scoring_cache() as cache:
+            return [self._score(ids, cache) for ids in validate_sequences(sequences, self.config)]
+
+    def _score(self, ids: npt.NDArray[np.int64], cache: "CpuKVCache") -> npt.NDArray[np.float32]:
+        token_logprobs = np.empty(len(ids) - 1, dtype=np.float32)
+        for start, logits in self.forward_chunks(cache, 0, ids[:-1], all_logits=True):
+            logits -= logits.max(axis=1, keepdims=True)
+            targets = ids[start + 1 : start + 1 + len(logits)]
+            target_logits = np.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
+            token_logprobs[start : start + len(logits)] = target_logits - np.log(np.exp(logits).sum(axis=1))
+        return token_logprobs
 
     def forward_chunks(
         self, cache: "CpuKVCache", slot: int, ids: Array, *, all_logits: bool

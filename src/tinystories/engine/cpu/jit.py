@@ -1,9 +1,10 @@
 """Compile `kernels` once with Numba, cache the object file, and load it with llvmlite alone.
 
-Importing Numba would dominate the start-up time. The object file is specific to this CPU; its name contains a hash of
-everything it depends on.
+Importing Numba would dominate the start-up time. The object file is specific to a processor (`target`); its name
+contains a hash of everything it depends on.
 """
 
+import contextlib
 import ctypes
 import ctypes.util
 import functools
@@ -14,13 +15,14 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import llvmlite.binding as llvm
 
+from tinystories.engine.cpu.target import VARIABLE, Target, select_target
 from tinystories.errors import UserError
 from tinystories.files import atomic_file
 from tinystories.weights.quantize import BLOCK_ROWS, GROUP_SIZE
@@ -33,7 +35,7 @@ _alive: list[Any] = []  # execution engines, which own the memory of the machine
 # Runtime functions of Numba for exceptions and for arrays that own memory. The object file refers to them but never
 # calls them, so they resolve to `abort_stub`. If Numba is imported, it registers its own.
 UNUSED_SYMBOL_PREFIXES = ("NRT_", "numba_")
-Forward = Callable[[int, int, float, int, int], None]
+Forward = Callable[[int, int, float, int, int, int, int], None]
 
 
 def cache_folder() -> Path:
@@ -48,12 +50,12 @@ def cache_folder() -> Path:
 
 
 def cache_path() -> Path:
-    """Return the path of the object file, named by a hash of CPU, platform, NUMBA_* variables, versions and sources."""
-    try:
-        features = llvm.get_host_cpu_features().flatten()
-    except RuntimeError:  # LLVM cannot detect them on every platform; Numba then uses none either
-        features = ""
-    key_parts = [llvm.get_host_cpu_name(), features, platform.machine(), sys.platform]
+    """Return the path of the object file, named by a hash of target, NUMBA_* variables, versions and sources.
+
+    Raises UserError if TINYSTORIES_CPU names a level that this machine does not have.
+    """
+    target = select_target()
+    key_parts = [target.level or "", target.processor, target.features, platform.machine(), sys.platform]
     key_parts += sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith("NUMBA_"))
     key_parts += [metadata.version("numba"), metadata.version("llvmlite"), sys.version.split()[0]]
     key_parts += [f"{BLOCK_ROWS} {GROUP_SIZE}"]  # compiled in as constants
@@ -66,24 +68,58 @@ def cache_path() -> Path:
 def compile_object() -> bytes:
     """Compile `kernels`; return a line of JSON followed by an object file. Takes some 10 seconds.
 
-    The JSON has the `name` of the entry point and in `calls` the external symbols that the code refers to.
+    The JSON has the `name` of the entry point and in `calls` the external symbols that the code refers to. Raises
+    UserError if TINYSTORIES_CPU names a level and Numba has already been set up for another processor.
     """
-    from tinystories.engine.cpu.kernels.forward import make_entry_point
+    target = select_target()
+    with numba_target(target):
+        from numba.core.registry import cpu_target
 
-    entry = make_entry_point()
-    library = entry._library
-    _, kind, (machine_code, _) = library.serialize_using_object_code()
+        from tinystories.engine.cpu.kernels.forward import make_entry_point
+
+        _, processor, features = cpu_target.target_context.codegen().magic_tuple()
+        if target.level and (processor, features) != (target.processor, target.features):
+            raise UserError(
+                f"{VARIABLE}={target.level} cannot be compiled in this process, which uses Numba for {processor}; run"
+                " `tinystories warmup` with the variable first"
+            )
+        entry = make_entry_point()
+        library = entry._library
+        _, kind, (machine_code, _) = library.serialize_using_object_code()
     assert kind == "object"
     calls = [f.name for f in library._final_module.functions if f.is_declaration and not f.name.startswith("llvm.")]
     header = {"name": entry.native_name, "calls": calls}
     return json.dumps(header).encode() + b"\n" + bytes(machine_code)
 
 
+@contextlib.contextmanager
+def numba_target(target: Target) -> Iterator[None]:
+    """Let Numba compile for a level inside the block, by its own variables; without a level, leave it alone.
+
+    Numba reads them when it is first imported, and stays with them.
+    """
+    if target.level is None:
+        yield
+        return
+    values = {"NUMBA_CPU_NAME": target.processor, "NUMBA_CPU_FEATURES": target.features, "NUMBA_ENABLE_AVX": "1"}
+    previous = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in previous.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
 def load_or_compile() -> bytes:
     """Return the contents of the cached object file, or compile and cache it.
 
     The file ends with its SHA-256. A damaged file is replaced; if it cannot be written, a warning is logged. Raises
-    UserError if it belongs to another user, since it is code that would be executed.
+    UserError if it belongs to another user, since it is code that would be executed, or if this machine does not have
+    the level that TINYSTORIES_CPU names.
     """
     path: Path | None = None
     try:
@@ -97,7 +133,8 @@ def load_or_compile() -> bytes:
         log.warning("%s is damaged; compiling it again", path)
     except (OSError, RuntimeError):  # not cached yet, or no home folder
         pass
-    log.info("compiling the CPU engine for this machine (once, about 10 s) ...")
+    # A warning, because Python shows it also where logging is not configured: nothing else tells why the start is slow.
+    log.warning("compiling the CPU engine for this machine (once, about 10 s) ...")
     started_at = time.perf_counter()
     content = compile_object()
     log.info("compiled in %.1f s", time.perf_counter() - started_at)
@@ -140,7 +177,7 @@ def resolve_symbol(symbol: str) -> int:
         return function_address(getattr(ctypes.pythonapi, symbol))
     if sys.platform == "win32":
         candidates = [(ctypes.windll.kernel32, "SwitchToThread" if symbol == "sched_yield" else symbol)]  # type: ignore[attr-defined]
-        candidates.append((ctypes.cdll.msvcrt, symbol))
+        candidates += [(ctypes.cdll.msvcrt, symbol), (ctypes.cdll.ucrtbase, symbol)]
     else:
         candidates = [(ctypes.CDLL(None), symbol)]
     for library, name in candidates:
@@ -161,7 +198,8 @@ def load_forward() -> Forward:
     """Load the machine code (compile it if needed) and return its entry point.
 
     Its arguments are those of `forward.make_entry_point`: address of the model table, address of the call table, norm
-    eps, thread, n_threads. Being a ctypes function, it releases the GIL during a call.
+    eps, address of the work queue, epoch, number of pieces, thread. Being a ctypes function, it releases the GIL during
+    a call.
     """
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
@@ -174,9 +212,7 @@ def load_forward() -> Forward:
     execution_engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target_machine)
     execution_engine.add_object_file(llvm.ObjectFileRef.from_data(machine_code))
     execution_engine.finalize_object()
-    prototype = ctypes.CFUNCTYPE(
-        None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_double, ctypes.c_int64, ctypes.c_int64
-    )
+    prototype = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_double, *[ctypes.c_int64] * 4)
     function = prototype(execution_engine.get_function_address(header_fields["name"]))
     _alive.append(execution_engine)
     return function

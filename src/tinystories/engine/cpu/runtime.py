@@ -9,13 +9,17 @@ import numpy.typing as npt
 
 from tinystories.config import ModelConfig
 from tinystories.engine.cpu import jit
-from tinystories.engine.cpu.kernels.layout import CALL, LAYER, MODEL
+from tinystories.engine.cpu.kernels.layout import CALL, LAYER, MAX_PHASES, MODEL, PHASES_PER_LAYER
 from tinystories.engine.cpu.thread_pool import shared_pool
 from tinystories.engine.cpu.weight_table import WeightTable
+from tinystories.errors import UserError
 from tinystories.weights.quantize import GROUP_SIZE, allocate_aligned, round_up
 
 Array = npt.NDArray[Any]
 MAX_ROWS = 64  # rows per call: more rows reuse the weights more often but need more memory
+# Below this many bytes of weights, times rows, a call has so little work between the points where threads wait for each
+# other that a second thread gains nothing, and loses beside other programs (docs/cpu-engine.md).
+MIN_SHARED_BYTES = 20_000_000
 
 
 class KVCacheAddress(NamedTuple):
@@ -30,15 +34,26 @@ class Runtime:
     """Runs the forward pass on a thread pool."""
 
     def __init__(
-        self, config: ModelConfig, weights: Mapping[str, Array], threads: int, shortlist: Array | None = None
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, Array],
+        threads: int,
+        shortlist: Array | None = None,
+        *,
+        min_shared_bytes: int = MIN_SHARED_BYTES,
     ) -> None:
         """Compile or load the machine code and set up its tables.
 
         `weights`: fp32 arrays by their names in `model.safetensors`, or the quantized arrays of `load_or_quantize`.
-        `shortlist`: ids whose rows of the LM head are computed; the logits of all other ids are -inf.
+        `shortlist`: ids whose rows of the LM head are computed; the logits of all other ids are -inf. Calls that
+        multiply fewer than `min_shared_bytes` (bytes of weights times rows) use one thread, others all.
         """
+        if PHASES_PER_LAYER * config.n_layer >= MAX_PHASES:
+            raise UserError(f"the CPU engine does not support {config.n_layer:,} layers; use --engine torch")
         self.config, self.n_threads, self.shortlist = config, threads, shortlist
+        self.min_shared_bytes = min_shared_bytes
         self.forward = jit.load_forward()
+        shared_pool()  # now, so that the first calls from two threads do not make two
         self.weight_table = WeightTable(config, weights, shortlist)
         self.workspace = Workspace(config, self.weight_table, threads)
 
@@ -55,15 +70,15 @@ class Runtime:
         in_range = (slots >= 0) & (slots < cache.n_slots) & (positions >= 0) & (positions < self.config.n_ctx)
         if not (0 <= first_logits_row <= n_rows <= MAX_ROWS and in_range.all()):
             raise IndexError("rows, slots or positions out of range")
-        pool = shared_pool(self.n_threads)  # not kept: after a fork the child needs a new one
-        with pool.lock:
+        n_threads = self.n_threads if n_rows * self.weight_table.n_bytes >= self.min_shared_bytes else 1
+        pool = shared_pool()  # not kept: after a fork the child needs a new one
+        with pool.lock:  # also guards the workspace: callers may be several threads
             workspace.x[:n_rows] = self.weight_table.embed(ids, positions)
             workspace.slots[:n_rows], workspace.positions[:n_rows] = slots, positions
             call[CALL.n_rows], call[CALL.first_logits_row] = n_rows, first_logits_row
             call[CALL.keys], call[CALL.values], call[CALL.n_slots] = cache
-            call[CALL.barrier_counter], call[CALL.barrier_start] = pool.counter.ctypes.data, pool.counter[0]
             tables = self.weight_table.table_address, workspace.table_address
-            pool.run(functools.partial(self.forward, *tables, self.config.norm_eps))
+            pool.run(functools.partial(self.forward, *tables, self.config.norm_eps), n_threads)
             if self.shortlist is None:
                 return workspace.logits[first_logits_row:n_rows, : self.config.vocab_size].copy()
             logits = np.full((n_rows - first_logits_row, self.config.vocab_size), -np.inf, dtype=np.float32)

@@ -15,8 +15,14 @@ from typing import Any
 
 import numpy as np
 
-# Limit of the default: threads meet at six barriers per layer, and the slowest sets the pace.
+from tinystories.engine.cpu.kernels.layout import EPOCH_SHIFT, MAX_EPOCHS, WORK_QUEUE
+from tinystories.weights.quantize import allocate_aligned
+
+# Limit of the default: threads wait for each other six times per layer, and the slowest sets the pace.
 MAX_THREADS = 16
+# Pieces of a phase for each thread: with more than one, a thread that has lost its core leaves less to the others.
+PIECES_PER_THREAD = 2
+Task = Callable[[int, int, int, int], None]
 
 
 def count_physical_cores() -> int:
@@ -49,59 +55,99 @@ def count_available_cores() -> int:
     return len(siblings)
 
 
-def cgroup_cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> float:
-    """Return the CPU quota of the container (cgroup v2 or v1) in cores; inf if there is no limit."""
+def cgroup_cpu_quota(root: Path = Path("/sys/fs/cgroup"), membership_file: Path = Path("/proc/self/cgroup")) -> float:
+    """Return the CPU quota of this process in cores; inf if there is no limit.
+
+    The smallest quota counts of the process's own control group and all above it (cgroup v2 or v1).
+    """
+    folders = {root, root / "cpu"}
     try:
-        if (root / "cpu.max").exists():
-            limit, period = (root / "cpu.max").read_text().split()
+        memberships = membership_file.read_text().splitlines()
+    except OSError:
+        memberships = []
+    for membership in memberships:
+        _, controllers, path = membership.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue  # v1: a hierarchy without the CPU controller
+        mount = root / "cpu" if controllers else root
+        # A container may see the path that the group has outside. Parts that do not exist here are skipped.
+        group = [part for part in path.split("/") if part not in ("", "..")]
+        folders |= {mount.joinpath(*group[:depth]) for depth in range(len(group) + 1)}
+    return min(map(read_cpu_quota, folders))
+
+
+def read_cpu_quota(folder: Path) -> float:
+    """Return the CPU quota of a control group (v2 or v1) in cores; inf if it has none."""
+    try:
+        if (folder / "cpu.max").exists():
+            limit, period = (folder / "cpu.max").read_text().split()
         else:
-            limit, period = ((root / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+            limit, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
         return math.inf if limit == "max" or int(limit) <= 0 else int(limit) / int(period)
-    except (OSError, ValueError):
+    except (OSError, ValueError, ZeroDivisionError):
         return math.inf
 
 
 class ThreadPool:
-    """`run(task)` calls task(thread, n_threads) on all threads at once; the caller's thread is number 0.
+    """Threads that compute the pieces of a work queue together and sleep between calls.
 
-    Returns when the caller's share is done, so `task` must end at a barrier. The barrier counter (int64) is monotonic
-    and owned by the pool, because a worker may still read it after `run` has returned. Hold `lock` while calling `run`.
+    `run` returns when the call is complete. Workers that come late find the queue closed, or that its epoch has
+    changed, and do nothing: the queue belongs to the pool because they may still read it then. Hold `lock` while
+    calling `run`.
     """
 
-    def __init__(self, n_threads: int) -> None:
-        self.n_threads = n_threads
-        self.task: Callable[[int, int], None] = print  # placeholder until the first run
+    def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.counter = np.zeros(1, dtype=np.int64)
-        self.start_locks = [_thread.allocate_lock() for _ in range(1, n_threads)]
-        for thread, start_lock in enumerate(self.start_locks, 1):
-            start_lock.acquire()
-            threading.Thread(target=self.run_worker, args=(thread, start_lock), daemon=True).start()
+        self.queue = allocate_aligned((WORK_QUEUE.size,), np.int64)
+        self.queue[:] = 0
+        self.epoch = 0
+        self.job: tuple[Callable[[int], None], int] = (print, 0)  # what threads do, and how many may
+        self.start_locks: list[_thread.LockType] = []
+
+    def add_worker(self) -> None:
+        start_lock = _thread.allocate_lock()
+        start_lock.acquire()
+        self.start_locks.append(start_lock)
+        threading.Thread(target=self.run_worker, args=(len(self.start_locks), start_lock), daemon=True).start()
 
     def run_worker(self, thread: int, start_lock: "_thread.LockType") -> None:
         while True:
             start_lock.acquire()
-            self.task(thread, self.n_threads)
+            task, n_threads = self.job
+            if thread < n_threads:  # otherwise it comes late: this job is a later one, with fewer threads
+                task(thread)
 
-    def run(self, task: Callable[[int, int], None]) -> None:
-        """Run `task` on all threads. It must not be a Python function, but may be a partial of a ctypes function.
+    def run(self, task: Task, n_threads: int) -> None:
+        """Call task(address of the queue, epoch, number of pieces, thread) on n_threads threads; the caller's is 0.
 
-        Otherwise a signal handler (Ctrl-C) could run and raise after some workers have started but before the caller
-        has done its share, which would leave the workers waiting at the barrier forever.
+        `task` must not be a Python function, but may be a partial of a ctypes function. Otherwise a signal handler
+        (Ctrl-C) could run and raise while workers still compute, and the next call would overwrite their tables.
         """
-        self.task = task
-        # Start the workers, then do share 0, all inside one C call (deque of map): Python only handles signals between
-        # bytecodes.
+        while len(self.start_locks) < n_threads - 1:
+            self.add_worker()
+        self.epoch = (self.epoch + 1) % MAX_EPOCHS
+        n_pieces = PIECES_PER_THREAD * n_threads if n_threads > 1 else 1
+        share = functools.partial(task, self.queue.ctypes.data, self.epoch, n_pieces)
+        self.job = share, n_threads
+        # Open the queue, wake the workers, then do the caller's share, all inside one C call (deque of map): Python
+        # only handles signals between bytecodes. A worker whose lock is open has not yet seen an earlier start.
+        open_queue = functools.partial(operator.setitem, self.queue, WORK_QUEUE.state, self.epoch << EPOCH_SHIFT)
+        wake_ups = [lock.release for lock in self.start_locks[: n_threads - 1] if lock.locked()]
         call: Any = operator.call
-        actions = [*(start_lock.release for start_lock in self.start_locks), functools.partial(task, 0, self.n_threads)]
-        collections.deque(map(call, actions), maxlen=0)
+        collections.deque(map(call, [open_queue, *wake_ups, functools.partial(share, 0)]), maxlen=0)
 
 
 @functools.cache
-def shared_pool(n_threads: int) -> ThreadPool:
-    """Return the pool of this size that all engines of the process share; its `lock` serializes their calls."""
-    return ThreadPool(n_threads)
+def shared_pool() -> ThreadPool:
+    """Return the pool that all engines of the process share; its `lock` serializes their calls."""
+    return ThreadPool()
 
 
-if hasattr(os, "register_at_fork"):  # threads do not survive a fork: the child process needs new pools
-    os.register_at_fork(after_in_child=shared_pool.cache_clear)
+def renew_pool() -> None:
+    """Replace the pool of the process, as a forked process must: threads do not survive a fork."""
+    shared_pool.cache_clear()
+    shared_pool()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=renew_pool)

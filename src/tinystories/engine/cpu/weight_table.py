@@ -46,6 +46,7 @@ class WeightTable:
         self.config, self.weights, self.shapes = config, weights, expected_shapes(config)
         self.table = table = np.zeros(MODEL.layers + config.n_layer * LAYER.size, dtype=np.int64)
         self.table_address = table.ctypes.data
+        self.n_bytes = 0  # of the matrices, all of which are read for every row
         table[MODEL.n_layer], table[MODEL.n_embd], table[MODEL.n_head] = config.n_layer, config.n_embd, config.n_head
         table[MODEL.n_kv_head], table[MODEL.head_dim] = config.kv_heads, config.head_dim
         table[MODEL.n_ctx], table[MODEL.modern] = config.n_ctx, int(config.architecture == "modern")
@@ -94,11 +95,13 @@ class WeightTable:
         if weight in self.weights:
             table[base + MATRIX.kind] = FP32
             table[base + MATRIX.weights] = self.tensor_address(weight, np.float32, out_features * in_features)
+            self.n_bytes += self.weights[weight].nbytes
             return
         precision = block_precision(self.weights, weight)
         values, scales = quantized_sizes(precision, out_features, in_features)
         table[base + MATRIX.kind] = KINDS[precision]
         table[base + MATRIX.weights] = self.tensor_address(f"{weight}.{precision}", *values)
+        self.n_bytes += self.weights[f"{weight}.{precision}"].nbytes
         table[base + MATRIX.scales] = self.tensor_address(f"{weight}.scales", *scales)
 
     def padded_out(self, base: int) -> int:

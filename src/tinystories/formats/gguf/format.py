@@ -15,7 +15,7 @@ from tinystories.config import ModelConfig, SamplingConfig
 from tinystories.config_file import build_dataclass
 from tinystories.data.tokenizer import END
 from tinystories.errors import UserError, error_context, quoted
-from tinystories.formats.bundle import MAX_CONTEXT, Array, ModelBundle
+from tinystories.formats.bundle import MAX_CONTEXT, Array, ModelBundle, parse_sampling
 from tinystories.formats.gguf import tokenizer as gguf_tokenizer
 from tinystories.formats.gguf.mapping import (
     QKV_BIAS_NAME,
@@ -26,6 +26,7 @@ from tinystories.formats.gguf.mapping import (
 )
 from tinystories.formats.gguf.reader import MAGIC, GgufFile, import_gguf
 from tinystories.formats.protocol import Format, starts_with
+from tinystories.formats.split_files import is_one_model, list_parts
 from tinystories.weights.names import EMBEDDING, LM_HEAD
 
 ARCHITECTURES = ("qwen3", "llama", "gpt2")
@@ -89,11 +90,11 @@ def logits(path: Path, ids: list[int]) -> Array:
 
 
 def find_file(path: Path) -> Path:
-    """Return `path`, or the GGUF file in it if it is a folder that has no other weights."""
+    """Return `path`, or the GGUF file (or a part of it) in it if it is a folder that has no other weights."""
     if not path.is_dir():
         return path
     weights = [file for file in path.iterdir() if file.suffix in (".safetensors", ".bin", ".gguf") and file.is_file()]
-    return weights[0] if len(weights) == 1 else path
+    return weights[0] if len(weights) == 1 or (is_one_model(weights) and weights[0].suffix == ".gguf") else path
 
 
 def can_read(path: Path) -> bool:
@@ -106,8 +107,15 @@ def read(path: Path, tokenizer: Path | None) -> ModelBundle:
     `tokenizer`: a tokenizer.json that replaces the file's own. `UserError` if the file is damaged or has settings that
     our architectures do not have.
     """
-    path = find_file(path)
+    path, *other_parts = list_parts(find_file(path))
     file = GgufFile(path)
+    for part in other_parts:
+        file.add_part(GgufFile(part))
+    if not other_parts and file.get("split.count", int, 1) != 1:
+        raise UserError(
+            f"{path} is one part of a split model, but not named like one (stories-00001-of-00003.gguf); rename all"
+            " parts, or merge them with: llama-gguf-split --merge"
+        )
     architecture = file.get("general.architecture", str)
     if architecture not in ARCHITECTURES:
         raise UserError(f"{path} has architecture {quoted(architecture)}; only qwen3, llama and gpt2 are supported")
@@ -117,7 +125,7 @@ def read(path: Path, tokenizer: Path | None) -> ModelBundle:
         return ModelBundle(
             config=config,
             weights=from_gguf_tensors(file, config),
-            tokenizer=gguf_tokenizer.read_tokenizer(file, tokenizer),
+            tokenizer=gguf_tokenizer.read_tokenizer(file, tokenizer, config.vocab_size),
             sampling=read_sampling(file),
             provenance={"imported_from": path.name, "format": f"GGUF {architecture}"}
             | {key: text for key, text in names.items() if isinstance(text, str)},
@@ -220,9 +228,7 @@ def read_sampling(file: GgufFile) -> SamplingConfig:
     """Return the file's sampling settings, with our defaults for those it lacks."""
     names = SAMPLING_KEYS | {"repetition_penalty": "penalty_repeat"}
     file_settings = {field: file.metadata.get(f"general.sampling.{key}") for field, key in names.items()}
-    return build_dataclass(
-        SamplingConfig, {name: value for name, value in file_settings.items() if value is not None}, str(file.path)
-    )
+    return parse_sampling(file_settings, file.path)
 
 
 def render_modelfile(model: ModelBundle, name: str, file: str) -> str:

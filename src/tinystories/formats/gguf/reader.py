@@ -104,6 +104,12 @@ class GgufFile:
             raise UserError(f"{self.path}: {name} is of type {info.tensor_type.name}, which {supported}") from None
         return weight
 
+    def add_part(self, part: "GgufFile") -> None:
+        """Add the tensors of another part of the same split model; `UserError` if both have one of the same name."""
+        if duplicates := self.tensors.keys() & part.tensors.keys():
+            raise UserError(f"{part.path}: {quoted(min(duplicates))} is also in {self.path}; download the model again")
+        self.tensors |= part.tensors
+
     def _parse(self) -> None:
         if self._read_bytes(4) != MAGIC:
             raise ValueError("it does not start with GGUF")

@@ -10,6 +10,7 @@ from typing import Any
 from tinystories.data.build_tokenizer import new_byte_level_bpe
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.errors import UserError, quoted
+from tinystories.formats.end_token import adapt_tokenizer, read_tokenizer_text, set_end_token
 from tinystories.formats.gguf.reader import GgufFile
 from tinystories.formats.tokenizer_conversion import (
     BYTE_PIECES,
@@ -17,7 +18,6 @@ from tinystories.formats.tokenizer_conversion import (
     build_sentencepiece_bpe,
     extract_pieces,
     parse_merges,
-    set_end_token,
 )
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # llama.cpp's token types
@@ -82,16 +82,17 @@ def normalizer_types(tokenizer: Tokenizer) -> set[str]:
     return {part["type"] for part in normalizer.get("normalizers", [normalizer]) if part}
 
 
-def read_tokenizer(file: GgufFile, tokenizer_path: Path | None) -> Tokenizer:
-    """Read the file's tokenizer, or the tokenizer.json at `tokenizer_path`.
+def read_tokenizer(file: GgufFile, tokenizer_path: Path | None, vocab_size: int) -> Tokenizer:
+    """Read the file's tokenizer, or the tokenizer.json at `tokenizer_path` (`gpt2`: GPT-2's).
 
     END becomes the name of the file's BOS token, or of its EOS token if it has no BOS.
     """
     key = "tokenizer.ggml.{}_token_id"
-    end_id = file.get(key.format("bos"), int, file.get(key.format("eos"), int, -1))
     if tokenizer_path is not None:
-        tokenizer = Tokenizer.load(tokenizer_path)
-        return tokenizer if end_id < 0 else set_end_token(tokenizer.json_text, end_id, str(tokenizer_path))
+        keys = (key.format(name) for name in ("bos", "eos"))
+        candidates = [(name, file.metadata[name]) for name in keys if name in file.metadata]
+        return adapt_tokenizer(read_tokenizer_text(tokenizer_path), candidates, vocab_size, str(tokenizer_path))
+    end_id = file.get(key.format("bos"), int, file.get(key.format("eos"), int, -1))
     tokenizer_model = file.get("tokenizer.ggml.model", str, "none")
     pre_tokenizer = file.get("tokenizer.ggml.pre", str, "none") if tokenizer_model == "gpt2" else ""
     if (tokenizer_model, pre_tokenizer) not in (("gpt2", PRE_TOKENIZER), ("llama", "")):

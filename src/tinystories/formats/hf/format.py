@@ -10,15 +10,15 @@ import numpy as np
 
 from tinystories import checkpoint
 from tinystories.config import SamplingConfig
-from tinystories.config_file import build_dataclass
 from tinystories.data.tokenizer import END, Tokenizer, sanitize
 from tinystories.errors import UserError, error_context
 from tinystories.files import write_json
-from tinystories.formats.bundle import Array, ModelBundle
+from tinystories.formats.bundle import Array, ModelBundle, parse_sampling
 from tinystories.formats.hf.mapping import from_transformers, to_hf_config_and_weights
 from tinystories.formats.hf.tokenizer import load_tokenizer
 from tinystories.formats.protocol import Format, import_package
-from tinystories.formats.torch_file import load_state_dict
+from tinystories.formats.split_files import find_parts
+from tinystories.formats.torch_file import FLOAT_TYPES, load_state_dict
 
 MODEL_CLASSES = {"gpt2": "GPT2", "gpt_neo": "GPTNeo", "llama": "Llama", "qwen3": "Qwen3"}
 SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -99,47 +99,66 @@ def read(path: Path, tokenizer: Path | None) -> ModelBundle:
     """
     with error_context(path):
         settings = checkpoint.read_json(path / "config.json")
-        config, weights = from_transformers(settings, load_weights(path), str(path))
+        weights, other_types = load_weights(path)
+        config, weights = from_transformers(settings, weights, str(path), other_types)
         generation_path = path / "generation_config.json"
         generation_config = checkpoint.read_json(generation_path) if generation_path.is_file() else {}
         return ModelBundle(
             config=config,
             weights=weights,
-            tokenizer=load_tokenizer(path, tokenizer, settings, config.vocab_size),
-            sampling=parse_sampling(generation_config, generation_path),
+            tokenizer=load_tokenizer(path, tokenizer, config.vocab_size),
+            sampling=read_sampling(generation_config, generation_path),
             provenance={"imported_from": path.name, "format": f"Hugging Face {settings['model_type']}"},
         )
 
 
-def load_weights(path: Path) -> dict[str, Array]:
-    """Load all weights of a folder, sharded or not, as fp32. No code in the files is run."""
+def load_weights(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
+    """Load all weights of a folder, split or not, as fp32. No code in the files is run.
+
+    Also return the types of the tensors that are left out, by name: they are not fp64, fp32, fp16 or bf16.
+    """
+    weights: dict[str, Array] = {}
+    other_types: dict[str, str] = {}
     for name, read_tensors in ((checkpoint.WEIGHTS, read_safetensors), ("pytorch_model.bin", read_state_dict)):
-        files, index_path = [name], path / f"{name}.index.json"
-        if not (path / name).is_file():
-            if not index_path.is_file():
-                continue
-            weight_map = checkpoint.read_json(index_path).get("weight_map")
-            file_names = list(weight_map.values()) if isinstance(weight_map, dict) else []
-            if not file_names or not all(isinstance(file, str) and FILE_NAME.fullmatch(file) for file in file_names):
-                raise UserError(
-                    f"{index_path} names files outside its folder, or none at all; download the model again"
-                )
-            files = sorted(set(file_names))
-        for file in files:
-            if not (path / file).is_file():
-                raise UserError(f"{path / file} is missing, or not a regular file; download the model again")
-        return {name: weight for file in files for name, weight in read_tensors(path / file)}
+        if files := find_weight_files(path, name):
+            for file in files:
+                weights |= read_tensors(file, other_types)
+            return weights, other_types
     raise UserError(f"{path} contains no weights (model.safetensors or pytorch_model.bin)")
 
 
-def read_state_dict(path: Path) -> Iterator[tuple[str, Array]]:
+def find_weight_files(path: Path, name: str) -> list[Path]:
+    """Return the file `name` of a folder, or the files that it is split into; none if there are neither."""
+    if (path / name).is_file():
+        return [path / name]
+    index_path = path / f"{name}.index.json"
+    if not index_path.is_file():
+        return find_parts(path, Path(name).stem, Path(name).suffix)
+    weight_map = checkpoint.read_json(index_path).get("weight_map")
+    file_names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not file_names or not all(isinstance(file, str) and FILE_NAME.fullmatch(file) for file in file_names):
+        raise UserError(f"{index_path} names files outside its folder, or none at all; download the model again")
+    files = [path / file for file in sorted(set(file_names))]
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file} is missing, or not a regular file; download the model again")
+    return files
+
+
+def read_state_dict(path: Path, other_types: dict[str, str]) -> Iterator[tuple[str, Array]]:
+    """Yield the tensors of a PyTorch file as fp32; add the types of those that are not weights to `other_types`."""
     for name, tensor in load_state_dict(path)[0].items():
-        if tensor.is_floating_point():
+        if str(tensor.dtype) in FLOAT_TYPES:
             yield name, tensor.float().numpy(force=True)
+        else:
+            other_types[name] = str(tensor.dtype)
 
 
-def read_safetensors(path: Path) -> Iterator[tuple[str, Array]]:
-    """Yield the floating-point tensors of a file as fp32; bf16 is widened by its bits, since NumPy lacks it."""
+def read_safetensors(path: Path, other_types: dict[str, str]) -> Iterator[tuple[str, Array]]:
+    """Yield the tensors of a file as fp32; add the types of those that are not weights to `other_types`.
+
+    bf16 is widened by its bits, since NumPy lacks it.
+    """
     from safetensors import SafetensorError, deserialize
 
     dtypes = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
@@ -149,7 +168,8 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, Array]]:
         raise UserError(f"{path} cannot be read: {sanitize(error)}") from None
     for name, info in tensors:
         if info["dtype"] not in dtypes:
-            continue  # integer buffers such as masks; a missing weight is detected later
+            other_types[name] = info["dtype"]
+            continue
         array = np.frombuffer(info["data"], dtypes[info["dtype"]])
         if info["dtype"] == "BF16":
             array = (array.astype(np.uint32) << 16).view(np.float32)
@@ -158,15 +178,11 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, Array]]:
         yield name, array
 
 
-def parse_sampling(generation_config: Mapping[str, Any], where: Path) -> SamplingConfig:
+def read_sampling(generation_config: Mapping[str, Any], where: Path) -> SamplingConfig:
     """Return the sampling settings of generation_config.json, with our defaults for those it lacks."""
     if generation_config.get("do_sample") is False and "temperature" not in generation_config:
         return SamplingConfig(temperature=0.0)
-    return build_dataclass(
-        SamplingConfig,
-        {name: generation_config[name] for name in SAMPLING_FIELDS if generation_config.get(name) is not None},
-        str(where),
-    )
+    return parse_sampling({name: generation_config.get(name) for name in SAMPLING_FIELDS}, where)
 
 
 HF = Format(

@@ -7,6 +7,7 @@ refused.
 import dataclasses
 import itertools
 import re
+import types
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, get_type_hints
 
@@ -92,11 +93,15 @@ BUFFER_NAMES = re.compile(r"\.attn\.(attention\.)?(masked_)?bias$|rotary_emb\.in
 
 
 def from_transformers(
-    settings: Mapping[str, Any], weights: Mapping[str, Array], where: str = "the model"
+    settings: Mapping[str, Any],
+    weights: Mapping[str, Array],
+    where: str = "the model",
+    other_types: Mapping[str, str] = types.MappingProxyType({}),
 ) -> tuple[ModelConfig, dict[str, Array]]:
     """Convert a transformers config.json and its weights to our config and fp32 weights.
 
-    `weights`: floating-point NumPy arrays (NumPy has no bf16, so convert that first). A position table that equals our
+    `weights`: floating-point NumPy arrays (NumPy has no bf16, so convert that first). `other_types`: types of tensors
+    that are not floating-point, by name; one of them may be a mask but not a weight. A position table that equals our
     sinusoids and qkv biases that are all zero are dropped. `UserError`, naming `where`, if a weight is missing, unknown
     or misshapen, or if something cannot be represented exactly. Messages have our names of the weights.
     """
@@ -106,6 +111,12 @@ def from_transformers(
     if not any(name.startswith(NAME_PREFIX[model_type]) for name in weights):  # a bare model, saved without its LM head
         name_map = {name.removeprefix(NAME_PREFIX[model_type]): ours for name, ours in name_map.items()}
     name_map.setdefault(LM_HEAD, [LM_HEAD])  # some files have it beside the embedding that it is tied to
+    for name, type_name in other_types.items():
+        if name in name_map:
+            raise UserError(
+                f"{where}: weight {quoted(name)} is of type {type_name}, which is not supported; convert it to fp32,"
+                " fp16 or bf16"
+            )
     ours: dict[str, Array] = {}
     for name, array in weights.items():
         if BUFFER_NAMES.search(name):

@@ -5,17 +5,17 @@ from pathlib import Path
 
 import numpy as np
 
-from tinystories.data.tokenizer import Tokenizer
+from tinystories.data.tokenizer import Tokenizer, check_not_sentencepiece
 from tinystories.errors import UserError
 from tinystories.files import os_errors
 from tinystories.formats.bundle import Array
+from tinystories.formats.end_token import read_tokenizer_text, set_end_token
 from tinystories.formats.tokenizer_conversion import (
     BYTE_PIECES,
     MAX_PIECE_CHARS,
     build_sentencepiece_bpe,
     extract_pieces,
     permute_ids,
-    set_end_token,
 )
 
 BOS_ID = 1  # run.c begins with this token and stops at it
@@ -66,8 +66,11 @@ def read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
 
     BOS becomes END, because it separates stories in llama2.c's training data.
     """
+    if str(path) == "gpt2":
+        return set_end_token(read_tokenizer_text(path), BOS_ID, str(path))
     with os_errors(f"tokenizer {path}"):
         data = path.read_bytes()
+    check_not_sentencepiece(path, data)
     if data[:1] == b"{":
         try:
             return set_end_token(data.decode(), BOS_ID, str(path))

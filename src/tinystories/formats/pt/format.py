@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tinystories.config import ModelConfig
-from tinystories.data.build_tokenizer import load_gpt2
+from tinystories.data.build_tokenizer import GPT2_VOCAB_SIZES, load_gpt2
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.errors import UserError, quoted
 from tinystories.formats.bundle import MAX_LAYERS, Array, ModelBundle
+from tinystories.formats.end_token import adapt_tokenizer, read_candidates, read_tokenizer_text
 from tinystories.formats.protocol import Format, starts_with
-from tinystories.formats.torch_file import load_state_dict
+from tinystories.formats.torch_file import FLOAT_TYPES, load_state_dict
 from tinystories.position_tables import build_sinusoid_table
 from tinystories.weights.names import EMBEDDING, LM_HEAD, POSITION_EMBEDDING, expected_shapes
 
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-GPT2_VOCAB_SIZES = (50257, 50304)  # exact, and padded to a multiple of 64 as in nanoGPT
 DEFAULT_HEAD_DIM = 64
 DEFAULT_CONTEXT = 512
 MAX_COUNT = 2**24  # largest plausible n_head or context length
@@ -64,8 +64,8 @@ def can_read(path: Path) -> bool:
 def read(path: Path, tokenizer: Path | None) -> ModelBundle:
     """Read a state dict as a `classic` model.
 
-    `tokenizer`: a tokenizer.json; by default GPT-2's, if the vocabulary size is GPT-2's. `UserError` if the file is
-    damaged, contains anything but tensors and plain values, or is not a GPT that `classic` can represent.
+    `tokenizer`: a tokenizer.json, or `gpt2`; by default GPT-2's, if the vocabulary size is GPT-2's. `UserError` if the
+    file is damaged, contains anything but tensors and plain values, or is not a GPT that `classic` can represent.
     """
     state, hyperparameters = load_state_dict(path)
     settings: dict[str, Any] = {"activation": "gelu_erf"} if any("mlp.c_fc." in name for name in state) else {}
@@ -85,9 +85,14 @@ def read(path: Path, tokenizer: Path | None) -> ModelBundle:
     return ModelBundle(
         config=config,
         weights=weights,
-        tokenizer=Tokenizer.load(tokenizer) if tokenizer else load_gpt2(),
+        tokenizer=load_tokenizer(tokenizer, config.vocab_size) if tokenizer else load_gpt2(),
         provenance={"imported_from": path.name, "format": "state dict"},
     )
+
+
+def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
+    """Load a tokenizer.json, or GPT-2's tokenizer if `path` is `gpt2`; files beside it tell which token is END."""
+    return adapt_tokenizer(read_tokenizer_text(path), read_candidates(path.parent), vocab_size, str(path))
 
 
 def rename_weights(state: Mapping[str, "Tensor"], settings: dict[str, Any], path: Path) -> dict[str, Array]:
@@ -106,10 +111,10 @@ def rename_weights(state: Mapping[str, "Tensor"], settings: dict[str, Any], path
             continue
         if new_name in weights:
             raise UserError(f"{path}: weight {quoted(name)} is duplicated under a different name")
-        if not tensor.is_floating_point() or tensor.ndim not in ((2, 3) if new_name == "pe" else (1, 2)):
+        if str(tensor.dtype) not in FLOAT_TYPES or tensor.ndim not in ((2, 3) if new_name == "pe" else (1, 2)):
             raise UserError(
                 f"{path}: {quoted(name)} is {tensor.dtype} of shape {quoted(tuple(tensor.shape))}, not a matrix of"
-                " weights"
+                " weights in fp32, fp16 or bf16"
             )
         weights[new_name] = tensor.float().numpy(force=True)
     return weights

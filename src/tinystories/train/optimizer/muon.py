@@ -27,6 +27,7 @@ class Muon(torch.optim.Optimizer):
 
     Source: Jordan et al. 2024, kellerjordan.github.io/posts/muon. The singular values of an (outer, inner) matrix's
     update are about lr * sqrt(max(1, outer / inner)), so that one learning rate works for matrices of all shapes. With
+    `bf16` orthogonalizes in bf16 also where that is not the default. With
     `beta2` > 0 the steps of its rows are equalized: each row of the update is divided by the root of a running mean of
     its squares, and the matrix is rescaled to keep its norm (NorMuon, Li et al. 2025, arXiv 2510.05491).
     """
@@ -39,7 +40,9 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         beta2: float = 0.95,
         quintics: Quintics = POLAR_EXPRESS,
+        bf16: bool = False,
     ) -> None:
+        self.bf16 = bf16
         settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "beta2": beta2}
         super().__init__(list(params), settings | {"quintics": quintics})
 
@@ -68,7 +71,7 @@ class Muon(torch.optim.Optimizer):
                 state["row_squares"] = weight.new_zeros(weight.shape[0])
             momentum_buffer = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
             directions.append(torch.lerp(gradient, momentum_buffer, group["momentum"]))
-        updates = orthogonalized(torch.stack(directions), group["quintics"])
+        updates = orthogonalized(torch.stack(directions), group["quintics"], bf16=self.bf16)
         if group["beta2"]:
             row_mean_squares = updates.square().mean(dim=2)
             running_mean_squares = [self.state[weight]["row_squares"] for weight in weights]
@@ -88,13 +91,13 @@ def normalize_rows(
 
 
 def orthogonalized(
-    matrices: Float[Tensor, "n outer inner"], quintics: Quintics = POLAR_EXPRESS
+    matrices: Float[Tensor, "n outer inner"], quintics: Quintics = POLAR_EXPRESS, *, bf16: bool = False
 ) -> Float[Tensor, "n outer inner"]:
     """Return approximately U V^T for each matrix with singular value decomposition U S V^T.
 
     Iterates x -> a x + (b x x^T + c (x x^T)^2) x for each (a, b, c) in `quintics`. The resulting singular values are
     about 0.7 to 1.3, except that those below 1% of the Frobenius norm end up smaller. Computes in bf16 on CUDA, which
-    is precise enough, and in the input's dtype elsewhere; returns the input's dtype.
+    is precise enough, or with `bf16`, and in the input's dtype otherwise; returns the input's dtype.
     """
     # Iterate on the wide orientation: its Gram matrix x x^T is the smaller one.
     tall = matrices.shape[1] > matrices.shape[2]
@@ -102,6 +105,8 @@ def orthogonalized(
     if matrices.device.type == "cuda":
         x = x.bfloat16()
     x = x / (x.norm(dim=(1, 2), keepdim=True) * SAFETY_FACTOR + EPSILON)
+    if bf16:
+        x = x.to(torch.bfloat16, memory_format=torch.contiguous_format)
     for a, b, c in quintics:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

@@ -53,13 +53,13 @@ def kv_offset(m, c, layer, b, h, position):
 def write_kv(m, c, layer_base, layer, ctx):
     """Apply QK-norm and RoPE to q and k, and write the keys and values of all new tokens to the KV cache.
 
-    The (row, KV head) pairs are split among the threads. A pair includes the query heads that use this KV head.
+    The (row, KV head) pairs are split among the pieces. A pair includes the query heads that use this KV head.
     """
     D, n_kv_head, n_rows = m[MODEL.head_dim], m[MODEL.n_kv_head], c[CALL.n_rows]
     heads_per_kv = m[MODEL.n_head] // n_kv_head
     positions = view_i64(c[CALL.positions], n_rows)
     q_width, k_width = m[layer_base + LAYER.q + MATRIX.padded_out], m[layer_base + LAYER.k + MATRIX.padded_out]
-    for item in range(ctx.thread, n_rows * n_kv_head, ctx.n_threads):
+    for item in range(ctx.piece, n_rows * n_kv_head, ctx.n_pieces):
         b, h = item // n_kv_head, item % n_kv_head
         for g in range(h * heads_per_kv, (h + 1) * heads_per_kv):
             norm_and_rope(m, c, b, g, m[layer_base + LAYER.q_norm], c[CALL.q], q_width, ctx)
@@ -77,7 +77,7 @@ def attention(m, c, layer_base, layer, ctx):
     """Causal attention: each row attends to the cached keys of its slot up to its own position, within the window.
 
     Writes softmax(q . k / sqrt(D)) v of every query head to c[CALL.attn_out], (B, n_head D). The (row, KV
-    head) pairs are split among the threads, so that one thread reads the keys and values for all query heads of a
+    head) pairs are split among the pieces, so that one thread reads the keys and values for all query heads of a
     group (GQA).
     """
     D, n_kv_head, n_rows = m[MODEL.head_dim], m[MODEL.n_kv_head], c[CALL.n_rows]
@@ -86,7 +86,7 @@ def attention(m, c, layer_base, layer, ctx):
     q_width, y_width = m[layer_base + LAYER.q + MATRIX.padded_out], m[layer_base + LAYER.o + MATRIX.in_features]
     scale = np.float32(1 / math.sqrt(D)) if m[MODEL.scale_scores] else np.float32(1)
     attn_weights = view_f32(ctx.x, m[MODEL.n_ctx])
-    for item in range(ctx.thread, n_rows * n_kv_head, ctx.n_threads):
+    for item in range(ctx.piece, n_rows * n_kv_head, ctx.n_pieces):
         b, h = item // n_kv_head, item % n_kv_head
         kv_len = min(positions[b] + 1, m[layer_base + LAYER.window])
         offset = kv_offset(m, c, layer, b, h, positions[b] + 1 - kv_len)

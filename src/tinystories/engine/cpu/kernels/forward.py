@@ -1,4 +1,4 @@
-"""The forward pass: one call per thread computes all layers and the logits."""
+"""The forward pass as a list of phases, whose pieces the threads of a call compute."""
 
 from typing import Any
 
@@ -7,11 +7,20 @@ import numpy as np
 from numba import carray, types
 
 from tinystories.engine.cpu.kernels.attention import attention, write_kv
-from tinystories.engine.cpu.kernels.layout import CALL, GELU_ERF, GELU_TANH, LAYER, MATRIX, MODEL
-from tinystories.engine.cpu.kernels.matmul import matmul_add_residual, matmul_rows, opaque_zero, quantize_rows
+from tinystories.engine.cpu.kernels.layout import CALL, GELU_ERF, GELU_TANH, LAYER, MATRIX, MODEL, PHASES_PER_LAYER
+from tinystories.engine.cpu.kernels.matmul import (
+    copy_and_quantize,
+    matmul_add_residual,
+    matmul_rows,
+    opaque_zero,
+    quantize_rows,
+)
 from tinystories.engine.cpu.kernels.memory import FASTMATH, make_context, njit, view_f32
 from tinystories.engine.cpu.kernels.scalar_math import exp, gelu_erf, gelu_tanh, layer_or_rms_norm
-from tinystories.engine.cpu.kernels.simd import barrier_wait
+from tinystories.engine.cpu.kernels.work_queue import claim_piece, finish_piece
+
+# The phases of a layer. Each reads only what earlier phases have completed.
+QKV, WRITE_KV, ATTENTION, ATTENTION_OUT, MLP_UP, MLP_DOWN = range(PHASES_PER_LAYER)
 
 
 @njit
@@ -31,15 +40,15 @@ def norm_and_quantize(m, c, norm, base, ctx):
 
 @njit
 def feed_forward(m, c, layer_base, ctx):
-    """Compute this thread's columns of the MLP's hidden layer: silu(gate x) * up x (SwiGLU), or relu or gelu(up x).
+    """Compute this piece's columns of the MLP's hidden layer: silu(gate x) * up x (SwiGLU), or relu or gelu(up x).
 
-    Reads x from `ctx.x` and writes to c[CALL.mlp_hidden]. The down projection follows after a barrier.
+    Reads x from `ctx.x` and writes to c[CALL.mlp_hidden]. The down projection is the next phase.
     """
     n_rows, padded_out = c[CALL.n_rows], m[layer_base + LAYER.up + MATRIX.padded_out]
     lo, hi = matmul_rows(m, c, layer_base + LAYER.up, opaque_zero(m), c[CALL.mlp_hidden], ctx)
     hidden = view_f32(c[CALL.mlp_hidden], n_rows * padded_out)
     gate = view_f32(c[CALL.gate], n_rows * padded_out)
-    if m[MODEL.modern]:  # `gate` has the shape of `up`, so this thread computes the same columns lo:hi of both
+    if m[MODEL.modern]:  # `gate` has the shape of `up`, so this piece is the same columns lo:hi of both
         matmul_rows(m, c, layer_base + LAYER.gate, opaque_zero(m), c[CALL.gate], ctx)
     for b in range(n_rows):
         columns = range(b * padded_out + lo, b * padded_out + hi)
@@ -58,55 +67,89 @@ def feed_forward(m, c, layer_base, ctx):
 
 
 @njit
-def forward(m, c, eps, thread, n_threads):
-    """Run the forward pass of one call. All threads call it at the same time with the same tables.
+def prepare_rows(m, c, layer_base, step, ctx):
+    """Write the input of a phase's matmuls to this thread's scratch. Each thread does so once per phase.
 
-    Six barriers per layer separate the writes of a shared buffer from its reads by other threads, and one at the end
-    makes the logits complete. The barrier counter never goes back: the k-th barrier of a call waits until it reaches
-    barrier_start + k * n_threads.
+    Norms and quantization are cheap: repeating them on every thread is faster than sharing the results.
     """
-    ctx = make_context(c, eps, thread, n_threads)
-    counter, barrier_start = c[CALL.barrier_counter], c[CALL.barrier_start]
-    for layer in range(m[MODEL.n_layer]):
-        layer_base = MODEL.layers + layer * LAYER.size
+    if step == QKV:
         norm_and_quantize(m, c, layer_base + LAYER.input_norm, layer_base + LAYER.q, ctx)
+    elif step == ATTENTION_OUT:
+        attn_width = m[layer_base + LAYER.o + MATRIX.in_features]
+        copy_and_quantize(m, c, layer_base + LAYER.o, c[CALL.attn_out], attn_width, ctx)
+    elif step == MLP_UP:
+        norm_and_quantize(m, c, layer_base + LAYER.post_norm, layer_base + LAYER.up, ctx)
+    elif step == MLP_DOWN:
+        hidden_width = m[layer_base + LAYER.up + MATRIX.padded_out]
+        copy_and_quantize(m, c, layer_base + LAYER.down, c[CALL.mlp_hidden], hidden_width, ctx)
+
+
+@njit
+def run_piece(m, c, phase, is_prepared, ctx):
+    """Compute one piece of a phase. `is_prepared`: this thread's scratch already has the rows of this phase."""
+    layer, step = phase // PHASES_PER_LAYER, phase % PHASES_PER_LAYER
+    if layer == m[MODEL.n_layer]:  # final norm and LM head, only for the rows whose logits the caller wants
+        if not is_prepared:
+            norm_and_quantize(m, c, MODEL.norm, MODEL.lm_head, ctx)
+        matmul_rows(m, c, MODEL.lm_head, c[CALL.first_logits_row], c[CALL.logits], ctx)
+        return
+    layer_base = MODEL.layers + layer * LAYER.size
+    if not is_prepared:
+        prepare_rows(m, c, layer_base, step, ctx)
+    if step == QKV:
         matmul_rows(m, c, layer_base + LAYER.q, opaque_zero(m), c[CALL.q], ctx)
         matmul_rows(m, c, layer_base + LAYER.k, opaque_zero(m), c[CALL.k], ctx)
         matmul_rows(m, c, layer_base + LAYER.v, opaque_zero(m), c[CALL.v], ctx)
-        barrier_wait(counter, barrier_start + n_threads)  # q, k, v are complete
+    elif step == WRITE_KV:
         write_kv(m, c, layer_base, layer, ctx)
-        barrier_wait(counter, barrier_start + 2 * n_threads)  # q is rotated, the KV cache is up to date
+    elif step == ATTENTION:
         attention(m, c, layer_base, layer, ctx)
-        barrier_wait(counter, barrier_start + 3 * n_threads)  # attn_out is complete
-        attn_width = m[layer_base + LAYER.o + MATRIX.in_features]
-        matmul_add_residual(m, c, layer_base + LAYER.o, c[CALL.attn_out], attn_width, ctx)
-        barrier_wait(counter, barrier_start + 4 * n_threads)  # x is complete: residual stream after attention
-        norm_and_quantize(m, c, layer_base + LAYER.post_norm, layer_base + LAYER.up, ctx)
+    elif step == ATTENTION_OUT:
+        matmul_add_residual(m, c, layer_base + LAYER.o, ctx)
+    elif step == MLP_UP:
         feed_forward(m, c, layer_base, ctx)
-        barrier_wait(counter, barrier_start + 5 * n_threads)  # mlp_hidden is complete
-        hidden_width = m[layer_base + LAYER.up + MATRIX.padded_out]
-        matmul_add_residual(m, c, layer_base + LAYER.down, c[CALL.mlp_hidden], hidden_width, ctx)
-        barrier_wait(counter, barrier_start + 6 * n_threads)  # x is complete: residual stream after the MLP
-        barrier_start += 6 * n_threads
-    # Final norm and LM head, only for the rows whose logits the caller wants.
-    if c[CALL.first_logits_row] < c[CALL.n_rows]:
-        norm_and_quantize(m, c, MODEL.norm, MODEL.lm_head, ctx)
-        matmul_rows(m, c, MODEL.lm_head, c[CALL.first_logits_row], c[CALL.logits], ctx)
-    barrier_wait(counter, barrier_start + n_threads)
+    else:
+        matmul_add_residual(m, c, layer_base + LAYER.down, ctx)
+
+
+@njit
+def count_phases(m, c):
+    """Return the number of phases of a call. The last one computes the logits, if any are wanted."""
+    return PHASES_PER_LAYER * m[MODEL.n_layer] + (1 if c[CALL.first_logits_row] < c[CALL.n_rows] else 0)
 
 
 SIGNATURE = types.void(
-    types.CPointer(types.int64), types.CPointer(types.int64), types.float64, types.int64, types.int64
+    types.CPointer(types.int64),
+    types.CPointer(types.int64),
+    types.float64,
+    types.int64,
+    types.int64,
+    types.int64,
+    types.int64,
 )
 
 
 def make_entry_point() -> Any:
-    """Compile `forward` to a C function of (model table, call table, norm eps, thread, n_threads)."""
+    """Compile the forward pass to a C function of (model table, call table, eps, queue, epoch, n_pieces, thread).
+
+    All threads of a call run it with the same arguments except `thread`, and return when the call is complete. A thread
+    that comes late, perhaps after the tables have been freed or filled for the next call, finds that the epoch of the
+    queue has changed and returns: only the holder of a piece may read the tables, since no call completes without it.
+    """
 
     @numba.cfunc(SIGNATURE, fastmath=FASTMATH, error_model="numpy")
-    def tinystories_forward(model, call, eps, thread, n_threads):
-        m = carray(model, (MODEL.layers,))  # enough to read n_layer, which gives the length of the whole table
-        m = carray(model, (MODEL.layers + m[MODEL.n_layer] * LAYER.size,))
-        forward(m, carray(call, (CALL.size,)), np.float32(eps), thread, n_threads)
+    def tinystories_forward(model, call, eps, queue, epoch, n_pieces, thread):
+        prepared_phase = -1
+        while True:
+            phase, piece = claim_piece(queue, epoch, n_pieces)
+            if piece < 0:
+                return
+            m = carray(model, (MODEL.layers,))  # enough to read n_layer, which gives the length of the whole table
+            m = carray(model, (MODEL.layers + m[MODEL.n_layer] * LAYER.size,))
+            c = carray(call, (CALL.size,))
+            ctx = make_context(c, np.float32(eps), piece, n_pieces, thread)
+            run_piece(m, c, phase, phase == prepared_phase, ctx)
+            prepared_phase = phase
+            finish_piece(queue, epoch, phase, n_pieces, count_phases(m, c))
 
     return tinystories_forward

@@ -85,20 +85,31 @@ class CallLayout(NamedTuple):
     values: int = 6
     n_slots: int = 7
     logits: int = 8  # (B, padded_out of the LM head)
-    barrier_counter: int = 9  # int64, only ever incremented
-    q: int = 10
-    k: int = 11
-    v: int = 12
-    attn_out: int = 13  # output of attention, before the o projection: (B, n_head D)
-    mlp_hidden: int = 14  # hidden layer of the MLP
-    gate: int = 15  # gate projection of SwiGLU
-    delta: int = 16  # output of the o or down projection, before it is added to the residual stream
-    scratch: int = 17  # private memory of the threads; its memory map is at `memory.ThreadContext`
-    scratch_stride: int = 18  # bytes from one thread's scratch to the next
-    scratch_width: int = 19  # floats in a row of scratch: the widest input of any matrix, a multiple of GROUP_SIZE
-    max_rows: int = 20  # capacity of all buffers, in rows
-    barrier_start: int = 21  # value of the barrier counter before the call
-    size: int = 22
+    q: int = 9
+    k: int = 10
+    v: int = 11
+    attn_out: int = 12  # output of attention, before the o projection: (B, n_head D)
+    mlp_hidden: int = 13  # hidden layer of the MLP
+    gate: int = 14  # gate projection of SwiGLU
+    delta: int = 15  # output of the o or down projection, before it is added to the residual stream
+    scratch: int = 16  # private memory of the threads; its memory map is at `memory.ThreadContext`
+    scratch_stride: int = 17  # bytes from one thread's scratch to the next
+    scratch_width: int = 18  # floats in a row of scratch: the widest input of any matrix, a multiple of GROUP_SIZE
+    max_rows: int = 19  # capacity of all buffers, in rows
+    size: int = 20
 
 
-MATRIX, LAYER, MODEL, CALL = MatrixLayout(), LayerLayout(), ModelLayout(), CallLayout()
+class WorkQueueLayout(NamedTuple):
+    """What the threads of a pool share, two integers on cache lines of their own; see `kernels.work_queue`."""
+
+    state: int = 0  # epoch, phase and next piece in one word
+    n_done: int = 8  # completed pieces of the current phase
+    size: int = 16
+
+
+PHASES_PER_LAYER = 6
+# Bits of `WorkQueueLayout.state`: the next piece, the phase above it, the epoch above both.
+PHASE_SHIFT, EPOCH_SHIFT = 16, 32
+MAX_PIECES, MAX_PHASES, MAX_EPOCHS = 1 << 16, (1 << 16) - 1, 1 << 31
+CLOSED = MAX_PHASES  # the phase of a queue whose call is complete
+MATRIX, LAYER, MODEL, CALL, WORK_QUEUE = MatrixLayout(), LayerLayout(), ModelLayout(), CallLayout(), WorkQueueLayout()

@@ -163,7 +163,7 @@ def matmul_int4(m, base, lo, hi, first_row, n_rows, y_address, ctx):
 
 @njit
 def matmul_rows(m, c, base, first_row, y_address, ctx):
-    """Matmul of this thread's share of a matrix: y[b, lo:hi] = weights[lo:hi] . x[b] + bias[lo:hi] for b >= first_row.
+    """Matmul of one piece of a matrix: y[b, lo:hi] = weights[lo:hi] . x[b] + bias[lo:hi] for b >= first_row.
 
     The matrix is described at m[base:]. x is (B, in_features) fp32 at `ctx.x`; for quantized weights, `quantize_rows`
     must have quantized it. y at `y_address` is (B, padded_out) fp32. Returns (lo, hi), which are multiples of
@@ -171,8 +171,8 @@ def matmul_rows(m, c, base, first_row, y_address, ctx):
     """
     kind, padded_out, n_rows = m[base + MATRIX.kind], m[base + MATRIX.padded_out], c[CALL.n_rows]
     n_blocks = padded_out // BLOCK_ROWS
-    lo = n_blocks * ctx.thread // ctx.n_threads * BLOCK_ROWS
-    hi = n_blocks * (ctx.thread + 1) // ctx.n_threads * BLOCK_ROWS
+    lo = n_blocks * ctx.piece // ctx.n_pieces * BLOCK_ROWS
+    hi = n_blocks * (ctx.piece + 1) // ctx.n_pieces * BLOCK_ROWS
     unpadded_hi = min(hi, m[base + MATRIX.out_features])
     if kind == FP32:
         matmul_fp32(m, base, lo, unpadded_hi, first_row, n_rows, y_address, ctx)
@@ -195,11 +195,10 @@ def opaque_zero(m):
 
 
 @njit
-def matmul_add_residual(m, c, base, source, stride, ctx):
-    """Matmul of a shared buffer, added to the residual stream: x (B, C) += y, for this thread's columns of x.
+def copy_and_quantize(m, c, base, source, stride, ctx):
+    """Copy a shared buffer to `ctx.x` and quantize it for the matrix at `base`.
 
-    `source` is the address of the buffer, `stride` the number of floats between its rows. It is copied to `ctx.x` (and
-    quantized) first.
+    `source` is the address of the buffer, `stride` the number of floats between its rows.
     """
     n_rows, in_features = c[CALL.n_rows], m[base + MATRIX.in_features]
     source_rows, rows = view_f32(source, n_rows * stride), view_f32(ctx.x, n_rows * in_features)
@@ -207,8 +206,13 @@ def matmul_add_residual(m, c, base, source, stride, ctx):
         for j in range(in_features):
             rows[b * in_features + j] = source_rows[b * stride + j]
     quantize_rows(m, c, base, ctx)
+
+
+@njit
+def matmul_add_residual(m, c, base, ctx):
+    """Matmul of the rows in `ctx`, added to the residual stream: x (B, C) += y, for this piece's columns of x."""
     lo, hi = matmul_rows(m, c, base, opaque_zero(m), c[CALL.delta], ctx)
-    C, padded_out = m[MODEL.n_embd], m[base + MATRIX.padded_out]
+    n_rows, C, padded_out = c[CALL.n_rows], m[MODEL.n_embd], m[base + MATRIX.padded_out]
     x, delta = view_f32(c[CALL.x], n_rows * C), view_f32(c[CALL.delta], n_rows * padded_out)
     for b in range(n_rows):
         for i in range(lo, min(hi, C)):

@@ -31,7 +31,7 @@ view_i16, view_i8 = make_view(types.int16), make_view(types.int8)
 
 
 class ThreadContext(NamedTuple):
-    """One thread of a call: its number, and its scratch (private memory). `make_context` makes it.
+    """A piece of a phase, and the scratch (private memory) of the thread that computes it. `make_context` makes it.
 
     The scratch holds the input x of the next matmul, in fp32 and quantized. Memory map, for R = c[CALL.max_rows] rows
     of W = c[CALL.scratch_width] floats and groups of G = GROUP_SIZE columns:
@@ -48,8 +48,8 @@ class ThreadContext(NamedTuple):
     attention weights, so R W >= S.
     """
 
-    thread: int
-    n_threads: int
+    piece: int  # which of the n_pieces shares of the phase's rows or heads
+    n_pieces: int
     eps: float  # of the norms, fp32
     x: int  # address, as are the following
     quantized: int
@@ -59,11 +59,11 @@ class ThreadContext(NamedTuple):
 
 
 @njit
-def make_context(c, eps, thread, n_threads):
-    """Make the `ThreadContext` of a thread."""
+def make_context(c, eps, piece, n_pieces, thread):
+    """Make the `ThreadContext` of a piece that this thread computes."""
     scratch_base = c[CALL.scratch] + thread * c[CALL.scratch_stride]
     scratch_floats = c[CALL.scratch_width] * c[CALL.max_rows]
     quantized, scales = scratch_base + 4 * scratch_floats, scratch_base + 6 * scratch_floats
     group_sums = scales + 4 * c[CALL.max_rows]
     group_scales = group_sums + 4 * scratch_floats // GROUP_SIZE
-    return ThreadContext(thread, n_threads, eps, scratch_base, quantized, scales, group_sums, group_scales)
+    return ThreadContext(piece, n_pieces, eps, scratch_base, quantized, scales, group_sums, group_scales)

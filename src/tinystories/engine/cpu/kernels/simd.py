@@ -1,14 +1,13 @@
-"""SIMD inner loops of the matmuls as LLVM IR, and other things Numba cannot express: raw pointers and a spin barrier.
+"""SIMD inner loops of the matmuls as LLVM IR, and other things Numba cannot express: raw pointers and atomics.
 
 LLVM maps the vectors to the instructions of the CPU (`vpmaddwd` on x86, `smlal` on ARM). It does not find `vpmaddubsw`,
-so that one is called by name if the CPU has AVX2. The layout of quantized matrices is that of `weights.quantize`.
+so that one is called by name if the target has AVX2. The layout of quantized matrices is that of `weights.quantize`.
 """
 
 import sys
 from collections.abc import Callable
 from typing import Any
 
-from llvmlite import binding as llvm
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -18,7 +17,6 @@ I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntTy
 I8X16, I16X16, I32X16 = (ir.VectorType(kind, 16) for kind in (I8, I16, I32))
 I8X32 = ir.VectorType(I8, 32)
 I32X8, F32X8, I16X8 = (ir.VectorType(kind, 8) for kind in (I32, F32, I16))
-SPINS_BEFORE_YIELD = 4096  # checks of the barrier before the thread starts to yield its core to other processes
 
 Value = Any  # llvmlite has no type annotations
 Builder = Any
@@ -52,12 +50,12 @@ def madd_i16(b: Builder, weights: Value, x: Value) -> Value:
     return b.add(b.shuffle_vector(products, undefined, even), b.shuffle_vector(products, undefined, odd))
 
 
-def maddubs(b: Builder, weights: Value, x: Value) -> Value:
+def maddubs(b: Builder, weights: Value, x: Value, *, avx2: bool) -> Value:
     """Multiply 32 unsigned by 32 signed bytes and add adjacent products to 16 sums, which must fit 16 bits.
 
     One instruction with AVX2 (`vpmaddubsw`).
     """
-    if has_avx2(b):
+    if avx2:
         return call_intrinsic(b, "llvm.x86.avx2.pmadd.ub.sw", I16X16, weights, x)
     wide = ir.VectorType(I16, 32)
     products = b.mul(b.zext(weights, wide), b.sext(x, wide))
@@ -66,10 +64,10 @@ def maddubs(b: Builder, weights: Value, x: Value) -> Value:
     return b.add(b.shuffle_vector(products, undefined, even), b.shuffle_vector(products, undefined, odd))
 
 
-def madd_ones(b: Builder, words: Value) -> Value:
+def madd_ones(b: Builder, words: Value, *, avx2: bool) -> Value:
     """Add adjacent 16-bit integers to 8 32-bit sums."""
     ones = ir.Constant(I16X16, [1] * 16)
-    if has_avx2(b):  # LLVM does not find the instruction by itself
+    if avx2:  # LLVM does not find the instruction by itself
         return call_intrinsic(b, "llvm.x86.avx2.pmadd.wd", I32X8, words, ones)
     return madd_i16(b, words, ones)
 
@@ -80,9 +78,16 @@ def call_intrinsic(b: Builder, name: str, result: Value, *operands: Value) -> Va
     return b.call(cgutils.get_or_insert_function(b.module, kind, name), operands)
 
 
-def has_avx2(b: Builder) -> bool:
-    """Return whether this machine, for which the code is compiled, has AVX2."""
-    return is_x86(b) and llvm.get_host_cpu_features().get("avx2", False)
+def has_avx2(context: Any) -> bool:
+    """Return whether the target that the code is compiled for has AVX2 among its features.
+
+    Not whether this machine has it: LLVM aborts the process if an instruction is not in the target. A target whose
+    features do not name AVX2, although its processor implies it, gets the slower code.
+    """
+    triple, _, features = context.codegen().magic_tuple()
+    # As for LLVM, the last mention of a feature decides.
+    mentions = [feature for feature in features.split(",") if feature.lstrip("+-") == "avx2"]
+    return triple.startswith(("x86", "amd64")) and mentions[-1:] == ["+avx2"]
 
 
 def is_x86(b: Builder) -> bool:
@@ -147,6 +152,7 @@ def make_int4_kernel(n_rows: int) -> Callable[..., None]:
     def kernel(context, w, x, x_stride, n_groups, y, y_stride, scales, x_scales, x_sums, group_stride):  # type: ignore[no-untyped-def]  # noqa: ARG001
         def codegen(context: Any, b: Builder, _: Any, args: Any) -> Value:
             weights, x, x_stride, n_groups, y, y_stride, scales, x_scales, x_sums, group_stride = args
+            avx2 = has_avx2(context)
             rows = [b.add(x, b.mul(x_stride, const_i64(i))) for i in range(n_rows)]
             totals = [cgutils.alloca_once_value(b, ir.Constant(F32X8, None)) for _ in rows]
             # Per group: load 4 x 32 bytes of weights, multiply the low and the high nibbles by 4 columns of x each.
@@ -160,14 +166,14 @@ def make_int4_kernel(n_rows: int) -> Callable[..., None]:
                         for i, row in enumerate(rows):
                             offset = b.add(x_offset, const_i64(16 * half + 4 * step))
                             x_quad = b.bitcast(splat(b, load(b, row, offset, I32, 1), I32X8), I8X32)
-                            sums[i] = b.add(sums[i], maddubs(b, w, x_quad))
+                            sums[i] = b.add(sums[i], maddubs(b, w, x_quad, avx2=avx2))
                 scale_bits = b.zext(load(b, scales, b.mul(loop.index, const_i64(16)), I16X8, 2), I32X8)
                 scale = b.bitcast(b.shl(scale_bits, ir.Constant(I32X8, [16] * 8)), F32X8)
                 for i, (pointer, words) in enumerate(zip(totals, sums, strict=True)):
                     offset = b.add(b.mul(group_stride, const_i64(i)), group_offset)
                     # The weights are stored plus 8: subtract 8 times the sum of x.
                     zero_point_correction = b.mul(load(b, x_sums, offset, I32, 4), ir.Constant(I32, -8))
-                    group_sum = b.add(madd_ones(b, words), splat(b, zero_point_correction, I32X8))
+                    group_sum = b.add(madd_ones(b, words, avx2=avx2), splat(b, zero_point_correction, I32X8))
                     combined_scale = b.fmul(scale, splat(b, load(b, x_scales, offset, F32, 4), F32X8))
                     scaled = b.fmul(b.sitofp(group_sum, F32X8), combined_scale, flags=["contract"])
                     b.store(b.fadd(b.load(pointer), scaled, flags=["contract"]), pointer)
@@ -240,43 +246,69 @@ def make_pointer_cast(kind: Any) -> Callable[[int], Any]:
 
 
 @intrinsic
-def barrier_wait(context: Any, counter: Any, target: Any) -> Any:  # noqa: ARG001
-    """Spin barrier: add 1 to the 64-bit counter at an address and wait until it has reached the target.
+def atomic_load(context: Any, address: Any) -> Any:  # noqa: ARG001
+    """Load the 64-bit integer at an address (acquire)."""
 
-    Writes of the other threads before their barrier are visible afterwards (acquire and release). Spins
-    SPINS_BEFORE_YIELD times, then yields the core between checks.
-    """
+    def codegen(context: Any, b: Builder, _: Any, args: Any) -> Value:  # noqa: ARG001
+        return b.load_atomic(b.inttoptr(args[0], I64.as_pointer()), "acquire", 8)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def atomic_store(context: Any, address: Any, value: Any) -> Any:  # noqa: ARG001
+    """Store a 64-bit integer at an address (release)."""
 
     def codegen(context: Any, b: Builder, _: Any, args: Any) -> Value:
-        pointer = b.inttoptr(args[0], I64.as_pointer())
-        sched_yield = cgutils.get_or_insert_function(b.module, ir.FunctionType(I32, []), "sched_yield")
-        pause = None
-        if is_x86(b):
-            pause = cgutils.get_or_insert_function(b.module, ir.FunctionType(ir.VoidType(), []), "llvm.x86.sse2.pause")
-        b.atomic_rmw("add", pointer, const_i64(1), "acq_rel")
-        spins = cgutils.alloca_once_value(b, const_i64(0))
-        check_block, retry_block, pause_block, yield_block, done_block = (
-            b.append_basic_block(n) for n in ("check", "retry", "pause", "yield", "done")
-        )
-        b.branch(check_block)
-        b.position_at_end(check_block)
-        arrivals = b.load_atomic(pointer, "acquire", 8)
-        b.cbranch(b.icmp_signed(">=", arrivals, args[1]), done_block, retry_block)
-        b.position_at_end(retry_block)
-        count = b.add(b.load(spins), const_i64(1))
-        b.store(count, spins)
-        b.cbranch(b.icmp_signed("<", count, const_i64(SPINS_BEFORE_YIELD)), pause_block, yield_block)
-        b.position_at_end(pause_block)
-        if pause is not None:
-            b.call(pause, [])
-        b.branch(check_block)
-        b.position_at_end(yield_block)
-        b.call(sched_yield, [])
-        b.branch(check_block)
-        b.position_at_end(done_block)
+        b.store_atomic(args[1], b.inttoptr(args[0], I64.as_pointer()), "release", 8)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
+def atomic_increment(context: Any, address: Any) -> Any:  # noqa: ARG001
+    """Add 1 to the 64-bit integer at an address (acquire and release); return its new value."""
+
+    def codegen(context: Any, b: Builder, _: Any, args: Any) -> Value:  # noqa: ARG001
+        pointer = b.inttoptr(args[0], I64.as_pointer())
+        return b.add(b.atomic_rmw("add", pointer, const_i64(1), "acq_rel"), const_i64(1))
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def compare_and_swap(context: Any, address: Any, expected: Any, desired: Any) -> Any:  # noqa: ARG001
+    """Replace the 64-bit integer at an address if it equals `expected`; return whether it did (acquire and release)."""
+
+    def codegen(context: Any, b: Builder, _: Any, args: Any) -> Value:  # noqa: ARG001
+        pointer = b.inttoptr(args[0], I64.as_pointer())
+        return b.extract_value(b.cmpxchg(pointer, args[1], args[2], "acq_rel", "acquire"), 1)
+
+    return types.boolean(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def pause(context: Any) -> Any:  # noqa: ARG001
+    """Tell the core that this thread spins."""
+
+    def codegen(context: Any, b: Builder, _: Any, args: Any) -> Value:  # noqa: ARG001
+        if is_x86(b):
+            call_intrinsic(b, "llvm.x86.sse2.pause", ir.VoidType())
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def yield_core(context: Any) -> Any:  # noqa: ARG001
+    """Let other threads of the machine run."""
+
+    def codegen(context: Any, b: Builder, _: Any, args: Any) -> Value:  # noqa: ARG001
+        b.call(cgutils.get_or_insert_function(b.module, ir.FunctionType(I32, []), "sched_yield"), [])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
 
 
 @intrinsic

@@ -1,0 +1,193 @@
+"""Processors without AVX2 or dot products: slower code, or one line that says what is missing; never an abort."""
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from command_line import one_line_error, run_python, tinystories
+
+from tinystories.engine.cpu import target
+from tinystories.engine.cpu.jit import cache_path, numba_target
+from tinystories.engine.cpu.kernels.simd import has_avx2
+from tinystories.engine.cpu.target import LEVELS, list_available_levels, select_target
+
+HERE = select_target().best_level
+available = [
+    name
+    for name in LEVELS
+    if name in list_available_levels(target.llvm.get_default_triple(), target.read_host_features())
+]
+x86_only = pytest.mark.skipif("x86-64" not in available, reason="levels of x86")
+STORIES = """
+import json, logging, sys, tinystories
+storyteller = tinystories.load(precision=sys.argv[1], threads=1)
+print(json.dumps([storyteller.generate("One day", seed=seed, max_tokens=60).ids for seed in range(3)]))
+"""
+
+
+def with_cpu(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
+    for name in (target.VARIABLE, *target.NUMBA_VARIABLES):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+
+def stories(precision: str, cache: Path, **variables: str) -> str:
+    """Generate in a process of its own, with compiled code of its own; return the ids as JSON."""
+    result = run_python("-c", STORIES, precision, TINYSTORIES_CACHE=str(cache), **variables)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def best_stories() -> dict[str, str]:
+    return {precision: run_python("-c", STORIES, precision).stdout for precision in ("int8", "int4", "fp32")}
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("level", available)
+def test_every_level_of_this_machine_generates_the_same_int8_stories(
+    tmp_path: Path, best_stories: dict[str, str], level: str
+) -> None:
+    assert stories("int8", tmp_path, TINYSTORIES_CPU=level) == best_stories["int8"]
+    assert stories("fp32", tmp_path, TINYSTORIES_CPU=level)  # equal only up to rounding
+
+
+@x86_only
+@pytest.mark.extended
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"NUMBA_CPU_NAME": "nehalem", "NUMBA_CPU_FEATURES": ""},  # reported: LLVM aborted the process
+        {"NUMBA_CPU_NAME": "ivybridge", "NUMBA_CPU_FEATURES": ""},
+        {"NUMBA_CPU_NAME": "generic"},
+        {"NUMBA_ENABLE_AVX": "0"},
+        {"NUMBA_CPU_FEATURES": "-avx2,-avx512f"},
+    ],
+    ids=str,
+)
+def test_numbas_own_variables_are_respected(
+    tmp_path: Path, best_stories: dict[str, str], variables: dict[str, str]
+) -> None:
+    assert stories("int8", tmp_path, **variables) == best_stories["int8"]
+
+
+@x86_only
+@pytest.mark.extended
+def test_a_level_cannot_be_compiled_once_numba_is_set_up_for_another(tmp_path: Path) -> None:
+    program = (
+        "import numba\n"
+        "numba.njit(lambda x: x + 1)(1)\n"
+        "import tinystories\n"
+        "try: tinystories.load()\n"
+        "except tinystories.UserError as error: print(error)\n"
+    )
+    result = run_python(
+        "-c", program, TINYSTORIES_CACHE=str(tmp_path), TINYSTORIES_CPU="x86-64", NUMBA_CPU_NAME="nehalem"
+    )
+    assert result.returncode == 0, result.stderr
+    assert "uses Numba for nehalem; run `tinystories warmup`" in result.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("words", [("generate",), ("warmup",), ("info",)], ids=str)
+def test_an_unknown_level_is_one_line_that_lists_the_known_ones(words: tuple[str, ...]) -> None:
+    error = one_line_error(tinystories(*words, TINYSTORIES_CPU="pentium"))
+    assert error == (
+        "error: TINYSTORIES_CPU='pentium' is unknown; use one of x86-64, x86-64-v2, avx2, avx512, neon, or unset it"
+    )
+
+
+def test_a_level_that_the_machine_does_not_have_is_one_line() -> None:
+    other = "neon" if "x86-64" in available else "avx2"
+    error = one_line_error(tinystories("generate", TINYSTORIES_CPU=other))
+    assert f"TINYSTORIES_CPU={other}: this processor (" in error
+    assert f"does not have it; it has {', '.join(available)}" in error
+
+
+OLD = {"cx16", "popcnt", "sahf", "sse3", "ssse3", "sse4.1", "sse4.2", "avx"}  # Ivy Bridge
+HASWELL = OLD | {"avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe", "xsave"}
+
+
+@pytest.mark.parametrize(
+    ("triple", "features", "expected"),
+    [
+        ("x86_64-unknown-linux-gnu", set(), ["x86-64"]),
+        ("x86_64-unknown-linux-gnu", OLD, ["x86-64", "x86-64-v2"]),
+        ("x86_64-pc-windows-msvc", HASWELL, ["x86-64", "x86-64-v2", "avx2"]),
+        ("x86_64-unknown-linux-gnu", HASWELL - {"fma"}, ["x86-64", "x86-64-v2"]),  # VIA has AVX2 without FMA
+        ("x86_64-unknown-linux-gnu", HASWELL | {"avx512f"}, ["x86-64", "x86-64-v2", "avx2"]),  # Knights Landing
+        ("aarch64-unknown-linux-gnu", {"neon"}, ["neon"]),
+        ("arm64-apple-darwin23.0.0", set(), ["neon"]),
+        ("riscv64-unknown-linux-gnu", set(), []),
+    ],
+    ids=["Athlon 64", "Ivy Bridge", "Haswell", "without FMA", "Knights Landing", "Graviton", "Apple", "RISC-V"],
+)
+def test_the_levels_of_a_machine_follow_from_its_features(triple: str, features: set[str], expected: list[str]) -> None:
+    host_features = {feature: feature in features for feature in HASWELL | features | {"avx512f", "dotprod"}}
+    assert list_available_levels(triple, host_features) == expected
+
+
+@pytest.mark.parametrize(
+    ("triple", "features", "expected"),
+    [
+        ("x86_64-unknown-linux-gnu", "+avx,+avx2,-avx512f", True),
+        ("x86_64-unknown-linux-gnu", "", False),  # reported: this machine was asked, not the target
+        ("x86_64-unknown-linux-gnu", "-avx2", False),
+        ("x86_64-unknown-linux-gnu", "+avx2,-avx2", False),
+        ("x86_64-unknown-linux-gnu", "-avx2,+avx2", True),
+        ("x86_64-unknown-linux-gnu", "+avx", False),
+        ("aarch64-unknown-linux-gnu", "+neon,+avx2", False),
+    ],
+)
+def test_avx2_is_a_feature_of_the_target(triple: str, features: str, expected: bool) -> None:
+    codegen = SimpleNamespace(magic_tuple=lambda: (triple, "some-processor", features))
+    assert has_avx2(SimpleNamespace(codegen=lambda: codegen)) == expected
+
+
+def test_every_target_has_machine_code_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = []
+    variables: list[dict[str, str]] = [{"TINYSTORIES_CPU": level} for level in available]
+    variables += [{}, {"NUMBA_CPU_NAME": "nehalem"}, {"NUMBA_CPU_FEATURES": ""}, {"NUMBA_ENABLE_AVX": "0"}]
+    for some in variables:
+        with_cpu(monkeypatch, **some)
+        paths.append(cache_path())
+    assert len(set(paths)) == len(paths)
+    with_cpu(monkeypatch, TINYSTORIES_CPU="")  # empty: as if it were not set
+    assert cache_path() == paths[len(available)]
+
+
+def test_info_says_which_level_is_used_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_cpu(monkeypatch)
+    facts = select_target().as_facts()
+    assert (facts["level"], facts["reason"]) == (HERE, "the best that this processor has")
+    with_cpu(monkeypatch, TINYSTORIES_CPU=available[0], NUMBA_CPU_NAME="nehalem")
+    facts = select_target().as_facts()
+    assert facts["level"] == available[0]
+    assert facts["processor"] == LEVELS[available[0]].processor  # the level has precedence
+    assert facts["reason"] == f"set by TINYSTORIES_CPU; otherwise {HERE}"
+    with_cpu(monkeypatch, NUMBA_CPU_NAME="nehalem")
+    assert select_target().as_facts()["processor"] == "nehalem"
+    assert "set by NUMBA_CPU_NAME" in select_target().reason
+    with_cpu(monkeypatch, TINYSTORIES_CPU=available[0])
+    output = tinystories("info")
+    assert f"set by TINYSTORIES_CPU; otherwise {HERE}" in output.stdout
+
+
+def test_the_environment_is_as_before_after_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_cpu(monkeypatch, TINYSTORIES_CPU=available[0], NUMBA_CPU_NAME="nehalem")
+    before = dict(os.environ)
+    with numba_target(select_target()):
+        assert os.environ["NUMBA_CPU_NAME"] == LEVELS[available[0]].processor
+        assert os.environ["NUMBA_CPU_FEATURES"] == LEVELS[available[0]].features
+    assert os.environ == before
+
+
+def test_a_processor_whose_features_are_unknown_has_the_lowest_level(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> dict[str, bool]:
+        raise RuntimeError("LLVM cannot tell")
+
+    with_cpu(monkeypatch)
+    monkeypatch.setattr(target.llvm, "get_host_cpu_features", fail)
+    assert select_target().best_level == ("x86-64" if "x86-64" in available else HERE)
