@@ -20,9 +20,9 @@ from tinystories.errors import UserError
 from tinystories.formats import exports
 from tinystories.formats.bundle import ModelBundle
 from tinystories.sweep.trial import read_records as read_trial_records
-from tinystories.train.metrics import Metrics
+from tinystories.train.recording.metrics import Metrics
+from tinystories.train.recording.side_work import SideWork
 from tinystories.train.run import train
-from tinystories.train.side_work import SideWork
 from tinystories.train.state import read_train_state
 from tinystories.weights.safetensors_file import SafetensorsFile
 

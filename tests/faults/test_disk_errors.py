@@ -22,9 +22,9 @@ from tinystories.generate.batching import Story
 from tinystories.generate.output import StoryWriter, check_output_path
 from tinystories.sweep import study
 from tinystories.train import state
-from tinystories.train.metrics import Metrics
+from tinystories.train.recording.metrics import Metrics
+from tinystories.train.recording.side_work import SideWork
 from tinystories.train.run import train
-from tinystories.train.side_work import SideWork
 
 LONG = "x" * 300
 REFUSALS = [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG, errno.EIO]

@@ -174,7 +174,7 @@ def test_training_marks_every_number(
 ) -> None:
     caplog.set_level(logging.INFO)
     titles: list[str] = []
-    monkeypatch.setattr("tinystories.train.recorder.plot_curves", lambda *words: titles.append(words[-1]))
+    monkeypatch.setattr("tinystories.train.recording.recorder.plot_curves", lambda *words: titles.append(words[-1]))
     report = train(config_for(lossy_data), tmp_path / "run")
     share = read_meta(lossy_data).lost_text
     assert report is not None

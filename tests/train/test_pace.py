@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tinystories.config import Config
 from tinystories.train import loop
 from tinystories.train.loop import Interrupted, Trainer
-from tinystories.train.metrics import Metrics
+from tinystories.train.recording.metrics import Metrics
 from tinystories.train.run import train
 from tinystories.train.step import StepResult
 

@@ -337,7 +337,7 @@ def test_a_folder_that_holds_something_else(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is a file"):
         read_plan(tmp_path / "thesis.tex")
     (tmp_path / "sweep.db").write_bytes(b"no database, no database, no database, no database, no database, no")
-    with pytest.raises(UserError, match=r"sweep.db cannot be read"):
+    with pytest.raises(UserError, match=r"sweep.db cannot be used: file is not a database"):
         read_plan(tmp_path)
 
 

@@ -1,5 +1,6 @@
 """Training with teachers: what it changes, what it refuses, and that it can be resumed."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tinystories.engine.torch_engine import TorchEngine
 from tinystories.errors import UserError
 from tinystories.train.loop import Interrupted, Trainer
 from tinystories.train.run import train
+from tinystories.train.teacher import load_teachers
 
 
 @pytest.fixture
@@ -101,6 +103,17 @@ def test_a_teacher_with_a_shorter_context_is_refused(short: Config, teacher: str
     longer = changed(changed(short, "model", n_ctx=64), "train", teacher=(teacher,))
     with pytest.raises(UserError, match=r"context of 48 tokens, which is less than model\.n_ctx=64"):
         train(longer, tmp_path / "run")
+
+
+def test_a_teacher_with_a_padded_vocabulary_is_refused(teacher: str) -> None:
+    config = checkpoint.read_model(Path(teacher)).config
+    with pytest.raises(UserError, match=r"model\.vocab_size=400, this run 448"):
+        load_teachers(
+            [teacher],
+            dataclasses.replace(config, vocab_size=448),
+            checkpoint.read_model(Path(teacher)).tokenizer(),
+            torch.device("cpu"),
+        )
 
 
 def test_a_teacher_that_does_not_exist_is_refused(short: Config, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from tinystories.data.text_loss import describe_loss, mark_incomparable
 from tinystories.files import write_atomic
 from tinystories.sweep.search_space import Distribution, SearchSpace
 from tinystories.sweep.trial import Outcome, read_outcome, trial_dir
-from tinystories.train.figure import plain_text, png_figure
+from tinystories.train.recording.figure import plain_text, png_figure
 
 STATE_ORDER = ("complete", "pruned", "unfinished", "failed", "invalid")  # sort order of the table
 BOUNDARY_FRACTION = 0.03  # a best value within this fraction of the range is at its edge

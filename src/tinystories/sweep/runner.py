@@ -27,7 +27,7 @@ from tinystories.sweep import trial as trials
 from tinystories.sweep.results import describe_result, find_best, read_results, write_results
 from tinystories.sweep.study import LOCK, Plan, database_errors, make_pruner, make_sampler, open_study
 from tinystories.sweep.trial import Outcome
-from tinystories.train.side_work import SideWork
+from tinystories.train.recording.side_work import SideWork
 from tinystories.train.signals import handle_signals
 
 log = logging.getLogger(__name__)

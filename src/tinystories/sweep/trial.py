@@ -15,7 +15,7 @@ from tinystories.config import Config
 from tinystories.config_file import to_toml
 from tinystories.errors import UserError
 from tinystories.files import write_atomic, write_errors
-from tinystories.train.metrics import parse_records
+from tinystories.train.recording.metrics import parse_records
 
 LOG_FILE = "train.log"
 STOP_EXIT_CODES = (130, 143, -signal.SIGINT, -signal.SIGTERM)  # of a run that was asked to stop and has saved

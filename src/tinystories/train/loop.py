@@ -30,7 +30,7 @@ from tinystories.train.distributed import SINGLE, World
 from tinystories.train.optimizer.build import consolidate_state
 from tinystories.train.optimizer.learning_rate import resolve_auto_rates
 from tinystories.train.prefetch import Batch, prefetch
-from tinystories.train.recorder import Recorder
+from tinystories.train.recording.recorder import Recorder
 from tinystories.train.state import TrainState
 from tinystories.train.step import StepResult, TrainStep
 

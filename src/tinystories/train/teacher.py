@@ -19,7 +19,7 @@ def load_teachers(
     """Load model directories as frozen models in eval mode.
 
     Their architecture and size may differ from the student's. `UserError` if one is damaged, has another tokenizer than
-    the data, or a shorter context than the student.
+    the data, another vocabulary size, or a shorter context than the student.
     """
     teachers = []
     for folder in folders:
@@ -33,6 +33,11 @@ def load_teachers(
             raise UserError(
                 f"train.teacher: {folder} has a context of {files.config.n_ctx} tokens, which is less than"
                 f" model.n_ctx={student.n_ctx}; lower model.n_ctx, or choose a teacher with a longer context"
+            )
+        if files.config.vocab_size != student.vocab_size:
+            raise UserError(
+                f"train.teacher: {folder} has model.vocab_size={files.config.vocab_size}, this run"
+                f" {student.vocab_size}; choose a teacher whose vocabulary is padded to the same size"
             )
         teacher = GPT(files.config)
         load_weights(files, teacher)

@@ -10,7 +10,6 @@ from click.core import ParameterSource
 
 from tinystories.cli.common import CONTEXT_SETTINGS, json_option
 from tinystories.cli.train.train import ensure_prepared, parse_overrides
-from tinystories.config import Config
 from tinystories.config_file import PRESETS, read_toml
 from tinystories.errors import UserError
 from tinystories.train.distributed import World
@@ -95,23 +94,22 @@ def sweep(
     space = None
     if plan is None or overrides or context.get_parameter_source("config_file") is ParameterSource.COMMANDLINE:
         space = parse_search_space(read_toml(config_file), config_file, overrides).with_absolute_data()
-    requested = {name: value for name, value in plan_options.items() if value is not None}
-    plan = merge_plan(plan, space, requested, out)
+    plan = merge_plan(plan, space, {name: value for name, value in plan_options.items() if value is not None}, out)
     example_config = plan.space.find_valid_config()
-    check_or_prepare_data(out, plan, example_config, is_new=stored_plan is None, is_given=data is not None)
+    if stored_plan is not None:
+        require_data(out, plan.space.data_dirs(example_config))
+    elif data is None and plan.space.data_dirs(example_config) == [example_config.data.dir]:
+        ensure_prepared(example_config)
     check_runnable(plan, example_config)
     stop_signal = run_sweep(out, plan, example_config, workers)
     return 128 + stop_signal if stop_signal else print_results(out, plan)
 
 
-def check_or_prepare_data(out: Path, plan: "Plan", example_config: Config, *, is_new: bool, is_given: bool) -> None:
-    """Prepare the data of a new sweep unless it exists or is given by --data; check that of a sweep to resume."""
-    data_dirs = plan.space.data_dirs(example_config)
-    if is_new and not is_given and data_dirs == [example_config.data.dir]:
-        ensure_prepared(example_config)
-    missing = [folder for folder in data_dirs if not (Path(folder) / "meta.json").exists()]
-    if missing and not is_new:
-        raise UserError(f"{out} was started on {missing[0]}, which is not here; put it back there to resume")
+def require_data(out: Path, data_dirs: list[str]) -> None:
+    """Raise `UserError` if the data of the sweep `out` has been moved: other data must not take its place."""
+    for folder in data_dirs:
+        if not (Path(folder) / "meta.json").exists():
+            raise UserError(f"{out} was started on {folder}, which is not here; put it back there to resume")
 
 
 def print_results(out: Path, plan: "Plan") -> dict[str, Any]:

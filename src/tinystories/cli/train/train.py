@@ -12,7 +12,6 @@ from tinystories.cli.common import CONTEXT_SETTINGS, json_option
 from tinystories.cli.train.prepare import describe_preparation
 from tinystories.config import Config
 from tinystories.config_file import PRESETS, load_config, setting_names, to_toml
-from tinystories.data.text_loss import mark_incomparable
 from tinystories.errors import UserError
 from tinystories.files import os_errors, write_errors
 from tinystories.train.distributed import World
@@ -82,6 +81,7 @@ def train(
 
 def run_training(config: Config, out: Path, *, resume: bool) -> dict[str, Any] | int:
     """Train and print what to do next. Return the result, or an exit code: 128 + n after signal n; 0 in other ranks."""
+    from tinystories.data.text_loss import mark_incomparable
     from tinystories.train.loop import Interrupted
     from tinystories.train.run import train
 
@@ -106,7 +106,7 @@ def run_training(config: Config, out: Path, *, resume: bool) -> dict[str, Any] |
 
 def is_finished(run: Path) -> bool:
     """Return whether the run in a run directory has finished: its last step and its final evaluation are recorded."""
-    from tinystories.train.metrics import read_records
+    from tinystories.train.recording.metrics import read_records
 
     records = read_records(run / "metrics.jsonl")
     return bool(records) and bool(records[-1].get("final"))

@@ -8,8 +8,8 @@ from typing import Any
 
 from tinystories.errors import UserError
 from tinystories.files import describe_write_error, os_errors, write_errors
-from tinystories.train.figure import plain_text, png_figure
-from tinystories.train.side_work import SideWork
+from tinystories.train.recording.figure import plain_text, png_figure
+from tinystories.train.recording.side_work import SideWork
 
 
 class Metrics:

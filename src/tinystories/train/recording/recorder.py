@@ -16,8 +16,8 @@ from tinystories.evaluate.bits import BitsReport
 from tinystories.files import write_errors
 from tinystories.generate.batching import Request, generate_all
 from tinystories.progress import StepDisplay
-from tinystories.train.metrics import Metrics, plot_curves, truncate
-from tinystories.train.side_work import SideWork
+from tinystories.train.recording.metrics import Metrics, plot_curves, truncate
+from tinystories.train.recording.side_work import SideWork
 from tinystories.train.state import TrainState
 from tinystories.train.step import StepResult, TrainStep
 

@@ -1,0 +1,1 @@
+"""What a run leaves behind beside its checkpoints: metrics, samples, the loss curve."""
