@@ -23,5 +23,6 @@ def config(sample_data: Path) -> Config:
             sample_prompts=("The cat",),
             sample_tokens=4,
             device="cpu",
+            precision="fp32",  # spares the measurement of routes
         ),
     )

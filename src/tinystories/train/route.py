@@ -27,7 +27,7 @@ AMX_PREFIX = "amx_"
 # Of the vocabulary, this many columns are measured, at most. The rows are as many as these operations allow.
 MAX_PROBE_VOCAB = 4096
 PROBE_FLOPS = 5e9
-MEASURE_SECONDS = 1.8  # at most, unless the processor needs longer to do everything once
+MEASURE_SECONDS = 0.6  # at most, unless the processor needs longer to do everything once
 # A route must be this much faster than the plain one: it computes other bits, and the measurement is not exact.
 MIN_SPEEDUP = 1.1
 
@@ -194,7 +194,7 @@ def keeps_operands(multiply: Callable[[Tensor, Tensor], Tensor], rows: int, inne
 
 
 def measure_routes(names: Sequence[str], config: Config) -> dict[str, float]:
-    """Return the floating-point operations per second of this model's matmuls on each route, in two seconds.
+    """Return the floating-point operations per second of this model's matmuls on each route, measured in less than a second.
 
     The routes take turns, so that a change of the machine's speed affects all of them; the fastest turn of each matmul
     counts. The matmuls are those of the forward pass and of both gradients.
