@@ -194,7 +194,7 @@ def keeps_operands(multiply: Callable[[Tensor, Tensor], Tensor], rows: int, inne
 
 
 def measure_routes(names: Sequence[str], config: Config) -> dict[str, float]:
-    """Return the floating-point operations per second of this model's matmuls on each route, measured in less than a second.
+    """Measure for less than a second: the floating-point operations per second of this model's matmuls on each route.
 
     The routes take turns, so that a change of the machine's speed affects all of them; the fastest turn of each matmul
     counts. The matmuls are those of the forward pass and of both gradients.
