@@ -12,6 +12,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -51,6 +52,16 @@ def write_errors(where: object) -> Iterator[None]:
 def describe_write_error(error: OSError, where: object) -> str:
     """Return the message for a failed write; `where` is named if the error does not name a file."""
     return f"{error.filename or where} cannot be written: {error_reason(error)}"
+
+
+def append_text(file: FileIO, text: str, path: Path, advice: str) -> None:
+    """Write text to an unbuffered file, which may take it in parts. `UserError` with `advice` if that fails."""
+    data = memoryview(text.encode())
+    try:
+        while data:
+            data = data[file.write(data) :]
+    except OSError as error:
+        raise UserError(f"{describe_write_error(error, path)}; {advice}") from None
 
 
 def describe_disk_error(error: BaseException) -> str | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tinystories.data.tokenizer import END
 from tinystories.errors import UserError
-from tinystories.files import describe_write_error, write_errors
+from tinystories.files import append_text, describe_write_error, write_errors
 from tinystories.generate.batching import Story
 
 STORY_SEPARATOR = "\n\n---\n\n"  # between stories on the screen
@@ -70,10 +70,4 @@ class StoryWriter:
             text = json.dumps(story.as_dict(), ensure_ascii=False) + "\n"
         else:
             text = f"{story.text}\n{END}\n"
-        data = memoryview(text.encode())
-        try:
-            while data:  # an unbuffered write may be partial
-                data = data[self.file.write(data) :]
-        except OSError as error:
-            message = describe_write_error(error, self.path)
-            raise UserError(f"{message}; the stories before this one are complete") from None
+        append_text(self.file, text, self.path, "the stories before this one are complete")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tinystories.errors import UserError
-from tinystories.files import describe_write_error, os_errors, write_errors
+from tinystories.files import append_text, os_errors, write_errors
 from tinystories.train.recording.figure import plain_text, png_figure
 from tinystories.train.recording.side_work import SideWork
 
@@ -40,13 +40,8 @@ class Metrics:
     def write(self, record: dict[str, Any]) -> None:
         """Append a record, which must have a "step", to the file and to TensorBoard."""
         self.records.append(record)
-        data = memoryview(f"{json.dumps(record)}\n".encode())
-        try:
-            while data:  # an unbuffered write may be partial
-                data = data[self.file.write(data) :]
-        except OSError as error:
-            message = describe_write_error(error, self.path)
-            raise UserError(f"{message}; free some disk space, then continue with --resume") from None
+        advice = "free some disk space, then continue with --resume"
+        append_text(self.file, f"{json.dumps(record)}\n", self.path, advice)
         if self.tensorboard_writer is not None:
             with self.side_work.attempt("tensorboard"):
                 for key, value in record.items():
