@@ -16,7 +16,7 @@ import click
 
 from tinystories.config import SamplingConfig
 from tinystories.engine.engine_config import ENGINE_PRECISIONS, ENGINES, EngineConfig
-from tinystories.errors import UserError
+from tinystories.errors import UserError, one_line
 from tinystories.files import describe_disk_error
 from tinystories.train.distributed import claim_error_message
 
@@ -152,7 +152,8 @@ def run(command: click.Command, argv: list[str] | None = None, name: str = "tiny
     except UserError as error:
         if claim_error_message(str(error)):
             rank = os.environ.get("RANK", "0")
-            click.echo(f"error: {error}" if rank == "0" else f"error: rank {rank}: {error}", err=True)
+            who = "" if rank == "0" else f"rank {rank}: "
+            click.echo(f"error: {who}{one_line(error)}", err=True)
         return 2
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
@@ -160,7 +161,7 @@ def run(command: click.Command, argv: list[str] | None = None, name: str = "tiny
     except click.ClickException as error:
         context = error.ctx if isinstance(error, click.UsageError) else None
         command_path = context.command_path if context else name
-        click.echo(f"error: {error.format_message()} (see {command_path} --help)", err=True)
+        click.echo(f"error: {one_line(error.format_message())} (see {command_path} --help)", err=True)
         return 2
     except (KeyboardInterrupt, click.Abort):
         click.echo("stopped", err=True)
@@ -178,7 +179,7 @@ def run(command: click.Command, argv: list[str] | None = None, name: str = "tiny
         if message is None:
             raise
         is_stdout = discard_stdout_if_full()
-        click.echo(f"error: {message}", err=True)
+        click.echo(f"error: {one_line(message)}", err=True)
         return 1 if is_stdout else 2
 
 

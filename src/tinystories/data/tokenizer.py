@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tinystories.errors import UserError
+from tinystories.errors import UserError, one_line
 from tinystories.files import read_limited
 
 END = "<|endoftext|>"  # precedes every story and follows the last one
@@ -223,6 +223,5 @@ def char_to_byte() -> dict[str, int]:
 
 def sanitize(error: object) -> str:
     """Return a foreign error message, which may quote file contents, as one short line without control characters."""
-    text = " ".join(str(error).split())
-    text = text if len(text) <= MAX_MESSAGE_LENGTH else text[: MAX_MESSAGE_LENGTH - 3] + "..."
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    text = one_line(error)
+    return text if len(text) <= MAX_MESSAGE_LENGTH else text[: MAX_MESSAGE_LENGTH - 3] + "..."
