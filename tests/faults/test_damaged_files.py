@@ -1,5 +1,6 @@
 """Damaged and hostile files of data directories, runs and models are one line that names the file."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from tinystories.config import Config
 from tinystories.config_file import read_toml
 from tinystories.data import encoder
 from tinystories.data.dataset import open_split, read_meta
+from tinystories.data.loader import PackedRows
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.errors import UserError
 from tinystories.formats import exports
@@ -235,3 +237,52 @@ def test_a_model_card_in_another_encoding(run_dir: Path, capsys: pytest.CaptureF
     (run_dir / "README.md").write_bytes("# Ein Märchen\n".encode("latin-1"))
     assert run_command(["info", str(run_dir), "--card"]) == 0
     assert "Ein M" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("position", [1, 2, -2])
+def test_an_id_outside_the_vocabulary(data: Path, position: int) -> None:
+    """The case that was found: PyTorch's IndexError; on CUDA it would have ended the process."""
+    ids = np.fromfile(data / "train.bin", "<u2")
+    ids[position] = 2314
+    ids.tofile(data / "train.bin")
+    rows = PackedRows(data, "train", 64, seed=1)
+    with pytest.raises(UserError, match=r"train\.bin is damaged: it has id 2314, but the vocabulary has \d+; prepare"):
+        rows.get_rows(np.arange(rows.n_rows))
+
+
+def test_training_on_ids_outside_the_vocabulary(config: Config, data: Path, tmp_path: Path) -> None:
+    ids = np.fromfile(data / "train.bin", "<u2")
+    ids[ids != read_meta(data).end_id] = 2314
+    ids.tofile(data / "train.bin")
+    settings = dataclasses.replace(config, data=dataclasses.replace(config.data, dir=str(data)))
+    with pytest.raises(UserError, match=r"train\.bin is damaged: it has id 2314"):
+        train(settings, tmp_path / "run")
+
+
+@pytest.mark.parametrize("prefix", ["a\nb", "longer than any token"])
+def test_a_panic_of_the_tokenizers_library(data: Path, prefix: str) -> None:
+    """The case that was found: its Rust code panics, which is no `Exception` in Python."""
+    text = json.loads((data / "tokenizer.json").read_text())
+    text["model"]["continuing_subword_prefix"] = prefix
+    (data / "tokenizer.json").write_text(json.dumps(text))
+    with pytest.raises(UserError, match=r"tokenizer\.json is not a Hugging Face tokenizer: range end index"):
+        Tokenizer.load(data)
+
+
+class PanicException(BaseException):
+    """As pyo3 names what it raises."""
+
+
+@pytest.mark.parametrize("method", ["encode", "encode_batch", "decode"])
+def test_a_panic_while_text_is_encoded(data: Path, method: str) -> None:
+    class Backend:
+        def panic(self, *_: object, **__: object) -> None:
+            raise PanicException("index out of bounds")
+
+        encode = encode_batch_fast = decode = panic
+
+    tokenizer = Tokenizer.load(data)
+    tokenizer.is_lossless = False  # type: ignore[misc]  # else decoding does not need the library
+    tokenizer._backend = Backend()
+    with pytest.raises(UserError, match=r"tokenizer\.json is not a valid tokenizer: index out of bounds"):
+        getattr(tokenizer, method)("ab" if method == "encode" else ["ab"] if method == "encode_batch" else [1])
