@@ -216,6 +216,14 @@ def test_a_forged_version_is_one_line(data: Path, version: object, capsys: pytes
     assert len(message) < len(str(data)) + 300
 
 
+@pytest.mark.parametrize("text", ["a\nb", "\x1b[31mred", "a\x00b", "\u202egnp", "a\r\nb"])
+def test_a_user_error_is_one_line(text: str) -> None:
+    """The case that was found: a name in the header of a weights file, in an error that Python code receives."""
+    message = str(UserError(f"model.safetensors is damaged ({text})"))
+    assert message.isprintable()
+    assert message.startswith("model.safetensors is damaged (")
+
+
 @pytest.mark.parametrize("name", ["a\nb", "\x1b[31mred", "tab\tbed"])
 def test_a_file_name_with_control_characters_is_one_line(
     tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
