@@ -196,8 +196,9 @@ class PrepareJob:
         index[:, 0] = self._count_tokens(split) + story_starts + np.arange(len(stories))
         # UTF-8 bytes of all stories before story i: those written earlier, and an exclusive prefix sum again.
         index[:, 1] = text_bytes.setdefault(split, 0) + np.cumsum(byte_lengths) - byte_lengths
-        tokens = np.insert(ids.astype(self.dtype), story_starts, self.tokenizer.end_id)
-        self.staging.append(f"data/{split}.bin", tokens.tobytes())
+        tokens = np.insert(ids.astype(self.dtype, copy=False), story_starts, self.tokenizer.end_id)
+        del ids  # of a long story, they may take more memory than the story itself
+        self.staging.append(f"data/{split}.bin", tokens.view(np.uint8).data)
         self.staging.append(f"data/{split}.idx", index.tobytes())
         text_bytes[split] += int(byte_lengths.sum())
 

@@ -52,7 +52,7 @@ class StagingDir:
             raise UserError(
                 f"{folder} exists but is not a staging directory of prepare; remove it or choose another --out"
             )
-        lock = acquire_lock(folder / "lock")  # on Windows, that the append-only files are open has the same effect
+        lock = acquire_lock(folder / "lock")
         if lock is None:
             raise UserError(in_use_message(folder / "lock", "prepare"))
         self._lock = lock
@@ -95,7 +95,7 @@ class StagingDir:
             with contextlib.suppress(OSError):  # Windows could not remove the open lock
                 self.folder.rmdir()
 
-    def append(self, name: str, data: bytes) -> None:
+    def append(self, name: str, data: bytes | memoryview) -> None:
         """Append to the file `name`, a path relative to the directory.
 
         The first append of a run truncates the file to the size in the journal.
