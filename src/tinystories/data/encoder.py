@@ -14,7 +14,8 @@ from tinystories.data.tokenizer import END, Tokenizer, sanitize
 log = logging.getLogger(__name__)
 
 # The concatenated ids of all stories, and the number of ids of each.
-EncodedBatch = tuple[npt.NDArray[np.uint32] | npt.NDArray[np.uint16], npt.NDArray[np.int64]]
+TokenIds = npt.NDArray[np.uint32] | npt.NDArray[np.uint16]
+EncodedBatch = tuple[TokenIds, npt.NDArray[np.int64]]
 EncodeFn = Callable[[Sequence[bytes]], EncodedBatch]
 
 STORIES_PER_CALL = 1024  # stories per call of `tokenizers`, whose results take 100 bytes per token
@@ -78,7 +79,8 @@ def encode_in_pieces(stories: Sequence[bytes], encode: EncodeFn, max_id: int) ->
     if max(map(len, stories), default=0) <= PIECE_BYTES:
         return encode(stories)
     # A byte-level token is at least one byte long; the rest of the array is never written and takes no memory.
-    ids = np.empty(sum(map(len, stories)), np.uint16 if max_id < 1 << 16 else np.uint32)
+    max_ids = sum(map(len, stories))
+    ids: TokenIds = np.empty(max_ids, np.uint16) if max_id < 1 << 16 else np.empty(max_ids, np.uint32)
     counts: list[int] = []
     n_ids = 0
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from tinystories.data import build_tokenizer
 from tinystories.data.dataset import FORMAT_VERSION, SPLITS, DatasetMeta, SplitMeta
 from tinystories.data.dedup import Assignment, Role, SplitAssigner, hash_stories, is_held_out
-from tinystories.data.encoder import PIECE_BYTES, EncodeFn, make_bulk_encoder, split_at_words
+from tinystories.data.encoder import PIECE_BYTES, EncodeFn, TokenIds, make_bulk_encoder, split_at_words
 from tinystories.data.source.reader import DecodeErrors, ReadOptions, StoryBatch
 from tinystories.data.source.resolve import Source, SourceNames, resolve_source
 from tinystories.data.spec import PrepareSpec, disk_error_message, existing_output
@@ -202,7 +202,7 @@ class PrepareJob:
         self.staging.append(f"data/{split}.idx", index.tobytes())
         text_bytes[split] += int(byte_lengths.sum())
 
-    def _measure_loss(self, stories: list[bytes], ids: npt.NDArray[np.uint32], counts: npt.NDArray[np.int64]) -> None:
+    def _measure_loss(self, stories: list[bytes], ids: TokenIds, counts: npt.NDArray[np.int64]) -> None:
         """Add to the journal how much of these stories the tokenizer cannot give back."""
         loss = TextLoss()
         loss.add(self.tokenizer, [story.decode() for story in stories], np.split(ids, np.cumsum(counts)[:-1]))

@@ -25,7 +25,7 @@ def repair_utf8(data: bytes, errors: str) -> bytes:
     """
     if data.isascii():
         return data
-    pieces: list[bytes] = []
+    pieces: list[memoryview | bytes] = []
     view, start, is_valid = memoryview(data), 0, True
     while start < len(data):
         piece = view[start : start + PIECE_BYTES]
@@ -66,7 +66,8 @@ def extract_json_text(line: bytes, field: str, errors: str) -> bytes | None:
         )
         value = row.get(field) if isinstance(row, dict) else None
         if isinstance(value, tuple):
-            return b"".join(decode_json_string(line, *value, errors))
+            start, end = value
+            return b"".join(decode_json_string(line, start, end, errors))
         return value.encode() if isinstance(value, str) else None
     except (ValueError, RecursionError):
         return None

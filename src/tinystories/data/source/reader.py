@@ -208,13 +208,15 @@ def parse_csv_rows(where: str, lines: "LineReader", options: ReadOptions) -> Ite
     try:
         rows = csv.reader(short_rows(where, lines, options, start), strict=True)
         while True:
+            row: list[str] | list[bytes] | None
             try:
-                if (row := next(rows, None)) is None:
-                    return
+                row = next(rows, None)
             except LongRow:
                 texts = (check_text(where, line, options, lines.start_offset) for line in itertools.chain(start, lines))
                 row = parse_csv_row(texts, MAX_STORY_BYTES)
                 rows = csv.reader(short_rows(where, lines, options, start), strict=True)
+            if row is None:
+                return
             start.clear()
             yield row
             first_line = lines.line_number + 1
