@@ -115,13 +115,15 @@ def test_a_teacher_that_has_been_trained_on(home: Path, models: Path, capsys: py
     )
 
 
-def test_a_teacher_that_has_been_moved(home: Path, expected: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_teacher_that_has_been_moved(
+    home: Path, expected: bytes, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     (home / "teacher").rename(home / "moved")
     assert resume("runs/a") == 2
     assert f"{home}/teacher, which is not there" in last_line(capsys)
     assert resume("runs/a", "--train.teacher", "moved") == 0
     assert weights(home / "runs" / "a") == expected
-    assert "another teacher" not in capsys.readouterr().err
+    assert "another teacher" not in caplog.text
 
 
 @pytest.mark.usefixtures("home")
