@@ -282,6 +282,8 @@ def acquire_lock(path: Path) -> BinaryIO | None:
     """
     for attempts_left in range(LOCK_ATTEMPTS)[::-1]:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():  # opening a pipe would wait for its other end
+            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
         try:
             file = path.open("ab", buffering=0)
         except FileNotFoundError:  # the holder has just removed the folder

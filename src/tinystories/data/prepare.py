@@ -135,7 +135,7 @@ class PrepareJob:
         if path.exists():
             return Tokenizer.load(path)
         tokenizer = build_tokenizer.build_from_spec(self.spec.tokenizer, self._iter_train_stories)
-        write_atomic(path, tokenizer.json_text)
+        self.staging.write_tokenizer(tokenizer.json_text)
         return tokenizer
 
     def _iter_train_stories(self) -> Iterator[str]:
