@@ -189,7 +189,7 @@ def hash_record(record: dict[str, Any]) -> str:
 
 
 def update_from_file(hasher: xxhash.xxh3_128, path: Path, size: int) -> bool:
-    """Update a hasher with the first `size` bytes of a file; return whether there are so many."""
+    """Update a hasher with the first `size` bytes of a file; return whether it has them."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
