@@ -7,7 +7,7 @@ import bisect
 import collections
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 from tinystories.evaluate.word_lists import NOT_NAMES, NOT_THINGS, PLACES
 
@@ -24,9 +24,8 @@ SUBJECT = re.compile(
     rf"(?:[A-Z][a-z]+(?: [a-z]+){{0,3}}, |(?:Then|But|So|And|Suddenly|Soon|Now|Finally) )?({NAME})"
     r" (?!(?:and|or|with|the|a|in|to|of|on|at|for|that|who|from)\b)[a-z]+"
 )
-SPEAKER = re.compile(
-    rf",[\"”] ({NAME}) (?!and\b)[a-z]+|[\"”] (?:said|says|asked|asks|replied|shouted|cried) ({NAME})\b"
-)
+SPEECH_VERB = "(?:said|says|asked|asks|replied|shouted|cried)"
+SPEAKER = re.compile(rf",[\"”] ({NAME}) (?!and\b)[a-z]+|(?:^|[\"”] ){SPEECH_VERB} ({NAME})\b(?! and\b)")
 TOGETHER = r"\b(?:[Tt]he(?:y|m|ir)|[Bb]oth|[Tt]ogether|each other)\b"
 GIVES_AWAY = re.compile(
     rf"\b(?:[Hh]e|[Ss]he|[Hh]is|[Hh]ers?|[Hh]im|himself|herself|boy|girl|man|woman|brother|sister)\b|{TOGETHER}"
@@ -116,12 +115,11 @@ def find_characters(number: int, story: str, counts: WordCounts) -> Iterator[Can
     mentions = Mentions(names, story)
     sentences = list(split_sentences(story))
     for start, stop in sentences:
-        match = SUBJECT.match(story, start, stop) or SPEAKER.search(story, start, stop)
-        if match is None:
+        span = find_actor(story, start, stop, names)
+        if span is None:
             continue
-        span = match.span(match.lastindex or 1)
         answer, sentence = story[slice(*span)], story[start : span[0]] + story[span[1] : stop]
-        if answer not in names or is_quoted(story, span[0]) or GIVES_AWAY.search(sentence):
+        if is_quoted(story, span[0]) or GIVES_AWAY.search(sentence):
             continue
         for distractor in sorted(names):
             if not mentions.is_fair(answer, distractor, start, stop):
@@ -227,6 +225,15 @@ def split_sentences(story: str) -> Iterator[tuple[int, int]]:
         yield start, match.start(1)
         start = match.end()
     yield start, len(story)
+
+
+def find_actor(story: str, start: int, stop: int, names: Collection[str]) -> tuple[int, int] | None:
+    """Return where the name of who acts is in the sentence story[start:stop]; None if no character does."""
+    for match in (SUBJECT.match(story[start:stop]), SPEAKER.search(story[start:stop])):
+        if match is not None and match[match.lastindex or 1] in names:
+            first, last = match.span(match.lastindex or 1)
+            return start + first, start + last
+    return None
 
 
 def find_parts(sentence: str, nouns: set[str]) -> Iterator[frozenset[str]]:

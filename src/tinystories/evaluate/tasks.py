@@ -102,17 +102,17 @@ def compare(engine: Engine, tokenizer: Tokenizer, items: Sequence[tuple[str, Ite
     texts = [prefix + word + item.after for prefix, item in items for word in (item.answer, item.distractor)]
     sequences = [[tokenizer.end_id, *ids] for ids in tokenizer.encode_batch(texts)]
     pairs = list(zip(sequences[::2], sequences[1::2], strict=True))
-    log_odds = np.zeros(len(pairs))
+    totals = np.zeros((len(pairs), 2))
     # A tokenizer without the two words may encode both alike: a tie.
     different = [i for i, (a, b) in enumerate(pairs) if a != b]
     logprobs = sliding_window_logprobs(engine, [ids for i in different for ids in pairs[i]])
     for n, i in enumerate(different):
         n_same = next(k for k, (a, b) in enumerate(itertools.zip_longest(*pairs[i])) if a != b)
-        # logprobs[k] belongs to the id at k + 1
-        log_odds[i] = logprobs[2 * n][n_same - 1 :].sum() - logprobs[2 * n + 1][n_same - 1 :].sum()
-    if not np.isfinite(log_odds).all():
+        # logprobs[k] belongs to the id at k + 1.
+        totals[i] = [logprob[n_same - 1 :].sum() for logprob in logprobs[2 * n : 2 * n + 2]]
+    if not np.isfinite(totals).all():
         raise UserError("the model's probabilities are not finite; its weights are damaged: use another checkpoint")
-    return log_odds
+    return totals[:, 0] - totals[:, 1]
 
 
 def summarize_task(items: Sequence[Item], scores: ItemScores, seconds: float) -> TaskReport:

@@ -18,20 +18,15 @@ if TYPE_CHECKING:
 TASK_NAMES = ("characters", "things")  # of evaluate.items, whose import would slow down --help
 
 
-class TaskList(click.ParamType):  # type: ignore[type-arg]
-    """Names of tasks, separated by commas."""
-
-    name = "TASK,..."
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        """Return the names, each once."""
-        if isinstance(value, tuple):
-            return value
-        names = tuple(dict.fromkeys(name.strip() for name in str(value).split(",")))
-        for name in names:
-            if name not in TASK_NAMES:
-                self.fail(f"{name!r} is not a task; the tasks are {', '.join(TASK_NAMES)}", param, ctx)
-        return names
+def parse_tasks(_context: click.Context, _option: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    """Return the names of tasks, each once."""
+    if value is None:
+        return None
+    names = tuple(dict.fromkeys(name.strip() for name in value.split(",")))
+    for name in names:
+        if name not in TASK_NAMES:
+            raise click.BadParameter(f"{name!r} is not a task; the tasks are {', '.join(TASK_NAMES)}")
+    return names
 
 
 @click.command("eval")
@@ -49,7 +44,8 @@ class TaskList(click.ParamType):  # type: ignore[type-arg]
 )
 @click.option(
     "--tasks",
-    type=TaskList(),
+    metavar="TASK,...",
+    callback=parse_tasks,
     help="Measure how well the model keeps the thread of a story, instead of bits per byte: characters (which of two"
     " characters acts), things (which of two things is meant), or both: characters,things.",
 )
