@@ -119,6 +119,7 @@ CHARACTER_STORIES = {
     # Nobody can know which of the two it was, if both did something together.
     "One day, Tom met Sam. They played. Tom was happy.": [],
     "One day, Tom and Sam went out. Tom was happy.": [],
+    'One day, Tom met Sam and Lily. "Hi," Sam and Lily said.': [],
     # The sentence gives the answer away: by the other name, a pronoun, or "both".
     "One day, Tom met Lily. Lily liked Tom. Lily took a ball with her.": [],
     "One day, Tom met Sam. Sam liked both.": [],
@@ -263,7 +264,6 @@ def test_probabilities_that_are_not_finite_are_refused(logprob: float, tokenizer
 
 HOSTILE = {
     "empty": "",
-    "a book": "One day, Tom met Sam. Tom was glad. " * (MAX_STORY_CHARS // 30),
     "no sentences": "Tom saw Sam " * 1600,
     "only punctuation": '."!?' * 5000,
     "only line breaks": "\n" * 20_000,
@@ -277,9 +277,17 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_texts_that_are_not_stories_give_no_items(name: str) -> None:
-    assert len(HOSTILE[name]) <= MAX_STORY_CHARS or name == "a book"
+    text = HOSTILE[name]
+    assert len(text) <= MAX_STORY_CHARS
     for find in TASKS.values():
-        assert build_items(find, [HOSTILE[name]] * 2) == []
+        assert list(find(0, text, WordCounts([text, text]))) == []
+
+
+def test_texts_longer_than_stories_are_passed_over() -> None:
+    for task, find in TASKS.items():
+        for n_repeats, n_items in ((100, 24), (MAX_STORY_CHARS // 10, 0)):
+            stories = ["It was hot. " * n_repeats + story for story in known_stories()[task]]
+            assert len(build_items(find, stories)) == n_items
 
 
 def test_prepared_data_give_the_items_of_their_validation_stories(sample_data: Path, tokenizer: Tokenizer) -> None:
