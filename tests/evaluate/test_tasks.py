@@ -222,6 +222,7 @@ def test_a_model_that_copies_is_perfect_and_one_that_ignores_the_context_is_at_c
     copying, _ = evaluate_task(storyteller(copy_score), items, done.append)
     assert (copying.accuracy, copying.interval) == (1.0, (1.0, 1.0))
     assert (copying.items, copying.stories) == (24, 24)
+    assert copying.sentence_alone == 0.5
     assert done == [24]
     ignorant, scores = evaluate_task(storyteller(unigram_score), items)
     assert ignorant.accuracy == 0.5 == ignorant.sentence_alone
