@@ -1,5 +1,6 @@
 """Damaged files: every input must give a result or a user error, in 20 seconds and bounded memory."""
 
+import dataclasses
 import json
 import os
 import re
@@ -27,83 +28,89 @@ def fuzz(
 ) -> None:
     """Read inputs `first` to `first + count` of a reader, until the time is used up."""
     base = valid_files.build(work)
-    deadline = time.monotonic() + seconds
-    number, stop = first, first + count
-    scratch = work / f"scratch-{os.getpid()}-{reader}"
-    while number < stop and time.monotonic() < deadline:
-        number = run_worker(record, work, base, scratch, reader, seed, number, stop, deadline, plant)
-    shutil.rmtree(scratch, ignore_errors=True)
+    attack = Attack(
+        record,
+        work,
+        base,
+        scratch=work / f"scratch-{os.getpid()}-{reader}",
+        reader=reader,
+        seed=seed,
+        stop=first + count,
+        deadline=time.monotonic() + seconds,
+        plant=plant,
+    )
+    number = first
+    while number < attack.stop and time.monotonic() < attack.deadline:
+        number = run_worker(attack, number)
+    shutil.rmtree(attack.scratch, ignore_errors=True)
 
 
-def run_worker(
-    record: Record,
-    work: Path,
-    base: Path,
-    scratch: Path,
-    reader: str,
-    seed: int,
-    number: int,
-    stop: int,
-    deadline: float,
-    plant: str | None,
-) -> int:
+@dataclasses.dataclass(frozen=True)
+class Attack:
+    """One reader and the inputs that it gets."""
+
+    record: Record
+    work: Path
+    base: Path  # valid files
+    scratch: Path  # the input at hand and what the program wrote
+    reader: str
+    seed: int
+    stop: int  # number after the last input
+    deadline: float  # of time.monotonic()
+    plant: str | None
+
+
+def run_worker(attack: Attack, number: int) -> int:
     """Read inputs in one process until it ends or dies; return the number of the next input."""
-    words = [reader, seed, number, stop, base, scratch, HEADROOM_BYTES, plant or ""]
-    scratch.mkdir(parents=True, exist_ok=True)
+    words = [
+        attack.reader, attack.seed, number, attack.stop, attack.base, attack.scratch, HEADROOM_BYTES,
+        attack.plant or "",
+    ]  # fmt: skip
+    attack.scratch.mkdir(parents=True, exist_ok=True)
     with (
-        (scratch / "worker-stderr").open("wb") as errors,
+        (attack.scratch / "worker-stderr").open("wb") as errors,
         subprocess.Popen(
             [sys.executable, "-m", "campaign.worker", *map(str, words)],
-            cwd=base,  # the sweep's data has a relative path
-            env=environment(work),
+            cwd=attack.base,  # the sweep's data has a relative path
+            env=environment(attack.work),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
         ) as process,
     ):
         try:
-            return watch(record, work, scratch, reader, seed, number, stop, deadline, process)
+            return watch(attack, number, process)
         finally:
             process.kill()  # unless it has ended
 
 
-def watch(
-    record: Record,
-    work: Path,
-    scratch: Path,
-    reader: str,
-    seed: int,
-    number: int,
-    stop: int,
-    deadline: float,
-    process: subprocess.Popen[bytes],
-) -> int:
+def watch(attack: Attack, number: int, process: subprocess.Popen[bytes]) -> int:
     """Record what a worker reports until it ends, hangs or the time is used up; return the number of the next input."""
+    record, timeout = attack.record, READERS[attack.reader].timeout
     current: dict[str, Any] = {}
-    for event in read_events(process, START_SECONDS, READERS[reader].timeout):
+    for event in read_events(process, START_SECONDS, timeout):
         if event is None:
-            problem = f"no answer within {READERS[reader].timeout:.0f} s"
-            save(record, work, reader, seed, scratch, current, problem, read_stderr(scratch))
+            save(attack, current, f"no answer within {timeout:.0f} s", read_stderr(attack.scratch))
             return int(current["start"]) + 1
         if "start" in event:
             current = event
             continue
         record.counts["inputs"] += 1
-        record.counts[f"{reader} code {event['codes'][-1]}"] += 1
+        record.counts[f"{attack.reader} code {event['codes'][-1]}"] += 1
         if event["problem"]:
-            save(record, work, reader, seed, scratch, current, event["problem"], event["output"])
+            save(attack, current, event["problem"], event["output"])
             assert process.stdin is not None
             process.stdin.write(b"\n")
             process.stdin.flush()
         number, current = event["done"] + 1, {}
-        if time.monotonic() > deadline:
-            return stop
+        if time.monotonic() > attack.deadline:
+            return attack.stop
     code = shell_code(process.wait())
     if current:
-        save(record, work, reader, seed, scratch, current, f"the process died: exit code {code}", read_stderr(scratch))
+        save(attack, current, f"the process died: exit code {code}", read_stderr(attack.scratch))
         return int(current["start"]) + 1
     if code:
-        errors = (scratch / "worker-stderr").read_text() + read_stderr(scratch)
+        errors = (attack.scratch / "worker-stderr").read_text() + read_stderr(attack.scratch)
         raise SystemExit(f"campaign: the worker failed with {code}:\n{errors}")
     return number
 
@@ -132,37 +139,28 @@ def read_stderr(scratch: Path) -> str:
     return path.read_bytes()[-20_000:].decode(errors="replace") if path.exists() else ""
 
 
-def save(
-    record: Record,
-    work: Path,
-    reader: str,
-    seed: int,
-    scratch: Path,
-    current: dict[str, Any],
-    problem: str,
-    output: str,
-) -> None:
+def save(attack: Attack, current: dict[str, Any], problem: str, output: str) -> None:
     """Record a finding, with the input and the output of the program."""
     if not current:
         raise SystemExit(f"campaign: the worker stopped while it read valid files: {problem}\n{output}")
-    number = current["start"]
-    record.counts["inputs with a finding"] += 1
+    number, counts = current["start"], attack.record.counts
+    counts["inputs with a finding"] += 1
     place = locate(output)
-    signature = f"{reader}: {problem if place is None else place}"
-    record.counts[f"finding {signature}"] += 1
-    if record.counts[f"finding {signature}"] > SAVED_PER_PLACE:
+    signature = f"finding {attack.reader}: {problem if place is None else place}"
+    counts[signature] += 1
+    if counts[signature] > SAVED_PER_PLACE:
         return
-    folder = record.add_finding(
-        f"{reader}-{seed}-{number}",
+    folder = attack.record.add_finding(
+        f"{attack.reader}-{attack.seed}-{number}",
         problem,
         place=place,
         damage=current["damage"],
         actions=current["actions"],
-        replay=f"python -m campaign fuzz --reader {reader} --seed {seed} --replay {number} --work {work}",
+        replay=f"python -m campaign fuzz --reader {attack.reader} --seed {attack.seed} --replay {number}",
     )
     (folder / "output").write_text(output)
     shutil.rmtree(folder / "input", ignore_errors=True)
-    shutil.copytree(scratch / "in", folder / "input", symlinks=True, ignore=only_regular)
+    shutil.copytree(attack.scratch / "in", folder / "input", symlinks=True, ignore=only_regular)
 
 
 def locate(output: str) -> str | None:

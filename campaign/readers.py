@@ -39,6 +39,11 @@ def choose(*options: str) -> Actions:
     return lambda rng, *_: [words(part) for part in rng.choice(options).split(" ; ")]
 
 
+def name_in(folder: Path, path: Path) -> str:
+    """Return a path as the word of an action: the same in every work folder."""
+    return str("IN" / path.relative_to(folder))
+
+
 def read_import(pattern: str, more: str = "") -> Actions:
     """Import the file that matches `pattern` (empty: the folder), then load what was imported."""
 
@@ -46,13 +51,13 @@ def read_import(pattern: str, more: str = "") -> Actions:
         sources = sorted(folder.glob(pattern)) if pattern else [folder]
         sources = [damaged] if damaged in sources else sources
         source = rng.choice(sources) if sources else folder / "gone"
-        return [["import", str(source), "--out", "OUT", *words(more)], words("load OUT fp32")]
+        return [["import", name_in(folder, source), "--out", "OUT", *words(more)], words("load OUT fp32")]
 
     return actions
 
 
 def read_texts(rng: random.Random, folder: Path, damaged: Path | None) -> list[Action]:
-    path = str(damaged or rng.choice(sorted(folder.iterdir())))
+    path = name_in(folder, damaged or rng.choice(sorted(folder.iterdir())))
     prepare = ["prepare", path, "--tokenizer", "BASE/data/tokenizer.json", "--out", "OUT"]
     return rng.choice(
         [
@@ -172,7 +177,11 @@ def damage(path: Path, rng: random.Random, others: list[Path], by_name: bool) ->
         return damage_database(path, rng)
     mutation = rng.choice(MUTATIONS.get(path.suffix, MUTATIONS[".bin"]))
     path.chmod(0o644)
-    path.write_bytes(mutation(path.read_bytes(), rng))
+    data = path.read_bytes()
+    try:
+        path.write_bytes(mutation(data, rng))
+    except (IndexError, KeyError, ValueError):  # earlier damage left nothing that this one could change
+        return f"{mutation.__name__} without effect"
     return mutation.__name__
 
 

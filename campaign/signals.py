@@ -11,7 +11,7 @@ from pathlib import Path
 
 from campaign import base as valid_files
 from campaign.full_disk import TRAIN, split, start
-from campaign.outputs import check_model, check_run, digest, list_checkpoints
+from campaign.outputs import check_model, check_run, list_checkpoints
 from campaign.program import TRACEBACK, command, environment, judge, shell_code
 from campaign.record import Record
 
@@ -88,9 +88,40 @@ def interrupt(
     case = CASES[name]
     start(folder, case, base)  # type: ignore[arg-type]
     checkpoints = list_checkpoints(folder / case.run) if case.run else set()
-    before = {path: digest(folder / path) for path in case.copies}
+    code, stderr, seconds_to_end = run_and_signal(work, folder, split(case.words, base), number, seconds, plant)
+    record.counts["signals"] += 1
+    record.counts[f"{name} {number.name} code {code}"] += 1
+    if code is None:
+        problem: str | None = f"still running {GRACE_SECONDS:.0f} s after {number.name}"
+    else:
+        problem = judge(code, stderr)
+        if problem and is_start_of_interpreter(stderr):
+            record.counts["before the program's first line"] += 1
+            problem = None
+        if problem is None and code == 0 and case.endless:
+            problem = f"{number.name} was ignored"
+    problem = problem or check_files(case, folder, checkpoints)
+    if problem:
+        finding = record.add_finding(
+            f"{name}-{number.name}-{record.counts['signals']}",
+            problem,
+            seconds=round(seconds, 3),
+            ended_after=round(seconds_to_end, 3),
+            code=code,
+            words=case.words,
+        )
+        (finding / "output").write_text(stderr)
+
+
+def run_and_signal(
+    work: Path, folder: Path, words: list[str], number: signal.Signals, seconds: float, plant: str | None
+) -> tuple[int | None, str, float]:
+    """Run a command and signal it after `seconds`; return its exit code, its stderr, and how many seconds it went on.
+
+    The exit code is None if it had to be killed.
+    """
     process = subprocess.Popen(
-        command(*split(case.words, base), plant=plant),
+        command(*words, plant=plant),
         cwd=folder,
         env=environment(work),
         stdin=subprocess.DEVNULL,
@@ -98,48 +129,32 @@ def interrupt(
         stderr=subprocess.PIPE,
         start_new_session=True,  # the signal is for this process alone, as from a scheduler
     )
-    problem = None
     try:
         process.wait(seconds)
     except subprocess.TimeoutExpired:
         process.send_signal(number)
     sent_at = time.monotonic()
+    code: int | None = None
     try:
         _, output = process.communicate(timeout=GRACE_SECONDS)
+        code = shell_code(process.returncode)
     except subprocess.TimeoutExpired:
         process.kill()
         _, output = process.communicate()
-        problem = f"still running {GRACE_SECONDS:.0f} s after {number.name}"
-    stderr = output.decode(errors="replace")
-    code = shell_code(process.returncode)
-    record.counts["signals"] += 1
-    record.counts[f"{name} {number.name} code {code}"] += 1
-    if problem is None:
-        problem = judge(code, stderr)
-        if problem and is_start_of_interpreter(stderr):
-            record.counts["before the program's first line"] += 1
-            problem = None
-    if problem is None and code == 0 and case.endless:
-        problem = f"{number.name} was ignored"
-    if problem is None and case.run:
-        problem = check_run(folder / case.run, checkpoints)
-    for output_name in case.outputs:
-        path = folder / output_name
-        if problem is None and (path / "config.json").exists():
-            problem = check_model(path)
-    for copy, old in before.items():
-        if problem is None and not case.run and not (folder / copy / "config.json").exists():
-            problem = f"{copy} is gone (it was {old[:8]})"
-    if problem:
-        finding = record.add_finding(
-            f"{name}-{number.name}-{record.counts['signals']}",
-            problem,
-            seconds=round(seconds, 3),
-            ended_after=round(time.monotonic() - sent_at, 3),
-            code=code,
-            words=case.words,
-        )
-        (finding / "output").write_text(stderr)
+    return code, output.decode(errors="replace"), time.monotonic() - sent_at
+
+
+def check_files(case: Case, folder: Path, checkpoints: set[str]) -> str | None:
+    """Return what is wrong with the files that a command left, or None."""
+    if case.run:
+        return check_run(folder / case.run, checkpoints)
+    for name in case.outputs:
+        if (folder / name / "config.json").exists() and (problem := check_model(folder / name)):
+            return problem
+    for name in case.copies:
+        if not (folder / name / "config.json").exists():
+            return f"{name} is gone"
+    return None
 
 
 def is_start_of_interpreter(stderr: str) -> bool:
