@@ -199,8 +199,10 @@ def test_packing_changes_no_weight_by_more_than_half_a_step(weight: np.ndarray) 
 def test_packed_products_are_those_of_the_unpacked_matrices(
     build: Build, sample_data: Path, tmp_path: Path, precision: load.Precision, shape: dict[str, object]
 ) -> None:
-    """An engine makes of packed weights what fp32 makes of their values, except for the integers of x, which have 16 bits
-    or 8, and the keys and values, which have 16."""
+    """An engine makes of packed weights what fp32 makes of their values.
+
+    Except for the integers of x, which have 16 bits or 8, and the keys and values, which have 16.
+    """
     files = checkpoint.read_model(saved(tmp_path / "model", build(**shape | {"vocab_size": 400}), sample_data))
     shapes = expected_shapes(files.config)
     load.load_or_quantize(files, precision)  # which writes them

@@ -111,6 +111,7 @@ class WeightTable:
     def add_embedding(self) -> None:
         """Describe the token embedding and, for a classic model, the position embeddings (S, C)."""
         base, table, config = MODEL.embedding, self.table, self.config
+        self._keepalive: tuple[Array, ...]
         if f"{EMBEDDING}.rows" in self.weights:
             values, scales = quantized_sizes("rows", config.vocab_size, config.n_embd)
             table[base + MATRIX.kind] = INT8_ROWS
@@ -124,11 +125,11 @@ class WeightTable:
             n = config.n_ctx * config.n_embd
             table[MODEL.position_embedding] = self.tensor_address(POSITION_EMBEDDING, np.float32, n)
         elif config.architecture == "classic":
-            self._position_tables = (build_sinusoid_table(config.n_ctx, config.n_embd),)
-            table[MODEL.position_embedding] = self._position_tables[0].ctypes.data
+            self._keepalive = (build_sinusoid_table(config.n_ctx, config.n_embd),)
+            table[MODEL.position_embedding] = self._keepalive[0].ctypes.data
         else:
-            self._position_tables = build_rope_tables(config.n_ctx, config.head_dim, config.rope_base)
-            table[MODEL.rope_cos], table[MODEL.rope_sin] = (t.ctypes.data for t in self._position_tables)
+            self._keepalive = build_rope_tables(config.n_ctx, config.head_dim, config.rope_base)
+            table[MODEL.rope_cos], table[MODEL.rope_sin] = (array.ctypes.data for array in self._keepalive)
 
 
 def block_precision(weights: Mapping[str, Array], name: str) -> str:

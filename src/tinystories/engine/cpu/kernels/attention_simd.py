@@ -18,7 +18,6 @@ from tinystories.engine.cpu.kernels.lanes import N_BYTES, Lanes, vector
 from tinystories.engine.cpu.kernels.simd import (
     F32,
     F32X8,
-    I16,
     I32,
     Builder,
     Value,

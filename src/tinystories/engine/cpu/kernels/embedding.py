@@ -35,7 +35,10 @@ def embed_int4(weights, scales, row, C, x):
 
 @njit
 def embed(m, c, ctx):
-    """Write the embeddings of the tokens, position embeddings included, to c[CALL.x]. The rows are split among the pieces."""
+    """Write the embeddings of the tokens, position embeddings included, to c[CALL.x].
+
+    The rows are split among the pieces.
+    """
     C, n_rows = m[MODEL.n_embd], c[CALL.n_rows]
     ids, positions = view_i64(c[CALL.ids], n_rows), view_i64(c[CALL.positions], n_rows)
     kind, weights = m[MODEL.embedding + MATRIX.kind], m[MODEL.embedding + MATRIX.weights]

@@ -148,13 +148,13 @@ def make_elementwise(function: Callable[..., Any]) -> Callable[..., None]:
     """Make a Numba function that computes outputs[i] = function(*inputs[i], *scalars) for rows of n numbers.
 
     It takes (tuple of addresses of the outputs, tuple of addresses of the inputs, n, tuple of fp32 scalars). Inputs are
-    fp32; `function` takes and returns `Lanes` (a tuple for several outputs), whose type is that of the output. An output
-    may be one of the inputs; otherwise they must not overlap.
+    fp32; `function` takes and returns `Lanes` (a tuple for several outputs), whose type is that of the output. An
+    output may be one of the inputs; otherwise they must not overlap.
     """
 
     @intrinsic
     def kernel(context, outputs, inputs, n, scalars):  # type: ignore[no-untyped-def]  # noqa: ARG001
-        assert all(kind == types.float32 for kind in scalars), scalars
+        assert all(scalar == types.float32 for scalar in scalars), scalars
 
         def codegen(context: Any, b: Builder, _: Any, args: Any) -> Value:
             output_addresses, input_addresses = (cgutils.unpack_tuple(b, arg) for arg in args[:2])
@@ -188,14 +188,15 @@ def make_reduction(
     folded to 4, further ones of what is left, folded to 1, and the remaining numbers one by one.
     """
 
+    result_kind = F32 if isinstance(initial, float) else I32
+
     @intrinsic
     def kernel(context, x, n, scalars):  # type: ignore[no-untyped-def]  # noqa: ARG001
-        assert all(kind == types.float32 for kind in scalars), scalars
+        assert all(scalar == types.float32 for scalar in scalars), scalars
 
-        def codegen(context: Any, b: Builder, _: Any, args: Any) -> Value:
+        def codegen(context: Any, b: Builder, _: Any, args: Any) -> Value:  # noqa: ARG001
             x, n, scalar_values = args[0], args[1], cgutils.unpack_tuple(b, args[2])
-            result_type = vector(result_kind, WIDTHS[0])
-            total = Lanes(b, ir.Constant(result_type, [result_kind_initial] * WIDTHS[0]))
+            total = Lanes(b, ir.Constant(vector(result_kind, WIDTHS[0]), [initial] * WIDTHS[0]))
             start = const_i64(0)
             for width in WIDTHS:
                 while total.width > width:
@@ -212,8 +213,6 @@ def make_reduction(
 
         return (types.float32 if result_kind == F32 else types.int32)(types.int64, types.int64, scalars), codegen
 
-    result_kind = F32 if isinstance(initial, float) else I32
-    result_kind_initial = initial
     return kernel
 
 

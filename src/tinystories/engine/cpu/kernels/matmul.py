@@ -27,10 +27,11 @@ fp32_kernel_4x2 = make_fp32_kernel(4, 2)
 
 @njit
 def quantize_rows(m, c, base, source, stride, ctx):
-    """Quantize rows of x, from an address and `stride` floats apart, in the format that the matrix at `base` multiplies.
+    """Quantize rows of x in the format that the matrix at `base` multiplies.
 
-    INT8 weights take 16-bit activations with one scale per row, INT4 weights 8-bit ones with a scale per group; FP32
-    weights take x as it is, copied to `ctx.x` unless it is there.
+    They are `stride` floats apart, the first at the address `source`. INT8 weights take 16-bit activations with one
+    scale per row, INT4 weights 8-bit ones with a scale per group; FP32 weights take x as it is, copied to `ctx.x`
+    unless it is there.
     """
     kind, in_features = m[base + MATRIX.kind], m[base + MATRIX.in_features]
     for b in range(c[CALL.n_rows]):
