@@ -140,9 +140,9 @@ attend_f32, attend_f16 = make_attend(F32), make_attend(I16)
 
 
 @njit
-def count_tile_rows(positions, slots, b, n_rows):
-    """Return TILE_ROWS if that many rows from b on are adjacent positions of one slot, otherwise 1."""
-    if b + TILE_ROWS > n_rows:
+def count_tile_rows(positions, slots, b, end):
+    """Return TILE_ROWS if the rows from b to end - 1 are that many adjacent positions of one slot, otherwise 1."""
+    if b + TILE_ROWS > end:
         return 1
     for i in range(1, TILE_ROWS):
         if slots[b + i] != slots[b] or positions[b + i] != positions[b] + i:
@@ -164,7 +164,7 @@ def attention(m, c, layer_base, layer, ctx):
         b, h = item // n_kv_head * TILE_ROWS, item % n_kv_head
         end = min(b + TILE_ROWS, n_rows)
         while b < end:
-            n_queries = count_tile_rows(positions, slots, b, n_rows)
+            n_queries = count_tile_rows(positions, slots, b, end)
             if c[CALL.kv_is_f16]:
                 attend_f16(m, c, layer_base, layer, b, h, n_queries, ctx)
             else:
