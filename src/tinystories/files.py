@@ -20,6 +20,7 @@ from tinystories.errors import UserError
 
 TEMP_SUFFIX = ".draft"  # of unfinished directories, and of files on their way into a run directory
 MAX_JSON_BYTES = 64_000_000  # real files have a few thousand
+MAX_JSON_DEPTH = 50  # real files: about 5
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota used up, file too large
 # What a disk, a path or a limit of the system can refuse, whatever the program does right.
 DISK_ERRNOS = {*DISK_FULL_ERRNOS, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.EIO, errno.ELOOP}
@@ -114,7 +115,23 @@ def read_json_object(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} must hold a JSON object")
+    if is_nested_deeper(value, MAX_JSON_DEPTH):  # what reads or shows the values is recursive
+        raise UserError(f"{path} has lists or objects nested more than {MAX_JSON_DEPTH} deep")
     return value
+
+
+def is_nested_deeper(value: object, depth: int) -> bool:
+    """Return whether lists and dicts are nested more than `depth` deep."""
+    level = [value]
+    for _ in range(depth + 1):
+        level = [
+            item
+            for outer in level
+            for item in (outer.values() if isinstance(outer, dict) else outer if isinstance(outer, list) else ())
+        ]
+        if not level:
+            return False
+    return True
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
