@@ -28,9 +28,9 @@ ROOT = Path(__file__).resolve().parents[2]
 PRESETS = ("nano", "small", "storyteller", "seed-89m")
 PRECISIONS = ("fp32", "int8", "int4")
 N_SEEDS = 50
-# Smallest share of equal stories. Since the CPU engine has sums in an order of its own, and an fp16 KV cache with int8 and
-# int4, the last bits of logits differ from those of e574ec6, and a draw near the border of two ids may differ. With int4,
-# a last bit often changes an activation of 8 bits, and with it the story.
+# Smallest share of equal stories. Since the CPU engine has sums in an order of its own, and an fp16 KV cache with int8
+# and int4, the last bits of logits differ from those of e574ec6, and a draw near the border of two ids may differ. With
+# int4, a last bit often changes an activation of 8 bits, and with it the story.
 MIN_EQUAL_STORIES = {"ids/fp32": 0.9, "ids/int8": 0.8, "ids/int4": 0.2}
 SMALL = (
     "--model.n_layer 2 --model.n_ctx 64 --train.batch_size 2 --train.micro_batch 1 --train.steps 30 --train.log_every 1"
