@@ -78,16 +78,25 @@ def call_intrinsic(b: Builder, name: str, result: Value, *operands: Value) -> Va
     return b.call(cgutils.get_or_insert_function(b.module, kind, name), operands)
 
 
-def has_avx2(context: Any) -> bool:
-    """Return whether the target that the code is compiled for has AVX2 among its features.
+def has_feature(context: Any, name: str) -> bool:
+    """Return whether the target that the code is compiled for is x86 and has this feature (LLVM's name).
 
     Not whether this machine has it: LLVM aborts the process if an instruction is not in the target. A target whose
-    features do not name AVX2, although its processor implies it, gets the slower code.
+    features do not name it, although its processor implies it, gets the slower code.
     """
     triple, _, features = context.codegen().magic_tuple()
     # As for LLVM, the last mention of a feature decides.
-    mentions = [feature for feature in features.split(",") if feature.lstrip("+-") == "avx2"]
-    return triple.startswith(("x86", "amd64")) and mentions[-1:] == ["+avx2"]
+    mentions = [feature for feature in features.split(",") if feature.lstrip("+-") == name]
+    return triple.startswith(("x86", "amd64")) and mentions[-1:] == [f"+{name}"]
+
+
+def has_avx2(context: Any) -> bool:
+    return has_feature(context, "avx2")
+
+
+def is_arm64(context: Any) -> bool:
+    triple, _, _ = context.codegen().magic_tuple()
+    return triple.startswith(("aarch64", "arm64"))
 
 
 def is_x86(b: Builder) -> bool:
