@@ -19,28 +19,27 @@ CLASSIC = (
 
 def build(work: Path) -> Path:
     """Return the folder of valid files, after making it if it is not there yet. Takes a minute or two."""
-    base = work / "base"
-    if base.exists():
+    base, marker = work / "base", work / "base.complete"  # a sweep stores the absolute path of its data
+    if marker.exists():
         for name in ("model", "classic", "llama-run"):  # commands quantize the models that they read
             for path in (base / name).glob("packed-*"):
                 path.unlink()
         return base
     print(f"making valid files in {base} (once; a minute or two)", file=sys.stderr)
-    draft = work / "base.draft"
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
+    shutil.rmtree(base, ignore_errors=True)
+    base.mkdir(parents=True)
     run_or_fail(work, "warmup")
-    write_texts(draft / "text")
-    run_or_fail(draft, "prepare", "sample", "--tokenizer", "bpe:300", "--out", "data")
-    train(draft, "run", *TINY_MODEL)
-    train(draft, "llama-run", *TINY_MODEL, "--model.qk_norm", "false", "--model.n_kv_head", "1")
-    train(draft, "classic-run", *TINY_MODEL, *CLASSIC)
-    copy_model(draft / "run", draft / "model")
-    copy_model(draft / "classic-run", draft / "classic")
-    run_or_fail(draft, "quantize", "model", "--out", "int8")
-    copy_model(draft / "run", draft / "quantized")
+    write_texts(base / "text")
+    run_or_fail(base, "prepare", "sample", "--tokenizer", "bpe:300", "--out", "data")
+    train(base, "run", *TINY_MODEL)
+    train(base, "llama-run", *TINY_MODEL, "--model.qk_norm", "false", "--model.n_kv_head", "1")
+    train(base, "classic-run", *TINY_MODEL, *CLASSIC)
+    copy_model(base / "run", base / "model")
+    copy_model(base / "classic-run", base / "classic")
+    run_or_fail(base, "quantize", "model", "--out", "int8")
+    copy_model(base / "run", base / "quantized")
     run_or_fail(
-        draft,
+        base,
         "quantize",
         "quantized",
         "--precision",
@@ -52,20 +51,20 @@ def build(work: Path) -> Path:
         "--data",
         "data",
     )
-    export_all(draft)
-    write_state_dicts(draft)
-    shard(draft / "hf-qwen", draft / "hf-sharded")
-    interrupt_preparation(draft / "staging")
-    (draft / "toml").mkdir()
-    shutil.copy(draft / "run" / "config.toml", draft / "toml" / "config.toml")
+    export_all(base)
+    write_state_dicts(base)
+    shard(base / "hf-qwen", base / "hf-sharded")
+    interrupt_preparation(base / "staging")
+    (base / "toml").mkdir()
+    shutil.copy(base / "run" / "config.toml", base / "toml" / "config.toml")
     run_or_fail(
-        draft, "sweep", "--data", "data", "--out", "sweep", "--trials", "2", *TINY_MODEL, "--train.steps", "2",
+        base, "sweep", "--data", "data", "--out", "sweep", "--trials", "2", *TINY_MODEL, "--train.steps", "2",
         "--optim.learning_rate", "1e-3:1e-2:log",
     )  # fmt: skip
-    (draft / "kernels").mkdir()
+    (base / "kernels").mkdir()
     for path in (work / "cache").iterdir():
-        shutil.copy(path, draft / "kernels")
-    draft.rename(base)
+        shutil.copy(path, base / "kernels")
+    marker.touch()
     return base
 
 

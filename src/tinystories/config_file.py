@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from tinystories.config import Config
 from tinystories.errors import MAX_QUOTED_CHARS, UserError, quoted
+from tinystories.files import require_regular_file
 
 T = TypeVar("T")
 
@@ -56,6 +57,12 @@ def merge_overrides(settings: Mapping[str, Any], overrides: Mapping[str, Any], w
             raise UserError(f"{where}: [{section}] must be a table of settings")
         result[section] = table | {key: value}
     return result
+
+
+def load_run_config(path: Path) -> Config:
+    """Load the config.toml of a run or checkpoint. Unlike a file that the user names, it must not be a pipe."""
+    require_regular_file(path)
+    return load_config(path)
 
 
 def read_toml(file: str | Path) -> dict[str, Any]:

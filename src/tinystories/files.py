@@ -89,10 +89,15 @@ def error_reason(error: BaseException) -> str:
     return match[1] if match else text or type(error).__name__
 
 
-def read_limited(path: Path, max_bytes: int) -> bytes:
-    """Read a whole untrusted file. `UserError` if it is larger than `max_bytes`, or is not a regular file."""
+def require_regular_file(path: Path) -> None:
+    """Raise `UserError` if there is something else than a file: a pipe would block, a device would never end."""
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is not a regular file")
+
+
+def read_limited(path: Path, max_bytes: int) -> bytes:
+    """Read a whole untrusted file. `UserError` if it is larger than `max_bytes`, or is not a regular file."""
+    require_regular_file(path)
     with path.open("rb") as file:
         data = file.read(max_bytes + 1)
     if len(data) > max_bytes:

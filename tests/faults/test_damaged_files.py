@@ -316,3 +316,31 @@ def test_control_characters_in_provenance(run_dir: Path, capsys: pytest.CaptureF
     assert run_command(["info", str(run_dir)]) == 0
     assert "\x1b" not in (shown := capsys.readouterr().out)
     assert "\x07" not in shown
+
+
+RUN_FILES = ["metrics.jsonl", "samples.md", "config.toml", "checkpoints/LAST/state/config.toml"]
+
+
+@pytest.mark.parametrize("name", [*RUN_FILES, "checkpoints/LAST/state/clock.json"])
+@pytest.mark.parametrize("kind", ["fifo", "device"])
+def test_what_is_not_a_file_in_a_run(config: Config, run_dir: Path, name: str, kind: str) -> None:
+    """The case that was found: a resumed run waited for ever for a pipe, or read /dev/zero until memory was full."""
+    longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=config.train.steps + 1))
+    path = run_dir / name.replace("LAST", checkpoint.list_checkpoints(run_dir)[-1][1].name)
+    path.unlink()
+    if kind == "fifo":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    if name == "config.toml":
+        assert run_command(["train", "--out", str(run_dir), "--resume"]) == 2
+    elif name == "samples.md":  # only a warning: samples must not end a training
+        train(longer, run_dir, resume=True)
+    elif name == "metrics.jsonl":
+        with pytest.raises(UserError, match=r"metrics\.jsonl is not a regular file"):
+            train(longer, run_dir, resume=True)
+    else:  # an earlier checkpoint, or none, is used
+        try:
+            train(longer, run_dir, resume=True)
+        except UserError as error:
+            assert "not a regular file" in str(error) or "no checkpoint" in str(error)  # noqa: PT017

@@ -15,7 +15,7 @@ from typing import Any
 from tinystories.config import Config
 from tinystories.config_file import to_toml
 from tinystories.errors import UserError
-from tinystories.files import DISK_FULL_ERRNOS, error_reason, write_atomic, write_errors
+from tinystories.files import DISK_FULL_ERRNOS, error_reason, require_regular_file, write_atomic, write_errors
 from tinystories.train.recording.metrics import parse_records
 
 LOG_FILE = "train.log"
@@ -76,6 +76,7 @@ def start_process(folder: Path, config: Config, environment: Mapping[str, str]) 
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "config.toml").exists():
             write_atomic(folder / "config.toml", to_toml(config))
+        require_regular_file(folder / LOG_FILE)
         log = (folder / LOG_FILE).open("ab")
     with log:
         try:
@@ -94,6 +95,7 @@ def start_process(folder: Path, config: Config, environment: Mapping[str, str]) 
 def read_records(folder: Path) -> list[dict[str, Any]]:
     """Return the records of metrics.jsonl; an incomplete last line of a running trial is ignored."""
     try:
+        require_regular_file(folder / "metrics.jsonl")
         text = (folder / "metrics.jsonl").read_bytes()
     except FileNotFoundError:
         return []

@@ -7,7 +7,7 @@ from typing import Any
 
 from tinystories import checkpoint
 from tinystories.config import Config
-from tinystories.config_file import load_config
+from tinystories.config_file import load_run_config
 from tinystories.data.dataset import read_meta
 from tinystories.errors import UserError
 from tinystories.files import read_json_object
@@ -30,7 +30,7 @@ def check_run_data(run_dir: Path, data_dir: str) -> None:
     found_sha256 = prepared_sha256(Path(data_dir))
     if found_sha256 is not None and data_sha256 in (None, found_sha256):
         return
-    stored_dir = absolute_dir or load_config(run_dir / "config.toml").data.dir
+    stored_dir = absolute_dir or load_run_config(run_dir / "config.toml").data.dir
     # Earlier versions stored only the path as it was given, often from a folder above the run directory.
     folders = [Path(parent / stored_dir) for parent in (Path.cwd(), *Path(os.path.abspath(run_dir)).parents)]
     matching = (folder for folder in folders if data_sha256 is not None and prepared_sha256(folder) == data_sha256)
@@ -46,7 +46,7 @@ def check_recorded_models(config_file: Path, config: Config) -> None:
     clock = read_newest_clock(config_file.parent)
     if not clock:
         return
-    recorded = load_config(config_file).train
+    recorded = load_run_config(config_file).train
     names = {"train.teacher": recorded.teacher, "train.init": (recorded.init,)}
     for setting, used, dirs, hashes in (
         ("train.teacher", config.train.teacher, clock.get("teacher_dirs"), clock.get("teacher_sha256")),

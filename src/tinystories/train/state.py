@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tinystories import checkpoint
 from tinystories.checkpoint import ModelFiles
 from tinystories.config import Config, ModelConfig, SamplingConfig
-from tinystories.config_file import build_dataclass, load_config, to_toml
+from tinystories.config_file import build_dataclass, load_run_config, to_toml
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.engine.torch_engine import load_weights
 from tinystories.errors import UserError, quoted
@@ -124,7 +124,7 @@ def read_train_state(folder: Path) -> TrainState:
     if not path.is_file() or sha256(path) != record.pop("optimizer_sha256", None):
         raise UserError(f"{path} is missing or does not match its checksum")
     if "route" not in record:  # written by a version that had none
-        precision = load_config(folder / "state" / "config.toml").train.precision
+        precision = load_run_config(folder / "state" / "config.toml").train.precision
         record["route"] = "" if precision == "auto" else precision
     where = f"{folder}/state/clock.json"
     best = record.pop("best_bits_per_byte", math.inf)  # infinite until the first evaluation
@@ -140,7 +140,7 @@ def read_train_state(folder: Path) -> TrainState:
 
 def read_teacher_records(folder: Path, train_state: TrainState) -> list[TeacherRecord]:
     """Return the teachers that a checkpoint with this train state was trained with; [] if they are not recorded."""
-    names = load_config(folder / "state" / "config.toml").train.teacher
+    names = load_run_config(folder / "state" / "config.toml").train.teacher
     if not len(names) == len(train_state.teacher_dirs) == len(train_state.teacher_sha256):
         return []
     return list(map(TeacherRecord, names, train_state.teacher_dirs, train_state.teacher_sha256))
@@ -148,7 +148,7 @@ def read_teacher_records(folder: Path, train_state: TrainState) -> list[TeacherR
 
 def check_same_run(folder: Path, config: Config, is_same_data: bool) -> None:
     """Raise `UserError` if what must stay fixed differs from a checkpoint: model, seed, batch, optimizer kind, data."""
-    old_settings = dataclasses.asdict(load_config(folder / "state" / "config.toml"))
+    old_settings = dataclasses.asdict(load_run_config(folder / "state" / "config.toml"))
     new_settings = dataclasses.asdict(config)
     fixed_settings = [("model", key) for key in new_settings["model"]]
     fixed_settings += [("train", "seed"), ("train", "batch_size"), ("optim", "kind")]

@@ -13,7 +13,7 @@ from tinystories.cli.train.prepare import describe_preparation
 from tinystories.config import Config
 from tinystories.config_file import PRESETS, load_config, setting_names, to_toml
 from tinystories.errors import UserError
-from tinystories.files import os_errors, write_errors
+from tinystories.files import os_errors, require_regular_file, write_errors
 from tinystories.train.distributed import World
 
 
@@ -70,6 +70,8 @@ def train(
     with write_errors(f"--out {out}"):
         has_saved_config = saved_config.exists()
     source = saved_config if resume and not has_config_flag and has_saved_config else config_file
+    if source is saved_config:
+        require_regular_file(saved_config)
     config = load_config(source, overrides | ({"data.dir": str(data)} if data else {}))
     if print_config:
         click.echo(to_toml(config), nl=False)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tinystories.errors import UserError
-from tinystories.files import append_text, os_errors, write_errors
+from tinystories.files import append_text, os_errors, require_regular_file, write_errors
 from tinystories.train.recording.figure import plain_text, png_figure
 from tinystories.train.recording.side_work import SideWork
 
@@ -24,6 +24,8 @@ class Metrics:
     ) -> None:
         self.path = run_dir / "metrics.jsonl" if run_dir else Path(os.devnull)
         self.side_work = side_work
+        if run_dir:
+            require_regular_file(self.path)
         with write_errors(self.path):
             truncate(self.path, resume_bytes)
         self.records = read_records(self.path) if run_dir else []

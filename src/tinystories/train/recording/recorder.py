@@ -13,7 +13,7 @@ from tinystories.data.loader import PackedRows
 from tinystories.data.text_loss import describe_loss, mark_incomparable
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.evaluate.bits import BitsReport
-from tinystories.files import write_errors
+from tinystories.files import require_regular_file, write_errors
 from tinystories.generate.batching import Request, generate_all
 from tinystories.progress import StepDisplay
 from tinystories.train.recording.metrics import Metrics, plot_curves, truncate
@@ -148,6 +148,7 @@ class Recorder:
         for story in generate_all(self.train_step.make_engine(), self.tokenizer, requests):
             sections.append("\n".join("> " + line for line in story.text.splitlines()) + "\n")
         size = self.samples_path.stat().st_size if self.samples_path.exists() else 0
+        require_regular_file(self.samples_path)
         try:
             with self.samples_path.open("a", encoding="utf-8") as file:
                 file.write("\n".join(sections) + "\n")
@@ -201,6 +202,7 @@ def describe_evaluation(evaluation: BitsReport | None) -> str:
 
 def cut_samples(path: Path, last_step: int) -> None:
     """Cut samples.md at its first section of a step after `last_step`."""
+    require_regular_file(path)
     for header in SECTION_HEADER.finditer(path.read_bytes() if path.exists() else b""):
         if int(header[1].replace(b",", b"")) > last_step:
             truncate(path, header.start())
