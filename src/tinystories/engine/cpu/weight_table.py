@@ -11,7 +11,7 @@ from tinystories.engine.cpu.kernels.layout import ACTIVATIONS, FP32, KINDS, LAYE
 from tinystories.errors import UserError
 from tinystories.position_tables import build_rope_tables, build_sinusoid_table
 from tinystories.weights.names import EMBEDDING, LM_HEAD, POSITION_EMBEDDING, expected_shapes
-from tinystories.weights.quantize import BLOCK_ROWS, DEQUANTIZERS, gather_rows, quantized_sizes, round_up
+from tinystories.weights.quantize import DEQUANTIZERS, block_rows, gather_rows, quantized_sizes, round_up
 
 Array = npt.NDArray[Any]
 # Fields of a layer and the weights that they describe, if the model has them.
@@ -66,6 +66,7 @@ class WeightTable:
                 self.add_vector(layer_base + field, prefix + name)
             for field, name in LAYER_MATRICES.items():
                 self.add_matrix(layer_base + field, prefix + name)
+        table[MODEL.n_bytes] = self.n_bytes
         self.position_embedding = self.make_position_tables()
 
     def tensor_address(self, name: str, dtype: type, size: int) -> int:
@@ -90,14 +91,14 @@ class WeightTable:
             return
         out_features, in_features = self.shapes[weight]
         table[base + MATRIX.out_features], table[base + MATRIX.in_features] = out_features, in_features
-        table[base + MATRIX.padded_out] = round_up(out_features, BLOCK_ROWS)
+        precision = "fp32" if weight in self.weights else block_precision(self.weights, weight)
+        table[base + MATRIX.padded_out] = round_up(out_features, block_rows(precision))
         self.add_vector(base + MATRIX.bias, f"{name}.bias")
-        if weight in self.weights:
+        if precision == "fp32":
             table[base + MATRIX.kind] = FP32
             table[base + MATRIX.weights] = self.tensor_address(weight, np.float32, out_features * in_features)
             self.n_bytes += self.weights[weight].nbytes
             return
-        precision = block_precision(self.weights, weight)
         values, scales = quantized_sizes(precision, out_features, in_features)
         table[base + MATRIX.kind] = KINDS[precision]
         table[base + MATRIX.weights] = self.tensor_address(f"{weight}.{precision}", *values)
@@ -129,13 +130,14 @@ class WeightTable:
             x = weights[EMBEDDING][ids]
         elif f"{EMBEDDING}.rows" in weights:
             x = weights[f"{EMBEDDING}.rows"][ids] * weights[f"{EMBEDDING}.scales"][ids, None]
-        else:  # tied to the quantized LM head: dequantize the blocks of 8 rows that contain the ids
+        else:  # tied to the quantized LM head: dequantize the blocks of rows that contain the ids
             precision = block_precision(weights, EMBEDDING)
-            n_blocks = round_up(self.config.vocab_size, BLOCK_ROWS) // BLOCK_ROWS
+            size = block_rows(precision)
+            n_blocks = round_up(self.config.vocab_size, size) // size
             values, scales = (weights[f"{EMBEDDING}.{part}"].reshape(n_blocks, -1) for part in (precision, "scales"))
-            values, scales = (array[ids // BLOCK_ROWS].reshape(-1) for array in (values, scales))
-            block_rows = DEQUANTIZERS[precision](values, scales, BLOCK_ROWS * len(ids), C)
-            x = block_rows.reshape(len(ids), BLOCK_ROWS, C)[np.arange(len(ids)), ids % BLOCK_ROWS]
+            values, scales = (array[ids // size].reshape(-1) for array in (values, scales))
+            rows = DEQUANTIZERS[precision](values, scales, size * len(ids), C)
+            x = rows.reshape(len(ids), size, C)[np.arange(len(ids)), ids % size]
         return x if self.position_embedding is None else x + self.position_embedding[positions]
 
 

@@ -4,13 +4,18 @@ import numpy as np
 
 from tinystories.engine.cpu.kernels.layout import CALL, FP32, INT8, MATRIX, MODEL
 from tinystories.engine.cpu.kernels.memory import njit, view_f32, view_i8, view_i16, view_i32
-from tinystories.engine.cpu.kernels.simd import make_fp32_kernel, make_int4_kernel, make_int8_kernel
-from tinystories.weights.quantize import BLOCK_ROWS, GROUP_SIZE
+from tinystories.engine.cpu.kernels.simd import make_fp32_kernel, make_int4_kernel
+from tinystories.engine.cpu.kernels.simd_int8 import STEP_BYTES, int8_row_kernel, make_int8_kernel
+from tinystories.weights.quantize import BLOCK_ROWS, GROUP_SIZE, INT8_BLOCK_ROWS
 
 # Rows of x whose largest magnitude is below this are quantized to zeros: the inverse scale would overflow.
 MIN_AMAX = np.float32(1e-30)
+# A single row of x prefetches this many bytes ahead of the weights in use, if those of the model do not fit in the last
+# cache. If they do, prefetching only takes time: 12% on Zen 4.
+ROW_PREFETCH, MIN_PREFETCH_BYTES = 8192, 16 << 20
 # Inner loops of the matmuls. The suffix is (weight rows)x(rows of x) that one call multiplies.
-int8_kernel_8x1, int8_kernel_8x4 = make_int8_kernel(1), make_int8_kernel(4)
+int8_kernel_32x8, int8_kernel_32x4, int8_kernel_32x2 = (make_int8_kernel(n_rows, 2) for n_rows in (8, 4, 2))
+int8_kernel_16x8, int8_kernel_16x4, int8_kernel_16x2 = (make_int8_kernel(n_rows, 1) for n_rows in (8, 4, 2))
 int4_kernel_8x1, int4_kernel_8x4 = make_int4_kernel(1), make_int4_kernel(4)
 fp32_kernel_1x1, fp32_kernel_4x1 = make_fp32_kernel(1, 1), make_fp32_kernel(4, 1)
 fp32_kernel_4x2 = make_fp32_kernel(4, 2)
@@ -122,22 +127,48 @@ def matmul_fp32(m, base, lo, hi, first_row, n_rows, y_address, ctx):
 
 @njit
 def matmul_int8(m, base, lo, hi, first_row, n_rows, y_address, ctx):
-    """Multiply rows lo..hi-1 of an int8 matrix by rows first_row..n_rows-1 of the quantized x, as in `matmul_rows`."""
-    weights, scales, in_features = m[base + MATRIX.weights], m[base + MATRIX.scales], m[base + MATRIX.in_features]
-    n_chunks, n_groups = (in_features + 7) // 8, (in_features + GROUP_SIZE - 1) // GROUP_SIZE
-    # Bytes between rows of the quantized x (padded to whole groups) and of y.
-    x_stride, y_stride = 2 * GROUP_SIZE * n_groups, 4 * m[base + MATRIX.padded_out]
-    for i in range(lo, hi, BLOCK_ROWS):  # each block of weights is loaded once for four rows of x
-        w_ptr, w_scales = weights + 8 * n_chunks * i, scales + 4 * i
-        b = first_row
+    """Multiply rows lo..hi-1 of an int8 matrix by rows first_row..n_rows-1 of the quantized x, as in `matmul_rows`.
+
+    Two blocks of weights at a time, while they are in the cache, by eight rows of x at a time.
+    """
+    in_features, padded_out = m[base + MATRIX.in_features], m[base + MATRIX.padded_out]
+    n_steps, n_groups = (in_features + 3) // 4, (in_features + GROUP_SIZE - 1) // GROUP_SIZE
+    # Bytes of a block, and between rows of the quantized x (padded to whole groups) and of y.
+    block, x_stride, y_stride = STEP_BYTES * n_steps, 2 * GROUP_SIZE * n_groups, 4 * padded_out
+    row_prefetch = ROW_PREFETCH if m[MODEL.n_bytes] >= MIN_PREFETCH_BYTES else 0
+    # A single row reads all blocks in one sequence.
+    i, i_step = lo, 2 * INT8_BLOCK_ROWS if n_rows - first_row > 1 else hi - lo
+    while i < hi:
+        n_blocks = min(i_step, hi - i) // INT8_BLOCK_ROWS
+        w, w_scales = m[base + MATRIX.weights] + block * (i // INT8_BLOCK_ROWS), m[base + MATRIX.scales] + 4 * i
+        b, ahead = first_row, n_blocks * block  # prefetch the next blocks during the first tile
         while b < n_rows:
-            x_ptr, y_ptr, x_scales = ctx.quantized + x_stride * b, y_address + y_stride * b + 4 * i, ctx.scales + 4 * b
-            if b + 4 <= n_rows:
-                int8_kernel_8x4(w_ptr, x_ptr, x_stride, n_chunks, y_ptr, y_stride, w_scales, x_scales)
+            x, x_scales, y = ctx.quantized + x_stride * b, ctx.scales + 4 * b, y_address + y_stride * b + 4 * i
+            left = n_rows - b
+            if left == 1:
+                int8_row_kernel(n_blocks, w, block, n_steps, x, x_stride, y, y_stride, w_scales, x_scales, row_prefetch)
+                b += 1
+            elif n_blocks == 2:
+                if left >= 8:
+                    int8_kernel_32x8(w, block, n_steps, x, x_stride, y, y_stride, w_scales, x_scales, ahead)
+                    b += 8
+                elif left >= 4:
+                    int8_kernel_32x4(w, block, n_steps, x, x_stride, y, y_stride, w_scales, x_scales, ahead)
+                    b += 4
+                else:
+                    int8_kernel_32x2(w, block, n_steps, x, x_stride, y, y_stride, w_scales, x_scales, ahead)
+                    b += 2
+            elif left >= 8:
+                int8_kernel_16x8(w, block, n_steps, x, x_stride, y, y_stride, w_scales, x_scales, ahead)
+                b += 8
+            elif left >= 4:
+                int8_kernel_16x4(w, block, n_steps, x, x_stride, y, y_stride, w_scales, x_scales, ahead)
                 b += 4
             else:
-                int8_kernel_8x1(w_ptr, x_ptr, x_stride, n_chunks, y_ptr, y_stride, w_scales, x_scales)
-                b += 1
+                int8_kernel_16x2(w, block, n_steps, x, x_stride, y, y_stride, w_scales, x_scales, ahead)
+                b += 2
+            ahead = 0
+        i += n_blocks * INT8_BLOCK_ROWS
 
 
 @njit
@@ -166,13 +197,14 @@ def matmul_rows(m, c, base, first_row, y_address, ctx):
     """Matmul of one piece of a matrix: y[b, lo:hi] = weights[lo:hi] . x[b] + bias[lo:hi] for b >= first_row.
 
     The matrix is described at m[base:]. x is (B, in_features) fp32 at `ctx.x`; for quantized weights, `quantize_rows`
-    must have quantized it. y at `y_address` is (B, padded_out) fp32. Returns (lo, hi), which are multiples of
-    BLOCK_ROWS, and hi may exceed out_features.
+    must have quantized it. y at `y_address` is (B, padded_out) fp32. Returns (lo, hi), which are multiples of the rows
+    of a block, and hi may exceed out_features.
     """
     kind, padded_out, n_rows = m[base + MATRIX.kind], m[base + MATRIX.padded_out], c[CALL.n_rows]
-    n_blocks = padded_out // BLOCK_ROWS
-    lo = n_blocks * ctx.piece // ctx.n_pieces * BLOCK_ROWS
-    hi = n_blocks * (ctx.piece + 1) // ctx.n_pieces * BLOCK_ROWS
+    block_rows = INT8_BLOCK_ROWS if kind == INT8 else BLOCK_ROWS
+    n_blocks = padded_out // block_rows
+    lo = n_blocks * ctx.piece // ctx.n_pieces * block_rows
+    hi = n_blocks * (ctx.piece + 1) // ctx.n_pieces * block_rows
     unpadded_hi = min(hi, m[base + MATRIX.out_features])
     if kind == FP32:
         matmul_fp32(m, base, lo, unpadded_hi, first_row, n_rows, y_address, ctx)

@@ -2,6 +2,7 @@
 
 LLVM maps the vectors to the instructions of the CPU (`vpmaddwd` on x86, `smlal` on ARM). It does not find `vpmaddubsw`,
 so that one is called by name if the target has AVX2. The layout of quantized matrices is that of `weights.quantize`.
+The loops of int8 matrices are in `simd_int8`.
 """
 
 import sys
@@ -14,8 +15,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
-I8X16, I16X16, I32X16 = (ir.VectorType(kind, 16) for kind in (I8, I16, I32))
-I8X32 = ir.VectorType(I8, 32)
+I8X32, I16X16, I32X16 = ir.VectorType(I8, 32), ir.VectorType(I16, 16), ir.VectorType(I32, 16)
 I32X8, F32X8, I16X8 = (ir.VectorType(kind, 8) for kind in (I32, F32, I16))
 
 Value = Any  # llvmlite has no type annotations
@@ -40,14 +40,22 @@ def load(b: Builder, base: Value, offset: Value, kind: Value, align: int) -> Val
 
 
 def madd_i16(b: Builder, weights: Value, x: Value) -> Value:
-    """Multiply 16 pairs of 16-bit integers and add adjacent products to 8 32-bit sums: w[0] x[0] + w[1] x[1], ...
+    """Multiply pairs of 16-bit integers and add adjacent products to 32-bit sums: w[0] x[0] + w[1] x[1], ...
 
-    LLVM compiles this to one instruction on x86 (`vpmaddwd`).
+    LLVM compiles this to one instruction on x86 (`vpmaddwd`). On ARM it takes two: even and odd pairs are multiplied
+    apart, so that an addition to the result can be fused with a multiplication (`smlal`).
     """
-    products = b.mul(b.sext(weights, I32X16), b.sext(x, I32X16))
-    undefined = ir.Constant(I32X16, ir.Undefined)
-    even, odd = (ir.Constant(I32X8, list(range(first, 16, 2))) for first in (0, 1))
-    return b.add(b.shuffle_vector(products, undefined, even), b.shuffle_vector(products, undefined, odd))
+    wide = ir.VectorType(I32, weights.type.count)
+    even, odd = (ir.Constant(ir.VectorType(I32, wide.count // 2), list(range(i, wide.count, 2))) for i in (0, 1))
+    if is_x86(b):
+        products = b.mul(b.sext(weights, wide), b.sext(x, wide))
+        return b.add(b.shuffle_vector(products, products, even), b.shuffle_vector(products, products, odd))
+    half = ir.VectorType(I32, wide.count // 2)
+    first, second = (
+        b.mul(b.sext(b.shuffle_vector(weights, weights, mask), half), b.sext(b.shuffle_vector(x, x, mask), half))
+        for mask in (even, odd)
+    )
+    return b.add(first, second)
 
 
 def maddubs(b: Builder, weights: Value, x: Value, *, avx2: bool) -> Value:
@@ -78,64 +86,37 @@ def call_intrinsic(b: Builder, name: str, result: Value, *operands: Value) -> Va
     return b.call(cgutils.get_or_insert_function(b.module, kind, name), operands)
 
 
-def has_avx2(context: Any) -> bool:
-    """Return whether the target that the code is compiled for has AVX2 among its features.
+def has_feature(context: Any, name: str) -> bool:
+    """Return whether the target that the code is compiled for has a feature: "avx2", "avx512bw" or "dotprod" (ARM).
 
     Not whether this machine has it: LLVM aborts the process if an instruction is not in the target. A target whose
-    features do not name AVX2, although its processor implies it, gets the slower code.
+    features do not name it, although its processor implies it, gets the slower code, except for Apple's processors,
+    whose features LLVM cannot list.
     """
-    triple, _, features = context.codegen().magic_tuple()
+    triple, processor, features = context.codegen().magic_tuple()
+    if is_arm_triple(triple) != (name == "dotprod"):
+        return False
     # As for LLVM, the last mention of a feature decides.
-    mentions = [feature for feature in features.split(",") if feature.lstrip("+-") == "avx2"]
-    return triple.startswith(("x86", "amd64")) and mentions[-1:] == ["+avx2"]
+    mentions = [feature for feature in features.split(",") if feature.lstrip("+-") == name]
+    return mentions[-1:] == [f"+{name}"] or (not mentions and processor.startswith("apple-m"))
+
+
+def is_arm(context: Any) -> bool:
+    """Return whether the code is compiled for a 64-bit ARM processor."""
+    return is_arm_triple(context.codegen().magic_tuple()[0])
+
+
+def is_arm_triple(triple: str) -> bool:
+    return triple.startswith(("aarch64", "arm64"))
 
 
 def is_x86(b: Builder) -> bool:
     return "x86" in b.module.triple or "amd64" in b.module.triple
 
 
-def broadcast_pair(b: Builder, row: Value, offset: Value) -> Value:
-    """Load two adjacent 16-bit values of x and repeat the pair 8 times."""
-    return b.bitcast(splat(b, load(b, row, offset, I32, 4), I32X8), I16X16)
-
-
 def store_f32x8(b: Builder, y: Value, offset: Value, values: Value) -> None:
     """Store 8 fp32 values at the address y + offset (bytes)."""
     b.store(values, b.inttoptr(b.add(y, offset), F32X8.as_pointer()), align=4)
-
-
-def make_int8_kernel(n_rows: int) -> Callable[..., None]:
-    """Make the int8 matmul kernel: one block of 8 weight rows times n_rows rows of x.
-
-    It computes y[i, :8] = scales * x_scales[i] * (w . x[i]). Arguments, addresses unless noted: block w, quantized x
-    (16 bits), row stride of x (bytes), columns / 8 (number), y (fp32), row stride of y (bytes), scales (8 fp32),
-    x_scales (n_rows fp32). The 32-bit sums cannot overflow: see `matmul.quantize_row_i16`.
-    """
-
-    @intrinsic
-    def kernel(context, w, x, x_stride, n_chunks, y, y_stride, scales, x_scales):  # type: ignore[no-untyped-def]  # noqa: ARG001
-        def codegen(context: Any, b: Builder, _: Any, args: Any) -> Value:
-            weights, x, x_stride, n_chunks, y, y_stride, scales, x_scales = args
-            rows = [b.add(x, b.mul(x_stride, const_i64(i))) for i in range(n_rows)]
-            # Two accumulators per row of x, so that an addition need not wait for the previous one.
-            sums = [[cgutils.alloca_once_value(b, ir.Constant(I32X8, None)) for _ in range(2)] for _ in rows]
-            with cgutils.for_range(b, n_chunks) as loop:
-                w_offset, x_offset = b.mul(loop.index, const_i64(64)), b.mul(loop.index, const_i64(16))
-                for step in range(4):
-                    w = b.sext(load(b, weights, b.add(w_offset, const_i64(16 * step)), I8X16, 1), I16X16)
-                    for row, pointers in zip(rows, sums, strict=True):
-                        partial_sums = madd_i16(b, w, broadcast_pair(b, row, b.add(x_offset, const_i64(4 * step))))
-                        b.store(b.add(b.load(pointers[step % 2]), partial_sums), pointers[step % 2])
-            scale = load(b, scales, const_i64(0), F32X8, 4)
-            for i, pointers in enumerate(sums):
-                total = b.sitofp(b.add(b.load(pointers[0]), b.load(pointers[1])), F32X8)
-                x_scale = splat(b, load(b, x_scales, const_i64(4 * i), F32, 4), F32X8)
-                store_f32x8(b, y, b.mul(y_stride, const_i64(i)), b.fmul(total, b.fmul(scale, x_scale)))
-            return context.get_dummy_value()
-
-        return types.void(*[types.int64] * 8), codegen
-
-    return kernel
 
 
 def make_int4_kernel(n_rows: int) -> Callable[..., None]:
@@ -152,7 +133,7 @@ def make_int4_kernel(n_rows: int) -> Callable[..., None]:
     def kernel(context, w, x, x_stride, n_groups, y, y_stride, scales, x_scales, x_sums, group_stride):  # type: ignore[no-untyped-def]  # noqa: ARG001
         def codegen(context: Any, b: Builder, _: Any, args: Any) -> Value:
             weights, x, x_stride, n_groups, y, y_stride, scales, x_scales, x_sums, group_stride = args
-            avx2 = has_avx2(context)
+            avx2 = has_feature(context, "avx2")
             rows = [b.add(x, b.mul(x_stride, const_i64(i))) for i in range(n_rows)]
             totals = [cgutils.alloca_once_value(b, ir.Constant(F32X8, None)) for _ in rows]
             # Per group: load 4 x 32 bytes of weights, multiply the low and the high nibbles by 4 columns of x each.
