@@ -27,6 +27,8 @@ from typing import IO, Any
 import numpy as np
 from script import run_main
 
+from tinystories.errors import UserError
+
 ROOT = Path(__file__).resolve().parents[1]
 # Bytes of weights that are read in turns: more than a core's own caches, and more than all caches.
 WORKING_SETS = {"240x240": 5e6, "640x240": 5e6, "240x640": 5e6, "4096x240": 5e6}
@@ -84,6 +86,7 @@ class Worker:
         environment = os.environ | {"PYTHONPATH": str(root / "src"), "OMP_NUM_THREADS": "1"}
         words = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:], "--worker"]
         pipe = subprocess.PIPE
+        self.root = root
         self.process = subprocess.Popen(words, stdin=pipe, stdout=pipe, env=environment, text=True)
         self.digest = ""
 
@@ -92,7 +95,10 @@ class Worker:
         streams: tuple[IO[str], IO[str]] = (self.process.stdin, self.process.stdout)  # type: ignore[assignment]
         streams[0].write(json.dumps(case) + "\n")
         streams[0].flush()
-        rate, self.digest = json.loads(streams[1].readline())
+        answer = streams[1].readline()
+        if not answer:
+            raise UserError(f"the measurement in {self.root} failed")
+        rate, self.digest = json.loads(answer)
         return float(rate)
 
 

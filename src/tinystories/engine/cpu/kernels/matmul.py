@@ -13,12 +13,14 @@ MIN_AMAX = np.float32(1e-30)
 # A single row of x prefetches this many bytes ahead of the weights in use, if those of the model do not fit in the last
 # cache. If they do, prefetching only takes time: 12% on Zen 4.
 ROW_PREFETCH, MIN_PREFETCH_BYTES = 8192, 16 << 20
+# Rows of an fp32 matrix that stay in the second cache while groups of rows of x, which stay in the first, use them.
+FP32_BLOCK_ROWS, FP32_GROUP_ROWS = 64, 8
 # Inner loops of the matmuls. The suffix is (weight rows)x(rows of x) that one call multiplies.
 int8_kernel_32x8, int8_kernel_32x4, int8_kernel_32x2 = (make_int8_kernel(n_rows, 2) for n_rows in (8, 4, 2))
 int8_kernel_16x8, int8_kernel_16x4, int8_kernel_16x2 = (make_int8_kernel(n_rows, 1) for n_rows in (8, 4, 2))
 int4_kernel_8x1, int4_kernel_8x4 = make_int4_kernel(1), make_int4_kernel(4)
 fp32_kernel_1x1, fp32_kernel_4x1 = make_fp32_kernel(1, 1), make_fp32_kernel(4, 1)
-fp32_kernel_4x2 = make_fp32_kernel(4, 2)
+fp32_kernel_4x2, fp32_kernel_4x4 = make_fp32_kernel(4, 2), make_fp32_kernel(4, 4)
 
 
 @njit
@@ -95,27 +97,33 @@ def quantize_row_i8(x, b, ctx):
 def matmul_fp32(m, base, lo, hi, first_row, n_rows, y_address, ctx):
     """Multiply rows lo..hi-1 of an unpadded fp32 matrix by rows first_row..n_rows-1 of x, as in `matmul_rows`.
 
-    The main loop multiplies tiles of 4 weight rows by 2 rows of x, and single rows at the edges.
+    The main loop multiplies tiles of 4 weight rows by 4 rows of x, and fewer rows at the edges.
     """
     weights, in_features = m[base + MATRIX.weights], m[base + MATRIX.in_features]
     padded_out = m[base + MATRIX.padded_out]
     n_chunks, stride, y_stride = in_features // 8, 4 * in_features, 4 * padded_out
-    i = lo
-    while i < hi:
-        n_weight_rows = 4 if i + 4 <= hi else 1
-        w_ptr = weights + stride * i
-        b = first_row
-        while b < n_rows:
-            two_rows = n_weight_rows == 4 and b + 2 <= n_rows
-            x_ptr, y_ptr = ctx.x + stride * b, y_address + y_stride * b + 4 * i
-            if two_rows:
-                fp32_kernel_4x2(w_ptr, stride, x_ptr, stride, n_chunks, y_ptr, y_stride)
-            elif n_weight_rows == 4:
-                fp32_kernel_4x1(w_ptr, stride, x_ptr, stride, n_chunks, y_ptr, y_stride)
-            else:
-                fp32_kernel_1x1(w_ptr, stride, x_ptr, stride, n_chunks, y_ptr, y_stride)
-            b += 2 if two_rows else 1
-        i += n_weight_rows
+    for block in range(lo, hi, FP32_BLOCK_ROWS):
+        for group in range(first_row, n_rows, FP32_GROUP_ROWS):
+            i, last_row = block, min(group + FP32_GROUP_ROWS, n_rows)
+            while i < min(block + FP32_BLOCK_ROWS, hi):
+                n_weight_rows = 4 if i + 4 <= hi else 1
+                w_ptr, b, ahead = weights + stride * i, group, 4 * stride
+                while b < last_row:
+                    x_ptr, y_ptr = ctx.x + stride * b, y_address + y_stride * b + 4 * i
+                    if n_weight_rows == 1:
+                        fp32_kernel_1x1(w_ptr, stride, x_ptr, stride, n_chunks, y_ptr, y_stride, ahead)
+                        b += 1
+                    elif b + 4 <= last_row:
+                        fp32_kernel_4x4(w_ptr, stride, x_ptr, stride, n_chunks, y_ptr, y_stride, ahead)
+                        b += 4
+                    elif b + 2 <= last_row:
+                        fp32_kernel_4x2(w_ptr, stride, x_ptr, stride, n_chunks, y_ptr, y_stride, ahead)
+                        b += 2
+                    else:
+                        fp32_kernel_4x1(w_ptr, stride, x_ptr, stride, n_chunks, y_ptr, y_stride, ahead)
+                        b += 1
+                    ahead = 0
+                i += n_weight_rows
     if in_features % 8:  # the kernels only read whole vectors of 8 columns; add the remaining columns
         w, x = view_f32(weights, hi * in_features), view_f32(ctx.x, n_rows * in_features)
         y = view_f32(y_address, n_rows * padded_out)

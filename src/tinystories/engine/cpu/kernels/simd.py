@@ -39,6 +39,13 @@ def load(b: Builder, base: Value, offset: Value, kind: Value, align: int) -> Val
     return b.load(b.inttoptr(b.add(base, offset), kind.as_pointer()), align=align)
 
 
+def prefetch(b: Builder, address: Value) -> None:
+    """Fetch the cache line at an address, which need not be valid."""
+    pointer = b.inttoptr(address, I8.as_pointer())
+    flags = [ir.Constant(I32, value) for value in (0, 3, 1)]  # to read; into all caches; data
+    call_intrinsic(b, "llvm.prefetch.p0", ir.VoidType(), pointer, *flags)
+
+
 def madd_i16(b: Builder, weights: Value, x: Value) -> Value:
     """Multiply pairs of 16-bit integers and add adjacent products to 32-bit sums: w[0] x[0] + w[1] x[1], ...
 
@@ -56,6 +63,27 @@ def madd_i16(b: Builder, weights: Value, x: Value) -> Value:
         for mask in (even, odd)
     )
     return b.add(first, second)
+
+
+def has_byte_dot(context: Any) -> bool:
+    """Return whether the target multiplies 4 adjacent bytes and adds the products in one instruction (`dot_bytes`)."""
+    if has_feature(context, "avx512vnni") and has_feature(context, "avx512vl"):
+        return True
+    return has_feature(context, "avxvnni") or has_feature(context, "dotprod")
+
+
+def dot_bytes(b: Builder, totals: Value, weights: Value, x: Value) -> Value:
+    """Add to 8 totals the dot products of 4 unsigned bytes, at most 127, with 4 signed bytes each."""
+    if is_x86(b):
+        return call_intrinsic(b, "llvm.x86.avx512.vpdpbusd.256", I32X8, totals, weights, x)
+    halves = []
+    for first in (0, 16):
+        mask = ir.Constant(I32X16, list(range(first, first + 16)))
+        w, values = b.shuffle_vector(weights, weights, mask), b.shuffle_vector(x, x, mask)
+        mask = ir.Constant(ir.VectorType(I32, 4), list(range(first // 4, first // 4 + 4)))
+        half = b.shuffle_vector(totals, totals, mask)
+        halves.append(call_intrinsic(b, "llvm.aarch64.neon.sdot.v4i32.v16i8", half.type, half, w, values))
+    return b.shuffle_vector(*halves, ir.Constant(I32X8, list(range(8))))
 
 
 def maddubs(b: Builder, weights: Value, x: Value, *, avx2: bool) -> Value:
@@ -87,7 +115,7 @@ def call_intrinsic(b: Builder, name: str, result: Value, *operands: Value) -> Va
 
 
 def has_feature(context: Any, name: str) -> bool:
-    """Return whether the target that the code is compiled for has a feature: "avx2", "avx512bw" or "dotprod" (ARM).
+    """Return whether the target that the code is compiled for has a feature, by LLVM's name of it; ARM's is "dotprod".
 
     Not whether this machine has it: LLVM aborts the process if an instruction is not in the target. A target whose
     features do not name it, although its processor implies it, gets the slower code, except for Apple's processors,
@@ -133,28 +161,32 @@ def make_int4_kernel(n_rows: int) -> Callable[..., None]:
     def kernel(context, w, x, x_stride, n_groups, y, y_stride, scales, x_scales, x_sums, group_stride):  # type: ignore[no-untyped-def]  # noqa: ARG001
         def codegen(context: Any, b: Builder, _: Any, args: Any) -> Value:
             weights, x, x_stride, n_groups, y, y_stride, scales, x_scales, x_sums, group_stride = args
-            avx2 = has_feature(context, "avx2")
+            avx2, byte_dot = has_feature(context, "avx2"), has_byte_dot(context)
             rows = [b.add(x, b.mul(x_stride, const_i64(i))) for i in range(n_rows)]
             totals = [cgutils.alloca_once_value(b, ir.Constant(F32X8, None)) for _ in rows]
             # Per group: load 4 x 32 bytes of weights, multiply the low and the high nibbles by 4 columns of x each.
             low_nibble_mask, nibble_shift = (ir.Constant(I8X32, [value] * 32) for value in (15, 4))
             with cgutils.for_range(b, n_groups) as loop:
                 w_offset, x_offset, group_offset = (b.mul(loop.index, const_i64(n)) for n in (128, 32, 4))
-                sums = [ir.Constant(I16X16, None) for _ in rows]
+                # The weights are stored plus 8: subtract 8 times the sum of x.
+                offsets = [b.add(b.mul(group_stride, const_i64(i)), group_offset) for i in range(n_rows)]
+                corrections = [b.mul(load(b, x_sums, offset, I32, 4), ir.Constant(I32, -8)) for offset in offsets]
+                totals_32 = [splat(b, correction, I32X8) for correction in corrections]
+                sums_16 = [ir.Constant(I16X16, None) for _ in rows]
                 for step in range(4):
                     nibbles = load(b, weights, b.add(w_offset, const_i64(32 * step)), I8X32, 1)
                     for half, w in enumerate((b.and_(nibbles, low_nibble_mask), b.lshr(nibbles, nibble_shift))):
                         for i, row in enumerate(rows):
                             offset = b.add(x_offset, const_i64(16 * half + 4 * step))
                             x_quad = b.bitcast(splat(b, load(b, row, offset, I32, 1), I32X8), I8X32)
-                            sums[i] = b.add(sums[i], maddubs(b, w, x_quad, avx2=avx2))
+                            if byte_dot:
+                                totals_32[i] = dot_bytes(b, totals_32[i], w, x_quad)
+                            else:
+                                sums_16[i] = b.add(sums_16[i], maddubs(b, w, x_quad, avx2=avx2))
                 scale_bits = b.zext(load(b, scales, b.mul(loop.index, const_i64(16)), I16X8, 2), I32X8)
                 scale = b.bitcast(b.shl(scale_bits, ir.Constant(I32X8, [16] * 8)), F32X8)
-                for i, (pointer, words) in enumerate(zip(totals, sums, strict=True)):
-                    offset = b.add(b.mul(group_stride, const_i64(i)), group_offset)
-                    # The weights are stored plus 8: subtract 8 times the sum of x.
-                    zero_point_correction = b.mul(load(b, x_sums, offset, I32, 4), ir.Constant(I32, -8))
-                    group_sum = b.add(madd_ones(b, words, avx2=avx2), splat(b, zero_point_correction, I32X8))
+                for i, (pointer, offset) in enumerate(zip(totals, offsets, strict=True)):
+                    group_sum = totals_32[i] if byte_dot else b.add(madd_ones(b, sums_16[i], avx2=avx2), totals_32[i])
                     combined_scale = b.fmul(scale, splat(b, load(b, x_scales, offset, F32, 4), F32X8))
                     scaled = b.fmul(b.sitofp(group_sum, F32X8), combined_scale, flags=["contract"])
                     b.store(b.fadd(b.load(pointer), scaled, flags=["contract"]), pointer)
@@ -176,39 +208,71 @@ def make_fp32_kernel(n_weights: int, n_rows: int) -> Callable[..., None]:
     """
 
     @intrinsic
-    def kernel(context, w, w_stride, x, x_stride, n_chunks, y, y_stride):  # type: ignore[no-untyped-def]  # noqa: ARG001
+    def kernel(context, w, w_stride, x, x_stride, n_chunks, y, y_stride, ahead):  # type: ignore[no-untyped-def]  # noqa: ARG001
         def codegen(context: Any, b: Builder, _: Any, args: Any) -> Value:
-            w, w_stride, x, x_stride, n_chunks, y, y_stride = args
+            w, w_stride, x, x_stride, n_chunks, y, y_stride, ahead = args
             w_rows = [b.add(w, b.mul(w_stride, const_i64(i))) for i in range(n_weights)]
-            x_rows = [b.add(x, b.mul(x_stride, const_i64(i))) for i in range(n_rows)]
-            zero = ir.Constant(F32X8, None)
-            sums = [[cgutils.alloca_once_value(b, zero) for _ in w_rows] for _ in x_rows]
-            with cgutils.for_range(b, n_chunks) as loop:
-                offset = b.mul(loop.index, const_i64(32))
-                weights = [load(b, row, offset, F32X8, 4) for row in w_rows]
-                for x_row, pointers in zip(x_rows, sums, strict=True):
-                    values = load(b, x_row, offset, F32X8, 4)
-                    for weight, pointer in zip(weights, pointers, strict=True):
-                        products = b.fmul(weight, values, flags=["contract"])
-                        b.store(b.fadd(b.load(pointer), products, flags=["contract"]), pointer)
-            for i, pointers in enumerate(sums):
-                for j, pointer in enumerate(pointers):
-                    offset = b.add(b.mul(y_stride, const_i64(i)), const_i64(4 * j))
-                    b.store(horizontal_sum(b, b.load(pointer)), b.inttoptr(b.add(y, offset), F32.as_pointer()), align=4)
+            # 16 sums need the 32 registers of AVX-512.
+            tile_rows = n_rows if has_feature(context, "avx512vl") else min(n_rows, 2)
+            for first in range(0, n_rows, tile_rows):
+                numbers = range(first, first + tile_rows)
+                x_rows = [b.add(x, b.mul(x_stride, const_i64(i))) for i in numbers]
+                sums = emit_fp32_tile(b, w_rows, x_rows, n_chunks, ahead)
+                for i, vectors in zip(numbers, sums, strict=True):
+                    store_horizontal_sums(b, vectors, b.add(y, b.mul(y_stride, const_i64(i))))
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 7), codegen
+        return types.void(*[types.int64] * 8), codegen
 
     return kernel
 
 
-def horizontal_sum(b: Builder, vector: Value) -> Value:
-    """Add up a vector of 8 by adding its halves three times."""
-    for n in (4, 2, 1):
-        undefined = ir.Constant(vector.type, ir.Undefined)
-        low, high = (ir.Constant(ir.VectorType(I32, n), list(range(first, first + n))) for first in (0, n))
-        vector = b.fadd(b.shuffle_vector(vector, undefined, low), b.shuffle_vector(vector, undefined, high))
-    return b.extract_element(vector, ir.Constant(I32, 0))
+def emit_fp32_tile(
+    b: Builder, w_rows: list[Value], x_rows: list[Value], n_chunks: Value, ahead: Value
+) -> list[list[Value]]:
+    """Multiply all rows of weights by all rows of x; return 8 partial sums for each row of x and of weights."""
+    sums = [[cgutils.alloca_once_value(b, ir.Constant(F32X8, None)) for _ in w_rows] for _ in x_rows]
+    with cgutils.for_range(b, n_chunks) as loop:
+        offset = b.mul(loop.index, const_i64(32))
+        if len(x_rows) > 1:  # for a single row, the processor's own prefetching is faster
+            for row in w_rows:
+                prefetch(b, b.add(b.add(row, offset), ahead))
+        weights = [load(b, row, offset, F32X8, 4) for row in w_rows]
+        for x_row, pointers in zip(x_rows, sums, strict=True):
+            values = load(b, x_row, offset, F32X8, 4)
+            for weight, pointer in zip(weights, pointers, strict=True):
+                products = b.fmul(weight, values, flags=["contract"])
+                b.store(b.fadd(b.load(pointer), products, flags=["contract"]), pointer)
+    return [[b.load(pointer) for pointer in pointers] for pointers in sums]
+
+
+def store_horizontal_sums(b: Builder, vectors: list[Value], y: Value) -> None:
+    """Store the sums of 1 or 4 vectors of 8 next to each other at the address y.
+
+    Each is the sum of its halves, of the halves of that, and of the two lanes of that, in this order.
+    """
+    halves = [add_halves(b, vector) for vector in vectors]
+    if len(vectors) == 1:
+        total = b.extract_element(add_halves(b, add_halves(b, halves[0])), ir.Constant(I32, 0))
+    else:  # turn four vectors of 4 into their four columns and add those
+        rows = concatenate(b, concatenate(b, *halves[:2]), concatenate(b, *halves[2:]))
+        masks = [ir.Constant(ir.VectorType(I32, 4), list(range(column, 16, 4))) for column in range(4)]
+        columns = [b.shuffle_vector(rows, rows, mask) for mask in masks]
+        total = b.fadd(b.fadd(columns[0], columns[2]), b.fadd(columns[1], columns[3]))
+    b.store(total, b.inttoptr(y, total.type.as_pointer()), align=4)
+
+
+def concatenate(b: Builder, low: Value, high: Value) -> Value:
+    """Return a vector of the lanes of two vectors."""
+    n = 2 * low.type.count
+    return b.shuffle_vector(low, high, ir.Constant(ir.VectorType(I32, n), list(range(n))))
+
+
+def add_halves(b: Builder, vector: Value) -> Value:
+    """Add the second half of a vector to the first."""
+    n = vector.type.count // 2
+    low, high = (ir.Constant(ir.VectorType(I32, n), list(range(first, first + n))) for first in (0, n))
+    return b.fadd(b.shuffle_vector(vector, vector, low), b.shuffle_vector(vector, vector, high))
 
 
 def make_pointer_cast(kind: Any) -> Callable[[int], Any]:

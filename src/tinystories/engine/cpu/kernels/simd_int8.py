@@ -27,6 +27,7 @@ from tinystories.engine.cpu.kernels.simd import (
     is_arm,
     load,
     madd_i16,
+    prefetch,
     splat,
 )
 from tinystories.weights.quantize import INT8_BLOCK_ROWS
@@ -195,9 +196,7 @@ class Tile:
         base = b.add(self.args.w, b.mul(self.args.block_bytes, const_i64(block)))
         offset = b.add(b.mul(step, const_i64(STEP_BYTES)), const_i64(STEP_BYTES // 2 * pair + 2 * row))
         if pair == 0 and row == 0:
-            pointer = b.inttoptr(b.add(b.add(base, offset), self.args.prefetch), I8.as_pointer())
-            flags = [ir.Constant(I32, value) for value in (0, 3, 1)]  # to read; into all caches; data
-            call_intrinsic(b, "llvm.prefetch.p0", ir.VoidType(), pointer, *flags)
+            prefetch(b, b.add(b.add(base, offset), self.args.prefetch))
         return load(b, base, offset, ir.VectorType(I8, 2 * n_outputs), 1)
 
     def accumulate(self, pointer: Value, add: Callable[[Value], Value]) -> None:
