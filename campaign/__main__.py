@@ -77,9 +77,10 @@ def main() -> int:
             many(record, work, names, processes=arguments.processes, plant=arguments.plant)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
-    if arguments.replay is None:
-        record.write(arguments.results, time.monotonic() - started_at)
-    elif not record.findings:
+    finally:
+        if arguments.replay is None:
+            record.write(arguments.results, time.monotonic() - started_at)
+    if arguments.replay is not None and not record.findings:
         print("nothing found")
     return 1 if record.findings else 0
 

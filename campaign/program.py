@@ -76,6 +76,8 @@ def judge(code: int, stderr: str) -> str | None:
         return f"traceback: {next((line for line in lines if not line.startswith(' ')), '')[:200]}"
     if code not in ACCEPTED_CODES:
         return f"exit code {code}"
+    if "error: not enough memory" in stderr:  # a file must not take more than it is worth
+        return "memory exhausted"
     if CONTROL_CHARACTERS.search(stderr):
         return "control characters in a message"
     if code == 2:

@@ -177,7 +177,11 @@ def damage(path: Path, rng: random.Random, others: list[Path], by_name: bool) ->
         return damage_database(path, rng)
     mutation = rng.choice(MUTATIONS.get(path.suffix, MUTATIONS[".bin"]))
     path.chmod(0o644)
-    path.write_bytes(mutation(path.read_bytes(), rng))
+    data = path.read_bytes()
+    try:
+        path.write_bytes(mutation(data, rng))
+    except (IndexError, KeyError, ValueError):  # earlier damage left nothing that this one could change
+        return f"{mutation.__name__} without effect"
     return mutation.__name__
 
 

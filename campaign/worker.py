@@ -3,6 +3,7 @@
 It reports on the file descriptor of its stdout, one JSON object per line: {"start": N}, then {"done": N, ...}.
 """
 
+import gc
 import json
 import os
 import resource
@@ -19,6 +20,7 @@ from campaign.program import command, environment, judge, shell_code
 from campaign.readers import READERS, Action, make_input
 
 MAX_OUTPUT = 20_000
+MAX_LEAKED_FILES = 100
 
 
 def main() -> None:
@@ -30,6 +32,7 @@ def main() -> None:
         PLANTS[plant]()
     warm_up(name, base, scratch)
     limit_memory(int(headroom))
+    n_open_at_start = count_open_files()
     for number in range(int(start), int(stop)):
         folder, out = make_room(scratch)
         log, actions = make_input(name, int(seed), number, base, folder)
@@ -42,6 +45,10 @@ def main() -> None:
                 break
             if code:
                 break
+        if problem is None and count_open_files() > n_open_at_start + MAX_LEAKED_FILES:
+            gc.collect()  # what cycles of objects hold is not lost yet
+            if (n_open := count_open_files()) > n_open_at_start + MAX_LEAKED_FILES:
+                problem = f"{n_open} open files"
         print(
             json.dumps({"done": number, "codes": verdicts, "problem": problem, "output": output[-MAX_OUTPUT:]}),
             file=report,
@@ -82,6 +89,10 @@ def make_room(scratch: Path) -> tuple[Path, Path]:
     return scratch / "in", outputs / "out"
 
 
+def count_open_files() -> int:
+    return len(os.listdir("/proc/self/fd")) if sys.platform == "linux" else 0
+
+
 def limit_memory(headroom: int) -> None:
     """Limit the data segment to what is in use now plus `headroom` bytes."""
     status = Path("/proc/self/status").read_text()
@@ -96,9 +107,9 @@ def perform(action: Action, folder: Path, out: Path, base: Path, scratch: Path) 
         "/".join(places.get(part, part) for part in word.split("/")) if word[:1] != "/" else word for word in action
     ]
     log = scratch / "stderr"
-    with log.open("wb") as file:
-        os.dup2(file.fileno(), 2)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    for descriptor, path in ((1, Path(os.devnull)), (2, log)):
+        with path.open("wb") as file:
+            os.dup2(file.fileno(), descriptor)
     code: Any = 0
     try:
         if words[0] == "process":

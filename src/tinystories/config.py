@@ -23,6 +23,8 @@ class Range(NamedTuple):
 
 
 POSITIVE = Range("must be positive", lambda x: x > 0)
+MAX_CONTEXT = 1 << 20  # tokens; position tables of this length are built whenever a model is loaded
+CONTEXT = Range(f"must be between 1 and {MAX_CONTEXT}", lambda x: 0 < x <= MAX_CONTEXT)
 POSITIVE_OR_AUTO = Range("must be positive, or auto", lambda x: x == "auto" or x > 0)
 NOT_NEGATIVE = Range("must not be negative", lambda x: x >= 0)
 ABOVE_ONE = Range("must be greater than 1", lambda x: x > 1)
@@ -65,7 +67,7 @@ class ModelConfig:
         "modern", "classic: sinusoidal positions, LayerNorm, ReLU; modern: RoPE, RMSNorm, SwiGLU (Qwen3's layout)"
     )
     vocab_size: int = field(0, "vocabulary size; 0: taken from the prepared data", NOT_NEGATIVE)
-    n_ctx: int = field(256, "context length in tokens", POSITIVE)
+    n_ctx: int = field(256, "context length in tokens", CONTEXT)
     n_layer: int = field(6, "number of transformer blocks", POSITIVE)
     n_head: int = field(4, "attention heads per block", POSITIVE)
     n_kv_head: int = field(

@@ -75,11 +75,13 @@ def read_toml(file: str | Path) -> dict[str, Any]:
         raise UserError(f"config {file} cannot be read: {error}") from None
 
 
-def build_dataclass(cls: type[T], settings: Mapping[str, Any], where: str, prefix: str = "") -> T:
+def build_dataclass(cls: type[T], settings: object, where: str, prefix: str = "") -> T:
     """Build a frozen dataclass from plain values. `UserError` for an unknown name or a value of the wrong type.
 
     `where` names the file in error messages, `prefix` the section ("train.").
     """
+    if not isinstance(settings, Mapping):
+        raise UserError(f"{where}: [{prefix.removesuffix('.')}] must be a table of settings")
     hints = get_type_hints(cls)
     values: dict[str, Any] = {}
     for key, value in settings.items():
@@ -97,8 +99,6 @@ def build_dataclass(cls: type[T], settings: Mapping[str, Any], where: str, prefi
 def validate(value: Any, hint: Any, where: str, name: str) -> Any:
     """Return `value` converted to the annotated type (int to float, list to tuple). `UserError` if it does not fit."""
     if dataclasses.is_dataclass(hint):
-        if not isinstance(value, Mapping):
-            raise UserError(f"{where}: [{name}] must be a table of settings")
         return build_dataclass(hint, value, where, f"{name}.")  # type: ignore[arg-type]
     if get_origin(hint) is Literal:
         if value not in get_args(hint):

@@ -1,5 +1,6 @@
 """Damaged and hostile files of data directories, runs and models are one line that names the file."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -10,11 +11,13 @@ import numpy as np
 import pytest
 
 from tinystories import checkpoint
+from tinystories.cli import main
 from tinystories.cli.train.train import is_finished
 from tinystories.config import Config
 from tinystories.config_file import read_toml
 from tinystories.data import encoder
 from tinystories.data.dataset import open_split, read_meta
+from tinystories.data.loader import PackedRows
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.errors import UserError
 from tinystories.formats import exports
@@ -25,6 +28,13 @@ from tinystories.train.recording.side_work import SideWork
 from tinystories.train.run import train
 from tinystories.train.state import read_train_state
 from tinystories.weights.safetensors_file import SafetensorsFile
+
+
+def run_command(words: list[str]) -> int:
+    """Run the command line; return its exit code."""
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    return int(stop.value.code or 0)
 
 
 @pytest.fixture
@@ -57,7 +67,7 @@ def test_a_forged_index(data: Path, row: int, column: int, value: int) -> None:
 @pytest.mark.parametrize("content", ["[" * 100_000, '{"format": ' * 50_000, "[1]", '{"format": 1}'])
 def test_a_hostile_meta_json(data: Path, content: str) -> None:
     (data / "meta.json").write_text(content)
-    with pytest.raises(UserError, match=r"meta\.json (cannot be read|is invalid) "):
+    with pytest.raises(UserError, match=r"meta\.json (cannot be read:|is invalid|must hold)"):
         read_meta(data)
 
 
@@ -171,3 +181,108 @@ def test_an_export_of_two_files_is_written_whole_or_not_at_all(
     assert len(moved) == 1
     assert os.listdir(tmp_path) == []
     exports.export(model, "gguf", out)
+
+
+@pytest.mark.parametrize("splits", [1.5, "a", None, [], {"train": 0.5, "val": []}, {"train": "x"}])
+def test_forged_splits_in_meta_json(data: Path, splits: object) -> None:
+    """The case that was found: a number where the table of a split should be."""
+    values = json.loads((data / "meta.json").read_text())
+    (data / "meta.json").write_text(json.dumps(values | {"splits": splits}))
+    with pytest.raises(UserError, match=r"meta\.json"):
+        read_meta(data)
+
+
+@pytest.mark.parametrize("name", ["meta.json", "tokenizer.json"])
+@pytest.mark.parametrize("kind", ["fifo", "device"])
+def test_what_is_not_a_file(data: Path, name: str, kind: str) -> None:
+    """A named pipe would block for ever, and /dev/zero would fill the memory."""
+    (data / name).unlink()
+    if kind == "fifo":
+        os.mkfifo(data / name)
+    else:
+        (data / name).symlink_to("/dev/zero")
+    with pytest.raises(UserError, match=f"{name} is not a regular file"):
+        read_meta(data) if name == "meta.json" else Tokenizer.load(data / name)
+
+
+@pytest.mark.parametrize("version", ["a\nb", "\x1b[31m", "x" * 500, None, {"a": [1]}])
+def test_a_forged_version_is_one_line(data: Path, version: object, capsys: pytest.CaptureFixture[str]) -> None:
+    values = json.loads((data / "meta.json").read_text())
+    (data / "meta.json").write_text(json.dumps(values | {"format": version}))
+    assert run_command(["info", str(data)]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert message.removesuffix("\n").isprintable()
+    assert len(message) < len(str(data)) + 300
+
+
+@pytest.mark.parametrize("name", ["a\nb", "\x1b[31mred", "tab\tbed"])
+def test_a_file_name_with_control_characters_is_one_line(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever a message quotes, also names that users give, it is printed as one line."""
+    for command in (
+        ["info", name],
+        ["prepare", name, "--out", "x"],
+        ["train", "--config", name],
+        ["info", "--config", name],
+    ):
+        assert run_command([word if word != name else str(tmp_path / name) for word in command]) == 2
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1
+        assert message.removesuffix("\n").isprintable()
+
+
+def test_a_model_card_in_another_encoding(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run_dir / "README.md").write_bytes("# Ein Märchen\n".encode("latin-1"))
+    assert run_command(["info", str(run_dir), "--card"]) == 0
+    assert "Ein M" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("position", [1, 2, -2])
+def test_an_id_outside_the_vocabulary(data: Path, position: int) -> None:
+    """The case that was found: PyTorch's IndexError; on CUDA it would have ended the process."""
+    ids = np.fromfile(data / "train.bin", "<u2")
+    ids[position] = 2314
+    ids.tofile(data / "train.bin")
+    rows = PackedRows(data, "train", 64, seed=1)
+    with pytest.raises(UserError, match=r"train\.bin is damaged: it has id 2314, but the vocabulary has \d+; prepare"):
+        rows.get_rows(np.arange(rows.n_rows))
+
+
+def test_training_on_ids_outside_the_vocabulary(config: Config, data: Path, tmp_path: Path) -> None:
+    ids = np.fromfile(data / "train.bin", "<u2")
+    ids[ids != read_meta(data).end_id] = 2314
+    ids.tofile(data / "train.bin")
+    settings = dataclasses.replace(config, data=dataclasses.replace(config.data, dir=str(data)))
+    with pytest.raises(UserError, match=r"train\.bin is damaged: it has id 2314"):
+        train(settings, tmp_path / "run")
+
+
+@pytest.mark.parametrize("prefix", ["a\nb", "longer than any token"])
+def test_a_panic_of_the_tokenizers_library(data: Path, prefix: str) -> None:
+    """The case that was found: its Rust code panics, which is no `Exception` in Python."""
+    text = json.loads((data / "tokenizer.json").read_text())
+    text["model"]["continuing_subword_prefix"] = prefix
+    (data / "tokenizer.json").write_text(json.dumps(text))
+    with pytest.raises(UserError, match=r"tokenizer\.json is not a Hugging Face tokenizer: range end index"):
+        Tokenizer.load(data)
+
+
+class PanicException(BaseException):
+    """As pyo3 names what it raises."""
+
+
+@pytest.mark.parametrize("method", ["encode", "encode_batch", "decode"])
+def test_a_panic_while_text_is_encoded(data: Path, method: str) -> None:
+    class Backend:
+        def panic(self, *_: object, **__: object) -> None:
+            raise PanicException("index out of bounds")
+
+        encode = encode_batch_fast = decode = panic
+
+    tokenizer = Tokenizer.load(data)
+    tokenizer.is_lossless = False  # type: ignore[misc]  # else decoding does not need the library
+    tokenizer._backend = Backend()
+    with pytest.raises(UserError, match=r"tokenizer\.json is not a valid tokenizer: index out of bounds"):
+        getattr(tokenizer, method)("ab" if method == "encode" else ["ab"] if method == "encode_batch" else [1])

@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ import click
 
 from tinystories.config import SamplingConfig
 from tinystories.engine.engine_config import ENGINE_PRECISIONS, ENGINES, EngineConfig
-from tinystories.errors import UserError
+from tinystories.errors import UserError, one_line
 from tinystories.files import describe_disk_error
 from tinystories.train.distributed import claim_error_message
 
@@ -25,6 +26,8 @@ Decorator: TypeAlias = Callable[[Command], Command]
 
 CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
 TRAIN_EXTRA_HINT = 'this command needs more packages; install them with: pip install "tinystories-gpt[train]"'
+OUT_OF_MEMORY = re.compile("can't allocate memory|out of memory", re.IGNORECASE)  # in PyTorch's messages
+MAX_REASON_CHARS = 200
 PATH = click.Path(path_type=Path)
 FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -152,7 +155,8 @@ def run(command: click.Command, argv: list[str] | None = None, name: str = "tiny
     except UserError as error:
         if claim_error_message(str(error)):
             rank = os.environ.get("RANK", "0")
-            click.echo(f"error: {error}" if rank == "0" else f"error: rank {rank}: {error}", err=True)
+            who = "" if rank == "0" else f"rank {rank}: "
+            click.echo(f"error: {who}{one_line(error)}", err=True)
         return 2
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
@@ -160,7 +164,7 @@ def run(command: click.Command, argv: list[str] | None = None, name: str = "tiny
     except click.ClickException as error:
         context = error.ctx if isinstance(error, click.UsageError) else None
         command_path = context.command_path if context else name
-        click.echo(f"error: {error.format_message()} (see {command_path} --help)", err=True)
+        click.echo(f"error: {one_line(error.format_message())} (see {command_path} --help)", err=True)
         return 2
     except (KeyboardInterrupt, click.Abort):
         click.echo("stopped", err=True)
@@ -174,12 +178,23 @@ def run(command: click.Command, argv: list[str] | None = None, name: str = "tiny
         click.echo(f"error: {error.name} is not installed; {TRAIN_EXTRA_HINT}", err=True)
         return 2
     except Exception as error:
-        message = describe_disk_error(error)
-        if message is None:
+        if (message := describe_memory_error(error)) is not None:
+            click.echo(f"error: {message}", err=True)
+            return 2
+        if (message := describe_disk_error(error)) is None:
             raise
         is_stdout = discard_stdout_if_full()
-        click.echo(f"error: {message}", err=True)
+        click.echo(f"error: {one_line(message)}", err=True)
         return 1 if is_stdout else 2
+
+
+def describe_memory_error(error: Exception) -> str | None:
+    """Return one line for memory that Python, NumPy or PyTorch could not get; None if the error is something else."""
+    is_torch_error = isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error))
+    if not isinstance(error, MemoryError) and not is_torch_error:
+        return None
+    reason = one_line(error)[:MAX_REASON_CHARS]
+    return f"not enough memory{reason and f' ({reason})'}; use a smaller model or batch, or close other programs"
 
 
 def escape_unencodable_characters() -> None:

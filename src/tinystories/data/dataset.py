@@ -1,7 +1,6 @@
 """Prepared data on disk: `train.bin`, `val.bin`, `*.idx`, `tokenizer.json`, `meta.json` (see `open_split`)."""
 
 import dataclasses
-import json
 import shlex
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -12,7 +11,8 @@ import numpy.typing as npt
 from tinystories.config import require
 from tinystories.config_file import build_dataclass, validate
 from tinystories.data.tokenizer import sanitize
-from tinystories.errors import UserError
+from tinystories.errors import UserError, quoted
+from tinystories.files import read_json_object
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "val")
@@ -60,19 +60,20 @@ class DatasetMeta:
 def read_meta(folder: Path | str) -> DatasetMeta:
     """Return the meta.json of a prepared folder. Raises `UserError` if it is missing, invalid or of another format."""
     path = Path(folder) / "meta.json"
+    if Path(folder).is_file():
+        command = f"tinystories prepare {shlex.quote(str(folder))} --tokenizer bpe:4096 --out DIR"
+        raise UserError(f"{folder} is a file; tokenize it first with: {command}")
     remedy = "create it with: tinystories prepare SOURCE --out DIR"
     try:
-        values: dict[str, Any] = {"lost_text": 0.0} | json.loads(path.read_text(encoding="utf-8"))
-        version = values["format"]
-    except NotADirectoryError:
-        command = f"tinystories prepare {shlex.quote(str(folder))} --tokenizer bpe:4096 --out DIR"
-        raise UserError(f"{folder} is a file; tokenize it first with: {command}") from None
+        values: dict[str, Any] = {"lost_text": 0.0} | read_json_object(path)
     except FileNotFoundError:
         raise UserError(f"{folder} holds no prepared data (no meta.json); {remedy}") from None
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({type(error).__name__}); {remedy}") from None
-    if version != FORMAT_VERSION:
-        raise UserError(f"{path} has format {version}, but this version reads format {FORMAT_VERSION}; {remedy}")
+    except UserError as error:
+        raise UserError(f"{error}; {remedy}") from None
+    if (version := values.get("format")) != FORMAT_VERSION:
+        raise UserError(
+            f"{path} has format {quoted(version)}, but this version reads format {FORMAT_VERSION}; {remedy}"
+        )
     try:
         splits = {
             name: build_dataclass(SplitMeta, values["splits"][name], str(path), f"splits.{name}.") for name in SPLITS

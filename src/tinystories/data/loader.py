@@ -46,7 +46,7 @@ class PackedRows:
     def get_rows(self, indices: Ints) -> tuple[Ints, Ints]:
         """Return inputs and targets, each (len(indices), n_ctx), of the rows with these global indices.
 
-        Padding has END as input and IGNORE_INDEX as target.
+        Padding has END as input and IGNORE_INDEX as target. `UserError` for an id outside the vocabulary.
         """
         inputs = np.full((len(indices), self.n_ctx), self.end_id, dtype=np.int64)
         targets = np.full((len(indices), self.n_ctx), IGNORE_INDEX, dtype=np.int64)
@@ -57,6 +57,12 @@ class PackedRows:
                 inputs[i, column : column + size] = self.tokens[start : start + size]
                 targets[i, column : column + size] = self.tokens[start + 1 : start + size + 1]
                 column += size
+        # On CUDA a larger id would end the process, without a word about the file.
+        if (largest := max(inputs.max(), targets.max())) >= self.meta.vocab_size:
+            raise UserError(
+                f"{self.tokens.filename} is damaged: it has id {largest}, but the vocabulary has"
+                f" {self.meta.vocab_size}; prepare the data again"
+            )
         return inputs, targets
 
     def get_pieces(self, index: int) -> Ints:

@@ -1,15 +1,16 @@
 """Encode text to ids and decode ids to text with a `tokenizer.json`. Imports neither torch, tiktoken nor datasets."""
 
+import contextlib
 import functools
 import hashlib
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tinystories.errors import UserError
+from tinystories.errors import UserError, one_line
 from tinystories.files import read_limited
 
 END = "<|endoftext|>"  # precedes every story and follows the last one
@@ -52,13 +53,16 @@ class Tokenizer:
             json_data.setdefault("added_tokens", [])
         except UserError:
             raise
-        except Exception as error:  # the Rust library raises bare Exception; malformed JSON can cause others
+        except BaseException as error:  # the Rust library raises bare Exception; malformed JSON can cause others
+            if not isinstance(error, Exception) and not is_rust_panic(error):
+                raise
             raise UserError(f"{where} is not a Hugging Face tokenizer: {sanitize(error)}") from None
         special_tokens = (str(token) for token in self._backend.get_added_tokens_decoder().values() if token.special)
         if END not in special_tokens:
             self._backend.add_special_tokens([tokenizers.AddedToken(END, special=True, normalized=False)])
             json_text = self._backend.to_str()
             json_data = json.loads(json_text)
+        self.where = where
         self.json_text = json_text
         self.json_data: dict[str, Any] = json_data
         self._backend.no_padding()
@@ -101,17 +105,20 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, without adding END or other special tokens."""
-        return self._backend.encode(text, add_special_tokens=False).ids
+        with rust_panics(self.where):
+            return self._backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text, without special tokens; uses all cores."""
-        return [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        with rust_panics(self.where):
+            return [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of the ids. Special tokens are skipped; invalid UTF-8 becomes U+FFFD."""
         if self.is_lossless:
             return b"".join([self.token_bytes[i] for i in ids]).decode("utf-8", "replace")
-        return self._backend.decode(list(ids), skip_special_tokens=True)
+        with rust_panics(self.where):
+            return self._backend.decode(list(ids), skip_special_tokens=True)
 
     @functools.cached_property
     def is_lossless(self) -> bool:
@@ -221,8 +228,23 @@ def char_to_byte() -> dict[str, int]:
     return table
 
 
+def is_rust_panic(error: BaseException) -> bool:
+    """Whether an exception is a panic of a Rust library, which is a bug of it that a hostile file can reach."""
+    return type(error).__name__ == "PanicException"  # pyo3 has no importable name for it; not a subclass of Exception
+
+
+@contextlib.contextmanager
+def rust_panics(where: str) -> Iterator[None]:
+    """Raise `UserError` for a panic of the tokenizers library inside the block; `where` names the tokenizer's file."""
+    try:
+        yield
+    except BaseException as error:
+        if not is_rust_panic(error):
+            raise
+        raise UserError(f"{where} is not a valid tokenizer: {sanitize(error)}; use another tokenizer") from None
+
+
 def sanitize(error: object) -> str:
     """Return a foreign error message, which may quote file contents, as one short line without control characters."""
-    text = " ".join(str(error).split())
-    text = text if len(text) <= MAX_MESSAGE_LENGTH else text[: MAX_MESSAGE_LENGTH - 3] + "..."
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    text = one_line(error)
+    return text if len(text) <= MAX_MESSAGE_LENGTH else text[: MAX_MESSAGE_LENGTH - 3] + "..."

@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from tinystories.errors import UserError
 from tinystories.model import GPT, KVCache
 from tinystories.weights.load import load_fp32
 from tinystories.weights.names import check_weights
+from tinystories.weights.safetensors_file import Array
 
 KV_LEN_STEP = 64  # attention reads a number of cached positions that is a multiple of this
 # Tokens per batch of `logprobs`, padding included. The CPU value keeps a batch in the CPU's caches.
@@ -64,8 +65,7 @@ class TorchEngine:
         """Load the model of a model directory (weights in fp32, or dequantized if it has only int8 weights)."""
         device = select_device(engine_config.device)
         precision = select_precision(device, engine_config.precision)  # raise before reading the weights
-        model = GPT(files.config)
-        load_weights(files, model)
+        model = load_model(files)
         return cls(model.eval(), n_slots=engine_config.n_slots, device=device, precision=precision, owns_model=True)
 
     def prefill(self, slot: int, ids: Ids) -> Logits:
@@ -188,6 +188,17 @@ class TorchEngine:
                 self.model.train()
 
 
+def load_model(files: ModelFiles) -> GPT:
+    """Return the model of a model directory, on the CPU; int8 weights are dequantized. `UserError` as `load_weights`.
+
+    The weights are checked before memory is taken for the sizes in config.json, which may be damaged.
+    """
+    weights = load_fp32(files)
+    model = GPT(files.config)
+    copy_weights(weights, model)
+    return model
+
+
 def load_weights(files: ModelFiles, model: GPT) -> None:
     """Copy the weights of a model directory into a model; int8 weights are dequantized.
 
@@ -195,6 +206,11 @@ def load_weights(files: ModelFiles, model: GPT) -> None:
     """
     weights = load_fp32(files)
     check_weights({name: weight.shape for name, weight in weights.items()}, model.config, str(files.weights_path))
+    copy_weights(weights, model)
+
+
+def copy_weights(weights: Mapping[str, Array], model: GPT) -> None:
+    """Copy weights, which have been checked, into a model; the head may be missing where it is tied."""
     model.load_state_dict({name: torch.tensor(weight) for name, weight in weights.items()}, strict=False)
 
 

@@ -24,7 +24,6 @@ Array = npt.NDArray[Any]
 log = logging.getLogger(__name__)
 
 # The most that a file may claim; checked before anything is allocated.
-MAX_CONTEXT = 1 << 20  # tokens
 MAX_LAYERS = 1024
 
 

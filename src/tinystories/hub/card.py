@@ -127,7 +127,7 @@ def describe_training(provenance: Mapping[str, Any]) -> Iterator[tuple[str, str]
         if isinstance(value, int | float):
             yield label, f"{value:,}"
         elif value:
-            yield label, sanitize(PurePath(value).name if key == "tokenizer" else value)
+            yield label, sanitize(PurePath(str(value)).name if key == "tokenizer" else value)
 
 
 def format_story_count(provenance: Mapping[str, Any]) -> str:

@@ -12,8 +12,9 @@ from typing import Any
 from optuna import Study
 from optuna.distributions import CategoricalDistribution
 
+from tinystories.config_file import MAX_TOML_CHARS
 from tinystories.data.text_loss import describe_loss, mark_incomparable
-from tinystories.files import write_atomic
+from tinystories.files import read_limited, write_atomic
 from tinystories.sweep.search_space import Distribution, SearchSpace
 from tinystories.sweep.trial import Outcome, read_outcome, trial_dir
 from tinystories.train.recording.figure import plain_text, png_figure
@@ -65,7 +66,7 @@ def write_results(folder: Path, space: SearchSpace, results: Sequence[TrialResul
     write_atomic(folder / "results.csv", buffer.getvalue())
     best = find_best(results)
     if best is not None:
-        write_atomic(folder / "best.toml", (trial_dir(folder, best.number) / "config.toml").read_text(encoding="utf-8"))
+        write_atomic(folder / "best.toml", read_limited(trial_dir(folder, best.number) / "config.toml", MAX_TOML_CHARS))
         plot_results(results, space, folder / "sweep.png")
 
 

@@ -78,10 +78,10 @@ class TrainStep:
         """
         self.config, self.world = config, world
         self.device = select_device(world.resolve_device(config.train.device))
+        self.micro_batch = auto_micro_batch(config, self.device, previous_micro_batch, world)  # or it does not fit
         self.route = select_route(config, self.device, previous_route, world)
         self.precision = self.route.precision
         teachers = load_teachers(config.train.teacher, config.model, tokenizer, self.device)
-        self.micro_batch = auto_micro_batch(config, self.device, previous_micro_batch, world)
         torch.manual_seed(config.train.seed)
         self.model = GPT(config.model).to(self.device)
         objective: Any = build_objective(self.model, self.route)

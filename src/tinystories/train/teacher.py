@@ -8,7 +8,7 @@ import torch
 from tinystories import checkpoint
 from tinystories.config import ModelConfig
 from tinystories.data.tokenizer import Tokenizer
-from tinystories.engine.torch_engine import load_weights
+from tinystories.engine.torch_engine import load_model
 from tinystories.errors import UserError
 from tinystories.model import GPT
 
@@ -39,7 +39,5 @@ def load_teachers(
                 f"train.teacher: {folder} has model.vocab_size={files.config.vocab_size}, this run"
                 f" {student.vocab_size}; choose a teacher whose vocabulary is padded to the same size"
             )
-        teacher = GPT(files.config)
-        load_weights(files, teacher)
-        teachers.append(teacher.to(device).eval().requires_grad_(False))
+        teachers.append(load_model(files).to(device).eval().requires_grad_(False))
     return teachers

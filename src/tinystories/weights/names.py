@@ -45,6 +45,8 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def check_weights(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, where: str) -> None:
     """Raise `UserError`, naming `where`, if a weight is missing or unknown or its shape is not the expected one."""
+    if config.n_layer > len(shapes):  # before a forged number of layers takes memory for names
+        raise UserError(f"{where} has {len(shapes)} weights, too few for n_layer={quoted(config.n_layer)}")
     expected = expected_shapes(config)
     for name in sorted(expected.keys() | shapes.keys()):
         if name not in shapes or name not in expected:

@@ -12,9 +12,11 @@ from tinystories.cli.common import json_flag
 from tinystories.config import Config
 from tinystories.config_file import PRESETS, load_config
 from tinystories.errors import UserError
+from tinystories.files import read_limited
 from tinystories.train.optimizer.learning_rate import resolve_auto_rates
 
 CARD_FILE = "README.md"
+MAX_CARD_BYTES = 1_000_000  # real cards have a few thousand
 FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)  # a card's YAML metadata, read by the Hub
 
 
@@ -72,7 +74,9 @@ def read_or_make_card(folder: Path) -> str:
     from tinystories.hub.card import build_model_card
 
     path = folder / CARD_FILE
-    return path.read_text(encoding="utf-8") if path.is_file() else build_model_card(ModelBundle.read(folder))
+    if not path.is_file():
+        return build_model_card(ModelBundle.read(folder))
+    return read_limited(path, MAX_CARD_BYTES).decode(errors="replace")
 
 
 def describe_config(config: Config) -> dict[str, Any]:

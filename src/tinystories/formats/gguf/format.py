@@ -4,18 +4,20 @@
 GPT-2's settings to `gpt2`.
 """
 
+import dataclasses
 import shlex
+import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tinystories.config import ModelConfig, SamplingConfig
+from tinystories.config import MAX_CONTEXT, ModelConfig, SamplingConfig
 from tinystories.config_file import build_dataclass
 from tinystories.data.tokenizer import END
 from tinystories.errors import UserError, error_context, quoted
-from tinystories.formats.bundle import MAX_CONTEXT, Array, ModelBundle, parse_sampling
+from tinystories.formats.bundle import Array, ModelBundle, parse_sampling
 from tinystories.formats.gguf import tokenizer as gguf_tokenizer
 from tinystories.formats.gguf.mapping import (
     QKV_BIAS_NAME,
@@ -62,8 +64,10 @@ def write(model: ModelBundle, path: Path, precision: str) -> None:
         for key, add_value in (("license", writer.add_license), ("description", writer.add_description)):
             if isinstance(text := model.provenance.get(key), str):
                 add_value(text)
+        # Larger values of top_k mean the same, and GGUF has 32 bits for it.
+        sampling = dataclasses.replace(model.sampling, top_k=min(model.sampling.top_k, model.config.vocab_size))
         for field_name, gguf_key in SAMPLING_KEYS.items():
-            getattr(writer, f"add_sampling_{gguf_key}")(getattr(model.sampling, field_name))
+            getattr(writer, f"add_sampling_{gguf_key}")(getattr(sampling, field_name))
         writer.add_sampling_penalty_repeat(model.sampling.repetition_penalty)
         writer.add_sampling_penalty_last_n(-1)
         gguf_tokenizer.write_tokenizer(writer, model.tokenizer, model.config.vocab_size)
@@ -155,7 +159,7 @@ def write_gguf(
     """Write config and weights as GGUF.
 
     `add_metadata(writer)` adds the tokenizer and other metadata; by default the file has none, so llama.cpp takes and
-    returns ids. `UserError` if llama.cpp cannot run the model or a weight overflows float16.
+    returns ids. `UserError` if llama.cpp cannot run the model, or a weight or a setting overflows its type.
     """
     if reason := unsupported_reason(config):
         raise UserError(f"llama.cpp {reason}; use --format hf or onnx")
@@ -181,6 +185,8 @@ def write_gguf(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
+    except (struct.error, OverflowError) as error:
+        raise UserError(f"a setting of the model is a number that GGUF cannot hold: {error}") from None
     finally:
         writer.close()
 

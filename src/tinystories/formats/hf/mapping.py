@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 import numpy as np
 
-from tinystories.config import ModelConfig
+from tinystories.config import MAX_CONTEXT, ModelConfig
 from tinystories.config_file import build_dataclass, validate
 from tinystories.errors import UserError, quoted
-from tinystories.formats.bundle import MAX_CONTEXT, MAX_LAYERS, Array
+from tinystories.formats.bundle import MAX_LAYERS, Array
 from tinystories.position_tables import build_sinusoid_table
 from tinystories.weights.names import EMBEDDING, LM_HEAD, POSITION_EMBEDDING, check_weights, expected_shapes
 

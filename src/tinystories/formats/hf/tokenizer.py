@@ -6,6 +6,7 @@ from tinystories.checkpoint import read_json
 from tinystories.data.build_tokenizer import GPT2_VOCAB_SIZES, load_gpt2, new_byte_level_bpe
 from tinystories.data.tokenizer import Tokenizer, check_not_sentencepiece, sanitize
 from tinystories.errors import UserError
+from tinystories.files import MAX_JSON_BYTES, read_limited
 from tinystories.formats.end_token import adapt_tokenizer, read_candidates, read_tokenizer_text
 
 
@@ -25,7 +26,7 @@ def build_tokenizer_json(path: Path, vocab_size: int) -> str:
     """Return a tokenizer.json made of vocab.json and merges.txt, else GPT-2's own if the vocabulary size matches."""
     if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
         try:
-            lines = (path / "merges.txt").read_text(encoding="utf-8").splitlines()
+            lines = read_limited(path / "merges.txt", MAX_JSON_BYTES).decode().splitlines()
         except UnicodeDecodeError:
             raise UserError(f"{path}/merges.txt is not UTF-8 text; download the model again") from None
         merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
