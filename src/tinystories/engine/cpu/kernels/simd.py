@@ -129,7 +129,7 @@ def has_feature(context: Any, name: str) -> bool:
     return mentions[-1:] == [f"+{name}"] or (not mentions and processor.startswith("apple-m"))
 
 
-def is_arm(context: Any) -> bool:
+def is_arm64(context: Any) -> bool:
     """Return whether the code is compiled for a 64-bit ARM processor."""
     return is_arm_triple(context.codegen().magic_tuple()[0])
 

@@ -24,7 +24,7 @@ from tinystories.engine.cpu.kernels.simd import (
     call_intrinsic,
     const_i64,
     has_feature,
-    is_arm,
+    is_arm64,
     load,
     madd_i16,
     prefetch,
@@ -64,7 +64,7 @@ def select_tiling(context: Any) -> Tiling:
     """Return the tiling for the target that the code is compiled for, from its features."""
     if has_feature(context, "dotprod"):
         return Tiling(4, 4, 2, DotTile)
-    if is_arm(context):
+    if is_arm64(context):
         return Tiling(8, 4, 2, MaddTile)
     if has_feature(context, "avx512bw"):
         return Tiling(16, 8, 2, MaddTile)
