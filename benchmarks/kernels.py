@@ -46,6 +46,7 @@ def main() -> None:
         "--working-set", type=float, default=100e6, help="of matmul: bytes, for shapes not of `bundled`"
     )
     parser.add_argument("--preset", default="bundled", help="of engine: bundled, or a preset with random weights")
+    parser.add_argument("--tasks", default="prompt of 256,one stream,8 streams,32 streams,score 512", help="of engine")
     parser.add_argument("--vocab", type=int, default=50257)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -60,7 +61,7 @@ def main() -> None:
         cases = [(shape, rows) for shape in options.shapes.split(",") for rows in options.rows.split(",")]
         print(f"{options.precision}, G multiply-adds/s", flush=True)
     else:
-        cases = [(task, "") for task in ("prompt of 256", "one stream", "8 streams", "32 streams", "score 512")]
+        cases = [(task, "") for task in options.tasks.split(",")]
         print(f"{options.preset} {options.precision}, tokens/s", flush=True)
     for case in cases:
         rates: dict[str, list[float]] = {name: [] for name in workers}

@@ -122,20 +122,11 @@ def has_feature(context: Any, name: str) -> bool:
     whose features LLVM cannot list.
     """
     triple, processor, features = context.codegen().magic_tuple()
-    if is_arm_triple(triple) != (name == "dotprod"):
+    if triple.startswith(("aarch64", "arm64")) != (name == "dotprod"):
         return False
     # As for LLVM, the last mention of a feature decides.
     mentions = [feature for feature in features.split(",") if feature.lstrip("+-") == name]
     return mentions[-1:] == [f"+{name}"] or (not mentions and processor.startswith("apple-m"))
-
-
-def is_arm64(context: Any) -> bool:
-    """Return whether the code is compiled for a 64-bit ARM processor."""
-    return is_arm_triple(context.codegen().magic_tuple()[0])
-
-
-def is_arm_triple(triple: str) -> bool:
-    return triple.startswith(("aarch64", "arm64"))
 
 
 def is_x86(b: Builder) -> bool:

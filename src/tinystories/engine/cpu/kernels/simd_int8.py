@@ -24,7 +24,6 @@ from tinystories.engine.cpu.kernels.simd import (
     call_intrinsic,
     const_i64,
     has_feature,
-    is_arm64,
     load,
     madd_i16,
     prefetch,
@@ -64,8 +63,6 @@ def select_tiling(context: Any) -> Tiling:
     """Return the tiling for the target that the code is compiled for, from its features."""
     if has_feature(context, "dotprod"):
         return Tiling(4, 4, 2, DotTile)
-    if is_arm64(context):
-        return Tiling(8, 4, 2, MaddTile)
     if has_feature(context, "avx512bw"):
         return Tiling(16, 8, 2, MaddTile)
     if has_feature(context, "avx2"):
