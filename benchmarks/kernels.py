@@ -164,8 +164,6 @@ def make_matmul_measurement(options: argparse.Namespace) -> Callable[[str, str],
             MATRIX.in_features: in_features,
         }.items():
             m[base + field] = value
-        if hasattr(MODEL, "n_bytes"):
-            m[MODEL.n_bytes] = values.nbytes
         c[CALL.n_rows], c[CALL.max_rows], c[CALL.scratch_width] = n_rows, n_rows, width
         c[CALL.scratch] = scratch.ctypes.data
         x = np.random.default_rng(1).standard_normal(n_rows * in_features, dtype=np.float32)

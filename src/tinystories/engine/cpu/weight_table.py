@@ -66,7 +66,6 @@ class WeightTable:
                 self.add_vector(layer_base + field, prefix + name)
             for field, name in LAYER_MATRICES.items():
                 self.add_matrix(layer_base + field, prefix + name)
-        table[MODEL.n_bytes] = self.n_bytes
         self.position_embedding = self.make_position_tables()
 
     def tensor_address(self, name: str, dtype: type, size: int) -> int:

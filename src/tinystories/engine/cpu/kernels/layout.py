@@ -66,8 +66,7 @@ class ModelLayout(NamedTuple):
     lm_head: int = 11  # a matrix: 7 integers, hence the next is 18
     activation: int = 18  # RELU, GELU_TANH or GELU_ERF
     scale_scores: int = 19  # 1: attention scores are divided by sqrt(head_dim)
-    n_bytes: int = 20  # of all matrices, which are read for every token
-    layers: int = 21
+    layers: int = 20
 
 
 class CallLayout(NamedTuple):

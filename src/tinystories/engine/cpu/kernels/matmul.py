@@ -10,9 +10,6 @@ from tinystories.weights.quantize import BLOCK_ROWS, GROUP_SIZE, INT8_BLOCK_ROWS
 
 # Rows of x whose largest magnitude is below this are quantized to zeros: the inverse scale would overflow.
 MIN_AMAX = np.float32(1e-30)
-# A single row of x prefetches this many bytes ahead of the weights in use, if those of the model do not fit in the last
-# cache. If they do, prefetching only takes time: 12% on Zen 4.
-ROW_PREFETCH, MIN_PREFETCH_BYTES = 8192, 16 << 20
 # Rows of an fp32 matrix that stay in the second cache while groups of rows of x, which stay in the first, use them.
 FP32_BLOCK_ROWS, FP32_GROUP_ROWS = 64, 8
 # Inner loops of the matmuls. The suffix is (weight rows)x(rows of x) that one call multiplies.
@@ -143,7 +140,6 @@ def matmul_int8(m, base, lo, hi, first_row, n_rows, y_address, ctx):
     n_steps, n_groups = (in_features + 3) // 4, (in_features + GROUP_SIZE - 1) // GROUP_SIZE
     # Bytes of a block, and between rows of the quantized x (padded to whole groups) and of y.
     block, x_stride, y_stride = STEP_BYTES * n_steps, 2 * GROUP_SIZE * n_groups, 4 * padded_out
-    row_prefetch = ROW_PREFETCH if m[MODEL.n_bytes] >= MIN_PREFETCH_BYTES else 0
     # A single row reads all blocks in one sequence.
     i, i_step = lo, 2 * INT8_BLOCK_ROWS if n_rows - first_row > 1 else hi - lo
     while i < hi:
@@ -154,7 +150,7 @@ def matmul_int8(m, base, lo, hi, first_row, n_rows, y_address, ctx):
             x, x_scales, y = ctx.quantized + x_stride * b, ctx.scales + 4 * b, y_address + y_stride * b + 4 * i
             left = n_rows - b
             if left == 1:
-                int8_row_kernel(n_blocks, w, block, n_steps, x, x_stride, y, y_stride, w_scales, x_scales, row_prefetch)
+                int8_row_kernel(n_blocks, w, block, n_steps, x, x_stride, y, y_stride, w_scales, x_scales)
                 b += 1
             elif n_blocks == 2:
                 if left >= 8:

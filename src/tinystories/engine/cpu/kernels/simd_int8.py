@@ -33,6 +33,9 @@ from tinystories.weights.quantize import INT8_BLOCK_ROWS
 
 STEP_BYTES = 4 * INT8_BLOCK_ROWS  # 4 columns of a block
 MIN_SUMS = 8  # independent sums in a loop: fewer would wait for the latency of a multiplication
+# A single row of x reads all blocks in a sequence. These processors are faster if it prefetches so many bytes ahead;
+# Zen 4 is 9 to 12% slower (docs/log.md).
+ROW_PREFETCH, PREFETCHING_PROCESSORS = 8192, ("znver5",)
 
 
 class Tiling(NamedTuple):
@@ -56,7 +59,7 @@ class TileArgs(NamedTuple):
     y_stride: Value  # bytes
     scales: Value  # address of the scales of the weight rows (fp32)
     x_scales: Value  # address of the scales of the rows of x (fp32)
-    prefetch: Value  # bytes from the weights in use to those to prefetch; 0 for none
+    prefetch: Value | None  # bytes from the weights in use to those to prefetch; 0 or None for none
 
 
 def select_tiling(context: Any) -> Tiling:
@@ -88,13 +91,14 @@ def make_int8_kernel(n_rows: int, n_blocks: int) -> Callable[..., None]:
 
 
 @intrinsic
-def int8_row_kernel(context, n_blocks, w, block_bytes, n_steps, x, x_stride, y, y_stride, scales, x_scales, prefetch):  # type: ignore[no-untyped-def]  # noqa: ARG001
+def int8_row_kernel(context, n_blocks, w, block_bytes, n_steps, x, x_stride, y, y_stride, scales, x_scales):  # type: ignore[no-untyped-def]  # noqa: ARG001
     """Multiply n_blocks adjacent blocks of weights by one row of x; the other arguments are as in `TileArgs`."""
 
     def codegen(context: Any, b: Builder, _: Any, values: Any) -> Value:
         n_blocks, *values = values
-        tiling, args = select_tiling(context), TileArgs(*values)
-        n_outputs = INT8_BLOCK_ROWS
+        _, processor, _ = context.codegen().magic_tuple()
+        prefetch = const_i64(ROW_PREFETCH) if processor in PREFETCHING_PROCESSORS else None
+        tiling, args, n_outputs = select_tiling(context), TileArgs(*values, prefetch), INT8_BLOCK_ROWS
         with cgutils.for_range(b, n_blocks) as loop:
             outputs = b.mul(loop.index, const_i64(4 * n_outputs))
             block = args._replace(
@@ -105,7 +109,7 @@ def int8_row_kernel(context, n_blocks, w, block_bytes, n_steps, x, x_stride, y, 
             emit_tile(b, tiling, block, 1, n_outputs // tiling.lanes)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * (1 + len(TileArgs._fields))), codegen
+    return types.void(*[types.int64] * len(TileArgs._fields)), codegen
 
 
 def emit_block_tiles(b: Builder, tiling: Tiling, args: TileArgs, n_rows: int, n_blocks: int) -> None:
@@ -192,7 +196,7 @@ class Tile:
         b, (block, row) = self.b, divmod(first_output, INT8_BLOCK_ROWS)
         base = b.add(self.args.w, b.mul(self.args.block_bytes, const_i64(block)))
         offset = b.add(b.mul(step, const_i64(STEP_BYTES)), const_i64(STEP_BYTES // 2 * pair + 2 * row))
-        if pair == 0 and row == 0:
+        if pair == 0 and row == 0 and self.args.prefetch is not None:
             prefetch(b, b.add(b.add(base, offset), self.args.prefetch))
         return load(b, base, offset, ir.VectorType(I8, 2 * n_outputs), 1)
 
