@@ -3,10 +3,11 @@
 import csv
 import json
 import shutil
+import signal
 import sys
 from pathlib import Path
 
-from campaign.program import TINY_MODEL, run_or_fail
+from campaign.program import TINY_MODEL, run, run_or_fail
 
 STORIES = [
     f"Once upon a time, there was a cat number {n}. The cat sat on mat {n % 7}. It was happy." for n in range(90)
@@ -54,6 +55,7 @@ def build(work: Path) -> Path:
     export_all(draft)
     write_state_dicts(draft)
     shard(draft / "hf-qwen", draft / "hf-sharded")
+    interrupt_preparation(draft / "staging")
     (draft / "toml").mkdir()
     shutil.copy(draft / "run" / "config.toml", draft / "toml" / "config.toml")
     run_or_fail(
@@ -94,6 +96,19 @@ def write_texts(folder: Path) -> None:
     parquet.write_table(table, folder / "b.parquet", row_group_size=40, compression="none", use_dictionary=False)
     with ipc.new_file(folder / "a.arrow", table.schema) as writer:
         writer.write_table(table)
+
+
+def interrupt_preparation(folder: Path) -> None:
+    """Prepare stories in several files: to the end as `straight`, and interrupted in the middle as `out`."""
+    (folder / "source").mkdir(parents=True)
+    for n in range(0, len(STORIES), 15):
+        text = "".join(f"{story}\n<|endoftext|>\n" for story in STORIES[n : n + 15])
+        (folder / "source" / f"{n:02}.txt").write_text(text)
+    prepare = ["prepare", "source", "--tokenizer", "bpe:270", "--out"]
+    run_or_fail(folder, *prepare, "straight")
+    code, stderr = run(folder, *prepare, "out", plant="interrupted")
+    if code != 128 + signal.SIGINT or not (folder / "out.draft" / "journal.json").exists():
+        raise SystemExit(f"campaign: an interrupted preparation ended with {code}:\n{stderr}")
 
 
 def export_all(folder: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 READ_JSON_OBJECT = "tinystories.files:read_json_object"
 ATOMIC_FILE = "tinystories.files:atomic_file"
+STAGING_DIR = "tinystories.data.staging:StagingDir"
 ATOMIC_DIRECTORY = "tinystories.files:atomic_directory"
 
 

@@ -126,6 +126,19 @@ def raise_on_unwritable() -> None:
     replace(internals.ATOMIC_FILE, make)
 
 
+def stop_preparing() -> None:
+    """Interrupt `prepare` after a few batches, each of which is in the journal."""
+    _, _, staging_dir = internals.resolve(internals.STAGING_DIR)
+    save, calls = staging_dir.save, iter(range(1 << 30))
+
+    def save_or_stop(self: Any, **_: Any) -> None:
+        if next(calls) == 4:
+            raise KeyboardInterrupt
+        save(self, now=True)
+
+    staging_dir.save = save_or_stop
+
+
 PLANTS: dict[str, Callable[[], object]] = {
     "reader-raises": lambda: fail_on_bad_input(raise_key_error),
     "reader-crashes": lambda: fail_on_bad_input(lambda: os.kill(os.getpid(), signal.SIGSEGV)),
@@ -134,6 +147,7 @@ PLANTS: dict[str, Callable[[], object]] = {
     "not-atomic": write_files_in_place,
     "lost-state": forget_optimizer_state,
     "deaf": ignore_sigterm,
+    "interrupted": stop_preparing,
     "unwritable": raise_on_unwritable,
     "drafts": leave_drafts,
 }

@@ -11,9 +11,9 @@ from campaign.mutations import MUTATIONS
 from campaign.program import TINY_MODEL
 from campaign.seal import seal
 
-# An action is a list of words: a command line, or "load" for tinystories.load and a few tokens, or "process" for a
-# command in a process of its own. IN is the folder with the damaged file, OUT a path that does not exist, BASE the
-# valid files.
+# An action is a list of words: a command line, or "load" for tinystories.load and a few tokens, "process" for a
+# command in a process of its own, or "same" for two folders of prepared data that must be equal. IN is the folder with
+# the damaged file, OUT a path that does not exist, BASE the valid files.
 Action = list[str]
 Actions = Callable[[random.Random, Path, Path | None], list[Action]]
 
@@ -110,6 +110,12 @@ READERS = {
             "prepare sample --tokenizer bpe:300 --out IN",
             "quantize BASE/model --out OUT ; quantize OUT --shortlist 50 --data IN",
         ),
+    ),
+    "staging": Reader(
+        ("staging",),
+        ("out.draft/*", "out.draft/data/*"),
+        choose("prepare IN/source --tokenizer bpe:270 --out IN/out ; same IN/out BASE/staging/straight"),
+        sealed=False,
     ),
     "text": Reader(("text",), ("*",), read_texts, sealed=False, by_name=True),
     "tokenizer": Reader(

@@ -25,6 +25,8 @@ def attempt(function: Callable[[Path], None], path: Path) -> None:
 
 
 def file_sha256(path: Path) -> str:
+    if not path.is_file():
+        raise ValueError("a pipe or a device")
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 

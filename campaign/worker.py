@@ -118,6 +118,9 @@ def perform(action: Action, folder: Path, out: Path, base: Path, scratch: Path) 
             code = shell_code(done.returncode)
         elif words[0] == "load":
             load_and_generate(Path(words[1]), words[2])
+        elif words[0] == "same":
+            if differing := find_difference(Path(words[1]), Path(words[2])):
+                raise AssertionError(f"{differing} differs from that of a straight run")
         else:
             from tinystories.cli import main as run_program
 
@@ -132,6 +135,19 @@ def perform(action: Action, folder: Path, out: Path, base: Path, scratch: Path) 
         code = 1
     sys.stderr.flush()
     return code, log.read_bytes()[-4 * MAX_OUTPUT :].decode(errors="replace")
+
+
+def find_difference(out: Path, expected: Path) -> str:
+    """Return the name of a file that differs in two folders of prepared data, but for the source's name; "" if none."""
+    if sorted(os.listdir(out)) != sorted(os.listdir(expected)):
+        return "the list of files"
+    for path in expected.iterdir():
+        contents = [(folder / path.name).read_bytes() for folder in (out, expected)]
+        if path.name == "meta.json":
+            contents = [json.loads(content) | {"source": ""} for content in contents]
+        if contents[0] != contents[1]:
+            return path.name
+    return ""
 
 
 def load_and_generate(model: Path, how: str) -> None:

@@ -7,11 +7,20 @@ from collections.abc import Iterator
 MAX_QUOTED_CHARS = 60  # longest piece of untrusted text in a message
 
 
+def one_line(text: object) -> str:
+    """Return text, which may quote file contents or file names, as one line without control characters."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(str(text).split()))
+
+
 class UserError(Exception):
     """A mistake the user can fix: one line that says what is wrong, where, and how to fix it.
 
-    `cli/common.py` catches it, prints it to stderr as one line and exits with code 2.
+    `cli/common.py` catches it, prints it to stderr and exits with code 2. What a message quotes of files and names is
+    escaped here, so that it stays one line without control characters wherever it is shown.
     """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(one_line(message))
 
 
 def quoted(value: object) -> str:
@@ -21,11 +30,6 @@ def quoted(value: object) -> str:
     except (ValueError, RecursionError):  # an int with more digits than Python converts, or nested too deeply
         return f"a {type(value).__name__} too long to show"
     return text if len(text) <= MAX_QUOTED_CHARS else text[: MAX_QUOTED_CHARS - 3] + "..."
-
-
-def one_line(text: object) -> str:
-    """Return text, which may quote file contents or file names, as one line without control characters."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(str(text).split()))
 
 
 @contextlib.contextmanager

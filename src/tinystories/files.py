@@ -6,6 +6,7 @@ Whatever is written atomically is complete or unchanged after an exception, a ki
 import contextlib
 import errno
 import hashlib
+import importlib
 import json
 import os
 import re
@@ -20,11 +21,13 @@ from tinystories.errors import UserError
 
 TEMP_SUFFIX = ".draft"  # of unfinished directories, and of files on their way into a run directory
 MAX_JSON_BYTES = 64_000_000  # real files have a few thousand
+MAX_JSON_DEPTH = 50  # real files: about 5
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota used up, file too large
 # What a disk, a path or a limit of the system can refuse, whatever the program does right.
 DISK_ERRNOS = {*DISK_FULL_ERRNOS, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.EIO, errno.ELOOP}
 DISK_ERRNOS |= {errno.ENOTDIR, errno.EISDIR, errno.EMFILE, errno.ENFILE, errno.ENODEV, errno.ENXIO, errno.ESTALE}
 LOCK_ATTEMPTS = 100  # each fails only if another process removes the lock at that moment
+WINDOWS_LOCK_BYTE = 1 << 30  # far behind the id that a lock file holds
 # How libraries quote the system: "... I/O error: No space left on device (os error 28)", "... (disk I/O error)".
 LIBRARY_ERROR = re.compile(r"(?:I/O error: )?([^:]*) \(os error \d+\)")
 
@@ -114,7 +117,23 @@ def read_json_object(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} must hold a JSON object")
+    if is_nested_deeper(value, MAX_JSON_DEPTH):  # what reads or shows the values is recursive
+        raise UserError(f"{path} has lists or objects nested more than {MAX_JSON_DEPTH} deep")
     return value
+
+
+def is_nested_deeper(value: object, depth: int) -> bool:
+    """Return whether lists and dicts are nested more than `depth` deep."""
+    level = [value]
+    for _ in range(depth + 1):
+        level = [
+            item
+            for outer in level
+            for item in (outer.values() if isinstance(outer, dict) else outer if isinstance(outer, list) else ())
+        ]
+        if not level:
+            return False
+    return True
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -258,26 +277,22 @@ def hold_lock(path: Path, command: str) -> Iterator[None]:
 def acquire_lock(path: Path) -> BinaryIO | None:
     """Create and lock a file until `release_lock` or the end of the process, however it ends; write its id into it.
 
-    None if another process holds the lock. On Windows, which has no fcntl, and on file systems without locks, nothing
-    is locked. OSError if the file cannot be created.
+    None if another process holds the lock. On file systems without locks nothing is locked. OSError if the file cannot
+    be created.
     """
     for attempts_left in range(LOCK_ATTEMPTS)[::-1]:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():  # opening a pipe would wait for its other end
+            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
         try:
             file = path.open("ab", buffering=0)
         except FileNotFoundError:  # the holder has just removed the folder
             if attempts_left:
                 continue
             raise
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not lock_file(file):
             file.close()
             return None
-        except (ImportError, OSError):
-            pass
         if is_same_file(file, path) or not attempts_left:
             break
         file.close()  # its earlier holder has removed it since it was opened: what is locked has no name
@@ -285,6 +300,30 @@ def acquire_lock(path: Path) -> BinaryIO | None:
         file.truncate(0)
         file.write(str(os.getpid()).encode())
     return file
+
+
+def lock_file(file: BinaryIO) -> bool:
+    """Lock an open file until it is closed, without waiting. False if another process holds the lock.
+
+    On Windows, which has no flock, a byte is locked that the file does not have: the others cannot read a locked one.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        msvcrt: Any = importlib.import_module("msvcrt")
+        file.seek(WINDOWS_LOCK_BYTE)
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError as error:
+            return error.errno not in (errno.EACCES, errno.EDEADLK)
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True
 
 
 def release_lock(file: BinaryIO) -> None:

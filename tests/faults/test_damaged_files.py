@@ -216,6 +216,14 @@ def test_a_forged_version_is_one_line(data: Path, version: object, capsys: pytes
     assert len(message) < len(str(data)) + 300
 
 
+@pytest.mark.parametrize("text", ["a\nb", "\x1b[31mred", "a\x00b", "\u202egnp", "a\r\nb"])
+def test_a_user_error_is_one_line(text: str) -> None:
+    """The case that was found: a name in the header of a weights file, in an error that Python code receives."""
+    message = str(UserError(f"model.safetensors is damaged ({text})"))
+    assert message.isprintable()
+    assert message.startswith("model.safetensors is damaged (")
+
+
 @pytest.mark.parametrize("name", ["a\nb", "\x1b[31mred", "tab\tbed"])
 def test_a_file_name_with_control_characters_is_one_line(
     tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
@@ -286,3 +294,25 @@ def test_a_panic_while_text_is_encoded(data: Path, method: str) -> None:
     tokenizer._backend = Backend()
     with pytest.raises(UserError, match=r"tokenizer\.json is not a valid tokenizer: index out of bounds"):
         getattr(tokenizer, method)("ab" if method == "encode" else ["ab"] if method == "encode_batch" else [1])
+
+
+@pytest.mark.parametrize("depth", [60, 400, 900])
+@pytest.mark.parametrize("flags", [[], ["--json"], ["--card"]])
+def test_deeply_nested_provenance(
+    run_dir: Path, depth: int, flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The case that was found: JSON that Python can just parse, but not print."""
+    config = json.loads((run_dir / "config.json").read_text())
+    config["provenance"] |= {"name": "NESTED"}
+    (run_dir / "config.json").write_text(json.dumps(config).replace('"NESTED"', "[" * depth + "]" * depth))
+    assert run_command(["info", str(run_dir), *flags]) == 2
+    assert "config.json has lists or objects nested more than 50 deep" in capsys.readouterr().err
+
+
+def test_control_characters_in_provenance(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = json.loads((run_dir / "config.json").read_text())
+    config["provenance"] |= {"name": "\x1b[31mred", "more": ["\x1b[0m", {"a": "\x07"}]}
+    (run_dir / "config.json").write_text(json.dumps(config))
+    assert run_command(["info", str(run_dir)]) == 0
+    assert "\x1b" not in (shown := capsys.readouterr().out)
+    assert "\x07" not in shown

@@ -1,5 +1,6 @@
 """A folder that a training, a sweep or a preparation writes is locked: a second one is told which process has it."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from tinystories.files import acquire_lock, hold_lock, release_lock
 from tinystories.sweep.runner import run_sweep
 from tinystories.train.run import LOCK, train
 
-pytest.importorskip("fcntl")
+fcntl = pytest.importorskip("fcntl")
 
 HOLDER = """
 import sys
@@ -116,8 +117,6 @@ def test_a_lock_that_is_removed_while_it_is_opened_is_not_held_twice(
 
 
 def test_a_file_system_without_locks_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import fcntl
-
     def refuse(*_: object) -> None:
         raise OSError(95, "Operation not supported")
 
@@ -132,3 +131,86 @@ def test_the_holder_is_left_out_if_it_is_unknown(tmp_path: Path) -> None:
         (tmp_path / "lock").write_text("")
         with pytest.raises(UserError, match="in use by another train; wait"), hold_lock(tmp_path / "lock", "train"):
             pass
+
+
+class FakeMsvcrt:
+    """`msvcrt` as Windows has it: a locked byte belongs to the open file that locked it, until that is closed."""
+
+    LK_NBLCK = 2
+
+    def __init__(self, refusal: int = errno.EACCES) -> None:
+        self.refusal = refusal
+        self.holders: dict[int, int] = {}  # inode: file descriptor
+        self.offsets: list[int] = []
+
+    def locking(self, descriptor: int, mode: int, n_bytes: int) -> None:
+        assert (mode, n_bytes) == (self.LK_NBLCK, 1)
+        self.offsets.append(os.lseek(descriptor, 0, os.SEEK_CUR))
+        inode = os.fstat(descriptor).st_ino
+        holder = self.holders.get(inode, descriptor)
+        if holder != descriptor and is_open(holder, inode):
+            raise OSError(self.refusal, os.strerror(self.refusal))
+        self.holders[inode] = descriptor
+
+
+def is_open(descriptor: int, inode: int) -> bool:
+    """Whether a file descriptor is still that of a file."""
+    try:
+        return os.fstat(descriptor).st_ino == inode
+    except OSError:
+        return False
+
+
+@pytest.fixture
+def windows(monkeypatch: pytest.MonkeyPatch) -> FakeMsvcrt:
+    fake = FakeMsvcrt()
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.setitem(sys.modules, "msvcrt", fake)  # type: ignore[arg-type]
+    return fake
+
+
+def test_a_lock_on_windows(windows: FakeMsvcrt, tmp_path: Path) -> None:
+    """The reported case: nothing was locked."""
+    path = tmp_path / "run" / "lock"
+    with hold_lock(path, "train"):
+        with (
+            pytest.raises(UserError, match=rf"in use by another train \(pid {os.getpid()}\)"),
+            hold_lock(path, "train"),
+        ):
+            pass
+        assert path.read_text() == str(os.getpid()), "the others can read it: it is not what is locked"
+        assert min(windows.offsets) > 1000
+    assert not path.exists()
+    with hold_lock(path, "train"):
+        pass
+
+
+def test_a_preparation_on_windows(windows: FakeMsvcrt, tmp_path: Path) -> None:
+    """A relative: the lock of a staging directory stays when it is left."""
+    assert not windows.holders
+    (tmp_path / "a.txt").write_text(f"A cat sat.{END}A dog ran.{END}")
+    held = acquire_lock(tmp_path / "out.draft" / "lock")
+    assert held is not None
+    with pytest.raises(UserError, match=r"out\.draft is in use by another prepare"):
+        prepare(tmp_path / "a.txt", tmp_path / "out", tokenizer="bpe:300", progress=False)
+    held.close()
+    prepare(tmp_path / "a.txt", tmp_path / "out", tokenizer="bpe:300", progress=False)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EDEADLK])
+def test_how_windows_says_that_a_file_is_locked(windows: FakeMsvcrt, tmp_path: Path, number: int) -> None:
+    """A relative: one of them is the answer of the C library, the other that of some file systems."""
+    windows.refusal = number
+    held = acquire_lock(tmp_path / "lock")
+    assert held is not None
+    assert acquire_lock(tmp_path / "lock") is None
+    held.close()
+
+
+def test_a_file_system_without_locks_on_windows(windows: FakeMsvcrt, tmp_path: Path) -> None:
+    windows.refusal = errno.EINVAL
+    first, second = acquire_lock(tmp_path / "lock"), acquire_lock(tmp_path / "lock")
+    assert first is not None
+    assert second is not None
+    first.close()
+    second.close()

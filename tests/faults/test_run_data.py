@@ -138,11 +138,11 @@ def test_a_sweep_stores_an_absolute_path(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     texts = {"optim.learning_rate": "1e-3,1e-2"}
     given = SearchSpace({"data": {"dir": "mine"}}, texts, "a.toml")
-    assert given.with_absolute_data().base == {"data": {"dir": str(tmp_path / "mine")}}
+    assert given.with_absolute_paths().base == {"data": {"dir": str(tmp_path / "mine")}}
     searched = SearchSpace({}, texts | {"data.dir": "choose:a,b"}, "a.toml")
-    assert searched.with_absolute_data() == searched
-    merged = merge_plan(Plan(given), given.with_absolute_data(), {}, Path("sweep"))
-    assert merged.space == given.with_absolute_data()
+    assert searched.with_absolute_paths() == searched
+    merged = merge_plan(Plan(given), given.with_absolute_paths(), {}, Path("sweep"))
+    assert merged.space == given.with_absolute_paths()
 
 
 def test_a_sweep_whose_data_was_moved(

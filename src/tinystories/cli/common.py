@@ -156,7 +156,7 @@ def run(command: click.Command, argv: list[str] | None = None, name: str = "tiny
         if claim_error_message(str(error)):
             rank = os.environ.get("RANK", "0")
             who = "" if rank == "0" else f"rank {rank}: "
-            click.echo(f"error: {who}{one_line(error)}", err=True)
+            click.echo(f"error: {who}{error}", err=True)
         return 2
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)

@@ -14,7 +14,8 @@ from tinystories.data.tokenizer import END, Tokenizer, sanitize
 log = logging.getLogger(__name__)
 
 # The concatenated ids of all stories, and the number of ids of each.
-EncodedBatch = tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]
+TokenIds = npt.NDArray[np.uint32] | npt.NDArray[np.uint16]
+EncodedBatch = tuple[TokenIds, npt.NDArray[np.int64]]
 EncodeFn = Callable[[Sequence[bytes]], EncodedBatch]
 
 STORIES_PER_CALL = 1024  # stories per call of `tokenizers`, whose results take 100 bytes per token
@@ -52,10 +53,11 @@ def make_bulk_encoder(tokenizer: Tokenizer, examples: Sequence[bytes]) -> Encode
     if gigatoken and `tokenizers` produce identical ids for PROBES and `examples`.
     """
     fast = make_gigatoken_encoder(tokenizer)
+    max_id = tokenizer.vocab_size - 1
     if isinstance(fast, str):
         log.info("tokenizing with `tokenizers`, which is slower: %s", fast)
         exact = make_tokenizers_encoder(tokenizer)
-        return (lambda stories: encode_in_pieces(stories, exact)) if has_gpt2_words(tokenizer) else exact
+        return (lambda stories: encode_in_pieces(stories, exact, max_id)) if has_gpt2_words(tokenizer) else exact
     exact = make_tokenizers_encoder(tokenizer)
     starts = [next(split_at_words(text, EXAMPLE_BYTES, 2 * EXAMPLE_BYTES), b"") for text in examples]
     texts = [text for text in (*(probe.encode() for probe in PROBES), *starts) if is_unambiguous(text)]
@@ -64,31 +66,42 @@ def make_bulk_encoder(tokenizer: Tokenizer, examples: Sequence[bytes]) -> Encode
         log.warning(
             "tokenizing with `tokenizers`, which is slower: gigatoken produces different ids for this tokenizer"
         )
-        return lambda stories: encode_in_pieces(stories, exact)
+        return lambda stories: encode_in_pieces(stories, exact, max_id)
     log.info("tokenizing with gigatoken")
-    return lambda stories: encode_in_pieces(stories, lambda pieces: encode_mixed(pieces, fast, exact))
+    return lambda stories: encode_in_pieces(stories, lambda pieces: encode_mixed(pieces, fast, exact), max_id)
 
 
-def encode_in_pieces(stories: Sequence[bytes], encode: EncodeFn) -> EncodedBatch:
-    """Encode with `encode`, long stories in pieces; the result is the same if the tokenizer `has_gpt2_words`."""
+def encode_in_pieces(stories: Sequence[bytes], encode: EncodeFn, max_id: int) -> EncodedBatch:
+    """Encode with `encode`, long stories in pieces; the result is the same if the tokenizer `has_gpt2_words`.
+
+    `max_id` is the largest id of the tokenizer: with long stories, ids that fit into two bytes are returned as uint16.
+    """
     if max(map(len, stories), default=0) <= PIECE_BYTES:
         return encode(stories)
-    ids: list[npt.NDArray[np.uint32]] = []
-    counts: list[npt.NDArray[np.int64]] = []
+    # A byte-level token is at least one byte long; the rest of the array is never written and takes no memory.
+    max_ids = sum(map(len, stories))
+    ids: TokenIds = np.empty(max_ids, np.uint16) if max_id < 1 << 16 else np.empty(max_ids, np.uint32)
+    counts: list[int] = []
+    n_ids = 0
+
+    def append(part: Sequence[bytes]) -> None:
+        nonlocal n_ids
+        part_ids, part_counts = encode(part)
+        assert part_ids.size == 0 or int(part_ids.max()) <= max_id
+        ids[n_ids : n_ids + part_ids.size] = part_ids
+        n_ids += part_ids.size
+        counts.extend(part_counts.tolist())
+
     for is_long, group in itertools.groupby(stories, lambda story: len(story) > PIECE_BYTES):
         if not is_long:
-            group_ids, group_counts = encode(list(group))
-            ids.append(group_ids)
-            counts.append(group_counts)
+            append(list(group))
             continue
         for story in group:
-            n_ids = 0
+            n_before, first = n_ids, len(counts)
             for piece in split_at_words(story, PIECE_BYTES):
-                piece_ids, piece_counts = encode([piece])
-                ids.append(piece_ids)
-                n_ids += int(piece_counts[0])
-            counts.append(np.array([n_ids], np.int64))
-    return np.concatenate(ids), np.concatenate(counts)
+                append([piece])
+            counts[first:] = [n_ids - n_before]
+    return ids[:n_ids], np.array(counts, np.int64)
 
 
 def split_at_words(text: bytes, size: int, max_size: int | None = None) -> Iterator[bytes]:

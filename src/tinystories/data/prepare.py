@@ -18,7 +18,7 @@ import numpy.typing as npt
 from tinystories.data import build_tokenizer
 from tinystories.data.dataset import FORMAT_VERSION, SPLITS, DatasetMeta, SplitMeta
 from tinystories.data.dedup import Assignment, Role, SplitAssigner, hash_stories, is_held_out
-from tinystories.data.encoder import PIECE_BYTES, EncodeFn, make_bulk_encoder, split_at_words
+from tinystories.data.encoder import PIECE_BYTES, EncodeFn, TokenIds, make_bulk_encoder, split_at_words
 from tinystories.data.source.reader import DecodeErrors, ReadOptions, StoryBatch
 from tinystories.data.source.resolve import Source, SourceNames, resolve_source
 from tinystories.data.spec import PrepareSpec, disk_error_message, existing_output
@@ -135,7 +135,7 @@ class PrepareJob:
         if path.exists():
             return Tokenizer.load(path)
         tokenizer = build_tokenizer.build_from_spec(self.spec.tokenizer, self._iter_train_stories)
-        write_atomic(path, tokenizer.json_text)
+        self.staging.write_tokenizer(tokenizer.json_text)
         return tokenizer
 
     def _iter_train_stories(self) -> Iterator[str]:
@@ -196,12 +196,13 @@ class PrepareJob:
         index[:, 0] = self._count_tokens(split) + story_starts + np.arange(len(stories))
         # UTF-8 bytes of all stories before story i: those written earlier, and an exclusive prefix sum again.
         index[:, 1] = text_bytes.setdefault(split, 0) + np.cumsum(byte_lengths) - byte_lengths
-        tokens = np.insert(ids.astype(self.dtype), story_starts, self.tokenizer.end_id)
-        self.staging.append(f"data/{split}.bin", tokens.tobytes())
+        tokens = np.insert(ids.astype(self.dtype, copy=False), story_starts, self.tokenizer.end_id)
+        del ids  # of a long story, they may take more memory than the story itself
+        self.staging.append(f"data/{split}.bin", tokens.view(np.uint8).data)
         self.staging.append(f"data/{split}.idx", index.tobytes())
         text_bytes[split] += int(byte_lengths.sum())
 
-    def _measure_loss(self, stories: list[bytes], ids: npt.NDArray[np.uint32], counts: npt.NDArray[np.int64]) -> None:
+    def _measure_loss(self, stories: list[bytes], ids: TokenIds, counts: npt.NDArray[np.int64]) -> None:
         """Add to the journal how much of these stories the tokenizer cannot give back."""
         loss = TextLoss()
         loss.add(self.tokenizer, [story.decode() for story in stories], np.split(ids, np.cumsum(counts)[:-1]))

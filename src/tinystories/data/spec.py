@@ -10,7 +10,7 @@ from tinystories.data import build_tokenizer
 from tinystories.data.dataset import FORMAT_VERSION, DatasetMeta, read_meta
 from tinystories.data.source.reader import ReadOptions
 from tinystories.data.source.resolve import Source
-from tinystories.data.staging import read_json
+from tinystories.data.staging import read_journal
 from tinystories.errors import UserError
 from tinystories.files import DISK_FULL_ERRNOS, describe_write_error
 
@@ -83,7 +83,8 @@ def disk_error_message(error: OSError, staging_path: Path, spec: PrepareSpec) ->
     if error.errno not in DISK_FULL_ERRNOS:
         return describe_write_error(error, staging_path)
     total_bytes = spec.source.total_bytes + (spec.val.total_bytes if spec.val else 0)
-    bytes_read = (read_json(staging_path / "journal.json") or {}).get("read", 0)
+    journal = read_journal(staging_path / "journal.json")
+    bytes_read = journal.read if journal else 0
     staged_bytes = sum(path.stat().st_size for path in staging_path.rglob("*") if path.is_file())
     # Extrapolate from what has been written; before that, assume 2 bytes per 3 or 4 bytes of text, plus the index.
     needed_bytes = staged_bytes / bytes_read * (total_bytes - bytes_read) if bytes_read else 0.7 * total_bytes

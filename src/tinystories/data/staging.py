@@ -1,11 +1,13 @@
 """The unfinished output of `prepare`: append-only files, and a journal that records how much of each is valid.
 
 A run killed at any moment, even by power loss, can resume from the journal: data is fsynced before the journal that
-covers it, and anything in a file beyond the size in the journal is truncated.
+covers it, and anything in a file beyond the size in the journal is truncated. The journal has hashes of itself and of
+what it covers: if any of that was damaged, the run starts over.
 """
 
 import contextlib
 import dataclasses
+import json
 import logging
 import os
 import shutil
@@ -13,9 +15,11 @@ import time
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import xxhash
+
 from tinystories.data.dataset import SPLITS
 from tinystories.errors import UserError
-from tinystories.files import acquire_lock, fsync, in_use_message, read_json_object, write_json
+from tinystories.files import acquire_lock, fsync, in_use_message, read_json_object, sha256, write_atomic, write_json
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +38,8 @@ class Journal:
     sizes: dict[str, int] = dataclasses.field(default_factory=dict)  # valid bytes of each append-only file
     text_bytes: dict[str, int] = dataclasses.field(default_factory=dict)  # UTF-8 bytes of the stories in each split
     counts: dict[str, int] = dataclasses.field(default_factory=dict)  # dropped stories, by reason
+    hashes: dict[str, str] = dataclasses.field(default_factory=dict)  # XXH3-128 of these bytes
+    tokenizer_sha256: str = ""  # of data/tokenizer.json
 
 
 class StagingDir:
@@ -48,11 +54,12 @@ class StagingDir:
         self.data_dir = folder / "data"  # what is published; the rest is only needed to resume
         self.journal = Journal()
         self._files: dict[str, BinaryIO] = {}
+        self._hashers: dict[str, xxhash.xxh3_128] = {}
         if not is_own_folder(folder):
             raise UserError(
                 f"{folder} exists but is not a staging directory of prepare; remove it or choose another --out"
             )
-        lock = acquire_lock(folder / "lock")  # on Windows, that the append-only files are open has the same effect
+        lock = acquire_lock(folder / "lock")
         if lock is None:
             raise UserError(in_use_message(folder / "lock", "prepare"))
         self._lock = lock
@@ -66,20 +73,30 @@ class StagingDir:
         self._saved_at = time.monotonic()
 
     def _resume(self, spec: dict[str, Any]) -> None:
-        """Load the journal if the request is the same and no file is shorter than recorded; otherwise start over."""
-        journal = read_json(self.folder / "journal.json") or {}
-        sizes: dict[str, int] = journal.get("sizes", {})
-        is_complete = all(
-            (self.folder / n).exists() and (self.folder / n).stat().st_size >= s for n, s in sizes.items()
-        )
-        leftovers = [path for path in self.folder.iterdir() if path.name != "lock"]
-        if read_json(self.folder / "request.json") == spec and is_complete:
-            self.journal = Journal(**journal)
+        """Load the journal if the request is the same and the files are those it describes; otherwise start over."""
+        is_same_request = read_json(self.folder / "request.json") == spec
+        journal = read_journal(self.folder / "journal.json")
+        if is_same_request and journal is not None and self._verify(journal):
+            self.journal = journal
             log.info("resuming from %s", self.folder)
-        elif leftovers:
+            return
+        leftovers = [path for path in self.folder.iterdir() if path.name != "lock"]
+        if leftovers and not (is_same_request and not (self.folder / "journal.json").exists()):  # unless there was none
             log.warning("%s belongs to a different request or is damaged; starting over", self.folder)
-            for path in leftovers:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in leftovers:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+    def _verify(self, journal: Journal) -> bool:
+        """Whether the tokenizer, and the bytes of each append-only file that the journal covers, are as written."""
+        tokenizer_path = self.data_dir / "tokenizer.json"
+        if not tokenizer_path.is_file() or sha256(tokenizer_path) != journal.tokenizer_sha256:
+            return False
+        for name, size in journal.sizes.items():
+            hasher = self._hashers[name] = xxhash.xxh3_128()
+            if not update_from_file(hasher, self.folder / name, size) or hasher.hexdigest() != journal.hashes[name]:
+                self._hashers.clear()
+                return False
+        return True
 
     def __enter__(self) -> "StagingDir":
         return self
@@ -95,7 +112,7 @@ class StagingDir:
             with contextlib.suppress(OSError):  # Windows could not remove the open lock
                 self.folder.rmdir()
 
-    def append(self, name: str, data: bytes) -> None:
+    def append(self, name: str, data: bytes | memoryview) -> None:
         """Append to the file `name`, a path relative to the directory.
 
         The first append of a run truncates the file to the size in the journal.
@@ -108,8 +125,16 @@ class StagingDir:
             file.seek(0, os.SEEK_END)
         view = memoryview(data)
         self.journal.sizes[name] += len(view)
+        self._hashers.setdefault(name, xxhash.xxh3_128()).update(view)
         while view:  # an unbuffered write may be partial
             view = view[self._files[name].write(view) :]
+
+    def write_tokenizer(self, json_text: str) -> None:
+        """Write the tokenizer of the run, and the journal that names its hash."""
+        path = self.data_dir / "tokenizer.json"
+        write_atomic(path, json_text)
+        self.journal.tokenizer_sha256 = sha256(path)
+        self.save(now=True)
 
     def read_digests(self, split: str) -> bytes:
         """Return the concatenated hashes stored for a split, 16 bytes each."""
@@ -121,7 +146,9 @@ class StagingDir:
         if not now and time.monotonic() < self._saved_at + JOURNAL_INTERVAL_SECONDS:
             return
         self._sync_files()
-        write_json(self.folder / "journal.json", dataclasses.asdict(self.journal))
+        self.journal.hashes = {name: hasher.hexdigest() for name, hasher in self._hashers.items()}
+        record = dataclasses.asdict(self.journal)
+        write_json(self.folder / "journal.json", record | {"hash": hash_record(record)})
         self._saved_at = time.monotonic()
 
     def publish(self, out: Path) -> None:
@@ -147,6 +174,29 @@ def is_own_folder(folder: Path) -> bool:
     """Whether a folder is missing, or a staging directory; it may be incomplete, after a kill while it was removed."""
     names = {path.name for path in folder.iterdir()} if folder.exists() else set()
     return bool(names & {"request.json", "lock"}) or names <= STAGING_NAMES
+
+
+def read_journal(path: Path) -> Journal | None:
+    """Return a journal, or None if it is missing or damaged, or written by a version without hashes."""
+    record = read_json(path) or {}
+    recorded_hash = record.pop("hash", None)
+    return Journal(**record) if recorded_hash == hash_record(record) else None
+
+
+def hash_record(record: dict[str, Any]) -> str:
+    """Return a hash of a JSON object that does not depend on the order of its fields."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(record, sort_keys=True).encode())
+
+
+def update_from_file(hasher: xxhash.xxh3_128, path: Path, size: int) -> bool:
+    """Update a hasher with the first `size` bytes of a file; return whether it has them."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        while size and (data := file.read(min(size, 1 << 20))):
+            hasher.update(data)
+            size -= len(data)
+    return size == 0
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -92,11 +92,27 @@ class SweepRunner:
         try:
             while not self.stopping and (trial := self.ask()) is not None:
                 outcome = self.run_trial(trial, slot)
+                if outcome.state == "unfinished" and outcome.reason:
+                    outcome = self.judge_outside_cause(trial, outcome)
                 if outcome.state != "unfinished":
                     self.finish_trial(trial, outcome)
         except BaseException:
             self.stopping = True
             raise
+
+    def judge_outside_cause(self, trial: optuna.Trial, outcome: Outcome) -> Outcome:
+        """Raise `UserError`, which stops the sweep, for a trial that a signal or the disk has stopped.
+
+        A later session resumes it. Return it as failed if it had been resumed and died in the same way at the same
+        step.
+        """
+        with self.lock:
+            earlier = trial.user_attrs.get("stopped_by")
+            trial.set_user_attr("stopped_by", [outcome.reason, outcome.step])
+        if outcome.reason.startswith("killed") and earlier == [outcome.reason, outcome.step]:
+            return dataclasses.replace(outcome, state="failed", reason=f"{outcome.reason} again at the same step")
+        command = format_resume_command(self.folder)
+        raise UserError(f"trial {trial.number} was stopped: {outcome.reason}; continue with: {command}")
 
     def ask(self) -> optuna.Trial | None:
         """Return the next trial with its parameters: a waiting one or a new one; None if none is left."""
@@ -121,6 +137,7 @@ class SweepRunner:
         if outcome.state != "unfinished":  # a killed sweep could not report it to Optuna
             return outcome
         environment = trials.worker_environment(slot, self.workers, config.train.device)
+        log_start = trials.log_size(folder)
         process = trials.start_process(folder, config, environment)
         self.processes.append(process)
         reported = set(self.study.get_trials(deepcopy=False)[trial.number].intermediate_values)  # by earlier sessions
@@ -134,7 +151,9 @@ class SweepRunner:
             exit_code = process.wait()
             self.processes.remove(process)
         prune_reason = prune_reason or self.report_evaluations(trial, folder, reported)
-        return outcome if len(self.signals) > 1 else trials.final_outcome(folder, exit_code, prune_reason)
+        if len(self.signals) > 1:
+            return outcome
+        return trials.final_outcome(folder, exit_code, prune_reason, log_start=log_start, asked_to_stop=self.stopping)
 
     def report_evaluations(self, trial: optuna.Trial, folder: Path, reported: set[int]) -> str:
         """Report evaluations at new steps to Optuna; return why the trial should be pruned, or an empty string."""

@@ -87,14 +87,24 @@ class SearchSpace:
         for _ in range(MAX_CANDIDATES):
             yield study.ask(dict(distributions)).params
 
-    def with_absolute_data(self) -> "SearchSpace":
-        """Return this space with the absolute path of a fixed `data.dir`, so that it can be resumed from elsewhere."""
-        table = self.base.get("data", {})
-        folder = table.get("dir", DataConfig().dir) if isinstance(table, Mapping) else None
-        if "data.dir" in self.texts or not isinstance(folder, str):  # searched; or invalid, which is reported later
-            return self
-        base = merge_overrides(self.base, {"data.dir": os.path.abspath(folder)}, self.where)
-        return dataclasses.replace(self, base=base)
+    def with_absolute_paths(self) -> "SearchSpace":
+        """Return this space with absolute paths of fixed data and models, so that it can be resumed from elsewhere."""
+        fixed = {name: value for name, value in self.read_paths().items() if name not in self.texts}
+        return dataclasses.replace(self, base=merge_overrides(self.base, fixed, self.where))
+
+    def read_paths(self) -> dict[str, Any]:
+        """Return the settings that are paths, as absolute ones: the data, the teachers and the initial model."""
+        data, train = self.base.get("data", {}), self.base.get("train", {})
+        data_dir = data.get("dir", DataConfig().dir) if isinstance(data, Mapping) else None
+        init, teachers = (train.get("init"), train.get("teacher")) if isinstance(train, Mapping) else (None, None)
+        paths: dict[str, Any] = {}  # without what is invalid, which is reported later
+        if isinstance(data_dir, str):
+            paths["data.dir"] = os.path.abspath(data_dir)
+        if isinstance(init, str) and init:
+            paths["train.init"] = os.path.abspath(init)
+        if isinstance(teachers, list | tuple) and teachers and all(isinstance(folder, str) for folder in teachers):
+            paths["train.teacher"] = [os.path.abspath(folder) for folder in teachers]
+        return paths
 
     def data_dirs(self, config: Config) -> list[str]:
         """Return the folders of prepared data that trials read. `config` is any valid config of the space."""

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import logging
-import os
 import sqlite3
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -51,8 +50,8 @@ class Plan:
         fixed = {
             f"{section}.{key}": value for section, table in self.space.base.items() for key, value in table.items()
         }
-        if isinstance(fixed.get("data.dir"), str):  # earlier versions stored it as it was given
-            fixed["data.dir"] = os.path.abspath(fixed["data.dir"])
+        # Earlier versions stored paths as they were given.
+        fixed |= {name: path for name, path in self.space.read_paths().items() if name in fixed}
         options = {"--sampler": self.sampler, "--prune": self.prune, "--seed": self.seed}
         return fixed | dict(self.space.texts) | options
 

@@ -1,6 +1,7 @@
 """One trial of a sweep: its run directory, the process that trains in it, and its outcome."""
 
 import dataclasses
+import errno
 import math
 import os
 import signal
@@ -14,10 +15,15 @@ from typing import Any
 from tinystories.config import Config
 from tinystories.config_file import to_toml
 from tinystories.errors import UserError
-from tinystories.files import write_atomic, write_errors
+from tinystories.files import DISK_FULL_ERRNOS, error_reason, write_atomic, write_errors
 from tinystories.train.recording.metrics import parse_records
 
 LOG_FILE = "train.log"
+# What a run says of a disk that is full or fails, or if it has no more file descriptors.
+DISK_REASONS = tuple(
+    os.strerror(number)
+    for number in (*DISK_FULL_ERRNOS, errno.EIO, errno.EROFS, errno.ESTALE, errno.EMFILE, errno.ENFILE)
+)
 STOP_EXIT_CODES = (130, 143, -signal.SIGINT, -signal.SIGTERM)  # of a run that was asked to stop and has saved
 
 
@@ -72,14 +78,17 @@ def start_process(folder: Path, config: Config, environment: Mapping[str, str]) 
             write_atomic(folder / "config.toml", to_toml(config))
         log = (folder / LOG_FILE).open("ab")
     with log:
-        return subprocess.Popen(
-            train_command(folder),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            env=environment,
-            start_new_session=True,
-        )
+        try:
+            return subprocess.Popen(
+                train_command(folder),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                start_new_session=True,
+            )
+        except OSError as error:  # no memory, or too many processes
+            raise UserError(f"{folder.name} cannot be started: {error_reason(error)}") from None
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
@@ -111,27 +120,52 @@ def read_outcome(folder: Path) -> Outcome:
     return dataclasses.replace(outcome, state="failed", bits_per_byte=None, reason=reason, settings_to_blame=True)
 
 
-def final_outcome(folder: Path, exit_code: int, prune_reason: str) -> Outcome:
-    """Return the outcome of a trial whose process has ended; unfinished if it was interrupted and can be resumed."""
+def log_size(folder: Path) -> int:
+    """Return the size of a trial's log, which later sessions append to; 0 if there is none."""
+    path = folder / LOG_FILE
+    return path.stat().st_size if path.exists() else 0
+
+
+def final_outcome(
+    folder: Path, exit_code: int, prune_reason: str, *, log_start: int = 0, asked_to_stop: bool = True
+) -> Outcome:
+    """Return the outcome of a trial whose process has ended; unfinished if it was interrupted and can be resumed.
+
+    `log_start` is the size that its log had before. The reason of an unfinished trial is what stopped it from outside,
+    empty if the sweep did (`asked_to_stop`).
+    """
     outcome = read_outcome(folder)
     if outcome.state != "unfinished":
         return outcome
     if prune_reason:
         return dataclasses.replace(outcome, state="pruned", reason=prune_reason)
-    if exit_code in STOP_EXIT_CODES:
+    if exit_code in STOP_EXIT_CODES and asked_to_stop:
         return outcome
-    reason = failure_reason(folder, exit_code)
+    log = (folder / LOG_FILE).read_bytes()[log_start:].decode(errors="replace")
+    if cause := outside_cause(exit_code, log):
+        return dataclasses.replace(outcome, reason=cause)
+    reason = failure_reason(folder, exit_code, log)
     return dataclasses.replace(outcome, state="failed", reason=reason, settings_to_blame=exit_code == 2)
 
 
-def failure_reason(folder: Path, exit_code: int) -> str:
+def outside_cause(exit_code: int, log: str) -> str:
+    """Return what stopped a trial if its settings did not: a signal, or a disk that is full or fails; "" if neither."""
+    if exit_code in STOP_EXIT_CODES or exit_code < 0:
+        return f"killed by {signal.Signals(-exit_code if exit_code < 0 else exit_code - 128).name}"
+    *lines, _ = log.split("\n")  # without an incomplete last line
+    last_line = next((line for line in reversed(lines) if line.strip()), "").removeprefix("error: ")
+    if any(reason in last_line for reason in DISK_REASONS):
+        return last_line
+    # A run that ends with this code has written a line, unless the disk had no space for it.
+    if exit_code == 2 and not any(line.startswith("error: ") for line in lines):
+        return f"its error message could not be written to {LOG_FILE}"
+    return ""
+
+
+def failure_reason(folder: Path, exit_code: int, log: str) -> str:
     """Return the error line that a run printed, or its exit code and the path of its log."""
-    lines = (folder / LOG_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
-    error_lines = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    if exit_code == 2 and error_lines:
-        return error_lines[-1]
-    exit_text = f"killed by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"exit code {exit_code}"
-    return f"{exit_text}; see {folder / LOG_FILE}"
+    error_lines = [line.removeprefix("error: ") for line in log.splitlines() if line.startswith("error: ")]
+    return error_lines[-1] if exit_code == 2 else f"exit code {exit_code}; see {folder / LOG_FILE}"
 
 
 def stop_orphans(folders: Iterable[Path]) -> int:

@@ -33,6 +33,7 @@ from tinystories.train.prefetch import Batch, prefetch
 from tinystories.train.recording.recorder import Recorder
 from tinystories.train.state import TrainState
 from tinystories.train.step import StepResult, TrainStep
+from tinystories.train.teacher import find_teachers, find_unrecorded_model
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +69,8 @@ class Trainer:
         if config.train.init and last_checkpoint is not None:
             config = follow_vocab_size(config, read_model(last_checkpoint, verify_weights=False).config)
         elif config.train.init:
-            initial_model = state.read_initial_model(Path(config.train.init), config.model, self.tokenizer)
+            init_dir = Path(find_unrecorded_model(config.train.init, "train.init", run_dir))
+            initial_model = state.read_initial_model(init_dir, config.model, self.tokenizer)
             config = follow_vocab_size(config, initial_model.config)
         self.config = config = resolve_auto_rates(replace_vocab(config, self.rows.meta.vocab_size, str(data_dir)))
         self.run_dir, self.world = run_dir, world
@@ -80,12 +82,20 @@ class Trainer:
             previous_route = self.train_state.route
             state.check_same_run(last_checkpoint, config, is_same_data=self.train_state.data_sha256 == data_sha256)
         self.train_state.data_dir = os.path.abspath(data_dir)
+        records = state.read_teacher_records(last_checkpoint, self.train_state) if last_checkpoint else []
+        teachers = find_teachers(config.train.teacher, run_dir, records)
+        self.train_state.teacher_dirs = tuple(teacher.folder for teacher in teachers)
+        self.train_state.teacher_sha256 = tuple(teacher.weights_sha256 for teacher in teachers)
+        if initial_model is not None:
+            self.train_state.init_dir = os.path.abspath(initial_model.folder)
+            self.train_state.init_sha256 = initial_model.weights_sha256
         self.take_step = TrainStep(
             config,
             self.tokenizer,
             world,
             previous_micro_batch=self.train_state.micro_batch,
             previous_route=previous_route,
+            teacher_dirs=self.train_state.teacher_dirs,
         )
         self.train_state.micro_batch, self.train_state.route = self.take_step.micro_batch, self.take_step.route.name
         # None unless the processor or the settings made a resumed run change its route.

@@ -1,4 +1,4 @@
-"""Which prepared data a run continues with: the data it was trained on, and never any other."""
+"""Which prepared data and models a run continues with: those it was trained on, and never any others."""
 
 import os
 import shlex
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tinystories import checkpoint
+from tinystories.config import Config
 from tinystories.config_file import load_config
 from tinystories.data.dataset import read_meta
 from tinystories.errors import UserError
@@ -37,6 +38,30 @@ def check_run_data(run_dir: Path, data_dir: str) -> None:
     raise UserError(f"{run_dir} was trained on {stored_dir}, which is not here; give --data {advice}")
 
 
+def check_recorded_models(config_file: Path, config: Config) -> None:
+    """Raise `UserError` if the file is of a run, and the config names other models than the run by its relative paths.
+
+    These are the teachers and train.init: the current folder may hold other models of the same names.
+    """
+    clock = read_newest_clock(config_file.parent)
+    if not clock:
+        return
+    recorded = load_config(config_file).train
+    names = {"train.teacher": recorded.teacher, "train.init": (recorded.init,)}
+    for setting, used, dirs, hashes in (
+        ("train.teacher", config.train.teacher, clock.get("teacher_dirs"), clock.get("teacher_sha256")),
+        ("train.init", (config.train.init,), [clock.get("init_dir")], [clock.get("init_sha256")]),
+    ):
+        if not isinstance(dirs, list) or not isinstance(hashes, list):
+            continue
+        for name, folder, sha256 in zip(names[setting], dirs, hashes, strict=False):
+            if name and sha256 and name in used and model_sha256(name) != sha256:
+                raise UserError(
+                    f"{setting}: {config_file} is of a training with {folder}, and {os.path.abspath(name)} is not that"
+                    f" model; give --{setting} DIR"
+                )
+
+
 def read_newest_clock(run_dir: Path) -> dict[str, Any]:
     """Return the clock.json of a run's newest checkpoint, unverified; empty if there is none that can be read."""
     checkpoints = checkpoint.list_checkpoints(run_dir)
@@ -50,5 +75,13 @@ def prepared_sha256(folder: Path) -> str | None:
     """Return the SHA-256 of train.bin of prepared data, as its meta.json says; None if the folder is something else."""
     try:
         return read_meta(folder).splits["train"].sha256
+    except UserError:
+        return None
+
+
+def model_sha256(folder: Path | str) -> str | None:
+    """Return the SHA-256 of a model's weights, as its config.json says; None if the folder is something else."""
+    try:
+        return checkpoint.read_model(folder, verify_weights=False).weights_sha256
     except UserError:
         return None

@@ -23,6 +23,7 @@ from tinystories.files import TEMP_SUFFIX, atomic_directory, error_reason, sha25
 from tinystories.model import GPT
 from tinystories.train.optimizer.build import Optimizers, flatten_optimizer_state, load_optimizer_state
 from tinystories.train.step import TrainStep
+from tinystories.train.teacher import TeacherRecord
 from tinystories.weights.load import load_fp32
 from tinystories.weights.names import POSITION_EMBEDDING
 
@@ -46,6 +47,10 @@ class TrainState:
     micro_batch: int = 0  # rows per forward pass; kept on resuming, since it determines the order of sums
     data_sha256: str = ""  # of train.bin
     data_dir: str = ""  # absolute path of the data; "": written by a version that did not store it
+    teacher_dirs: tuple[str, ...] = ()  # absolute paths of the teachers in the settings
+    teacher_sha256: tuple[str, ...] = ()  # of their weights; (): written by a version that did not store them
+    init_dir: str = ""  # absolute path of the model in train.init, and the hash of its weights
+    init_sha256: str = ""
     route: str = ""  # see train/route.py; "": begun with precision "auto" by a version without routes
 
 
@@ -131,6 +136,14 @@ def read_train_state(folder: Path) -> TrainState:
         if getattr(train_state, name) < 0:
             raise UserError(f"{where}: {name} must not be negative")
     return train_state
+
+
+def read_teacher_records(folder: Path, train_state: TrainState) -> list[TeacherRecord]:
+    """Return the teachers that a checkpoint with this train state was trained with; [] if they are not recorded."""
+    names = load_config(folder / "state" / "config.toml").train.teacher
+    if not len(names) == len(train_state.teacher_dirs) == len(train_state.teacher_sha256):
+        return []
+    return list(map(TeacherRecord, names, train_state.teacher_dirs, train_state.teacher_sha256))
 
 
 def check_same_run(folder: Path, config: Config, is_same_data: bool) -> None:

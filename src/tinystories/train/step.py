@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -71,17 +72,19 @@ class TrainStep:
         *,
         previous_micro_batch: int = 0,
         previous_route: str | None = None,
+        teacher_dirs: Sequence[str] = (),
     ) -> None:
         """Initialize the weights from the seed. `config` has numbers in place of "auto" learning rates.
 
         `previous_micro_batch` and `previous_route` are those of the run being resumed (0, None: a new run).
+        `teacher_dirs` are where the teachers in the settings are.
         """
         self.config, self.world = config, world
         self.device = select_device(world.resolve_device(config.train.device))
         self.micro_batch = auto_micro_batch(config, self.device, previous_micro_batch, world)  # or it does not fit
         self.route = select_route(config, self.device, previous_route, world)
         self.precision = self.route.precision
-        teachers = load_teachers(config.train.teacher, config.model, tokenizer, self.device)
+        teachers = load_teachers(teacher_dirs, config.model, tokenizer, self.device)
         torch.manual_seed(config.train.seed)
         self.model = GPT(config.model).to(self.device)
         objective: Any = build_objective(self.model, self.route)

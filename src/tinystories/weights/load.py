@@ -15,7 +15,7 @@ import numpy as np
 from tinystories import checkpoint
 from tinystories.checkpoint import BUNDLED_MODEL, INT8_WEIGHTS, ModelFiles
 from tinystories.config import ModelConfig, SamplingConfig
-from tinystories.errors import UserError, quoted
+from tinystories.errors import UserError, one_line, quoted
 from tinystories.files import atomic_directory
 from tinystories.weights.names import EMBEDDING, POSITION_EMBEDDING, check_weights, expected_shapes
 from tinystories.weights.quantize import (
@@ -77,7 +77,7 @@ def load_or_quantize(files: ModelFiles, precision: Precision) -> Mapping[str, Ar
         try:
             file = open_quantized(path, files.config, precision, metadata)
         except PARSE_ERRORS as error:
-            log.warning("%s cannot be used (%s): quantizing the weights again", path, error)
+            log.warning("%s cannot be used (%s): quantizing the weights again", path, one_line(error))
         else:
             # If not: the model was copied, or its weights were replaced without an update of config.json.
             if not source_stat.items() <= file.metadata.items():
@@ -91,7 +91,7 @@ def load_or_quantize(files: ModelFiles, precision: Precision) -> Mapping[str, Ar
     try:
         write_safetensors(path, tensors, metadata | source_stat)
     except OSError as error:
-        log.warning("%s cannot be written (%s): the next start quantizes again", path, error)
+        log.warning("%s cannot be written (%s): the next start quantizes again", path, one_line(error))
         return tensors
     return SafetensorsFile(path)
 

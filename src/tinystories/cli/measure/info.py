@@ -11,7 +11,7 @@ import click
 from tinystories.cli.common import json_flag
 from tinystories.config import Config
 from tinystories.config_file import PRESETS, load_config
-from tinystories.errors import UserError
+from tinystories.errors import UserError, one_line
 from tinystories.files import read_limited
 from tinystories.train.optimizer.learning_rate import resolve_auto_rates
 
@@ -50,7 +50,7 @@ def info(path: str | None, config_file: str | None, as_card: bool, as_json: bool
         return
     for name, value in facts.items():
         for line, (key, item) in enumerate(value.items() if isinstance(value, dict) else [("", value)]):
-            click.echo(f"{name if line == 0 else '':16}  {key + ' ' if key else ''}{format_fact(item)}")
+            click.echo(f"{name if line == 0 else '':16}  {one_line(key) + ' ' if key else ''}{format_fact(item)}")
     if folder is not None and (folder / CARD_FILE).is_file():
         click.echo("\n" + FRONT_MATTER.sub("", read_or_make_card(folder)), nl=False)
 
@@ -62,10 +62,10 @@ def format_fact(value: object) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, dict):
-        return ", ".join(f"{name} {format_fact(item)}" for name, item in value.items())
+        return ", ".join(f"{one_line(name)} {format_fact(item)}" for name, item in value.items())
     if isinstance(value, list | tuple):
         return "; ".join(map(format_fact, value))
-    return str(value) if value != "" else "-"
+    return one_line(value) if value != "" else "-"
 
 
 def read_or_make_card(folder: Path) -> str:

@@ -93,7 +93,7 @@ def sweep(
     overrides = parse_overrides(context) | ({"data.dir": str(data)} if data else {})
     space = None
     if plan is None or overrides or context.get_parameter_source("config_file") is ParameterSource.COMMANDLINE:
-        space = parse_search_space(read_toml(config_file), config_file, overrides).with_absolute_data()
+        space = parse_search_space(read_toml(config_file), config_file, overrides).with_absolute_paths()
     plan = merge_plan(plan, space, {name: value for name, value in plan_options.items() if value is not None}, out)
     example_config = plan.space.find_valid_config()
     if stored_plan is not None:

@@ -61,6 +61,8 @@ def train(
       tinystories eval runs/nano --data FILE  measure its bits per byte
     It also holds loss.png, samples.md, metrics.jsonl and config.toml.
     """
+    from tinystories.train.run_data import check_recorded_models
+
     out = out or Path("runs") / Path(config_file).stem
     overrides = parse_overrides(context)
     saved_config = out / "config.toml"
@@ -74,6 +76,8 @@ def train(
         return dataclasses.asdict(config)
     if resume and not has_saved_config and World.from_environment().is_main:
         click.echo(f"no run in {out} yet: starting a new one", err=True)
+    if not resume and config_file not in PRESETS:
+        check_recorded_models(Path(config_file), config)
     if data is None:
         check_or_prepare_data(config, out, config_file, resume=resume)
     return run_training(config, out, resume=resume)

@@ -1,13 +1,15 @@
 """Read stories from a text column of Arrow tables: parquet files, and the streams of `datasets`."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any, BinaryIO
 
-from tinystories.data.source.reader import ReadOptions, StoryBatch, batch_texts, decode_text, missing_field_message
+from tinystories.data.source.reader import ReadOptions, StoryBatch, batch_texts, check_text, missing_field_message
 from tinystories.data.tokenizer import sanitize
 from tinystories.errors import UserError
 
-ROWS_PER_BATCH = 1024  # rows per Arrow table, i.e. held in memory at a time
+ROWS_PER_BATCH = 1024  # rows per Arrow table, i.e. held in memory at a time, unless they are long
+TABLE_BYTES = 64 << 20  # of an Arrow table, on average
+LONG_TEXT_BYTES = 16 << 20
 
 
 def read_parquet(where: str, file: BinaryIO, options: ReadOptions, position: Any = None) -> Iterator[StoryBatch]:
@@ -38,20 +40,49 @@ class ParquetRows:
         self.position = position
         self.bytes_read = 0
 
-    def __iter__(self) -> Iterator[str]:
-        first_row = 0  # number of the first row of the next row group, then of the next table
+    def __iter__(self) -> Iterator[bytes]:
+        first_row = 0  # number of the first row of the next row group
         for group in range(self.file.num_row_groups):
             n_rows = self.file.metadata.row_group(group).num_rows
             if first_row + n_rows <= self.position:
                 first_row += n_rows
                 continue
-            for table in self.file.iter_batches(ROWS_PER_BATCH, row_groups=[group], columns=[self.options.text_field]):
-                for value in select_text_column(self.where, table, self.options)[max(0, self.position - first_row) :]:
-                    data = value.as_py() or b""
-                    self.position += 1
-                    self.bytes_read += len(data)
-                    yield decode_text(f"{self.where} row {self.position - 1}", data, self.options)
-                first_row += table.num_rows
+            while (yield from self.read_row_group(group, first_row)) and self.position < first_row + n_rows:
+                pass
+            first_row += n_rows
+
+    def read_row_group(self, group: int, first_row: int) -> Generator[bytes, None, bool]:
+        """Yield the texts of a row group from row `position` on; return whether it ended early, after a long one.
+
+        Arrow holds several times the size of a long text until the row group is closed.
+        """
+        import pyarrow as pa
+
+        n_batch = count_batch_rows(self.file.metadata.row_group(group), self.options.text_field)
+        tables = self.file.iter_batches(n_batch, row_groups=[group], columns=[self.options.text_field])
+        for table in tables:
+            column = select_text_column(self.where, table, self.options)
+            values = column[max(0, self.position - first_row) :].to_pylist()[::-1]
+            first_row += table.num_rows
+            del table, column
+            if has_long_text := any(value and len(value) > LONG_TEXT_BYTES for value in values):
+                tables.close()
+                pa.default_memory_pool().release_unused()
+            while values:
+                data = values.pop() or b""
+                self.position += 1
+                self.bytes_read += len(data)
+                yield check_text(f"{self.where} row {self.position - 1}", data, self.options)
+            if has_long_text:
+                return True
+        return False
+
+
+def count_batch_rows(row_group: Any, field: str) -> int:
+    """Return how many rows of a row group to hold in memory at a time: fewer if they are long on average."""
+    columns = (row_group.column(i) for i in range(row_group.num_columns))
+    size = sum(column.total_uncompressed_size for column in columns if column.path_in_schema == field)
+    return max(1, min(ROWS_PER_BATCH, TABLE_BYTES * row_group.num_rows // max(1, size)))
 
 
 def select_text_column(where: str, table: Any, options: ReadOptions) -> Any:

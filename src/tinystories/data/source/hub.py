@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tinystories.data.source.arrow import ROWS_PER_BATCH, select_text_column
-from tinystories.data.source.reader import ReadOptions, StoryBatch, batch_texts, decode_text, read_txt
+from tinystories.data.source.reader import ReadOptions, StoryBatch, batch_texts, check_text, read_txt
 from tinystories.data.source.timeout import call_with_timeout
 from tinystories.data.tokenizer import sanitize
 from tinystories.errors import UserError
@@ -165,7 +165,7 @@ class HubRows:
     def position(self) -> list[Any]:
         return [self.dataset_state, self.rows_after_state, self.row_index]
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[bytes]:
         first_row, end_row = self.source.rows
         if self.dataset_state is not None:
             self.dataset.load_state_dict(self.dataset_state)
@@ -180,5 +180,5 @@ class HubRows:
                     self.bytes_read + len(data),
                 )
                 if self.row_index > first_row:
-                    yield decode_text(f"{self.source.name} row {self.row_index - 1}", data, self.options)
+                    yield check_text(f"{self.source.name} row {self.row_index - 1}", data, self.options)
             self.dataset_state, self.rows_after_state = self.dataset.state_dict(), 0

@@ -2,10 +2,12 @@
 
 import csv
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO, Literal, Protocol, runtime_checkable
 
+from tinystories.data.source.long_rows import LONG_ROW_BYTES, extract_json_text, parse_csv_row, repair_utf8
 from tinystories.data.tokenizer import END, sanitize
 from tinystories.errors import UserError
 
@@ -101,11 +103,9 @@ def parse_txt_batch(where: str, pieces: list[bytes], start: int, options: ReadOp
     for number, story in enumerate(stories):
         if not story.isascii() or b"\r" in story:
             try:
-                story.decode()
+                story = repair_utf8(story, options.errors)
             except UnicodeDecodeError:
-                # Decode the whole batch: with errors="strict" this raises an error with the byte offset in the file.
-                decode_text(where, END.encode().join(pieces), options, start)
-                story = story.decode("utf-8", "replace").encode()
+                check_text(where, END.encode().join(pieces), options, start)  # an error with the offset in the file
             stories[number] = story.replace(b"\r\n", b"\n")
     size = sum(map(len, pieces)) + len(END) * len(pieces)
     return StoryBatch(stories, len(pieces) - len(stories), start + size, size)
@@ -121,26 +121,32 @@ def read_jsonl(where: str, file: BinaryIO, options: ReadOptions, position: Any =
     yield from batch_texts(parse_jsonl(where, lines, options), lines)
 
 
-def parse_jsonl(where: str, lines: "LineReader", options: ReadOptions) -> Iterator[str]:
+def parse_jsonl(where: str, lines: "LineReader", options: ReadOptions) -> Iterator[bytes]:
     """Yield the text field of each JSON line; blank lines are skipped. Raises `UserError` with the line number."""
     for line in lines:
-        # Without its newline, so that `strip` usually has nothing to copy: a line may be long.
-        if not (text := decode_text(where, line.rstrip(b"\r\n"), options, lines.start_offset).strip()):
-            continue
-        try:
-            row = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            reason = (
-                f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else sanitize(error)
-            )
-            raise UserError(
-                f"{where} line {lines.line_number}: invalid JSON: {reason}; fix or remove the line"
-            ) from None
-        if not isinstance(row, dict):
-            raise UserError(
-                f"{where} line {lines.line_number}: expected a JSON object with the field {options.text_field!r}"
-            )
-        yield get_text_field(row, f"{where} line {lines.line_number}", options)
+        text = None
+        if len(line) > LONG_ROW_BYTES:
+            line = check_text(where, line, options, lines.start_offset)
+            text = extract_json_text(line, options.text_field, options.errors)
+        if text is None:
+            if not (row := decode_text(where, line, options, lines.start_offset).strip()):
+                continue
+            text = parse_json_line(row, f"{where} line {lines.line_number}", options).encode()
+            del row
+        del line  # while the story is tokenized, it is in memory only once
+        yield text
+
+
+def parse_json_line(text: str, where: str, options: ReadOptions) -> str:
+    """Return the text field of a JSON line. Raises `UserError` if the line, or the field, is not valid."""
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else sanitize(error)
+        raise UserError(f"{where}: invalid JSON: {reason}; fix or remove the line") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: expected a JSON object with the field {options.text_field!r}")
+    return get_text_field(row, where, options)
 
 
 def get_text_field(row: dict[str, Any], where: str, options: ReadOptions) -> str:
@@ -170,14 +176,15 @@ def read_csv(where: str, file: BinaryIO, options: ReadOptions, position: Any = N
     """Yield batches of a CSV file (RFC 4180) with a header line. `position` is [byte offset, number of lines read]."""
     csv.field_size_limit(MAX_STORY_BYTES)  # a process-wide setting, csv offers no other; the default is 128 KB
     lines = LineReader(where, file, None)
-    columns = next(parse_csv_rows(where, lines, options), [])
+    header = next(parse_csv_rows(where, lines, options), [])
+    columns = [name.decode() if isinstance(name, bytes) else name for name in header]
     if options.text_field not in columns:
         raise UserError(missing_field_message(where, options, columns))
     lines = LineReader(where, file, position or lines.position)
     yield from batch_texts(parse_csv(where, lines, columns, options), lines)
 
 
-def parse_csv(where: str, lines: "LineReader", columns: list[str], options: ReadOptions) -> Iterator[str]:
+def parse_csv(where: str, lines: "LineReader", columns: list[str], options: ReadOptions) -> Iterator[bytes]:
     """Yield the text column of each row. Raises `UserError` if a row has more or fewer fields than the header."""
     column = columns.index(options.text_field)
     for row in parse_csv_rows(where, lines, options):
@@ -187,18 +194,52 @@ def parse_csv(where: str, lines: "LineReader", columns: list[str], options: Read
                 ' put fields that contain commas in quotes: "..."'
             )
         if row:
-            yield row[column]
+            text = row[column]
+            yield text.encode() if isinstance(text, str) else text
 
 
-def parse_csv_rows(where: str, lines: "LineReader", options: ReadOptions) -> Iterator[list[str]]:
-    """Yield the fields of each row. Raises `UserError` with the number of the line on which a broken row starts."""
+def parse_csv_rows(where: str, lines: "LineReader", options: ReadOptions) -> Iterator[list[str] | list[bytes]]:
+    """Yield the fields of each row; those of a long row in UTF-8.
+
+    Raises `UserError` with the number of the line on which a broken row starts.
+    """
     first_line = lines.line_number + 1  # a quoted field may span several lines
+    start: list[bytes] = []  # the lines of the row that have been read
     try:
-        for row in csv.reader((decode_text(where, line, options, lines.start_offset) for line in lines), strict=True):
+        rows = csv.reader(short_rows(where, lines, options, start), strict=True)
+        while True:
+            row: list[str] | list[bytes] | None
+            try:
+                row = next(rows, None)
+            except LongRow:
+                texts = (check_text(where, line, options, lines.start_offset) for line in itertools.chain(start, lines))
+                row = parse_csv_row(texts, MAX_STORY_BYTES)
+                rows = csv.reader(short_rows(where, lines, options, start), strict=True)
+            if row is None:
+                return
+            start.clear()
             yield row
             first_line = lines.line_number + 1
     except csv.Error as error:
         raise UserError(f"{where} line {first_line}: invalid CSV: {sanitize(error)}; fix the row") from None
+
+
+class LongRow(Exception):
+    """A row of a CSV file is longer than LONG_ROW_BYTES."""
+
+
+def short_rows(where: str, lines: "LineReader", options: ReadOptions, start: list[bytes]) -> Iterator[str]:
+    """Yield lines for `csv.reader`, and append them to `start`, which the caller clears after every row.
+
+    Raises `LongRow` instead of yielding the line with which a row becomes long.
+    """
+    size = 0
+    for line in lines:
+        size = size + len(line) if start else len(line)
+        start.append(line)
+        if size > LONG_ROW_BYTES:
+            raise LongRow
+        yield decode_text(where, line, options, lines.start_offset)
 
 
 class LineReader:
@@ -213,16 +254,19 @@ class LineReader:
         file.seek(self.end_offset)
 
     def __iter__(self) -> Iterator[bytes]:
-        while line := self.file.readline(MAX_STORY_BYTES):
-            self.start_offset = self.end_offset
-            self.end_offset += len(line)
-            self.line_number += 1
-            if len(line) == MAX_STORY_BYTES:
-                raise UserError(
-                    f"{self.where} line {self.line_number}: longer than {MAX_STORY_BYTES >> 20} MB;"
-                    " put one story per line"
-                )
-            yield line
+        return self
+
+    def __next__(self) -> bytes:  # not a generator, which would keep a long line
+        if not (line := self.file.readline(MAX_STORY_BYTES)):
+            raise StopIteration
+        self.start_offset = self.end_offset
+        self.end_offset += len(line)
+        self.line_number += 1
+        if len(line) == MAX_STORY_BYTES:
+            raise UserError(
+                f"{self.where} line {self.line_number}: longer than {MAX_STORY_BYTES >> 20} MB; put one story per line"
+            )
+        return line
 
     @property
     def position(self) -> list[int]:
@@ -234,17 +278,18 @@ class LineReader:
         return self.end_offset
 
 
-def batch_texts(texts: Iterable[str], cursor: Cursor) -> Iterator[StoryBatch]:
+def batch_texts(texts: Iterable[bytes], cursor: Cursor) -> Iterator[StoryBatch]:
     """Strip texts, normalize newlines, and group them into batches of BATCH_BYTES or more; `cursor` follows `texts`."""
     stories: list[bytes] = []
     n_empty, bytes_before, size = 0, cursor.bytes_read, 0
     for text in texts:
-        if story := text.encode().replace(b"\r\n", b"\n").strip():
+        if story := text.replace(b"\r\n", b"\n").strip():
             stories.append(story)
             size += len(story)
         else:
             n_empty += 1
         if size >= BATCH_BYTES:
+            del text, story  # a long story is not kept in memory twice
             yield StoryBatch(stories, n_empty, cursor.position, cursor.bytes_read - bytes_before)
             stories, n_empty, bytes_before, size = [], 0, cursor.bytes_read, 0
     yield StoryBatch(stories, n_empty, cursor.position, cursor.bytes_read - bytes_before)
@@ -255,12 +300,23 @@ def decode_text(where: str, data: bytes, options: ReadOptions, start: int = 0) -
     try:
         return data.decode("utf-8", options.errors)
     except UnicodeDecodeError as error:
-        byte = data[error.start]
-        raise UserError(
-            f"{where}: byte {start + error.start} (0x{byte:02x}) is not UTF-8;"
-            " convert the file (from Windows-1252 or Latin-1: iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW),"
-            " or pass --errors replace to substitute U+FFFD"
-        ) from None
+        raise UserError(not_utf8_message(where, error, start)) from None
+
+
+def check_text(where: str, data: bytes, options: ReadOptions, start: int = 0) -> bytes:
+    """Return text that is UTF-8 as it is, and other text as `decode_text` decodes it, encoded again."""
+    try:
+        return repair_utf8(data, options.errors)
+    except UnicodeDecodeError as error:
+        raise UserError(not_utf8_message(where, error, start)) from None
+
+
+def not_utf8_message(where: str, error: UnicodeDecodeError, start: int) -> str:
+    return (
+        f"{where}: byte {start + error.start} (0x{error.object[error.start]:02x}) is not UTF-8;"
+        " convert the file (from Windows-1252 or Latin-1: iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW),"
+        " or pass --errors replace to substitute U+FFFD"
+    )
 
 
 def skip_bom(file: BinaryIO) -> int:
