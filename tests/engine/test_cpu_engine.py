@@ -199,7 +199,10 @@ def test_packing_changes_no_weight_by_more_than_half_a_step(weight: np.ndarray) 
 def test_packed_products_are_those_of_the_unpacked_matrices(
     build: Build, sample_data: Path, tmp_path: Path, precision: load.Precision, shape: dict[str, object]
 ) -> None:
-    """An engine makes of packed weights what fp32 makes of their values, but for the integers of x: 16 bits, or 8."""
+    """An engine makes of packed weights what fp32 makes of their values.
+
+    Except for the integers of x, which have 16 bits or 8, and the keys and values, which have 16.
+    """
     files = checkpoint.read_model(saved(tmp_path / "model", build(**shape | {"vocab_size": 400}), sample_data))
     shapes = expected_shapes(files.config)
     load.load_or_quantize(files, precision)  # which writes them
@@ -216,7 +219,7 @@ def test_packed_products_are_those_of_the_unpacked_matrices(
             plain[name] = quantize.dequantize_int4(packed[f"{name}.int4"], packed[f"{name}.scales"], *size)
         plain[name] = np.ascontiguousarray(plain[name], dtype=np.float32)
     a, b = CpuEngine(files.config, packed), CpuEngine(files.config, plain)
-    tolerance = 2e-3 if precision == "int8" else 0.2
+    tolerance = 4e-3 if precision == "int8" else 0.25
     close(a.prefill(0, IDS), b.prefill(0, IDS), tolerance=tolerance)
     for i in range(1, 5):
         a.prefill(0, IDS[:i])

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import mmap
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -40,7 +41,9 @@ class CpuEngine:
         generate but not score. Raises UserError if the KV cache would not fit in memory.
         """
         n_slots = engine_config.n_slots
-        n_bytes = 8 * n_slots * config.n_layer * config.kv_heads * config.n_ctx * config.head_dim
+        # fp32 weights are for results that are as near as possible to the torch engine's.
+        self.kv_dtype = np.float16 if any(name.endswith((".int8", ".int4")) for name in weights) else np.float32
+        n_bytes = 2 * n_slots * kv_bytes(config, self.kv_dtype)
         if n_bytes > total_memory_bytes():
             raise UserError(
                 f"{n_slots:,} slots need {n_bytes / 1e9:,.1f} GB of memory, more than this machine has; use fewer"
@@ -81,7 +84,7 @@ class CpuEngine:
     @functools.cached_property
     def kv_cache(self) -> "CpuKVCache":
         """The cache of the slots, allocated on first use."""
-        return CpuKVCache(self.config, self.n_slots)
+        return CpuKVCache(self.config, self.n_slots, self.kv_dtype)
 
     @contextlib.contextmanager
     def scoring_cache(self) -> Iterator["CpuKVCache"]:
@@ -92,7 +95,7 @@ class CpuEngine:
         try:
             cache = self._idle_scoring_caches.pop()
         except IndexError:
-            cache = CpuKVCache(self.config, 1)
+            cache = CpuKVCache(self.config, 1, self.kv_dtype)
         yield cache
         self._idle_scoring_caches.append(cache)
 
@@ -151,18 +154,39 @@ class CpuEngine:
 
 
 class CpuKVCache:
-    """KV cache: keys and values, each (layers, slots, KV heads, S, D) fp32.
+    """KV cache: keys and values, each (layers, slots, KV heads, S, D) in fp32 or fp16.
 
-    The operating system commits its memory as it is written, so unused slots and positions cost nothing.
+    The operating system commits its memory in small pages as they are written, so unused slots and positions cost
+    nothing.
     """
 
-    def __init__(self, config: ModelConfig, n_slots: int) -> None:
-        shape = (config.n_layer, n_slots, config.kv_heads, config.n_ctx, config.head_dim)
+    def __init__(self, config: ModelConfig, n_slots: int, dtype: type = np.float32) -> None:
         try:
-            self.keys, self.values = np.empty(shape, np.float32), np.empty(shape, np.float32)
-        except MemoryError:
+            self.keys, self.values = (allocate_untouched(n_slots * kv_bytes(config, dtype)) for _ in range(2))
+        except (MemoryError, OSError):
             raise UserError(f"not enough memory for {n_slots:,} slots; use fewer") from None
-        self.address = KVCacheAddress(self.keys.ctypes.data, self.values.ctypes.data, n_slots)
+        self.address = KVCacheAddress(
+            self.keys.ctypes.data, self.values.ctypes.data, n_slots, np.dtype(dtype) == np.float16
+        )
+
+
+def kv_bytes(config: ModelConfig, dtype: type) -> int:
+    """Return the bytes of the keys, or of the values, of a slot."""
+    return config.n_layer * config.kv_heads * config.n_ctx * config.head_dim * np.dtype(dtype).itemsize
+
+
+def allocate_untouched(n_bytes: int) -> npt.NDArray[np.uint8]:
+    """Return zeros, of which the operating system commits a page of a few kilobytes when it is first written.
+
+    NumPy asks Linux for pages of 2 MB, each of which would hold positions of many layers and slots.
+    """
+    if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
+        return np.zeros(n_bytes, dtype=np.uint8)
+    memory = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without large pages
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, dtype=np.uint8)
 
 
 def total_memory_bytes() -> float:

@@ -9,7 +9,15 @@ import numpy.typing as npt
 
 from tinystories.config import ModelConfig
 from tinystories.engine.cpu import jit
-from tinystories.engine.cpu.kernels.layout import CALL, LAYER, MAX_PHASES, MODEL, PHASES_PER_LAYER
+from tinystories.engine.cpu.kernels.layout import (
+    CALL,
+    LAYER,
+    MAX_PHASES,
+    MODEL,
+    PHASES_PER_LAYER,
+    SCORE_CHUNK,
+    TILE_ROWS,
+)
 from tinystories.engine.cpu.thread_pool import shared_pool
 from tinystories.engine.cpu.weight_table import WeightTable
 from tinystories.errors import UserError
@@ -23,11 +31,12 @@ MIN_SHARED_BYTES = 20_000_000
 
 
 class KVCacheAddress(NamedTuple):
-    """Where a KV cache is: addresses of its keys and values, each (layers, n_slots, KV heads, S, D) fp32."""
+    """Where a KV cache is: addresses of its keys and values, each (layers, n_slots, KV heads, S, D) in fp32 or fp16."""
 
     keys: int
     values: int
     n_slots: int
+    is_f16: bool = False
 
 
 class Runtime:
@@ -48,7 +57,7 @@ class Runtime:
         `shortlist`: ids whose rows of the LM head are computed; the logits of all other ids are -inf. Calls that
         multiply fewer than `min_shared_bytes` (bytes of weights times rows) use one thread, others all.
         """
-        if PHASES_PER_LAYER * config.n_layer >= MAX_PHASES:
+        if PHASES_PER_LAYER * config.n_layer + 2 > MAX_PHASES:
             raise UserError(f"the CPU engine does not support {config.n_layer:,} layers; use --engine torch")
         self.config, self.n_threads, self.shortlist = config, threads, shortlist
         self.min_shared_bytes = min_shared_bytes
@@ -64,19 +73,22 @@ class Runtime:
 
         `ids`, `slots`, `positions` (n_rows,): each row's token, KV cache slot and position in it. Rows of the same slot
         must be in ascending order of position. The KV cache is read and written. Calls are serialized by the pool's
-        lock. Raises IndexError if there are too many rows, or a slot or position is out of range.
+        lock. Raises IndexError if there are too many rows, or an id, slot or position is out of range.
         """
         workspace, call, n_rows = self.workspace, self.workspace.table, len(ids)
-        in_range = (slots >= 0) & (slots < cache.n_slots) & (positions >= 0) & (positions < self.config.n_ctx)
-        if not (0 <= first_logits_row <= n_rows <= MAX_ROWS and in_range.all()):
-            raise IndexError("rows, slots or positions out of range")
+        if not 0 <= first_logits_row <= n_rows <= MAX_ROWS:
+            raise IndexError("rows out of range")
         n_threads = self.n_threads if n_rows * self.weight_table.n_bytes >= self.min_shared_bytes else 1
         pool = shared_pool()  # not kept: after a fork the child needs a new one
         with pool.lock:  # also guards the workspace: callers may be several threads
-            workspace.x[:n_rows] = self.weight_table.embed(ids, positions)
-            workspace.slots[:n_rows], workspace.positions[:n_rows] = slots, positions
+            rows = workspace.rows[:, :n_rows]
+            rows[0], rows[1], rows[2] = ids, slots, positions
+            # As unsigned numbers, negative ones are too large.
+            limits = (self.config.vocab_size, cache.n_slots, self.config.n_ctx)
+            if not (rows.view(np.uint64) < np.array(limits, dtype=np.uint64)[:, None]).all():
+                raise IndexError("ids, slots or positions out of range")
             call[CALL.n_rows], call[CALL.first_logits_row] = n_rows, first_logits_row
-            call[CALL.keys], call[CALL.values], call[CALL.n_slots] = cache
+            call[CALL.keys], call[CALL.values], call[CALL.n_slots], call[CALL.kv_is_f16] = cache
             tables = self.weight_table.table_address, workspace.table_address
             pool.run(functools.partial(self.forward, *tables, self.config.norm_eps), n_threads)
             if self.shortlist is None:
@@ -97,9 +109,9 @@ class Workspace:
         self.table = np.zeros(CALL.size, dtype=np.int64)
         self.table_address = self.table.ctypes.data
         self._keepalive: list[Array] = []
-        self.positions = self.allocate(CALL.positions, (MAX_ROWS,), np.int64)
-        self.slots = self.allocate(CALL.slots, (MAX_ROWS,), np.int64)
-        self.x = self.allocate(CALL.x, (MAX_ROWS, C))
+        self.rows = self.allocate(CALL.ids, (3, MAX_ROWS), np.int64)  # ids, slots, positions
+        self.table[CALL.slots], self.table[CALL.positions] = (self.rows[i].ctypes.data for i in (1, 2))
+        self.allocate(CALL.x, (MAX_ROWS, C))
         self.logits = self.allocate(CALL.logits, (MAX_ROWS, weight_table.padded_out(MODEL.lm_head)))
         self.allocate(CALL.attn_out, (MAX_ROWS, attn_width))
         for field, writer in (
@@ -114,9 +126,10 @@ class Workspace:
         # Scratch of each thread. Its memory map is at `ThreadContext` in kernels/memory.py, where `make_context`
         # computes the same offsets: change both together. Per row: x (4 bytes a column), quantized x (2 bytes a
         # column), its scale (4 bytes), and for each group the sum and the scale (4 bytes each). n_ctx matters because
-        # attention keeps the weights of a whole context in x. Rounding up to pages keeps threads off each other's cache
-        # lines.
-        width = round_up(max(C, attn_width, config.n_ff, -(-config.n_ctx // MAX_ROWS)), GROUP_SIZE)
+        # attention keeps the weights of whole contexts, and their sums, in x. Rounding up to pages keeps threads off
+        # each other's cache lines.
+        score_floats = TILE_ROWS * (round_up(config.n_ctx, SCORE_CHUNK) + 1)
+        width = round_up(max(C, attn_width, config.n_ff, -(-score_floats // MAX_ROWS)), GROUP_SIZE)
         scratch_bytes = round_up(MAX_ROWS * (4 * width + 2 * width + 4 + 2 * 4 * width // GROUP_SIZE), 4096)
         self.allocate(CALL.scratch, (n_threads, scratch_bytes), np.uint8)
         self.table[CALL.scratch_stride], self.table[CALL.scratch_width] = scratch_bytes, width

@@ -7,11 +7,11 @@ import numpy as np
 import numpy.typing as npt
 
 from tinystories.config import ModelConfig
-from tinystories.engine.cpu.kernels.layout import ACTIVATIONS, FP32, KINDS, LAYER, MATRIX, MODEL
+from tinystories.engine.cpu.kernels.layout import ACTIVATIONS, FP32, INT8_ROWS, KINDS, LAYER, MATRIX, MODEL
 from tinystories.errors import UserError
 from tinystories.position_tables import build_rope_tables, build_sinusoid_table
 from tinystories.weights.names import EMBEDDING, LM_HEAD, POSITION_EMBEDDING, expected_shapes
-from tinystories.weights.quantize import DEQUANTIZERS, block_rows, gather_rows, quantized_sizes, round_up
+from tinystories.weights.quantize import block_rows, gather_rows, quantized_sizes, round_up
 
 Array = npt.NDArray[Any]
 # Fields of a layer and the weights that they describe, if the model has them.
@@ -36,7 +36,7 @@ SHORTLIST_HEAD = "shortlist.weight"  # in memory only: the shortlist's rows of t
 
 
 class WeightTable:
-    """The model table (`ModelLayout`) with the addresses of the weights; also embeds tokens.
+    """The model table (`ModelLayout`) with the addresses of the weights.
 
     `table_address` is passed to the machine code. The arrays must stay alive as long as the table is used. Raises
     UserError if a weight does not have the size or dtype that `config` implies.
@@ -66,7 +66,7 @@ class WeightTable:
                 self.add_vector(layer_base + field, prefix + name)
             for field, name in LAYER_MATRICES.items():
                 self.add_matrix(layer_base + field, prefix + name)
-        self.position_embedding = self.make_position_tables()
+        self.add_embedding()
 
     def tensor_address(self, name: str, dtype: type, size: int) -> int:
         """Return the address of a weight; raise UserError unless it has this dtype and number of elements.
@@ -108,36 +108,28 @@ class WeightTable:
         """Return the padded out_features of the matrix that is described at index `base`."""
         return int(self.table[base + MATRIX.padded_out])
 
-    def make_position_tables(self) -> Array | None:
-        """Return the (S, C) position embeddings of a classic model.
-
-        For a modern model, write the addresses of the RoPE tables to the model table and return None.
-        """
-        config = self.config
+    def add_embedding(self) -> None:
+        """Describe the token embedding and, for a classic model, the position embeddings (S, C)."""
+        base, table, config = MODEL.embedding, self.table, self.config
+        self._keepalive: tuple[Array, ...]
+        if f"{EMBEDDING}.rows" in self.weights:
+            values, scales = quantized_sizes("rows", config.vocab_size, config.n_embd)
+            table[base + MATRIX.kind] = INT8_ROWS
+            table[base + MATRIX.weights] = self.tensor_address(f"{EMBEDDING}.rows", *values)
+            table[base + MATRIX.scales] = self.tensor_address(f"{EMBEDDING}.scales", *scales)
+        else:  # tied to the LM head, or fp32
+            n_bytes = self.n_bytes
+            self.add_matrix(base, EMBEDDING.removesuffix(".weight"))
+            self.n_bytes = n_bytes  # only some rows are read
         if config.learned_positions:
-            return self.weights[POSITION_EMBEDDING].reshape(config.n_ctx, config.n_embd)
-        if config.architecture == "classic":
-            return build_sinusoid_table(config.n_ctx, config.n_embd)
-        self._keepalive = build_rope_tables(config.n_ctx, config.head_dim, config.rope_base)
-        self.table[MODEL.rope_cos], self.table[MODEL.rope_sin] = (table.ctypes.data for table in self._keepalive)
-        return None
-
-    def embed(self, ids: Array, positions: Array) -> Array:
-        """Return the embeddings (B, C) of the tokens, fp32, position embeddings included."""
-        weights, C = self.weights, self.config.n_embd
-        if EMBEDDING in weights:
-            x = weights[EMBEDDING][ids]
-        elif f"{EMBEDDING}.rows" in weights:
-            x = weights[f"{EMBEDDING}.rows"][ids] * weights[f"{EMBEDDING}.scales"][ids, None]
-        else:  # tied to the quantized LM head: dequantize the blocks of rows that contain the ids
-            precision = block_precision(weights, EMBEDDING)
-            size = block_rows(precision)
-            n_blocks = round_up(self.config.vocab_size, size) // size
-            values, scales = (weights[f"{EMBEDDING}.{part}"].reshape(n_blocks, -1) for part in (precision, "scales"))
-            values, scales = (array[ids // size].reshape(-1) for array in (values, scales))
-            rows = DEQUANTIZERS[precision](values, scales, size * len(ids), C)
-            x = rows.reshape(len(ids), size, C)[np.arange(len(ids)), ids % size]
-        return x if self.position_embedding is None else x + self.position_embedding[positions]
+            n = config.n_ctx * config.n_embd
+            table[MODEL.position_embedding] = self.tensor_address(POSITION_EMBEDDING, np.float32, n)
+        elif config.architecture == "classic":
+            self._keepalive = (build_sinusoid_table(config.n_ctx, config.n_embd),)
+            table[MODEL.position_embedding] = self._keepalive[0].ctypes.data
+        else:
+            self._keepalive = build_rope_tables(config.n_ctx, config.head_dim, config.rope_base)
+            table[MODEL.rope_cos], table[MODEL.rope_sin] = (array.ctypes.data for array in self._keepalive)
 
 
 def block_precision(weights: Mapping[str, Array], name: str) -> str:

@@ -7,16 +7,12 @@ import numpy as np
 from numba import carray, types
 
 from tinystories.engine.cpu.kernels.attention import attention, write_kv
+from tinystories.engine.cpu.kernels.elementwise import apply_gelu_erf, apply_gelu_tanh, apply_relu, multiply_by_silu
+from tinystories.engine.cpu.kernels.embedding import embed
 from tinystories.engine.cpu.kernels.layout import CALL, GELU_ERF, GELU_TANH, LAYER, MATRIX, MODEL, PHASES_PER_LAYER
-from tinystories.engine.cpu.kernels.matmul import (
-    copy_and_quantize,
-    matmul_add_residual,
-    matmul_rows,
-    opaque_zero,
-    quantize_rows,
-)
-from tinystories.engine.cpu.kernels.memory import FASTMATH, make_context, njit, view_f32
-from tinystories.engine.cpu.kernels.scalar_math import exp, gelu_erf, gelu_tanh, layer_or_rms_norm
+from tinystories.engine.cpu.kernels.matmul import matmul_add_residual, matmul_rows, opaque_zero, quantize_rows
+from tinystories.engine.cpu.kernels.memory import make_context, njit
+from tinystories.engine.cpu.kernels.norm import layer_or_rms_norm
 from tinystories.engine.cpu.kernels.work_queue import claim_piece, finish_piece
 
 # The phases of a layer. Each reads only what earlier phases have completed.
@@ -29,13 +25,11 @@ def norm_and_quantize(m, c, norm, base, ctx):
 
     `norm` is the index in `m` of the address of the norm's weight; that of its bias follows (0 for RMSNorm).
     """
-    n_rows, C = c[CALL.n_rows], m[MODEL.n_embd]
-    x, y, weight = view_f32(c[CALL.x], n_rows * C), view_f32(ctx.x, n_rows * C), view_f32(m[norm], C)
-    bias = view_f32(m[norm + 1], C) if m[norm + 1] else weight  # RMSNorm ignores it
-    for b in range(n_rows):
-        row = slice(b * C, (b + 1) * C)
-        layer_or_rms_norm(x[row], weight, bias, m[MODEL.modern] == 1, ctx.eps, y[row])
-    quantize_rows(m, c, base, ctx)
+    C = m[MODEL.n_embd]
+    for b in range(c[CALL.n_rows]):
+        x, y = c[CALL.x] + 4 * C * b, ctx.x + 4 * C * b
+        layer_or_rms_norm(x, C, m[norm], m[norm + 1], m[MODEL.modern] == 1, ctx.eps, y)
+    quantize_rows(m, c, base, ctx.x, C, ctx)
 
 
 @njit
@@ -44,26 +38,21 @@ def feed_forward(m, c, layer_base, ctx):
 
     Reads x from `ctx.x` and writes to c[CALL.mlp_hidden]. The down projection is the next phase.
     """
-    n_rows, padded_out = c[CALL.n_rows], m[layer_base + LAYER.up + MATRIX.padded_out]
+    padded_out = m[layer_base + LAYER.up + MATRIX.padded_out]
     lo, hi = matmul_rows(m, c, layer_base + LAYER.up, opaque_zero(m), c[CALL.mlp_hidden], ctx)
-    hidden = view_f32(c[CALL.mlp_hidden], n_rows * padded_out)
-    gate = view_f32(c[CALL.gate], n_rows * padded_out)
     if m[MODEL.modern]:  # `gate` has the shape of `up`, so this piece is the same columns lo:hi of both
         matmul_rows(m, c, layer_base + LAYER.gate, opaque_zero(m), c[CALL.gate], ctx)
-    for b in range(n_rows):
-        columns = range(b * padded_out + lo, b * padded_out + hi)
+    for b in range(c[CALL.n_rows]):
+        offset = 4 * (b * padded_out + lo)
+        hidden, gate = c[CALL.mlp_hidden] + offset, c[CALL.gate] + offset
         if m[MODEL.modern]:
-            for i in columns:
-                hidden[i] *= gate[i] / (np.float32(1) + exp(-gate[i]))
+            multiply_by_silu((hidden,), (hidden, gate), hi - lo, ())
         elif m[MODEL.activation] == GELU_TANH:
-            for i in columns:
-                hidden[i] = gelu_tanh(hidden[i])
+            apply_gelu_tanh((hidden,), (hidden,), hi - lo, ())
         elif m[MODEL.activation] == GELU_ERF:
-            for i in columns:
-                hidden[i] = gelu_erf(hidden[i])
+            apply_gelu_erf((hidden,), (hidden,), hi - lo, ())
         else:
-            for i in columns:
-                hidden[i] = max(hidden[i], np.float32(0))
+            apply_relu((hidden,), (hidden,), hi - lo, ())
 
 
 @njit
@@ -76,18 +65,21 @@ def prepare_rows(m, c, layer_base, step, ctx):
         norm_and_quantize(m, c, layer_base + LAYER.input_norm, layer_base + LAYER.q, ctx)
     elif step == ATTENTION_OUT:
         attn_width = m[layer_base + LAYER.o + MATRIX.in_features]
-        copy_and_quantize(m, c, layer_base + LAYER.o, c[CALL.attn_out], attn_width, ctx)
+        quantize_rows(m, c, layer_base + LAYER.o, c[CALL.attn_out], attn_width, ctx)
     elif step == MLP_UP:
         norm_and_quantize(m, c, layer_base + LAYER.post_norm, layer_base + LAYER.up, ctx)
     elif step == MLP_DOWN:
         hidden_width = m[layer_base + LAYER.up + MATRIX.padded_out]
-        copy_and_quantize(m, c, layer_base + LAYER.down, c[CALL.mlp_hidden], hidden_width, ctx)
+        quantize_rows(m, c, layer_base + LAYER.down, c[CALL.mlp_hidden], hidden_width, ctx)
 
 
 @njit
 def run_piece(m, c, phase, is_prepared, ctx):
     """Compute one piece of a phase. `is_prepared`: this thread's scratch already has the rows of this phase."""
-    layer, step = phase // PHASES_PER_LAYER, phase % PHASES_PER_LAYER
+    if phase == 0:
+        embed(m, c, ctx)
+        return
+    layer, step = (phase - 1) // PHASES_PER_LAYER, (phase - 1) % PHASES_PER_LAYER
     if layer == m[MODEL.n_layer]:  # final norm and LM head, only for the rows whose logits the caller wants
         if not is_prepared:
             norm_and_quantize(m, c, MODEL.norm, MODEL.lm_head, ctx)
@@ -114,8 +106,8 @@ def run_piece(m, c, phase, is_prepared, ctx):
 
 @njit
 def count_phases(m, c):
-    """Return the number of phases of a call. The last one computes the logits, if any are wanted."""
-    return PHASES_PER_LAYER * m[MODEL.n_layer] + (1 if c[CALL.first_logits_row] < c[CALL.n_rows] else 0)
+    """Return the number of phases of a call. The first embeds, the last computes the logits, if any are wanted."""
+    return 1 + PHASES_PER_LAYER * m[MODEL.n_layer] + (1 if c[CALL.first_logits_row] < c[CALL.n_rows] else 0)
 
 
 SIGNATURE = types.void(
@@ -137,7 +129,7 @@ def make_entry_point() -> Any:
     queue has changed and returns: only the holder of a piece may read the tables, since no call completes without it.
     """
 
-    @numba.cfunc(SIGNATURE, fastmath=FASTMATH, error_model="numpy")
+    @numba.cfunc(SIGNATURE, error_model="numpy")
     def tinystories_forward(model, call, eps, queue, epoch, n_pieces, thread):
         prepared_phase = -1
         while True:

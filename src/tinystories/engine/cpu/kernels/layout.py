@@ -6,7 +6,7 @@ in as constants. The default of each field is its index.
 
 from typing import NamedTuple
 
-FP32, INT8, INT4 = 0, 1, 2  # MatrixLayout.kind
+FP32, INT8, INT4, INT8_ROWS = 0, 1, 2, 3  # MatrixLayout.kind; INT8_ROWS: an embedding, in plain row order
 KINDS = {"fp32": FP32, "int8": INT8, "int4": INT4}
 RELU, GELU_TANH, GELU_ERF = 0, 1, 2  # ModelLayout.activation, for the classic architecture
 ACTIVATIONS = {"relu": RELU, "gelu_tanh": GELU_TANH, "gelu_erf": GELU_ERF}
@@ -15,7 +15,7 @@ ACTIVATIONS = {"relu": RELU, "gelu_tanh": GELU_TANH, "gelu_erf": GELU_ERF}
 class MatrixLayout(NamedTuple):
     """A matrix (out_features, in_features), relative to its base index. It takes 7 integers."""
 
-    kind: int = 0  # FP32, INT8 or INT4
+    kind: int = 0  # FP32, INT8 or INT4; for the embedding also INT8_ROWS
     weights: int = 1  # address
     scales: int = 2  # address; 0 for FP32
     bias: int = 3  # address; 0 if there is none
@@ -66,7 +66,9 @@ class ModelLayout(NamedTuple):
     lm_head: int = 11  # a matrix: 7 integers, hence the next is 18
     activation: int = 18  # RELU, GELU_TANH or GELU_ERF
     scale_scores: int = 19  # 1: attention scores are divided by sqrt(head_dim)
-    layers: int = 20
+    embedding: int = 20  # a matrix: 7 integers; it may be the LM head's
+    position_embedding: int = 27  # address of a (S, C) fp32 table; 0 if there is none
+    layers: int = 28
 
 
 class CallLayout(NamedTuple):
@@ -81,7 +83,7 @@ class CallLayout(NamedTuple):
     x: int = 2  # (B, C): the embedded tokens, then the residual stream
     positions: int = 3  # (B,) int64
     slots: int = 4  # (B,) int64
-    keys: int = 5  # KV cache, (layers, slots, KV heads, S, D) fp32
+    keys: int = 5  # KV cache, (layers, slots, KV heads, S, D) in fp32 or fp16
     values: int = 6
     n_slots: int = 7
     logits: int = 8  # (B, padded_out of the LM head)
@@ -96,7 +98,9 @@ class CallLayout(NamedTuple):
     scratch_stride: int = 17  # bytes from one thread's scratch to the next
     scratch_width: int = 18  # floats in a row of scratch: the widest input of any matrix, a multiple of GROUP_SIZE
     max_rows: int = 19  # capacity of all buffers, in rows
-    size: int = 20
+    ids: int = 20  # (B,) int64
+    kv_is_f16: int = 21  # 1: keys and values are fp16
+    size: int = 22
 
 
 class WorkQueueLayout(NamedTuple):
@@ -107,7 +111,9 @@ class WorkQueueLayout(NamedTuple):
     size: int = 16
 
 
-PHASES_PER_LAYER = 6
+PHASES_PER_LAYER = 6  # beside these, a call has a phase for the embedding and one for the logits
+TILE_ROWS = 4  # adjacent positions of a slot whose attention uses keys and values while they are in registers
+SCORE_CHUNK = 16  # the scores of a row are padded to a multiple of this
 # Bits of `WorkQueueLayout.state`: the next piece, the phase above it, the epoch above both.
 PHASE_SHIFT, EPOCH_SHIFT = 16, 32
 MAX_PIECES, MAX_PHASES, MAX_EPOCHS = 1 << 16, (1 << 16) - 1, 1 << 31

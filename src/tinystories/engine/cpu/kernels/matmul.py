@@ -2,9 +2,18 @@
 
 import numpy as np
 
-from tinystories.engine.cpu.kernels.layout import CALL, FP32, INT8, MATRIX, MODEL
+from tinystories.engine.cpu.kernels.elementwise import (
+    MAX_FINITE_BITS,
+    add_f32,
+    copy_f32,
+    max_magnitude_bits,
+    quantize_i8,
+    quantize_i16,
+    sum_i8,
+)
+from tinystories.engine.cpu.kernels.layout import CALL, FP32, INT4, INT8, MATRIX, MODEL
 from tinystories.engine.cpu.kernels.memory import njit, view_f32, view_i8, view_i16, view_i32
-from tinystories.engine.cpu.kernels.simd import make_fp32_kernel, make_int4_kernel
+from tinystories.engine.cpu.kernels.simd import bitcast_f32, make_fp32_kernel, make_int4_kernel
 from tinystories.engine.cpu.kernels.simd_int8 import STEP_BYTES, int8_row_kernel, make_int8_kernel
 from tinystories.weights.quantize import BLOCK_ROWS, GROUP_SIZE, INT8_BLOCK_ROWS
 
@@ -21,73 +30,75 @@ fp32_kernel_4x2, fp32_kernel_4x4 = make_fp32_kernel(4, 2), make_fp32_kernel(4, 4
 
 
 @njit
-def quantize_rows(m, c, base, ctx):
-    """Quantize the rows of x in `ctx.x` in the format that the matrix at `base` multiplies.
+def quantize_rows(m, c, base, source, stride, ctx):
+    """Quantize rows of x in the format that the matrix at `base` multiplies.
 
-    INT8 weights take 16-bit activations with one scale per row, INT4 weights 8-bit ones with a scale per group; FP32
-    weights take x as it is.
+    They are `stride` floats apart, the first at the address `source`. INT8 weights take 16-bit activations with one
+    scale per row, INT4 weights 8-bit ones with a scale per group; FP32 weights take x as it is, copied to `ctx.x`
+    unless it is there.
     """
     kind, in_features = m[base + MATRIX.kind], m[base + MATRIX.in_features]
-    if kind != FP32:
-        x = view_f32(ctx.x, c[CALL.n_rows] * in_features)
-        for b in range(c[CALL.n_rows]):
-            if kind == INT8:
-                quantize_row_i16(x[b * in_features : (b + 1) * in_features], b, ctx)
-            else:
-                quantize_row_i8(x[b * in_features : (b + 1) * in_features], b, ctx)
+    for b in range(c[CALL.n_rows]):
+        x = source + 4 * stride * b
+        if kind == INT8:
+            quantize_row_i16(x, in_features, b, ctx)
+        elif kind == INT4:
+            quantize_row_i8(x, in_features, b, ctx)
+        elif source != ctx.x:
+            copy_f32((ctx.x + 4 * in_features * b,), (x,), in_features, ())
 
 
 @njit
-def quantize_row_i16(x, b, ctx):
-    """Quantize row b of x to 16-bit integers with one scale, for int8 weights.
+def choose_scales(x, n, quant_max):
+    """Return the inverse scale and the scale with which n floats at x become integers of at most quant_max.
+
+    The scale is NaN if an x is not finite, which propagates to the logits; then all integers are 0 times x.
+    """
+    bits = max_magnitude_bits(x, n, ())
+    amax = bitcast_f32(bits)
+    if bits > np.int32(MAX_FINITE_BITS):
+        return np.float32(0), np.float32(np.nan)
+    return quant_max / amax if amax > MIN_AMAX else np.float32(0), amax / quant_max
+
+
+@njit
+def quantize_row_i16(x, in_features, b, ctx):
+    """Quantize a row of floats at x, row b of the input, to 16-bit integers with one scale, for int8 weights.
 
     The range of the integers is chosen so that a sum of in_features products with 8-bit weights cannot overflow 32
-    bits. A row that is not finite gets the scale NaN, which propagates to the logits.
+    bits.
     """
-    in_features = len(x)
-    quant_max = np.float32(min(32767, (2**31 - 1) // (127 * in_features)))
     width = (in_features + GROUP_SIZE - 1) // GROUP_SIZE * GROUP_SIZE
-    quantized = view_i16(ctx.quantized + 2 * width * b, width)
-    amax, nan_if_bad = np.float32(0), np.float32(0)
-    for j in range(in_features):
-        amax = max(amax, abs(x[j]))
-        nan_if_bad += x[j] * np.float32(0)  # becomes NaN if any x is NaN or infinite, else stays 0
-    inverse_scale = quant_max / amax if amax > MIN_AMAX and nan_if_bad == 0 else np.float32(0)
-    for j in range(in_features):
-        quantized[j] = np.int16(np.rint(x[j] * inverse_scale)) if inverse_scale > 0 else np.int16(0)
-    for j in range(in_features, width):  # the kernels read whole groups
-        quantized[j] = 0
-    view_f32(ctx.scales, b + 1)[b] = amax / quant_max + nan_if_bad
+    quantized = ctx.quantized + 2 * width * b
+    quant_max = np.float32(min(32767, (2**31 - 1) // (127 * in_features)))
+    inverse_scale, scale = choose_scales(x, in_features, quant_max)
+    quantize_i16((quantized,), (x,), in_features, (inverse_scale,))
+    padding = view_i16(quantized + 2 * in_features, width - in_features)
+    for j in range(width - in_features):  # the kernels read whole groups
+        padding[j] = 0
+    view_f32(ctx.scales, b + 1)[b] = scale
 
 
 @njit
-def quantize_row_i8(x, b, ctx):
-    """Quantize row b of x to 8-bit integers, for int4 weights.
+def quantize_row_i8(x, in_features, b, ctx):
+    """Quantize a row of floats at x, row b of the input, to 8-bit integers, for int4 weights.
 
     Each group of GROUP_SIZE columns gets a scale and the sum of its integers; the kernel uses the sum to correct for
-    the offset of 8 in the stored weights. A group that is not finite gets the scale NaN, as in `quantize_row_i16`.
+    the offset of 8 in the stored weights.
     """
-    in_features = len(x)
     n_groups = (in_features + GROUP_SIZE - 1) // GROUP_SIZE
-    quantized = view_i8(ctx.quantized + GROUP_SIZE * n_groups * b, n_groups * GROUP_SIZE)
+    quantized = ctx.quantized + GROUP_SIZE * n_groups * b
     group_sums = view_i32(ctx.group_sums + 4 * n_groups * b, n_groups)
     scales = view_f32(ctx.group_scales + 4 * n_groups * b, n_groups)
     for g in range(n_groups):
-        lo, hi = g * GROUP_SIZE, min((g + 1) * GROUP_SIZE, in_features)
-        amax, nan_if_bad = np.float32(0), np.float32(0)
-        for j in range(lo, hi):
-            amax = max(amax, abs(x[j]))
-            nan_if_bad += x[j] * np.float32(0)
-        inverse_scale = np.float32(127) / amax if amax > MIN_AMAX and nan_if_bad == 0 else np.float32(0)
-        total = np.int32(0)
-        for j in range(lo, hi):
-            value = np.int32(np.rint(x[j] * inverse_scale)) if inverse_scale > 0 else np.int32(0)
-            quantized[j] = value
-            total += value
-        for j in range(hi, lo + GROUP_SIZE):
-            quantized[j] = 0
-        group_sums[g] = total
-        scales[g] = amax / np.float32(127) + nan_if_bad
+        n = min(GROUP_SIZE, in_features - g * GROUP_SIZE)
+        group, integers = x + 4 * GROUP_SIZE * g, quantized + GROUP_SIZE * g
+        inverse_scale, scales[g] = choose_scales(group, n, np.float32(127))
+        quantize_i8((integers,), (group,), n, (inverse_scale,))
+        padding = view_i8(integers + n, GROUP_SIZE - n)
+        for j in range(GROUP_SIZE - n):
+            padding[j] = 0
+        group_sums[g] = sum_i8(integers, GROUP_SIZE, ())
 
 
 @njit
@@ -217,10 +228,10 @@ def matmul_rows(m, c, base, first_row, y_address, ctx):
     else:
         matmul_int4(m, base, lo, hi, first_row, n_rows, y_address, ctx)
     if m[base + MATRIX.bias]:
-        bias, y = view_f32(m[base + MATRIX.bias], unpadded_hi), view_f32(y_address, n_rows * padded_out)
+        bias = m[base + MATRIX.bias] + 4 * lo
         for b in range(first_row, n_rows):
-            for i in range(lo, unpadded_hi):
-                y[b * padded_out + i] += bias[i]
+            y = y_address + 4 * (b * padded_out + lo)
+            add_f32((y,), (y, bias), unpadded_hi - lo, ())
     return lo, hi
 
 
@@ -231,25 +242,10 @@ def opaque_zero(m):
 
 
 @njit
-def copy_and_quantize(m, c, base, source, stride, ctx):
-    """Copy a shared buffer to `ctx.x` and quantize it for the matrix at `base`.
-
-    `source` is the address of the buffer, `stride` the number of floats between its rows.
-    """
-    n_rows, in_features = c[CALL.n_rows], m[base + MATRIX.in_features]
-    source_rows, rows = view_f32(source, n_rows * stride), view_f32(ctx.x, n_rows * in_features)
-    for b in range(n_rows):
-        for j in range(in_features):
-            rows[b * in_features + j] = source_rows[b * stride + j]
-    quantize_rows(m, c, base, ctx)
-
-
-@njit
 def matmul_add_residual(m, c, base, ctx):
     """Matmul of the rows in `ctx`, added to the residual stream: x (B, C) += y, for this piece's columns of x."""
     lo, hi = matmul_rows(m, c, base, opaque_zero(m), c[CALL.delta], ctx)
-    n_rows, C, padded_out = c[CALL.n_rows], m[MODEL.n_embd], m[base + MATRIX.padded_out]
-    x, delta = view_f32(c[CALL.x], n_rows * C), view_f32(c[CALL.delta], n_rows * padded_out)
-    for b in range(n_rows):
-        for i in range(lo, min(hi, C)):
-            x[b * C + i] += delta[b * padded_out + i]
+    C, padded_out = m[MODEL.n_embd], m[base + MATRIX.padded_out]
+    for b in range(c[CALL.n_rows]):
+        x, delta = c[CALL.x] + 4 * (b * C + lo), c[CALL.delta] + 4 * (b * padded_out + lo)
+        add_f32((x,), (x, delta), min(hi, C) - lo, ())

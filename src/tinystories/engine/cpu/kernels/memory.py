@@ -10,9 +10,8 @@ from tinystories.engine.cpu.kernels.layout import CALL
 from tinystories.engine.cpu.kernels.simd import make_pointer_cast
 from tinystories.weights.quantize import GROUP_SIZE
 
-# Lets LLVM vectorize sums. "nnan" and "ninf" are left out on purpose: NaN and infinities must propagate.
-FASTMATH = {"reassoc", "nsz", "contract"}
-njit = numba.njit(fastmath=FASTMATH, error_model="numpy")
+# Without fastmath: LLVM must not change the order of a sum or fuse operations, as it would for some processors only.
+njit = numba.njit(error_model="numpy")
 
 
 def make_view(kind: Any) -> Callable[[int, int], Any]:
@@ -28,6 +27,15 @@ def make_view(kind: Any) -> Callable[[int, int], Any]:
 
 view_f32, view_i64, view_i32 = make_view(types.float32), make_view(types.int64), make_view(types.int32)
 view_i16, view_i8 = make_view(types.int16), make_view(types.int8)
+view_u16, view_u8 = make_view(types.uint16), make_view(types.uint8)
+
+
+@njit
+def fill_zeros(address, n):
+    """Write n zeros (fp32) to an address."""
+    values = view_f32(address, n)
+    for i in range(n):
+        values[i] = 0
 
 
 class ThreadContext(NamedTuple):
@@ -44,8 +52,8 @@ class ThreadContext(NamedTuple):
         6 R W + 4 R + 4 R W/G fp32           R W / G    group_scales: one per group (int4 weights)
 
     `Workspace` in runtime.py allocates the memory, R (4 W + 2 W + 4 + 2 * 4 W / G) bytes per thread: change both
-    together. Rows are stored back to back at the width of the current matrix, not at W. `attention` uses `x` for its S
-    attention weights, so R W >= S.
+    together. Rows are stored back to back at the width of the current matrix, not at W. `attention` uses `x` for the
+    attention weights of a tile of rows.
     """
 
     piece: int  # which of the n_pieces shares of the phase's rows or heads

@@ -129,6 +129,11 @@ def has_feature(context: Any, name: str) -> bool:
     return mentions[-1:] == [f"+{name}"] or (not mentions and processor.startswith("apple-m"))
 
 
+def is_arm64(context: Any) -> bool:
+    triple, _, _ = context.codegen().magic_tuple()
+    return triple.startswith(("aarch64", "arm64"))
+
+
 def is_x86(b: Builder) -> bool:
     return "x86" in b.module.triple or "amd64" in b.module.triple
 
