@@ -243,19 +243,23 @@ def emit_fp32_tile(
 
 
 def store_horizontal_sums(b: Builder, vectors: list[Value], y: Value) -> None:
-    """Store the sums of 1 or 4 vectors of 8 next to each other at the address y.
-
-    Each is the sum of its halves, of the halves of that, and of the two lanes of that, in this order.
-    """
-    halves = [add_halves(b, vector) for vector in vectors]
+    """Store the `horizontal_sum`s of 1 or 4 vectors of 8 next to each other at the address y."""
     if len(vectors) == 1:
-        total = b.extract_element(add_halves(b, add_halves(b, halves[0])), ir.Constant(I32, 0))
-    else:  # turn four vectors of 4 into their four columns and add those
+        total = horizontal_sum(b, vectors[0])
+    else:  # the same additions, four at a time: turn four halves into their four columns
+        halves = [add_halves(b, vector) for vector in vectors]
         rows = concatenate(b, concatenate(b, *halves[:2]), concatenate(b, *halves[2:]))
         masks = [ir.Constant(ir.VectorType(I32, 4), list(range(column, 16, 4))) for column in range(4)]
         columns = [b.shuffle_vector(rows, rows, mask) for mask in masks]
         total = b.fadd(b.fadd(columns[0], columns[2]), b.fadd(columns[1], columns[3]))
     b.store(total, b.inttoptr(y, total.type.as_pointer()), align=4)
+
+
+def horizontal_sum(b: Builder, vector: Value) -> Value:
+    """Add up a vector of 8 by adding its halves three times."""
+    for _ in range(3):
+        vector = add_halves(b, vector)
+    return b.extract_element(vector, ir.Constant(I32, 0))
 
 
 def concatenate(b: Builder, low: Value, high: Value) -> Value:
