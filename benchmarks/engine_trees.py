@@ -1,9 +1,9 @@
-"""The CPU engine of two checkouts, one thread: a prompt of 256 tokens, one greedy stream, 32 streams; ratios of medians.
+"""The CPU engine of two checkouts, one thread: a prompt of 256 tokens, one greedy stream, 32 streams.
 
     python benchmarks/engine_trees.py --base ../base --precision int8 --rounds 9
 
-Both run in processes of their own, with the bundled model of their own tree, and take turns at each task. Results are in
-results/2026-11-27-cpu-attention.
+Both run in processes of their own, with the bundled model of their own tree, and take turns at each task. Prints the
+medians of the tokens/s and of the ratios of each turn. Results are in results/2026-11-27-cpu-attention.
 """
 
 import argparse

@@ -33,6 +33,11 @@ def of(**changes: Any) -> SamplingConfig:
     return SamplingConfig(**(PLAIN | changes))
 
 
+def mask(history: set[int], logits: Any) -> np.ndarray:
+    """The ids of a history, marked in every row."""
+    return np.tile(np.isin(np.arange(logits.shape[1]), list(history)), (logits.shape[0], 1))
+
+
 def log(*p: float) -> list[list[float]]:
     return [[math.log(x) for x in p]]
 
@@ -72,7 +77,8 @@ CLOSED_FORMS = [
 def test_probabilities_have_their_closed_form(
     array: Callable[[Any], Any], p: Any, changes: Any, history: Any, expected: Any
 ) -> None:
-    got = compute_probabilities(array(log(*p)), of(**changes), [history])
+    logits = array(log(*p))
+    got = compute_probabilities(logits, of(**changes), mask(history, logits))
     np.testing.assert_allclose(np.asarray(got), [expected], atol=2e-6)
 
 
@@ -118,7 +124,7 @@ def test_any_settings_equal_the_reference_on_both_kinds_of_array(
     history = {i for i in history if i < z.shape[1]}
     expected = [reference(row, settings, history) for row in z]
     for logits in (z, torch.from_numpy(z)):
-        got = compute_probabilities(logits, settings, [history] * len(z))
+        got = compute_probabilities(logits, settings, mask(history, z))
         assert type(got) is type(logits)
         np.testing.assert_allclose(np.asarray(got), expected, atol=1e-5)
 
@@ -135,7 +141,7 @@ def test_minus_infinity_is_never_drawn(array: Callable[[Any], Any]) -> None:
     logits = array([[-np.inf, 1, -np.inf, 1]])
     for settings in (of(), of(top_k=3), of(top_p=0.99), of(min_p=0.1), of(repetition_penalty=1.5)):
         np.testing.assert_allclose(
-            np.asarray(compute_probabilities(logits, settings, [{0}]))[0], [0, 0.5, 0, 0.5], atol=1e-6
+            np.asarray(compute_probabilities(logits, settings, mask({0}, logits)))[0], [0, 0.5, 0, 0.5], atol=1e-6
         )
 
 
@@ -151,7 +157,8 @@ def test_logits_that_are_not_finite_are_an_error(array: Callable[[Any], Any], ba
 
 
 def test_the_penalty_is_that_of_ctrl(array: Callable[[Any], Any]) -> None:
-    got = apply_repetition_penalty(array([[2.0, -2.0, 0.0, 3.0], [2.0, -2.0, 0.0, 3.0]]), 2.0, [{0, 1, 2}, {3}])
+    seen = np.array([[True, True, True, False], [False, False, False, True]])
+    got = apply_repetition_penalty(array([[2.0, -2.0, 0.0, 3.0], [2.0, -2.0, 0.0, 3.0]]), 2.0, seen)
     assert np.asarray(got).tolist() == [[1.0, -4.0, 0.0, 3.0], [2.0, -2.0, 0.0, 1.5]]
 
 
@@ -186,25 +193,44 @@ def test_both_kinds_of_array_draw_the_same() -> None:
 
 
 @given(
-    min_p=st.floats(1e-6, 1),
+    min_p=st.one_of(st.just(0.0), st.floats(1e-45, 1)),
     temperature=st.floats(1e-3, 5),
     top_k=st.integers(0, 60),
+    top_p=st.one_of(st.just(1.0), st.floats(0.01, 1)),
+    penalty=st.sampled_from([1.0, 1.2, 0.8]),
     scale=st.floats(0, 200),
     seed=st.integers(0, 2**32),
 )
-def test_min_p_candidates_alone_draw_the_same(
-    min_p: float, temperature: float, top_k: int, scale: float, seed: int
+def test_candidates_alone_draw_the_same(
+    min_p: float, temperature: float, top_k: int, top_p: float, penalty: float, scale: float, seed: int
 ) -> None:
+    """Bit for bit: what is left out has weight 0, and sums of the others are exact."""
     rng = np.random.default_rng(seed)
     logits = (rng.standard_normal((3, 50)) * scale + rng.uniform(-50, 50)).astype(np.float32)
     logits[rng.random((3, 50)) < 0.1] = -np.inf
-    chosen = of(temperature=temperature, min_p=min_p, top_k=top_k)
-    u = rng.random(3, dtype=np.float32)
-    p = compute_probabilities(logits, chosen)
-    if (np.abs(np.cumsum(p, axis=1) - u[:, None]) < 1e-5).any():
-        return  # rounding decides
-    assert sampling.find_min_p_candidates(logits, chosen) is not None
-    assert sample(logits, chosen, u) == inverse_cdf_sample(p, u).tolist()
+    chosen = of(temperature=temperature, min_p=min_p, top_k=top_k, top_p=top_p, repetition_penalty=penalty)
+    u, seen = rng.random(3, dtype=np.float32), rng.random((3, 50)) < 0.2
+    penalized = apply_repetition_penalty(logits, penalty, seen)
+    candidates, weights = sampling.find_candidates(penalized, chosen), sampling.compute_weights(penalized, chosen)
+    assert candidates is not None
+    assert set(np.flatnonzero(weights.any(axis=0))) <= set(candidates)
+    assert sample(logits, chosen, u, seen) == inverse_cdf_sample(weights, u).tolist()
+
+
+def test_weights_are_the_exponential_in_units_of_2_to_the_minus_30() -> None:
+    x = np.concatenate([-np.geomspace(1e-9, 30, 100_000), [0.0, -0.0, -100.0, -1e30, -np.inf]]).astype(np.float32)
+    weights = sampling.exp(x)
+    exact = np.exp(x.astype(np.float64)) * 2**30
+    assert weights[x == 0].tolist() == [2**30] * 2
+    assert (weights == np.rint(weights)).all()
+    assert (np.abs(weights - exact) <= 0.5 + 2e-7 * exact).all()
+    assert (weights[-3:] == 0).all()
+
+
+def test_weights_are_those_of_any_processor() -> None:
+    """Only operations that IEEE 754 defines: this sum was computed on an x86-64 processor with AVX-512."""
+    x = -np.arange(40_000, dtype=np.float32) / 2048
+    assert int(sampling.exp(x).astype(np.int64).sum()) == 2_199_560_162_928
 
 
 def test_drawn_tokens_follow_the_distribution() -> None:
@@ -222,5 +248,7 @@ def test_randomness_is_a_function_of_seed_story_and_place() -> None:
         return tuple(float(stream.next()) for _ in range(5))
 
     assert first(3, 4) == first(3, 4)
+    stream, rng = UniformStream(3, 4), np.random.default_rng([3, 4])
+    assert [stream.next() for _ in range(200)] == [float(rng.random(dtype=np.float32)) for _ in range(200)]
     assert len({first(seed, story) for seed in range(20) for story in range(20)}) == 400
     assert all(0 <= u < 1 and u * 2**24 == int(u * 2**24) for u in first(2**40, 0))

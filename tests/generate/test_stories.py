@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from tinystories.config import SamplingConfig
 from tinystories.data.tokenizer import END, Tokenizer
 from tinystories.errors import UserError
+from tinystories.generate import sampling
 from tinystories.generate.batching import Request, Story, generate_all, stream_all
 from tinystories.generate.detokenizer import CONTINUATION_SEPARATOR
 
@@ -260,17 +262,15 @@ def test_end_written_in_a_prompt_is_text(chaotic: Make, tokenizer: Tokenizer) ->
 def test_the_repetition_penalty_knows_the_prompt_and_the_story_but_not_the_end(
     tokenizer: Tokenizer, scripted: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tinystories.generate import batching
-
     seen = []
 
-    def spy(logits: Any, _settings: Any, _u: Any, history: Any) -> list[int]:
-        seen.append([set(ids) for ids in history])
+    def spy(logits: Any, _settings: Any, _u: Any, seen_mask: Any) -> list[int]:
+        seen.append([set(np.flatnonzero(row).tolist()) for row in seen_mask])
         return [int(row.argmax()) for row in logits]
 
-    monkeypatch.setattr(batching, "sample", spy)
+    monkeypatch.setattr(sampling, "sample", spy)
     ids = tokenizer.encode(" cat sat")
-    generate(scripted(ids), tokenizer, "The", settings=GREEDY)
+    generate(scripted(ids), tokenizer, "The", settings=SamplingConfig(repetition_penalty=1.5))
     prompt = set(tokenizer.encode("The"))
     assert seen == [[prompt | set(ids[:n])] for n in range(len(ids) + 1)]
 

@@ -6,7 +6,7 @@ Runs both trees on this machine, each with its own source in a temporary folder,
 depend on the CPU and on library versions, so none are stored. Only the command line is used, which both trees share:
 
 * losses of 30 training steps of four presets with fewer layers;
-* token ids of 50 seeds with the base's bundled model in fp32, int8 and int4;
+* token ids of 50 seeds with the base's bundled model in fp32, int8 and int4, most of which must be equal;
 * SHA-256 of the files of a prepared directory and of every export of a small trained model.
 
 Exits with 0 if all are equal, and otherwise lists the differences and exits with 1. `--record FILE` only records the
@@ -22,11 +22,16 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 PRESETS = ("nano", "small", "storyteller", "seed-89m")
 PRECISIONS = ("fp32", "int8", "int4")
 N_SEEDS = 50
+# Smallest share of equal stories. Since the CPU engine has sums in an order of its own, and an fp16 KV cache with int8
+# and int4, the last bits of logits differ from those of e574ec6, and a draw near the border of two ids may differ. With
+# int4, a last bit often changes an activation of 8 bits, and with it the story.
+MIN_EQUAL_STORIES = {"ids/fp32": 0.9, "ids/int8": 0.8, "ids/int4": 0.2}
 SMALL = (
     "--model.n_layer 2 --model.n_ctx 64 --train.batch_size 2 --train.micro_batch 1 --train.steps 30 --train.log_every 1"
     " --train.device cpu --train.precision fp32 --train.compile off --train.eval_stories 3 --train.sample_tokens 5"
@@ -96,6 +101,15 @@ def digests(folder: Path) -> Iterator[tuple[str, str]]:
             yield path.relative_to(folder).as_posix(), hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def is_equal(name: str, result: Any, base_result: Any) -> bool:
+    """Return whether a result is the base's: bit for bit, or for stories in the share of `MIN_EQUAL_STORIES`."""
+    if name not in MIN_EQUAL_STORIES or result is None or base_result is None:
+        return bool(result == base_result)
+    n_equal = sum(story == base_story for story, base_story in zip(result, base_result, strict=True))
+    print(f"{name}: {n_equal} of {len(base_result)} stories equal")
+    return n_equal >= MIN_EQUAL_STORIES[name] * len(base_result)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="e574ec6", help="commit to compare with")
@@ -116,7 +130,7 @@ def main() -> int:
         finally:
             subprocess.run(["git", "-C", str(ROOT), "worktree", "remove", "--force", str(base)], check=True)
     names = results.keys() | base_results.keys()
-    different = sorted(name for name in names if results.get(name) != base_results.get(name))
+    different = sorted(name for name in names if not is_equal(name, results.get(name), base_results.get(name)))
     for name in different:
         print(f"differs: {name}")
     print(f"{len(names) - len(different)} results equal, {len(different)} different")

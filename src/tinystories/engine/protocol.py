@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tinystories.config import ModelConfig
+from tinystories.engine.sampling_state import SamplingState
 from tinystories.errors import UserError
 
 Ids: TypeAlias = Sequence[int] | npt.NDArray[np.integer[Any]]
@@ -42,6 +43,18 @@ class Engine(Protocol):
         """Return, for each sequence of 2..n_ctx+1 ids, the log-probabilities (nats) of ids[i + 1] given ids[: i + 1].
 
         Does not use any slot. Accepts any number of sequences: the engine batches them in bounded memory.
+        """
+        ...
+
+
+@runtime_checkable
+class SamplingEngine(Engine, Protocol):
+    """An engine that also samples: the same ids as `generate.sampling`, bit for bit, but faster."""
+
+    def sample(self, logits: Logits, slots: Sequence[int], u: Sequence[float], state: SamplingState) -> list[int]:
+        """Sample the next id of each row of logits (B, V) with the settings of its slot and the number u in [0, 1).
+
+        An id is -1 if the largest logit of its row is not finite. The logits are not changed.
         """
         ...
 

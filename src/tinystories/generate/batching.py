@@ -15,14 +15,12 @@ import time
 from collections.abc import Generator, Iterable, Iterator
 from typing import Any, Literal
 
-import numpy as np
-
 from tinystories.config import SamplingConfig
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.engine.protocol import Engine, Logits
 from tinystories.errors import UserError, check_bool, check_integer, quoted
 from tinystories.generate.detokenizer import StreamingDetokenizer
-from tinystories.generate.sampling import UniformStream, sample
+from tinystories.generate.sampling import Mask, SlotSampler, UniformStream
 
 log = logging.getLogger(__name__)
 
@@ -129,13 +127,16 @@ def stream_all(
     pending = enumerate(requests)
     free_slots = list(range(engine.n_slots))
     active: list[ActiveSequence] = []
+    sampler = SlotSampler(engine)
     try:
         while True:
             while free_slots and (next_request := next(pending, None)):
-                active.append(ActiveSequence(*next_request, heapq.heappop(free_slots), tokenizer, engine.config.n_ctx))
+                sequence = ActiveSequence(*next_request, heapq.heappop(free_slots), tokenizer, engine.config.n_ctx)
+                active.append(sequence)
+                sequence.seen = sampler.state.begin(sequence.slot, sequence.request.settings, sequence.context[1:])
             if not active:
                 return
-            for sequence, token in sample_next(engine, active):
+            for sequence, token in sample_next(engine, active, sampler):
                 if piece := sequence.append_token(token):
                     yield sequence.index, piece
             for sequence in [candidate for candidate in active if candidate.stop_reason]:
@@ -159,8 +160,8 @@ class ActiveSequence:
         self.uniforms = UniformStream(request.seed, request.number)
         prompt = tokenizer.encode(request.prompt)
         self.n_prompt = len(prompt)
-        self.seen_ids = set(prompt)  # for the repetition penalty, which does not apply to END
-        self.tokenizer = tokenizer
+        self.seen: Mask | None = None  # (V,) ids that the repetition penalty applies to, which END is not among
+        self.is_stop_token, self.end_id = tokenizer.is_stop_token, tokenizer.end_id
         self.context = [tokenizer.end_id, *prompt]  # ids that the next token is conditioned on
         self.n_cached = 0  # how many of them the slot holds: none (prefill needed) or all except the last one
         self.generated_ids: list[int] = []
@@ -177,12 +178,13 @@ class ActiveSequence:
     def append_token(self, token: int) -> str:
         """Append a generated token and return the text to emit. Sets `stop_reason` when the story ends."""
         self.generated_ids.append(token)
-        if not self.tokenizer.is_stop_token(token):
+        if not self.is_stop_token(token):
             self.context.append(token)
-            self.seen_ids.add(token)
+            if self.seen is not None:
+                self.seen[token] = True
             piece = self.detokenizer.add_token(token)
         elif self.request.ignore_end:
-            self.context, self.n_cached = [self.tokenizer.end_id], 0
+            self.context, self.n_cached = [self.end_id], 0
             piece = self.detokenizer.begin_story()
         else:
             self.stop_reason = "end"
@@ -213,20 +215,12 @@ def truncate_context(context: list[int], n_ctx: int) -> list[int]:
     return context[-max(1, n_ctx // 2) :]
 
 
-def sample_next(engine: Engine, active: list[ActiveSequence]) -> list[tuple[ActiveSequence, int]]:
+def sample_next(engine: Engine, active: list[ActiveSequence], sampler: SlotSampler) -> list[tuple[ActiveSequence, int]]:
     """Run one forward pass for every active sequence and sample one token for each; return (sequence, token) pairs."""
     sampled: list[tuple[ActiveSequence, int]] = []
     for group, logits in forward(engine, active):
-        # One sampler call per group of equal settings.
-        rows_by_settings: dict[SamplingConfig, list[int]] = {}
-        for row, sequence in enumerate(group):
-            rows_by_settings.setdefault(sequence.request.settings, []).append(row)
-        for settings, rows in rows_by_settings.items():
-            members = [group[row] for row in rows]
-            selected_logits = logits if len(rows) == len(group) else logits[rows]
-            u = np.array([member.uniforms.next() for member in members])
-            ids = sample(selected_logits, settings, u, [member.seen_ids for member in members])
-            sampled += zip(members, ids, strict=True)
+        u = [sequence.uniforms.next() for sequence in group]
+        sampled += zip(group, sampler.sample(logits, [sequence.slot for sequence in group], u), strict=True)
     return sampled
 
 

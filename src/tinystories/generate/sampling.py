@@ -1,24 +1,28 @@
-"""Sampling of the next token: one implementation for all engines, run on the device that holds the logits.
+"""Sampling of the next token: the definition that all engines follow, run on the device that holds the logits.
 
 Written against the array API standard, so that the same code works on NumPy arrays and on torch tensors on any device
-(rationale: docs/decisions/0003-sampling.md). Shapes: B is the number of rows in the batch, V the vocabulary size.
+(rationale: docs/decisions/0003-sampling.md). On NumPy arrays every rounding is defined, so equal logits give equal ids
+on every processor. The CPU engine samples by compiled code (engine/cpu/kernels/sampling.py), which returns the same
+ids, bit for bit.
+
+Shapes: B is the number of rows in the batch, V the vocabulary size.
 """
 
-import math
-from collections.abc import Collection, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from tinystories.config import SamplingConfig
-from tinystories.engine.protocol import Logits
+from tinystories.engine.cpu.kernels.layout import LOGIT_MARGIN
+from tinystories.engine.protocol import Engine, Logits, SamplingEngine
+from tinystories.engine.sampling_state import SamplingState, clamp_temperature, logit_gap
 from tinystories.errors import UserError
 
 # top_p tries this many of the largest probabilities before it sorts the whole vocabulary.
 TOP_P_CANDIDATES = 1024
-# Lower temperatures are raised to this: they would underflow to 0 in fp32, and they sample the same tokens.
-MIN_TEMPERATURE = 1e-30
+Mask = npt.NDArray[np.bool_]
 
 
 def array_namespace(array: Logits) -> Any:
@@ -33,41 +37,75 @@ def array_namespace(array: Logits) -> Any:
     return array_api_compat.array_namespace(array)
 
 
-def compute_probabilities(
-    logits: Logits, settings: SamplingConfig, history: Sequence[Collection[int]] | None = None
-) -> Logits:
+def exp(x: Logits) -> Logits:
+    """Return weights proportional to e^x for x <= 0; for a NumPy array 2^30 e^x, rounded to integers (as fp32).
+
+    Sums of integers are exact in any order, but NumPy's own exp rounds differently from processor to processor. This is
+    the polynomial of Cephes' expf, with a relative error below 2e-7, in operations whose results IEEE 754 defines.
+    Tensors of other libraries use the exp and the sums of their device.
+    """
+    if not isinstance(x, np.ndarray):
+        return array_namespace(x).exp(x)
+    # e^x = 2^n e^r with n = round(x / ln 2). ln 2 is subtracted in two parts, so that r keeps its low bits.
+    x = np.maximum(x, np.float32(-30))  # 2^30 e^-30 is rounded to 0
+    n = np.rint(x * np.float32(1.44269504))
+    r = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
+    y = r * np.float32(1.9875691500e-4)
+    for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1):
+        y += np.float32(coefficient)
+        y *= r
+    y = (y + np.float32(5.0000001201e-1)) * r * r + r + np.float32(1)
+    # 2^(n + 30) from its bits: a biased exponent and an empty mantissa.
+    y *= ((n.astype(np.int32) + np.int32(157)) << np.int32(23)).view(np.float32)
+    return np.rint(y, out=y)
+
+
+def cumulative_sum(weights: Logits) -> Logits:
+    """Return the cumulative sums of each row (B, V); exact for NumPy's integer weights."""
+    if isinstance(weights, np.ndarray):
+        return np.cumulative_sum(weights, axis=-1, dtype=np.float64)
+    return array_namespace(weights).cumulative_sum(weights, axis=-1)
+
+
+def compute_probabilities(logits: Logits, settings: SamplingConfig, seen: Mask | None = None) -> Logits:
     """Return the distribution (B, V) that the next token of each row is sampled from.
 
     fp32; each row sums to 1, or is NaN if its logits are not finite. Logits of -inf are allowed: these tokens have
     probability 0.
 
-    Applied in this order: the repetition penalty on the ids in `history` (for each row, the distinct ids seen so far),
-    temperature, top_k, top_p, min_p. Each filter works on the output of the previous one. Tokens that tie with the last
-    one kept are also kept, so that the result does not depend on sort order.
+    Applied in this order: the repetition penalty on the ids in `seen` (B, V), temperature, top_k, top_p, min_p. Each
+    filter works on the output of the previous one. Tokens that tie with the last one kept are also kept, so that the
+    result does not depend on sort order.
     """
     xp = array_namespace(logits)
-    z = apply_repetition_penalty(logits, settings.repetition_penalty, history)
-    top = xp.max(z, axis=-1, keepdims=True)  # subtracted before exp, for numerical stability
+    weights = compute_weights(apply_repetition_penalty(logits, settings.repetition_penalty, seen), settings)
+    return weights / xp.sum(weights, axis=-1, keepdims=True)
+
+
+def compute_weights(logits: Logits, settings: SamplingConfig) -> Logits:
+    """Return the unnormalized probabilities (B, V) after temperature and filters; see `exp`."""
+    xp = array_namespace(logits)
+    top = xp.max(logits, axis=-1, keepdims=True)  # subtracted before exp, for numerical stability
     valid = xp.isfinite(top)
-    z, top = xp.where(valid, z, xp.zeros_like(z)), xp.where(valid, top, xp.zeros_like(top))
+    z, top = xp.where(valid, logits, xp.zeros_like(logits)), xp.where(valid, top, xp.zeros_like(top))
     if settings.temperature == 0:
         ids = xp.arange(z.shape[-1], device=z.device)
         p = xp.astype(ids == xp.argmax(z, axis=-1, keepdims=True), xp.float32)
     else:
-        p = apply_filters(xp.exp((z - top) / max(settings.temperature, MIN_TEMPERATURE)), settings)
-    return xp.where(valid, p / xp.sum(p, axis=-1, keepdims=True), xp.full_like(top, float("nan")))
+        p = apply_filters(exp((z - top) / clamp_temperature(settings.temperature)), settings)
+    return xp.where(valid, p, xp.full_like(top, float("nan")))
 
 
-def apply_repetition_penalty(logits: Logits, penalty: float, history: Sequence[Collection[int]] | None) -> Logits:
-    """Divide positive logits of ids in `history` by the penalty, multiply negative ones (CTRL, arXiv 1909.05858)."""
-    if penalty == 1 or not history or not any(history):
+def apply_repetition_penalty(logits: Logits, penalty: float, seen: Mask | None) -> Logits:
+    """Divide positive logits of the ids in `seen` (B, V) by the penalty, multiply negative ones.
+
+    As in CTRL (arXiv 1909.05858).
+    """
+    if penalty == 1 or seen is None or not seen.any():
         return logits
-    xp = array_namespace(logits)
-    seen_mask = np.zeros(tuple(logits.shape), dtype=bool)
-    for row, ids in enumerate(history):
-        seen_mask[row, list(ids)] = True
+    xp, penalty = array_namespace(logits), float(penalty)  # with a float64 of NumPy the result would be float64
     penalized = xp.where(logits > 0, logits / penalty, logits * penalty)
-    return xp.where(xp.asarray(seen_mask, device=logits.device), penalized, logits)
+    return xp.where(xp.asarray(seen, device=logits.device), penalized, logits)
 
 
 def apply_filters(p: Logits, settings: SamplingConfig) -> Logits:
@@ -77,14 +115,18 @@ def apply_filters(p: Logits, settings: SamplingConfig) -> Logits:
         p = keep_at_least(p, top_values(p, settings.top_k)[:, -1:])
     if settings.top_p < 1:
         # Keep the smallest set of most likely tokens whose sum reaches top_p; at least one.
-        target_mass = settings.top_p * xp.sum(p, axis=-1, keepdims=True)
-        sorted_probs = top_values(p, min(p.shape[-1], TOP_P_CANDIDATES))
-        if not xp.all(xp.sum(sorted_probs, axis=-1, keepdims=True) >= target_mass):
-            sorted_probs = top_values(p, p.shape[-1])
-        below_target = xp.cumulative_sum(sorted_probs, axis=-1) - sorted_probs < target_mass
-        p = keep_at_least(p, xp.min(xp.where(below_target, sorted_probs, sorted_probs[:, :1]), axis=-1, keepdims=True))
+        target_mass = settings.top_p * cumulative_sum(p)[:, -1:]
+        for k in (min(p.shape[-1], TOP_P_CANDIDATES), p.shape[-1]):
+            sorted_probs = top_values(p, k)
+            reached = cumulative_sum(sorted_probs) >= target_mass
+            if xp.all(reached[:, -1]):
+                break
+        # The largest value with which the sum reaches the target is the last one kept. None, by rounding: keep all.
+        p = keep_at_least(
+            p, xp.max(xp.where(reached, sorted_probs, xp.zeros_like(sorted_probs)), axis=-1, keepdims=True)
+        )
     if settings.min_p > 0:
-        p = keep_at_least(p, settings.min_p * xp.max(p, axis=-1, keepdims=True))
+        p = keep_at_least(p, float(settings.min_p) * xp.max(p, axis=-1, keepdims=True))
     return p
 
 
@@ -101,15 +143,15 @@ def top_values(p: Logits, k: int) -> Logits:
     """
     if not isinstance(p, np.ndarray):
         return p.topk(k, dim=-1).values
-    n_dropped = p.shape[-1] - k
-    return np.sort(np.partition(p, n_dropped, axis=-1)[:, n_dropped:] if n_dropped else p, axis=-1)[:, ::-1]
+    # Negated: NumPy's partition is ten times slower where most values are equal to the smallest.
+    return -np.sort(np.partition(-p, k - 1, axis=-1)[:, :k], axis=-1)
 
 
 def inverse_cdf_sample(p: Logits, u: npt.NDArray[np.float32]) -> Logits:
     """Sample ids (B,) by inverting the cumulative distribution at u (B,) in [0, 1); -1 for a row that contains NaN."""
     xp = array_namespace(p)
-    cdf = xp.cumulative_sum(p, axis=-1)
-    reached = (p > 0) & (cdf > xp.asarray(u, dtype=p.dtype, device=p.device)[:, None] * cdf[:, -1:])
+    cdf = cumulative_sum(p)
+    reached = (p > 0) & (cdf > xp.asarray(u, dtype=xp.float32, device=p.device)[:, None] * cdf[:, -1:])
     # p > 0: a parallel cumulative sum may increase by rounding at tokens with p = 0, which must not be sampled.
     # argmax of the mask is its first true element. For u close to 1, rounding may leave none: fall back to argmax of p.
     mask = xp.astype(reached, xp.uint8)
@@ -117,22 +159,19 @@ def inverse_cdf_sample(p: Logits, u: npt.NDArray[np.float32]) -> Logits:
     return xp.where(cdf[:, -1] > 0, ids, xp.full_like(ids, -1))
 
 
-def find_min_p_candidates(logits: Logits, settings: SamplingConfig) -> npt.NDArray[np.intp] | None:
-    """Return the ids, ascending, that min_p may keep in any row: usually few, so that sampling from them is fast.
+def find_candidates(logits: Logits, settings: SamplingConfig) -> npt.NDArray[np.intp] | None:
+    """Return the ids, ascending, that may be sampled in any row: usually few, so that sampling from them is fast.
 
-    Returns None if the whole vocabulary is needed: with other filters or a repetition penalty, if the logits are not
-    finite, or for arrays other than NumPy's (getting the number of candidates would wait for the GPU).
+    May return some ids too many. Returns None if the logits are not finite, or for arrays other than NumPy's, whose
+    weights are not rounded (and getting the number of candidates would wait for the GPU).
     """
-    only_min_p = settings.min_p > 0 and settings.top_p == 1 and settings.repetition_penalty == 1
-    if not (only_min_p and isinstance(logits, np.ndarray)):
+    if not isinstance(logits, np.ndarray):
         return None
     top = logits.max(axis=1, keepdims=True)
     if not np.isfinite(top).all():
         return None
-    # exp((z - top) / temperature) >= min_p, solved for z, with a margin for rounding. The margin may select a few ids
-    # too many; `apply_filters` decides exactly.
-    max_logit_gap = max(settings.temperature, MIN_TEMPERATURE) * math.log(settings.min_p) * 1.001 - 1e-5 * np.abs(top)
-    return np.flatnonzero((logits >= top + max_logit_gap).any(axis=0))
+    lowest = top + np.float32(logit_gap(settings)) - np.float32(LOGIT_MARGIN) * np.abs(top)
+    return np.flatnonzero((logits >= lowest).any(axis=0))
 
 
 def argmax(logits: Logits) -> Logits:
@@ -142,30 +181,52 @@ def argmax(logits: Logits) -> Logits:
     return xp.where(xp.isfinite(xp.max(logits, axis=-1)), ids, xp.full_like(ids, -1))
 
 
-def sample(
-    logits: Logits,
-    settings: SamplingConfig,
-    u: npt.NDArray[np.float32],
-    history: Sequence[Collection[int]] | None = None,
-) -> list[int]:
+def sample(logits: Logits, settings: SamplingConfig, u: npt.NDArray[np.float32], seen: Mask | None = None) -> list[int]:
     """Sample the next id of each row of logits (B, V) with the uniform numbers u (B,).
 
-    `history` holds, for each row, the distinct ids that the repetition penalty applies to. Raises `UserError` if a row
-    contains NaN or +inf, or only -inf.
+    `seen` (B, V) marks the ids that the repetition penalty applies to. Raises `UserError` if a row contains NaN or
+    +inf, or only -inf.
     """
+    z = apply_repetition_penalty(logits, settings.repetition_penalty, seen)
     if settings.temperature == 0:
-        ids = argmax(apply_repetition_penalty(logits, settings.repetition_penalty, history)).tolist()
-    elif (candidate_ids := find_min_p_candidates(logits, settings)) is not None:
-        # Left unnormalized: the rounding of a row's sum would depend on the candidates of the other rows in the batch.
-        z = logits[:, candidate_ids] - logits.max(axis=1, keepdims=True)
-        ids = candidate_ids[
-            inverse_cdf_sample(apply_filters(np.exp(z / max(settings.temperature, MIN_TEMPERATURE)), settings), u)
-        ].tolist()
+        ids = argmax(z).tolist()
+    elif (candidate_ids := find_candidates(z, settings)) is not None:
+        x = (z[:, candidate_ids] - z.max(axis=1, keepdims=True)) / clamp_temperature(settings.temperature)
+        ids = candidate_ids[inverse_cdf_sample(apply_filters(exp(x), settings), u)].tolist()
     else:
-        ids = inverse_cdf_sample(compute_probabilities(logits, settings, history), u).tolist()
+        ids = inverse_cdf_sample(compute_weights(z, settings), u).tolist()
+    return check_ids(ids)
+
+
+def check_ids(ids: list[int]) -> list[int]:
+    """Return sampled ids; raise `UserError` if one of them is -1, which stands for logits that are not finite."""
     if min(ids) < 0:
         raise UserError("the model's logits are not finite; its weights are damaged: use another checkpoint")
     return ids
+
+
+class SlotSampler:
+    """Samples for the slots of an engine, each with settings of its own; by the engine's own sampler if it has one."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.state = SamplingState(engine.n_slots, engine.config.vocab_size)
+        self.engine_sample = engine.sample if isinstance(engine, SamplingEngine) else None
+
+    def sample(self, logits: Logits, slots: Sequence[int], u: Sequence[float]) -> list[int]:
+        """Sample the next id of each row of logits (B, V), which belongs to a slot. Raises `UserError` as `sample`."""
+        if self.engine_sample is not None:
+            return check_ids(self.engine_sample(logits, slots, u, self.state))
+        rows_by_settings: dict[SamplingConfig, list[int]] = {}  # one call for each group of equal settings
+        for row, slot in enumerate(slots):
+            rows_by_settings.setdefault(self.state.settings[slot], []).append(row)
+        ids = [0] * len(slots)
+        for settings, rows in rows_by_settings.items():
+            selected = logits if len(rows) == len(slots) else logits[rows]
+            seen = self.state.seen_mask([slots[row] for row in rows]) if settings.repetition_penalty != 1 else None
+            selected_u = np.array([u[row] for row in rows], dtype=np.float32)
+            for row, token in zip(rows, sample(selected, settings, selected_u, seen), strict=True):
+                ids[row] = token
+        return ids
 
 
 class UniformStream:
@@ -174,9 +235,15 @@ class UniformStream:
     A story therefore depends neither on its batch nor on the engine.
     """
 
+    CHUNK = 64  # numbers generated at once, since a call of the generator costs more than a number
+
     def __init__(self, seed: int, story: int) -> None:
         self._rng: Any = np.random.default_rng([seed, story])
+        self._chunk: Iterator[float] = iter(())
 
-    def next(self) -> np.float32:
+    def next(self) -> float:
         """Return the next number in [0, 1): a multiple of 2^-24, exact in fp32."""
-        return np.float32(self._rng.random(dtype=np.float32))
+        for number in self._chunk:
+            return number
+        self._chunk = iter(self._rng.random(self.CHUNK, dtype=np.float32).tolist())
+        return next(self._chunk)

@@ -15,9 +15,11 @@ import numpy.typing as npt
 from tinystories.checkpoint import ModelFiles
 from tinystories.config import ModelConfig
 from tinystories.engine.cpu.runtime import MAX_ROWS, MIN_SHARED_BYTES, KVCacheAddress, Runtime
+from tinystories.engine.cpu.sampler import Sampler
 from tinystories.engine.cpu.thread_pool import count_physical_cores
 from tinystories.engine.engine_config import DEFAULT_ENGINE_CONFIG, EngineConfig
 from tinystories.engine.protocol import Ids, Logits, validate_context, validate_sequences, validate_slot, validate_step
+from tinystories.engine.sampling_state import SamplingState
 from tinystories.errors import UserError
 from tinystories.weights.load import load_fp32, load_or_quantize
 
@@ -59,6 +61,7 @@ class CpuEngine:
             shortlist_ids,
             min_shared_bytes=min_shared_bytes,
         )
+        self.sampler = Sampler(n_slots, config.vocab_size)
         self._idle_scoring_caches: list[CpuKVCache] = []
 
     @classmethod
@@ -118,6 +121,9 @@ class CpuEngine:
         for slot in slots:
             self.lengths[slot] += 1
         return chunk_logits[0] if len(chunk_logits) == 1 else np.concatenate(chunk_logits)
+
+    def sample(self, logits: Logits, slots: Sequence[int], u: Sequence[float], state: SamplingState) -> list[int]:
+        return self.sampler.sample(logits, slots, u, state)
 
     def free(self, slot: int) -> None:
         validate_slot(slot, self.n_slots)

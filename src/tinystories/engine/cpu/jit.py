@@ -36,6 +36,7 @@ _alive: list[Any] = []  # execution engines, which own the memory of the machine
 # calls them, so they resolve to `abort_stub`. If Numba is imported, it registers its own.
 UNUSED_SYMBOL_PREFIXES = ("NRT_", "numba_")
 Forward = Callable[[int, int, float, int, int, int, int], None]
+Sample = Callable[[int, int, int, int, int, int, int, int, int, int], None]
 
 
 def cache_folder() -> Path:
@@ -66,16 +67,18 @@ def cache_path() -> Path:
 
 
 def compile_object() -> bytes:
-    """Compile `kernels`; return a line of JSON followed by an object file. Takes some 10 seconds.
+    """Compile `kernels`; return a line of JSON followed by an object file for each entry point. Takes some 10 seconds.
 
-    The JSON has the `name` of the entry point and in `calls` the external symbols that the code refers to. Raises
-    UserError if TINYSTORIES_CPU names a level and Numba has already been set up for another processor.
+    The JSON lists the entry points: the `name` of each, the `size` of its object file in bytes, and in `calls` the
+    external symbols that the code refers to. Raises UserError if TINYSTORIES_CPU names a level and Numba has already
+    been set up for another processor.
     """
     target = select_target()
     with numba_target(target):
         from numba.core.registry import cpu_target
 
         from tinystories.engine.cpu.kernels.forward import make_entry_point
+        from tinystories.engine.cpu.kernels.sampling import make_sampling_entry_point
 
         _, processor, features = cpu_target.target_context.codegen().magic_tuple()
         if target.level and (processor, features) != (target.processor, target.features):
@@ -83,13 +86,16 @@ def compile_object() -> bytes:
                 f"{VARIABLE}={target.level} cannot be compiled in this process, which uses Numba for {processor}; run"
                 " `tinystories warmup` with the variable first"
             )
-        entry = make_entry_point()
-        library = entry._library
-        _, kind, (machine_code, _) = library.serialize_using_object_code()
-    assert kind == "object"
-    calls = [f.name for f in library._final_module.functions if f.is_declaration and not f.name.startswith("llvm.")]
-    header = {"name": entry.native_name, "calls": calls}
-    return json.dumps(header).encode() + b"\n" + bytes(machine_code)
+        entries, objects = [], b""
+        for entry in (make_entry_point(), make_sampling_entry_point()):
+            library = entry._library
+            _, kind, (machine_code, _) = library.serialize_using_object_code()
+            assert kind == "object"
+            functions = library._final_module.functions
+            calls = [f.name for f in functions if f.is_declaration and not f.name.startswith("llvm.")]
+            entries.append({"name": entry.native_name, "size": len(machine_code), "calls": calls})
+            objects += bytes(machine_code)
+    return json.dumps(entries).encode() + b"\n" + objects
 
 
 @contextlib.contextmanager
@@ -193,26 +199,38 @@ def function_address(function: Any) -> int:
     return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
-@functools.cache
 def load_forward() -> Forward:
-    """Load the machine code (compile it if needed) and return its entry point.
+    """Return the entry point of the forward pass.
 
     Its arguments are those of `forward.make_entry_point`: address of the model table, address of the call table, norm
     eps, address of the work queue, epoch, number of pieces, thread. Being a ctypes function, it releases the GIL during
     a call.
     """
+    prototype = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_double, *[ctypes.c_int64] * 4)
+    return prototype(load_entry_points()[0])
+
+
+def load_sample() -> Sample:
+    """Return the entry point of sampling, a ctypes function; its arguments: `sampling.make_sampling_entry_point`."""
+    return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 10)(load_entry_points()[1])
+
+
+@functools.cache
+def load_entry_points() -> list[int]:
+    """Load the machine code (compile it if needed) and return the addresses of its entry points."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    header, _, machine_code = load_or_compile().partition(b"\n")
-    header_fields = json.loads(header)
-    for symbol in header_fields["calls"]:
+    header, _, objects = load_or_compile().partition(b"\n")
+    entries = json.loads(header)
+    for symbol in {symbol for entry in entries for symbol in entry["calls"]}:
         if llvm.address_of_symbol(symbol) is None:  # otherwise Numba is imported and has registered its own
             llvm.add_symbol(symbol, resolve_symbol(symbol))
     target_machine = llvm.Target.from_default_triple().create_target_machine()
     execution_engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target_machine)
-    execution_engine.add_object_file(llvm.ObjectFileRef.from_data(machine_code))
+    start = 0
+    for entry in entries:
+        execution_engine.add_object_file(llvm.ObjectFileRef.from_data(objects[start : start + entry["size"]]))
+        start += entry["size"]
     execution_engine.finalize_object()
-    prototype = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_double, *[ctypes.c_int64] * 4)
-    function = prototype(execution_engine.get_function_address(header_fields["name"]))
     _alive.append(execution_engine)
-    return function
+    return [execution_engine.get_function_address(entry["name"]) for entry in entries]

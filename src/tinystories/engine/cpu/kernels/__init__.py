@@ -1,4 +1,5 @@
-"""The forward pass of the CPU engine: everything that Numba compiles, and the layout of the tables that it reads.
+"""The forward pass of the CPU engine, and sampling (`sampling.make_sampling_entry_point`, which is independent of it):
+everything that Numba compiles, and the layout of the tables that it reads.
 
 `forward.make_entry_point` runs B rows (new tokens) through the whole model. Every thread of the pool makes one call to
 it.

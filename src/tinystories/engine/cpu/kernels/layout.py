@@ -111,6 +111,21 @@ class WorkQueueLayout(NamedTuple):
     size: int = 16
 
 
+class SamplingLayout(NamedTuple):
+    """Sampling settings of a slot, as float64; see `SamplingConfig`."""
+
+    temperature: int = 0  # 0: greedy
+    top_k: int = 1
+    top_p: int = 2
+    min_p: int = 3
+    logit_gap: int = 4  # logits further below the largest one are never sampled (negative)
+    repetition_penalty: int = 5
+    size: int = 6
+
+
+SAMPLING_BLOCK = 64  # ids that sampling passes over at once; rows of scratch and seen ids are whole blocks
+# How much the bound of the logits that may be sampled is lowered, in parts of the largest: the bound itself is rounded.
+LOGIT_MARGIN = 1e-5
 PHASES_PER_LAYER = 6  # beside these, a call has a phase for the embedding and one for the logits
 TILE_ROWS = 4  # adjacent positions of a slot whose attention uses keys and values while they are in registers
 SCORE_CHUNK = 16  # the scores of a row are padded to a multiple of this
@@ -119,3 +134,4 @@ PHASE_SHIFT, EPOCH_SHIFT = 16, 32
 MAX_PIECES, MAX_PHASES, MAX_EPOCHS = 1 << 16, (1 << 16) - 1, 1 << 31
 CLOSED = MAX_PHASES  # the phase of a queue whose call is complete
 MATRIX, LAYER, MODEL, CALL, WORK_QUEUE = MatrixLayout(), LayerLayout(), ModelLayout(), CallLayout(), WorkQueueLayout()
+SAMPLING = SamplingLayout()
