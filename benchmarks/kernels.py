@@ -13,6 +13,7 @@ Matrices are read from memory as in a model: as many copies, one after the other
 
 import argparse
 import hashlib
+import inspect
 import json
 import os
 import platform
@@ -121,10 +122,22 @@ def make_matmul_measurement(options: argparse.Namespace) -> Callable[[str, str],
 
     base = MODEL.lm_head
 
+    if "source" in inspect.signature(quantize_rows.py_func).parameters:
+
+        @numba.njit(error_model="numpy")
+        def quantize_x(m, c, ctx):  # type: ignore[no-untyped-def]
+            quantize_rows(m, c, base, ctx.x, m[base + MATRIX.in_features], ctx)
+
+    else:  # until commit 2afd137
+
+        @numba.njit(error_model="numpy")
+        def quantize_x(m, c, ctx):  # type: ignore[no-untyped-def]
+            quantize_rows(m, c, base, ctx)
+
     @numba.njit(error_model="numpy")
     def run(m, c, y, n_copies, n_bytes, n_calls):  # type: ignore[no-untyped-def]
         ctx = make_context(c, np.float32(0), 0, 1, 0)
-        quantize_rows(m, c, base, ctx)
+        quantize_x(m, c, ctx)
         first = m[base + MATRIX.weights]
         for i in range(n_calls):
             m[base + MATRIX.weights] = first + i % n_copies * n_bytes

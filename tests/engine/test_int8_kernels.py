@@ -95,7 +95,7 @@ def test_tiles_compute_exact_sums(target: Target) -> None:
             kernel(*args)
             sums = values @ weights.T.astype(np.int64)
             assert np.abs(sums).max() < 2**31
-            assert (y == sums.astype(np.float32) * scales * x_scales[:, None]).all(), (n_rows, n_blocks, width)
+            assert (y == sums.astype(np.float32) * (scales * x_scales[:, None])).all(), (n_rows, n_blocks, width)
 
 
 @pytest.mark.parametrize(

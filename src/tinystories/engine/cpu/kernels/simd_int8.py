@@ -76,7 +76,7 @@ def select_tiling(context: Any) -> Tiling:
 def make_int8_kernel(n_rows: int, n_blocks: int) -> Callable[..., None]:
     """Make the kernel that multiplies n_blocks blocks of weights by n_rows rows of x.
 
-    It computes y[i, :16 n_blocks] = ((w . x[i]) * scales) * x_scales[i]. The arguments are `TileArgs`.
+    It computes y[i, :16 n_blocks] = (w . x[i]) * (scales * x_scales[i]). The arguments are `TileArgs`.
     """
 
     @intrinsic
@@ -166,10 +166,7 @@ def emit_tile(b: Builder, tiling: Tiling, args: TileArgs, n_rows: int, n_vectors
         x_scale = splat(b, load(b, args.x_scales, const_i64(4 * i), F32, 4), vector)
         y = b.add(args.y, b.mul(args.y_stride, const_i64(i)))
         for v in range(n_vectors):
-            scaled = b.fmul(b.sitofp(tile.emit_total(i, v), vector), scales[v])
-            # Numba lets LLVM reassociate products, and their last bit would depend on the tile: the fence prevents it.
-            scaled = call_intrinsic(b, f"llvm.arithmetic.fence.v{lanes}f32", vector, scaled)
-            values = b.fmul(scaled, x_scale)
+            values = b.fmul(b.sitofp(tile.emit_total(i, v), vector), b.fmul(scales[v], x_scale))
             pointer = b.inttoptr(b.add(y, const_i64(4 * lanes * v)), vector.as_pointer())
             b.store(values, pointer, align=4)
 
