@@ -33,7 +33,7 @@ from tinystories.weights.quantize import INT8_BLOCK_ROWS
 
 STEP_BYTES = 4 * INT8_BLOCK_ROWS  # 4 columns of a block
 MIN_SUMS = 8  # independent sums in a loop: fewer would wait for the latency of a multiplication
-# A single row of x reads all blocks in a sequence. These processors are faster if it prefetches so many bytes ahead;
+# A single row of x reads all blocks in a sequence. These processors are faster if it prefetches this many bytes ahead;
 # Zen 4 is 9 to 12% slower (docs/log.md).
 ROW_PREFETCH, PREFETCHING_PROCESSORS = 8192, ("znver5",)
 
@@ -95,10 +95,10 @@ def int8_row_kernel(context, n_blocks, w, block_bytes, n_steps, x, x_stride, y, 
     """Multiply n_blocks adjacent blocks of weights by one row of x; the other arguments are as in `TileArgs`."""
 
     def codegen(context: Any, b: Builder, _: Any, values: Any) -> Value:
-        n_blocks, *values = values
+        n_blocks, *addresses = values
         _, processor, _ = context.codegen().magic_tuple()
         prefetch = const_i64(ROW_PREFETCH) if processor in PREFETCHING_PROCESSORS else None
-        tiling, args, n_outputs = select_tiling(context), TileArgs(*values, prefetch), INT8_BLOCK_ROWS
+        tiling, args, n_outputs = select_tiling(context), TileArgs._make([*addresses, prefetch]), INT8_BLOCK_ROWS
         with cgutils.for_range(b, n_blocks) as loop:
             outputs = b.mul(loop.index, const_i64(4 * n_outputs))
             block = args._replace(
