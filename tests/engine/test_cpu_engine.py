@@ -325,6 +325,18 @@ def test_a_damaged_packed_file_is_made_again(folder: Path, how: str, caplog: pyt
     assert path.read_bytes() == whole
 
 
+def test_a_packed_file_in_an_earlier_layout_is_made_again(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first = opened(folder).prefill(0, IDS)
+    path = folder / "packed-int8.safetensors"
+    current = path.read_bytes()
+    file = SafetensorsFile(path)
+    tensors = {name: array for name, array in file.items() if not name.endswith(".filling")}
+    write_safetensors(path, tensors, {k: v for k, v in file.metadata.items() if k != "sha256"} | {"layout": "2"})
+    assert (opened(folder).prefill(0, IDS) == first).all()
+    assert "by another version of tinystories): quantizing the weights again" in caplog.text
+    assert path.read_bytes() == current
+
+
 def test_other_weights_are_packed_again(build: Build, folder: Path, sample_data: Path) -> None:
     first = opened(folder).prefill(0, IDS)
     packed = (folder / "packed-int8.safetensors").read_bytes()

@@ -15,8 +15,12 @@ from tinystories.engine.cpu.engine import CpuEngine
 from tinystories.engine.engine_config import EngineConfig
 from tinystories.engine.torch_engine import TorchEngine
 from tinystories.errors import UserError
+from tinystories.files import sha256
 from tinystories.model import GPT
-from tinystories.weights.load import load_fp32, write_int8_model
+from tinystories.weights import quantize
+from tinystories.weights.load import load_fp32, load_int8_only, write_int8_model
+from tinystories.weights.names import expected_shapes
+from tinystories.weights.safetensors_file import SafetensorsFile, write_safetensors
 
 IDS = [7, 3, 9, 1, 4, 300, 2]
 
@@ -78,6 +82,58 @@ def test_damaged_weights_are_an_error_without_another_copy(small: Path, engine: 
     with pytest.raises(UserError, match=r"packed-int8\.safetensors is damaged .*no other copy"):
         engine.load(files)
     assert len(list(small.iterdir())) == 4  # nothing was made in its place
+
+
+def rewrite_in_layout_2(folder: Path) -> None:
+    """Write the weights as earlier versions did: blocks of 8 rows, columns padded to a multiple of 8."""
+    files = checkpoint.read_model(folder)
+    path, tensors = folder / INT8_WEIGHTS, {}
+    file = SafetensorsFile(path)
+    for name, array in file.items():
+        if name.endswith(".filling"):
+            continue
+        weight, _, kind = name.rpartition(".")
+        shape = expected_shapes(files.config).get(weight)
+        if shape and f"{weight}.int8" in file:
+            rows, columns = quantize.round_up(shape[0], 8), quantize.round_up(shape[1], 8)
+            if kind == "int8":
+                padded = np.zeros((rows, columns), dtype=np.int8)
+                padded[: shape[0], : shape[1]] = quantize.unpack_int8(array, *shape)
+                blocks = padded.reshape(-1, 8, columns // 2, 2).transpose(0, 2, 1, 3)
+                array = np.ascontiguousarray(blocks).reshape(-1).view(np.uint8)
+            else:
+                array = array[:rows]
+        tensors[name] = array
+    write_safetensors(path, tensors, {k: v for k, v in file.metadata.items() if k != "sha256"} | {"layout": "2"})
+    described = json.loads((folder / "config.json").read_text())
+    described["files"][INT8_WEIGHTS] = sha256(path)
+    (folder / "config.json").write_text(json.dumps(described))
+
+
+def test_weights_in_the_layout_of_earlier_versions_are_converted(small: Path, tmp_path: Path) -> None:
+    """Logits to the last bit; and `quantize --out` writes them in the present layout, with the same integers."""
+    before = checkpoint.read_model(small)
+    expected = CpuEngine.load(before).prefill(0, IDS)
+    current, exact = dict(load_int8_only(before)), load_fp32(before)
+    rewrite_in_layout_2(small)
+    old = checkpoint.read_model(small)
+    assert (CpuEngine.load(old).prefill(0, IDS) == expected).all()
+    assert all((weight == exact[name]).all() for name, weight in load_fp32(old).items())
+    write_int8_model(old, tmp_path / "converted")
+    converted = load_int8_only(checkpoint.read_model(tmp_path / "converted"))
+    assert isinstance(converted, SafetensorsFile)  # mapped, not a copy
+    assert converted.metadata["layout"] == "3"
+    assert converted.keys() == current.keys()
+    assert all((array == current[name]).all() for name, array in converted.items())
+
+
+def test_weights_in_an_unknown_layout_are_refused(small: Path) -> None:
+    path = small / INT8_WEIGHTS
+    file = SafetensorsFile(path)
+    tensors = {name: array for name, array in file.items() if not name.endswith(".filling")}
+    write_safetensors(path, tensors, {k: v for k, v in file.metadata.items() if k != "sha256"} | {"layout": "4"})
+    with pytest.raises(UserError, match="made by another version of tinystories"):
+        CpuEngine.load(checkpoint.read_model(small, verify_weights=False))
 
 
 def test_another_layout_is_refused(small: Path) -> None:

@@ -9,7 +9,7 @@ from command_line import one_line_error, run_python, tinystories
 
 from tinystories.engine.cpu import target
 from tinystories.engine.cpu.jit import cache_path, numba_target
-from tinystories.engine.cpu.kernels.simd import has_avx2
+from tinystories.engine.cpu.kernels.simd import has_feature
 from tinystories.engine.cpu.target import LEVELS, list_available_levels, select_target
 
 HERE = select_target().best_level
@@ -22,7 +22,7 @@ x86_only = pytest.mark.skipif("x86-64" not in available, reason="levels of x86")
 STORIES = """
 import json, logging, sys, tinystories
 storyteller = tinystories.load(precision=sys.argv[1], threads=1)
-print(json.dumps([storyteller.generate("One day", seed=seed, max_tokens=60).ids for seed in range(3)]))
+print(json.dumps([storyteller.generate("One day", seed=seed, max_tokens=60).ids for seed in range(50)]))
 """
 # SHA-256 of the bits of logits: a prompt in two calls, and steps.
 LOGITS = """
@@ -153,7 +153,23 @@ def test_the_levels_of_a_machine_follow_from_its_features(triple: str, features:
 )
 def test_avx2_is_a_feature_of_the_target(triple: str, features: str, expected: bool) -> None:
     codegen = SimpleNamespace(magic_tuple=lambda: (triple, "some-processor", features))
-    assert has_avx2(SimpleNamespace(codegen=lambda: codegen)) == expected
+    assert has_feature(SimpleNamespace(codegen=lambda: codegen), "avx2") == expected
+
+
+@pytest.mark.parametrize(
+    ("triple", "processor", "features", "expected"),
+    [
+        ("aarch64-unknown-linux-gnu", "neoverse-n1", "+neon,+dotprod", True),
+        ("aarch64-unknown-linux-gnu", "neoverse-n1", "+neon", False),
+        ("arm64-apple-darwin23.0.0", "apple-m1", "", True),  # LLVM does not list the features of Apple's processors
+        ("arm64-apple-darwin23.0.0", "apple-m1", "-dotprod", False),
+        ("arm64-apple-darwin23.0.0", "generic", "+neon", False),
+        ("x86_64-unknown-linux-gnu", "znver4", "+dotprod", False),
+    ],
+)
+def test_dot_products_are_a_feature_of_arm_targets(triple: str, processor: str, features: str, expected: bool) -> None:
+    codegen = SimpleNamespace(magic_tuple=lambda: (triple, processor, features))
+    assert has_feature(SimpleNamespace(codegen=lambda: codegen), "dotprod") == expected
 
 
 def test_every_target_has_machine_code_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,13 +18,20 @@ from tinystories.config import ModelConfig, SamplingConfig
 from tinystories.errors import UserError, one_line, quoted
 from tinystories.files import atomic_directory
 from tinystories.weights.names import EMBEDDING, POSITION_EMBEDDING, check_weights, expected_shapes
-from tinystories.weights.quantize import DEQUANTIZERS, QUANTIZERS, quantized_sizes
+from tinystories.weights.quantize import (
+    DEQUANTIZERS,
+    QUANTIZERS,
+    convert_int8_layout_2,
+    int8_sizes_layout_2,
+    quantized_sizes,
+)
 from tinystories.weights.safetensors_file import PADDING, PARSE_ERRORS, Array, SafetensorsFile, write_safetensors
 
 log = logging.getLogger(__name__)
 
 Precision = Literal["fp32", "int8", "int4"]
-FORMAT_VERSION = 2  # of quantized files; files of another version are made again
+# Of the blocks in quantized files. Cached files of another version are made again; int8-only ones are converted.
+LAYOUT_VERSIONS: dict[Precision, str] = {"int8": "3", "int4": "2"}
 
 
 def load_fp32(files: ModelFiles) -> Mapping[str, Array]:
@@ -89,14 +96,20 @@ def load_or_quantize(files: ModelFiles, precision: Precision) -> Mapping[str, Ar
     return SafetensorsFile(path)
 
 
-def load_int8_only(files: ModelFiles) -> SafetensorsFile:
+def load_int8_only(files: ModelFiles) -> Mapping[str, Array]:
     """Load the quantized weights of a directory that has only int8 weights (see `write_int8_model`).
 
-    Raises UserError if they are damaged, as they cannot be made again.
+    They are memory-mapped. Those in layout 2, which earlier versions wrote, are converted to the present layout in
+    memory. Raises UserError if they are damaged, as they cannot be made again.
     """
     path = files.weights_path
     try:
-        return open_quantized(path, files.config, "int8", {"layout": str(FORMAT_VERSION)})
+        file = open_quantized(path, files.config, "int8", {})
+        if file.metadata.get("layout") == LAYOUT_VERSIONS["int8"]:
+            return file
+        if file.metadata.get("layout") == "2":
+            return convert_layout_2(file, files.config)
+        raise ValueError("it was made by another version of tinystories")
     except PARSE_ERRORS as error:
         raise UserError(
             f"{path} is damaged ({error}) and there is no other copy of these weights here; restore it from its source"
@@ -106,15 +119,27 @@ def load_int8_only(files: ModelFiles) -> SafetensorsFile:
 def write_int8_model(files: ModelFiles, folder: Path, sampling: SamplingConfig | None = None) -> None:
     """Write a model directory with int8 weights only: a quarter of the size, readable by every engine.
 
-    Its tokenizer.json has no whitespace. `sampling` replaces the model's default sampling settings. Raises UserError if
-    the weights do not match their checksum.
+    Its tokenizer.json has no whitespace. `sampling` replaces the model's default sampling settings. The weights of a
+    model that has only int8 ones are copied. Raises UserError if the weights do not match their checksum.
     """
     files.verify_weights()
     tokenizer_json = json.dumps(files.tokenizer().json_data, ensure_ascii=False, separators=(",", ":"))
+    tensors = load_int8_only(files) if files.is_int8_only else quantize(files, "int8")
+    tensors = {name: array for name, array in tensors.items() if not name.endswith(PADDING)}
     with atomic_directory(folder) as draft:
-        write_safetensors(draft / INT8_WEIGHTS, quantize(files, "int8"), quantized_metadata(files, "int8"))
+        write_safetensors(draft / INT8_WEIGHTS, tensors, quantized_metadata(files, "int8"))
         (draft / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8", newline="\n")
         checkpoint.write_config(draft, files.config, sampling or files.sampling, files.provenance, INT8_WEIGHTS)
+
+
+def convert_layout_2(file: SafetensorsFile, config: ModelConfig) -> dict[str, Array]:
+    """Return the tensors of an int8 file in layout 2 in the present layout."""
+    tensors = {name: array for name, array in file.items() if not name.endswith(PADDING)}
+    for name, shape in expected_shapes(config).items():
+        values, scales = f"{name}.int8", f"{name}.scales"
+        if values in tensors:
+            tensors[values], tensors[scales] = convert_int8_layout_2(tensors[values], tensors[scales], *shape)
+    return tensors
 
 
 def quantized_path(files: ModelFiles, precision: Precision) -> Path:
@@ -124,7 +149,7 @@ def quantized_path(files: ModelFiles, precision: Precision) -> Path:
 
 def quantized_metadata(files: ModelFiles, precision: Precision) -> dict[str, str]:
     """Return the metadata by which a quantized file names its format and its source."""
-    return {"layout": str(FORMAT_VERSION), "precision": precision, "source_sha256": files.weights_sha256}
+    return {"layout": LAYOUT_VERSIONS[precision], "precision": precision, "source_sha256": files.weights_sha256}
 
 
 def open_quantized(
@@ -142,7 +167,9 @@ def open_quantized(
     expected: dict[str, tuple[type, int]] = {}
     for name, shape in expected_shapes(config).items():
         if encoding := quantized_encoding(name, shape, config, precision):
-            expected[f"{name}.{encoding}"], expected[f"{name}.scales"] = quantized_sizes(encoding, *shape)
+            is_layout_2 = encoding == "int8" and file.metadata.get("layout") == "2"
+            values, scales = int8_sizes_layout_2(*shape) if is_layout_2 else quantized_sizes(encoding, *shape)
+            expected[f"{name}.{encoding}"], expected[f"{name}.scales"] = values, scales
         else:
             expected[name] = np.float32, int(np.prod(shape))
     for name in file:

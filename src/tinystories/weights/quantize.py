@@ -3,11 +3,13 @@
 int8: values -127..127 and one fp32 scale per row. int4: values -8..7, stored as 0..15, and one bf16 scale per group of
 32 columns.
 
-Block layout. Rows come in blocks of 8, so that a vector holds the sums of 8 rows and no sum is ever taken across a
+Block layout. Rows come in blocks, so that a vector holds sums of different rows and no sum is ever taken across a
 vector.
-  int8: for each pair of adjacent columns, the pairs of the 8 rows are adjacent (16 bytes).
-  int4: for each group of 32 columns, 4 x 32 bytes. Each 32 bytes hold 4 adjacent columns of 8 rows: in the low bits
-  columns j..j+3 of the first 16 columns of the group, in the high bits the same columns of the second 16.
+  int8: blocks of 16 rows. For each pair of adjacent columns, the pairs of the 16 rows are adjacent (32 bytes); columns
+  are padded to a multiple of 4, so that two pairs fill a cache line.
+  int4: blocks of 8 rows. For each group of 32 columns, 4 x 32 bytes. Each 32 bytes hold 4 adjacent columns of 8 rows:
+  in the low bits columns j..j+3 of the first 16 columns of the group, in the high bits the same columns of the second
+  16.
 """
 
 import math
@@ -23,8 +25,8 @@ Array = npt.NDArray[Any]
 Quantizer = Callable[[Floats], tuple[Array, Array]]  # a matrix to its values and scales
 Dequantizer = Callable[[Array, Array, int, int], Floats]  # the reverse, from values, scales, out_features, in_features
 
-# Rows of a quantized matrix that are interleaved in one block.
-BLOCK_ROWS = 8
+# Rows of a quantized matrix that are interleaved in one block: of an int8 matrix, and of others.
+INT8_BLOCK_ROWS, BLOCK_ROWS = 16, 8
 # Columns of an int4 matrix that share a scale.
 GROUP_SIZE = 32
 # Values with a smaller scale are quantized to zeros: the inverse of the scale would overflow.
@@ -55,14 +57,35 @@ def round_to_int8(weight: Floats) -> tuple[npt.NDArray[np.int8], Floats]:
 def quantize_int8(weight: Floats) -> tuple[Bytes, Floats]:
     """Quantize a matrix (out_features, in_features) to int8; return the packed blocks and a scale per row.
 
-    Rows are padded with zeros to a multiple of 8, columns too. Blocks are (row block, column pair, row, column).
+    Rows are padded with zeros to a multiple of 16, columns to a multiple of 4.
     """
-    out_features, in_features = weight.shape
-    padded_values = np.zeros((round_up(out_features, BLOCK_ROWS), round_up(in_features, 8)), dtype=np.int8)
-    scales = np.zeros(len(padded_values), dtype=np.float32)
-    padded_values[:out_features, :in_features], scales[:out_features] = round_to_int8(weight)
-    blocks = padded_values.reshape(-1, BLOCK_ROWS, padded_values.shape[1] // 2, 2).transpose(0, 2, 1, 3)
-    return np.ascontiguousarray(blocks).view(np.uint8).reshape(-1), scales
+    values, scales = round_to_int8(weight)
+    return pack_int8(values), pad_rows(scales, INT8_BLOCK_ROWS)
+
+
+def pad_rows(array: Array, multiple: int) -> Array:
+    """Append zeros to the first axis, up to a multiple."""
+    padded = np.zeros((round_up(len(array), multiple), *array.shape[1:]), dtype=array.dtype)
+    padded[: len(array)] = array
+    return padded
+
+
+def pack_int8(values: npt.NDArray[np.int8]) -> Bytes:
+    """Arrange integers (out_features, in_features) in blocks (row block, column pair, row, column); pad with zeros."""
+    out_features, in_features = values.shape
+    padded = np.zeros((round_up(out_features, INT8_BLOCK_ROWS), round_up(in_features, 4)), dtype=np.int8)
+    padded[:out_features, :in_features] = values
+    blocks = allocate_aligned((len(padded) // INT8_BLOCK_ROWS, padded.shape[1] // 2, INT8_BLOCK_ROWS, 2), np.int8)
+    blocks[...] = padded.reshape(-1, INT8_BLOCK_ROWS, padded.shape[1] // 2, 2).transpose(0, 2, 1, 3)
+    return blocks.view(np.uint8).reshape(-1)
+
+
+def unpack_int8(
+    quantized: Bytes, out_features: int, in_features: int, block_rows: int = INT8_BLOCK_ROWS, column_multiple: int = 4
+) -> npt.NDArray[np.int8]:
+    """Return the integers (out_features, in_features) of the output of `pack_int8`, or of a layout of other blocks."""
+    blocks = quantized.view(np.int8).reshape(-1, round_up(in_features, column_multiple) // 2, block_rows, 2)
+    return blocks.transpose(0, 2, 1, 3).reshape(len(blocks) * block_rows, -1)[:out_features, :in_features]
 
 
 def dequantize_rows(values: npt.NDArray[np.int8], scales: Floats, out_features: int, in_features: int) -> Floats:
@@ -72,9 +95,15 @@ def dequantize_rows(values: npt.NDArray[np.int8], scales: Floats, out_features: 
 
 def dequantize_int8(quantized: Bytes, scales: Floats, out_features: int, in_features: int) -> Floats:
     """Return the fp32 matrix (out_features, in_features) of the output of `quantize_int8`."""
-    blocks = quantized.view(np.int8).reshape(-1, round_up(in_features, 8) // 2, BLOCK_ROWS, 2).transpose(0, 2, 1, 3)
-    values = blocks.reshape(-1, round_up(in_features, 8)).astype(np.float32) * scales[:, None]
-    return values[:out_features, :in_features]
+    return unpack_int8(quantized, out_features, in_features).astype(np.float32) * scales[:out_features, None]
+
+
+def convert_int8_layout_2(
+    quantized: Bytes, scales: Floats, out_features: int, in_features: int
+) -> tuple[Bytes, Floats]:
+    """Convert a matrix in layout 2 (blocks of 8 rows, columns padded to a multiple of 8) to the present one."""
+    values = unpack_int8(quantized, out_features, in_features, block_rows=8, column_multiple=8)
+    return pack_int8(values), pad_rows(scales[:out_features], INT8_BLOCK_ROWS)
 
 
 def to_bf16(values: Floats) -> npt.NDArray[np.uint16]:
@@ -141,23 +170,35 @@ def quantized_sizes(encoding: str, out_features: int, in_features: int) -> tuple
     """Return (dtype, number of elements) of the values and of the scales that `QUANTIZERS[encoding]` returns."""
     if encoding == "rows":
         return (np.int8, out_features * in_features), (np.float32, out_features)
-    rows = round_up(out_features, BLOCK_ROWS)
+    rows = round_up(out_features, block_rows(encoding))
     if encoding == "int8":
-        return (np.uint8, rows * round_up(in_features, 8)), (np.float32, rows)
+        return (np.uint8, rows * round_up(in_features, 4)), (np.float32, rows)
     columns = round_up(in_features, GROUP_SIZE)
     return (np.uint8, rows * columns // 2), (np.uint16, rows * columns // GROUP_SIZE)
+
+
+def int8_sizes_layout_2(out_features: int, in_features: int) -> tuple[tuple[type, int], tuple[type, int]]:
+    """Return what `quantized_sizes` returns, for a matrix in layout 2."""
+    rows = round_up(out_features, 8)
+    return (np.uint8, rows * round_up(in_features, 8)), (np.float32, rows)
+
+
+def block_rows(precision: str) -> int:
+    """Return how many rows of a matrix in this precision form a block; `padded_out` is a multiple of it."""
+    return INT8_BLOCK_ROWS if precision == "int8" else BLOCK_ROWS
 
 
 def gather_rows(
     encoding: str, values: Array, scales: Array, row_ids: npt.NDArray[np.int64], n_rows: int
 ) -> tuple[Array, Array]:
     """Gather rows of a matrix with n_rows rows, "int8" or "int4", into a new one; return its values and scales."""
+    size = block_rows(encoding)
     # Block and row within the block, of each row in the source and in the destination.
-    source, destination = np.divmod(row_ids, BLOCK_ROWS), np.divmod(np.arange(len(row_ids)), BLOCK_ROWS)
+    source, destination = np.divmod(row_ids, size), np.divmod(np.arange(len(row_ids)), size)
     gathered: list[Array] = []
     for packed, unit in zip((values, scales), UNITS[encoding], strict=True):
-        blocks: Array = packed.view(unit).reshape(round_up(n_rows, BLOCK_ROWS) // BLOCK_ROWS, -1, BLOCK_ROWS)
-        n_blocks = round_up(len(row_ids), BLOCK_ROWS) // BLOCK_ROWS
+        blocks: Array = packed.view(unit).reshape(round_up(n_rows, size) // size, -1, size)
+        n_blocks = round_up(len(row_ids), size) // size
         new_blocks = allocate_aligned((n_blocks, *blocks.shape[1:]), unit)
         new_blocks[-1] = 0  # rows that pad the last block
         new_blocks[destination[0], :, destination[1]] = blocks[source[0], :, source[1]]

@@ -25,7 +25,7 @@ import llvmlite.binding as llvm
 from tinystories.engine.cpu.target import VARIABLE, Target, select_target
 from tinystories.errors import UserError
 from tinystories.files import atomic_file
-from tinystories.weights.quantize import BLOCK_ROWS, GROUP_SIZE
+from tinystories.weights.quantize import BLOCK_ROWS, GROUP_SIZE, INT8_BLOCK_ROWS
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def cache_path() -> Path:
     key_parts = [target.level or "", target.processor, target.features, platform.machine(), sys.platform]
     key_parts += sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith("NUMBA_"))
     key_parts += [metadata.version("numba"), metadata.version("llvmlite"), sys.version.split()[0]]
-    key_parts += [f"{BLOCK_ROWS} {GROUP_SIZE}"]  # compiled in as constants
+    key_parts += [f"{BLOCK_ROWS} {INT8_BLOCK_ROWS} {GROUP_SIZE}"]  # compiled in as constants
     digest = hashlib.sha256("\n".join(key_parts).encode())
     for path in SOURCE_FILES:
         digest.update(path.read_bytes())

@@ -26,7 +26,7 @@ X86_LEVELS = {
     "x86-64": Level("x86-64", "", frozenset()),
     "x86-64-v2": Level("x86-64-v2", "", X86_64_V2),
     "avx2": Level("x86-64-v3", "+avx2,+fma,+f16c", X86_64_V3),
-    "avx512": Level("x86-64-v4", "+avx2,+fma,+f16c,+avx512f", X86_64_V4),
+    "avx512": Level("x86-64-v4", "+avx2,+fma,+f16c,+avx512f,+avx512bw,+avx512vl", X86_64_V4),
 }
 ARM_LEVELS = {"neon": Level("generic", "+neon", frozenset())}
 LEVELS = X86_LEVELS | ARM_LEVELS

@@ -11,7 +11,7 @@ from tinystories.engine.cpu.kernels.layout import ACTIVATIONS, FP32, INT8_ROWS, 
 from tinystories.errors import UserError
 from tinystories.position_tables import build_rope_tables, build_sinusoid_table
 from tinystories.weights.names import EMBEDDING, LM_HEAD, POSITION_EMBEDDING, expected_shapes
-from tinystories.weights.quantize import BLOCK_ROWS, gather_rows, quantized_sizes, round_up
+from tinystories.weights.quantize import block_rows, gather_rows, quantized_sizes, round_up
 
 Array = npt.NDArray[Any]
 # Fields of a layer and the weights that they describe, if the model has them.
@@ -90,14 +90,14 @@ class WeightTable:
             return
         out_features, in_features = self.shapes[weight]
         table[base + MATRIX.out_features], table[base + MATRIX.in_features] = out_features, in_features
-        table[base + MATRIX.padded_out] = round_up(out_features, BLOCK_ROWS)
+        precision = "fp32" if weight in self.weights else block_precision(self.weights, weight)
+        table[base + MATRIX.padded_out] = round_up(out_features, block_rows(precision))
         self.add_vector(base + MATRIX.bias, f"{name}.bias")
-        if weight in self.weights:
+        if precision == "fp32":
             table[base + MATRIX.kind] = FP32
             table[base + MATRIX.weights] = self.tensor_address(weight, np.float32, out_features * in_features)
             self.n_bytes += self.weights[weight].nbytes
             return
-        precision = block_precision(self.weights, weight)
         values, scales = quantized_sizes(precision, out_features, in_features)
         table[base + MATRIX.kind] = KINDS[precision]
         table[base + MATRIX.weights] = self.tensor_address(f"{weight}.{precision}", *values)

@@ -15,7 +15,7 @@ inputs are two tables of 64-bit integers, some of them addresses: `m` describes 
 `layout` names their fields, `runtime` fills them. `ctx` is the `ThreadContext` of the thread and its piece.
 
 Notation: B = rows (new tokens of any slots), C = n_embd, D = head_dim, S = n_ctx. Matrices are (out_features,
-in_features), and out_features is padded to a multiple of BLOCK_ROWS (`padded_out`), which is also the row stride of the
-outputs. `base` is the index in `m` where the fields of a matrix begin, `layer_base` that of a layer. `lo` and `hi`
-bound the rows of one piece.
+in_features), and out_features is padded to a multiple of the rows of a block (`padded_out`), which is also the row
+stride of the outputs. `base` is the index in `m` where the fields of a matrix begin, `layer_base` that of a layer. `lo`
+and `hi` bound the rows of one piece.
 """

@@ -6,16 +6,17 @@ from tinystories.engine.cpu.kernels.elementwise import add_f32, copy_f32
 from tinystories.engine.cpu.kernels.layout import CALL, FP32, INT8, INT8_ROWS, MATRIX, MODEL
 from tinystories.engine.cpu.kernels.memory import njit, view_f32, view_i8, view_i64, view_u8, view_u16
 from tinystories.engine.cpu.kernels.simd import bitcast_f32
-from tinystories.weights.quantize import BLOCK_ROWS, GROUP_SIZE
+from tinystories.weights.quantize import BLOCK_ROWS, GROUP_SIZE, INT8_BLOCK_ROWS
 
 
 @njit
 def embed_int8(weights, scales, row, C, x):
     """Dequantize one row of a matrix in blocks of int8."""
-    block = view_i8(weights + row // BLOCK_ROWS * BLOCK_ROWS * ((C + 7) // 8 * 8), BLOCK_ROWS * ((C + 7) // 8 * 8))
-    scale, first = view_f32(scales, row + 1)[row], row % BLOCK_ROWS * 2
+    block_bytes = INT8_BLOCK_ROWS * ((C + 3) // 4 * 4)
+    block = view_i8(weights + row // INT8_BLOCK_ROWS * block_bytes, block_bytes)
+    scale, first = view_f32(scales, row + 1)[row], row % INT8_BLOCK_ROWS * 2
     for j in range(C):  # pairs of columns of all rows of the block are adjacent
-        x[j] = np.float32(block[j // 2 * 2 * BLOCK_ROWS + first + j % 2]) * scale
+        x[j] = np.float32(block[j // 2 * 2 * INT8_BLOCK_ROWS + first + j % 2]) * scale
 
 
 @njit

@@ -20,7 +20,7 @@ class MatrixLayout(NamedTuple):
     scales: int = 2  # address; 0 for FP32
     bias: int = 3  # address; 0 if there is none
     out_features: int = 4
-    padded_out: int = 5  # out_features rounded up to a multiple of BLOCK_ROWS
+    padded_out: int = 5  # out_features rounded up to a multiple of `weights.quantize.block_rows`
     in_features: int = 6
 
 

@@ -13,16 +13,20 @@ from tinystories.engine.cpu.kernels.elementwise import (
 )
 from tinystories.engine.cpu.kernels.layout import CALL, FP32, INT4, INT8, MATRIX, MODEL
 from tinystories.engine.cpu.kernels.memory import njit, view_f32, view_i8, view_i16, view_i32
-from tinystories.engine.cpu.kernels.simd import bitcast_f32, make_fp32_kernel, make_int4_kernel, make_int8_kernel
-from tinystories.weights.quantize import BLOCK_ROWS, GROUP_SIZE
+from tinystories.engine.cpu.kernels.simd import bitcast_f32, make_fp32_kernel, make_int4_kernel
+from tinystories.engine.cpu.kernels.simd_int8 import STEP_BYTES, int8_row_kernel, make_int8_kernel
+from tinystories.weights.quantize import BLOCK_ROWS, GROUP_SIZE, INT8_BLOCK_ROWS
 
 # Rows of x whose largest magnitude is below this are quantized to zeros: the inverse scale would overflow.
 MIN_AMAX = np.float32(1e-30)
+# Rows of an fp32 matrix that stay in the second cache while groups of rows of x, which stay in the first, use them.
+FP32_BLOCK_ROWS, FP32_GROUP_ROWS = 64, 8
 # Inner loops of the matmuls. The suffix is (weight rows)x(rows of x) that one call multiplies.
-int8_kernel_8x1, int8_kernel_8x4 = make_int8_kernel(1), make_int8_kernel(4)
+int8_kernel_32x8, int8_kernel_32x4, int8_kernel_32x2 = (make_int8_kernel(n_rows, 2) for n_rows in (8, 4, 2))
+int8_kernel_16x8, int8_kernel_16x4, int8_kernel_16x2 = (make_int8_kernel(n_rows, 1) for n_rows in (8, 4, 2))
 int4_kernel_8x1, int4_kernel_8x4 = make_int4_kernel(1), make_int4_kernel(4)
 fp32_kernel_1x1, fp32_kernel_4x1 = make_fp32_kernel(1, 1), make_fp32_kernel(4, 1)
-fp32_kernel_4x2 = make_fp32_kernel(4, 2)
+fp32_kernel_4x2, fp32_kernel_4x4 = make_fp32_kernel(4, 2), make_fp32_kernel(4, 4)
 
 
 @njit
@@ -101,27 +105,33 @@ def quantize_row_i8(x, in_features, b, ctx):
 def matmul_fp32(m, base, lo, hi, first_row, n_rows, y_address, ctx):
     """Multiply rows lo..hi-1 of an unpadded fp32 matrix by rows first_row..n_rows-1 of x, as in `matmul_rows`.
 
-    The main loop multiplies tiles of 4 weight rows by 2 rows of x, and single rows at the edges.
+    The main loop multiplies tiles of 4 weight rows by 4 rows of x, and fewer rows at the edges.
     """
     weights, in_features = m[base + MATRIX.weights], m[base + MATRIX.in_features]
     padded_out = m[base + MATRIX.padded_out]
     n_chunks, stride, y_stride = in_features // 8, 4 * in_features, 4 * padded_out
-    i = lo
-    while i < hi:
-        n_weight_rows = 4 if i + 4 <= hi else 1
-        w_ptr = weights + stride * i
-        b = first_row
-        while b < n_rows:
-            two_rows = n_weight_rows == 4 and b + 2 <= n_rows
-            x_ptr, y_ptr = ctx.x + stride * b, y_address + y_stride * b + 4 * i
-            if two_rows:
-                fp32_kernel_4x2(w_ptr, stride, x_ptr, stride, n_chunks, y_ptr, y_stride)
-            elif n_weight_rows == 4:
-                fp32_kernel_4x1(w_ptr, stride, x_ptr, stride, n_chunks, y_ptr, y_stride)
-            else:
-                fp32_kernel_1x1(w_ptr, stride, x_ptr, stride, n_chunks, y_ptr, y_stride)
-            b += 2 if two_rows else 1
-        i += n_weight_rows
+    for block in range(lo, hi, FP32_BLOCK_ROWS):
+        for group in range(first_row, n_rows, FP32_GROUP_ROWS):
+            i, last_row = block, min(group + FP32_GROUP_ROWS, n_rows)
+            while i < min(block + FP32_BLOCK_ROWS, hi):
+                n_weight_rows = 4 if i + 4 <= hi else 1
+                w_ptr, b, ahead = weights + stride * i, group, 4 * stride
+                while b < last_row:
+                    x_ptr, y_ptr = ctx.x + stride * b, y_address + y_stride * b + 4 * i
+                    if n_weight_rows == 1:
+                        fp32_kernel_1x1(w_ptr, stride, x_ptr, stride, n_chunks, y_ptr, y_stride, ahead)
+                        b += 1
+                    elif b + 4 <= last_row:
+                        fp32_kernel_4x4(w_ptr, stride, x_ptr, stride, n_chunks, y_ptr, y_stride, ahead)
+                        b += 4
+                    elif b + 2 <= last_row:
+                        fp32_kernel_4x2(w_ptr, stride, x_ptr, stride, n_chunks, y_ptr, y_stride, ahead)
+                        b += 2
+                    else:
+                        fp32_kernel_4x1(w_ptr, stride, x_ptr, stride, n_chunks, y_ptr, y_stride, ahead)
+                        b += 1
+                    ahead = 0
+                i += n_weight_rows
     if in_features % 8:  # the kernels only read whole vectors of 8 columns; add the remaining columns
         w, x = view_f32(weights, hi * in_features), view_f32(ctx.x, n_rows * in_features)
         y = view_f32(y_address, n_rows * padded_out)
@@ -133,22 +143,47 @@ def matmul_fp32(m, base, lo, hi, first_row, n_rows, y_address, ctx):
 
 @njit
 def matmul_int8(m, base, lo, hi, first_row, n_rows, y_address, ctx):
-    """Multiply rows lo..hi-1 of an int8 matrix by rows first_row..n_rows-1 of the quantized x, as in `matmul_rows`."""
-    weights, scales, in_features = m[base + MATRIX.weights], m[base + MATRIX.scales], m[base + MATRIX.in_features]
-    n_chunks, n_groups = (in_features + 7) // 8, (in_features + GROUP_SIZE - 1) // GROUP_SIZE
-    # Bytes between rows of the quantized x (padded to whole groups) and of y.
-    x_stride, y_stride = 2 * GROUP_SIZE * n_groups, 4 * m[base + MATRIX.padded_out]
-    for i in range(lo, hi, BLOCK_ROWS):  # each block of weights is loaded once for four rows of x
-        w_ptr, w_scales = weights + 8 * n_chunks * i, scales + 4 * i
-        b = first_row
+    """Multiply rows lo..hi-1 of an int8 matrix by rows first_row..n_rows-1 of the quantized x, as in `matmul_rows`.
+
+    Two blocks of weights at a time, while they are in the cache, by eight rows of x at a time.
+    """
+    in_features, padded_out = m[base + MATRIX.in_features], m[base + MATRIX.padded_out]
+    n_steps, n_groups = (in_features + 3) // 4, (in_features + GROUP_SIZE - 1) // GROUP_SIZE
+    # Bytes of a block, and between rows of the quantized x (padded to whole groups) and of y.
+    block, x_stride, y_stride = STEP_BYTES * n_steps, 2 * GROUP_SIZE * n_groups, 4 * padded_out
+    # A single row reads all blocks in one sequence.
+    i, i_step = lo, 2 * INT8_BLOCK_ROWS if n_rows - first_row > 1 else hi - lo
+    while i < hi:
+        n_blocks = min(i_step, hi - i) // INT8_BLOCK_ROWS
+        w, w_scales = m[base + MATRIX.weights] + block * (i // INT8_BLOCK_ROWS), m[base + MATRIX.scales] + 4 * i
+        b, ahead = first_row, n_blocks * block  # prefetch the next blocks during the first tile
         while b < n_rows:
-            x_ptr, y_ptr, x_scales = ctx.quantized + x_stride * b, y_address + y_stride * b + 4 * i, ctx.scales + 4 * b
-            if b + 4 <= n_rows:
-                int8_kernel_8x4(w_ptr, x_ptr, x_stride, n_chunks, y_ptr, y_stride, w_scales, x_scales)
+            x, x_scales, y = ctx.quantized + x_stride * b, ctx.scales + 4 * b, y_address + y_stride * b + 4 * i
+            left = n_rows - b
+            if left == 1:
+                int8_row_kernel(n_blocks, w, block, n_steps, x, x_stride, y, y_stride, w_scales, x_scales)
+                b += 1
+            elif n_blocks == 2:
+                if left >= 8:
+                    int8_kernel_32x8(w, block, n_steps, x, x_stride, y, y_stride, w_scales, x_scales, ahead)
+                    b += 8
+                elif left >= 4:
+                    int8_kernel_32x4(w, block, n_steps, x, x_stride, y, y_stride, w_scales, x_scales, ahead)
+                    b += 4
+                else:
+                    int8_kernel_32x2(w, block, n_steps, x, x_stride, y, y_stride, w_scales, x_scales, ahead)
+                    b += 2
+            elif left >= 8:
+                int8_kernel_16x8(w, block, n_steps, x, x_stride, y, y_stride, w_scales, x_scales, ahead)
+                b += 8
+            elif left >= 4:
+                int8_kernel_16x4(w, block, n_steps, x, x_stride, y, y_stride, w_scales, x_scales, ahead)
                 b += 4
             else:
-                int8_kernel_8x1(w_ptr, x_ptr, x_stride, n_chunks, y_ptr, y_stride, w_scales, x_scales)
-                b += 1
+                int8_kernel_16x2(w, block, n_steps, x, x_stride, y, y_stride, w_scales, x_scales, ahead)
+                b += 2
+            ahead = 0
+        i += n_blocks * INT8_BLOCK_ROWS
 
 
 @njit
@@ -177,13 +212,14 @@ def matmul_rows(m, c, base, first_row, y_address, ctx):
     """Matmul of one piece of a matrix: y[b, lo:hi] = weights[lo:hi] . x[b] + bias[lo:hi] for b >= first_row.
 
     The matrix is described at m[base:]. x is (B, in_features) fp32 at `ctx.x`; for quantized weights, `quantize_rows`
-    must have quantized it. y at `y_address` is (B, padded_out) fp32. Returns (lo, hi), which are multiples of
-    BLOCK_ROWS, and hi may exceed out_features.
+    must have quantized it. y at `y_address` is (B, padded_out) fp32. Returns (lo, hi), which are multiples of the rows
+    of a block, and hi may exceed out_features.
     """
     kind, padded_out, n_rows = m[base + MATRIX.kind], m[base + MATRIX.padded_out], c[CALL.n_rows]
-    n_blocks = padded_out // BLOCK_ROWS
-    lo = n_blocks * ctx.piece // ctx.n_pieces * BLOCK_ROWS
-    hi = n_blocks * (ctx.piece + 1) // ctx.n_pieces * BLOCK_ROWS
+    block_rows = INT8_BLOCK_ROWS if kind == INT8 else BLOCK_ROWS
+    n_blocks = padded_out // block_rows
+    lo = n_blocks * ctx.piece // ctx.n_pieces * block_rows
+    hi = n_blocks * (ctx.piece + 1) // ctx.n_pieces * block_rows
     unpadded_hi = min(hi, m[base + MATRIX.out_features])
     if kind == FP32:
         matmul_fp32(m, base, lo, unpadded_hi, first_row, n_rows, y_address, ctx)

@@ -2,6 +2,7 @@
 
 LLVM maps the vectors to the instructions of the CPU (`vpmaddwd` on x86, `smlal` on ARM). It does not find `vpmaddubsw`,
 so that one is called by name if the target has AVX2. The layout of quantized matrices is that of `weights.quantize`.
+The loops of int8 matrices are in `simd_int8`.
 """
 
 import sys
@@ -14,8 +15,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
-I8X16, I16X16, I32X16 = (ir.VectorType(kind, 16) for kind in (I8, I16, I32))
-I8X32 = ir.VectorType(I8, 32)
+I8X32, I16X16, I32X16 = ir.VectorType(I8, 32), ir.VectorType(I16, 16), ir.VectorType(I32, 16)
 I32X8, F32X8, I16X8 = (ir.VectorType(kind, 8) for kind in (I32, F32, I16))
 
 Value = Any  # llvmlite has no type annotations
@@ -39,15 +39,51 @@ def load(b: Builder, base: Value, offset: Value, kind: Value, align: int) -> Val
     return b.load(b.inttoptr(b.add(base, offset), kind.as_pointer()), align=align)
 
 
-def madd_i16(b: Builder, weights: Value, x: Value) -> Value:
-    """Multiply 16 pairs of 16-bit integers and add adjacent products to 8 32-bit sums: w[0] x[0] + w[1] x[1], ...
+def prefetch(b: Builder, address: Value) -> None:
+    """Fetch the cache line at an address, which need not be valid."""
+    pointer = b.inttoptr(address, I8.as_pointer())
+    flags = [ir.Constant(I32, value) for value in (0, 3, 1)]  # to read; into all caches; data
+    call_intrinsic(b, "llvm.prefetch.p0", ir.VoidType(), pointer, *flags)
 
-    LLVM compiles this to one instruction on x86 (`vpmaddwd`).
+
+def madd_i16(b: Builder, weights: Value, x: Value) -> Value:
+    """Multiply pairs of 16-bit integers and add adjacent products to 32-bit sums: w[0] x[0] + w[1] x[1], ...
+
+    LLVM compiles this to one instruction on x86 (`vpmaddwd`). On ARM it takes two: even and odd pairs are multiplied
+    apart, so that an addition to the result can be fused with a multiplication (`smlal`).
     """
-    products = b.mul(b.sext(weights, I32X16), b.sext(x, I32X16))
-    undefined = ir.Constant(I32X16, ir.Undefined)
-    even, odd = (ir.Constant(I32X8, list(range(first, 16, 2))) for first in (0, 1))
-    return b.add(b.shuffle_vector(products, undefined, even), b.shuffle_vector(products, undefined, odd))
+    wide = ir.VectorType(I32, weights.type.count)
+    even, odd = (ir.Constant(ir.VectorType(I32, wide.count // 2), list(range(i, wide.count, 2))) for i in (0, 1))
+    if is_x86(b):
+        products = b.mul(b.sext(weights, wide), b.sext(x, wide))
+        return b.add(b.shuffle_vector(products, products, even), b.shuffle_vector(products, products, odd))
+    half = ir.VectorType(I32, wide.count // 2)
+    first, second = (
+        b.mul(b.sext(b.shuffle_vector(weights, weights, mask), half), b.sext(b.shuffle_vector(x, x, mask), half))
+        for mask in (even, odd)
+    )
+    return b.add(first, second)
+
+
+def has_byte_dot(context: Any) -> bool:
+    """Return whether the target multiplies 4 adjacent bytes and adds the products in one instruction (`dot_bytes`)."""
+    if has_feature(context, "avx512vnni") and has_feature(context, "avx512vl"):
+        return True
+    return has_feature(context, "avxvnni") or has_feature(context, "dotprod")
+
+
+def dot_bytes(b: Builder, totals: Value, weights: Value, x: Value) -> Value:
+    """Add to 8 totals the dot products of 4 unsigned bytes, at most 127, with 4 signed bytes each."""
+    if is_x86(b):
+        return call_intrinsic(b, "llvm.x86.avx512.vpdpbusd.256", I32X8, totals, weights, x)
+    halves = []
+    for first in (0, 16):
+        mask = ir.Constant(I32X16, list(range(first, first + 16)))
+        w, values = b.shuffle_vector(weights, weights, mask), b.shuffle_vector(x, x, mask)
+        mask = ir.Constant(ir.VectorType(I32, 4), list(range(first // 4, first // 4 + 4)))
+        half = b.shuffle_vector(totals, totals, mask)
+        halves.append(call_intrinsic(b, "llvm.aarch64.neon.sdot.v4i32.v16i8", half.type, half, w, values))
+    return b.shuffle_vector(*halves, ir.Constant(I32X8, list(range(8))))
 
 
 def maddubs(b: Builder, weights: Value, x: Value, *, avx2: bool) -> Value:
@@ -79,19 +115,18 @@ def call_intrinsic(b: Builder, name: str, result: Value, *operands: Value) -> Va
 
 
 def has_feature(context: Any, name: str) -> bool:
-    """Return whether the target that the code is compiled for is x86 and has this feature (LLVM's name).
+    """Return whether the target that the code is compiled for has a feature, by LLVM's name of it; ARM's is "dotprod".
 
     Not whether this machine has it: LLVM aborts the process if an instruction is not in the target. A target whose
-    features do not name it, although its processor implies it, gets the slower code.
+    features do not name it, although its processor implies it, gets the slower code, except for Apple's processors,
+    whose features LLVM cannot list.
     """
-    triple, _, features = context.codegen().magic_tuple()
+    triple, processor, features = context.codegen().magic_tuple()
+    if triple.startswith(("aarch64", "arm64")) != (name == "dotprod"):
+        return False
     # As for LLVM, the last mention of a feature decides.
     mentions = [feature for feature in features.split(",") if feature.lstrip("+-") == name]
-    return triple.startswith(("x86", "amd64")) and mentions[-1:] == [f"+{name}"]
-
-
-def has_avx2(context: Any) -> bool:
-    return has_feature(context, "avx2")
+    return mentions[-1:] == [f"+{name}"] or (not mentions and processor.startswith("apple-m"))
 
 
 def is_arm64(context: Any) -> bool:
@@ -103,48 +138,9 @@ def is_x86(b: Builder) -> bool:
     return "x86" in b.module.triple or "amd64" in b.module.triple
 
 
-def broadcast_pair(b: Builder, row: Value, offset: Value) -> Value:
-    """Load two adjacent 16-bit values of x and repeat the pair 8 times."""
-    return b.bitcast(splat(b, load(b, row, offset, I32, 4), I32X8), I16X16)
-
-
 def store_f32x8(b: Builder, y: Value, offset: Value, values: Value) -> None:
     """Store 8 fp32 values at the address y + offset (bytes)."""
     b.store(values, b.inttoptr(b.add(y, offset), F32X8.as_pointer()), align=4)
-
-
-def make_int8_kernel(n_rows: int) -> Callable[..., None]:
-    """Make the int8 matmul kernel: one block of 8 weight rows times n_rows rows of x.
-
-    It computes y[i, :8] = scales * x_scales[i] * (w . x[i]). Arguments, addresses unless noted: block w, quantized x
-    (16 bits), row stride of x (bytes), columns / 8 (number), y (fp32), row stride of y (bytes), scales (8 fp32),
-    x_scales (n_rows fp32). The 32-bit sums cannot overflow: see `matmul.quantize_row_i16`.
-    """
-
-    @intrinsic
-    def kernel(context, w, x, x_stride, n_chunks, y, y_stride, scales, x_scales):  # type: ignore[no-untyped-def]  # noqa: ARG001
-        def codegen(context: Any, b: Builder, _: Any, args: Any) -> Value:
-            weights, x, x_stride, n_chunks, y, y_stride, scales, x_scales = args
-            rows = [b.add(x, b.mul(x_stride, const_i64(i))) for i in range(n_rows)]
-            # Two accumulators per row of x, so that an addition need not wait for the previous one.
-            sums = [[cgutils.alloca_once_value(b, ir.Constant(I32X8, None)) for _ in range(2)] for _ in rows]
-            with cgutils.for_range(b, n_chunks) as loop:
-                w_offset, x_offset = b.mul(loop.index, const_i64(64)), b.mul(loop.index, const_i64(16))
-                for step in range(4):
-                    w = b.sext(load(b, weights, b.add(w_offset, const_i64(16 * step)), I8X16, 1), I16X16)
-                    for row, pointers in zip(rows, sums, strict=True):
-                        partial_sums = madd_i16(b, w, broadcast_pair(b, row, b.add(x_offset, const_i64(4 * step))))
-                        b.store(b.add(b.load(pointers[step % 2]), partial_sums), pointers[step % 2])
-            scale = load(b, scales, const_i64(0), F32X8, 4)
-            for i, pointers in enumerate(sums):
-                total = b.sitofp(b.add(b.load(pointers[0]), b.load(pointers[1])), F32X8)
-                x_scale = splat(b, load(b, x_scales, const_i64(4 * i), F32, 4), F32X8)
-                store_f32x8(b, y, b.mul(y_stride, const_i64(i)), b.fmul(total, b.fmul(scale, x_scale)))
-            return context.get_dummy_value()
-
-        return types.void(*[types.int64] * 8), codegen
-
-    return kernel
 
 
 def make_int4_kernel(n_rows: int) -> Callable[..., None]:
@@ -161,28 +157,32 @@ def make_int4_kernel(n_rows: int) -> Callable[..., None]:
     def kernel(context, w, x, x_stride, n_groups, y, y_stride, scales, x_scales, x_sums, group_stride):  # type: ignore[no-untyped-def]  # noqa: ARG001
         def codegen(context: Any, b: Builder, _: Any, args: Any) -> Value:
             weights, x, x_stride, n_groups, y, y_stride, scales, x_scales, x_sums, group_stride = args
-            avx2 = has_avx2(context)
+            avx2, byte_dot = has_feature(context, "avx2"), has_byte_dot(context)
             rows = [b.add(x, b.mul(x_stride, const_i64(i))) for i in range(n_rows)]
             totals = [cgutils.alloca_once_value(b, ir.Constant(F32X8, None)) for _ in rows]
             # Per group: load 4 x 32 bytes of weights, multiply the low and the high nibbles by 4 columns of x each.
             low_nibble_mask, nibble_shift = (ir.Constant(I8X32, [value] * 32) for value in (15, 4))
             with cgutils.for_range(b, n_groups) as loop:
                 w_offset, x_offset, group_offset = (b.mul(loop.index, const_i64(n)) for n in (128, 32, 4))
-                sums = [ir.Constant(I16X16, None) for _ in rows]
+                # The weights are stored plus 8: subtract 8 times the sum of x.
+                offsets = [b.add(b.mul(group_stride, const_i64(i)), group_offset) for i in range(n_rows)]
+                corrections = [b.mul(load(b, x_sums, offset, I32, 4), ir.Constant(I32, -8)) for offset in offsets]
+                totals_32 = [splat(b, correction, I32X8) for correction in corrections]
+                sums_16 = [ir.Constant(I16X16, None) for _ in rows]
                 for step in range(4):
                     nibbles = load(b, weights, b.add(w_offset, const_i64(32 * step)), I8X32, 1)
                     for half, w in enumerate((b.and_(nibbles, low_nibble_mask), b.lshr(nibbles, nibble_shift))):
                         for i, row in enumerate(rows):
                             offset = b.add(x_offset, const_i64(16 * half + 4 * step))
                             x_quad = b.bitcast(splat(b, load(b, row, offset, I32, 1), I32X8), I8X32)
-                            sums[i] = b.add(sums[i], maddubs(b, w, x_quad, avx2=avx2))
+                            if byte_dot:
+                                totals_32[i] = dot_bytes(b, totals_32[i], w, x_quad)
+                            else:
+                                sums_16[i] = b.add(sums_16[i], maddubs(b, w, x_quad, avx2=avx2))
                 scale_bits = b.zext(load(b, scales, b.mul(loop.index, const_i64(16)), I16X8, 2), I32X8)
                 scale = b.bitcast(b.shl(scale_bits, ir.Constant(I32X8, [16] * 8)), F32X8)
-                for i, (pointer, words) in enumerate(zip(totals, sums, strict=True)):
-                    offset = b.add(b.mul(group_stride, const_i64(i)), group_offset)
-                    # The weights are stored plus 8: subtract 8 times the sum of x.
-                    zero_point_correction = b.mul(load(b, x_sums, offset, I32, 4), ir.Constant(I32, -8))
-                    group_sum = b.add(madd_ones(b, words, avx2=avx2), splat(b, zero_point_correction, I32X8))
+                for i, (pointer, offset) in enumerate(zip(totals, offsets, strict=True)):
+                    group_sum = totals_32[i] if byte_dot else b.add(madd_ones(b, sums_16[i], avx2=avx2), totals_32[i])
                     combined_scale = b.fmul(scale, splat(b, load(b, x_scales, offset, F32, 4), F32X8))
                     scaled = b.fmul(b.sitofp(group_sum, F32X8), combined_scale, flags=["contract"])
                     b.store(b.fadd(b.load(pointer), scaled, flags=["contract"]), pointer)
@@ -204,39 +204,75 @@ def make_fp32_kernel(n_weights: int, n_rows: int) -> Callable[..., None]:
     """
 
     @intrinsic
-    def kernel(context, w, w_stride, x, x_stride, n_chunks, y, y_stride):  # type: ignore[no-untyped-def]  # noqa: ARG001
+    def kernel(context, w, w_stride, x, x_stride, n_chunks, y, y_stride, ahead):  # type: ignore[no-untyped-def]  # noqa: ARG001
         def codegen(context: Any, b: Builder, _: Any, args: Any) -> Value:
-            w, w_stride, x, x_stride, n_chunks, y, y_stride = args
+            w, w_stride, x, x_stride, n_chunks, y, y_stride, ahead = args
             w_rows = [b.add(w, b.mul(w_stride, const_i64(i))) for i in range(n_weights)]
-            x_rows = [b.add(x, b.mul(x_stride, const_i64(i))) for i in range(n_rows)]
-            zero = ir.Constant(F32X8, None)
-            sums = [[cgutils.alloca_once_value(b, zero) for _ in w_rows] for _ in x_rows]
-            with cgutils.for_range(b, n_chunks) as loop:
-                offset = b.mul(loop.index, const_i64(32))
-                weights = [load(b, row, offset, F32X8, 4) for row in w_rows]
-                for x_row, pointers in zip(x_rows, sums, strict=True):
-                    values = load(b, x_row, offset, F32X8, 4)
-                    for weight, pointer in zip(weights, pointers, strict=True):
-                        products = b.fmul(weight, values, flags=["contract"])
-                        b.store(b.fadd(b.load(pointer), products, flags=["contract"]), pointer)
-            for i, pointers in enumerate(sums):
-                for j, pointer in enumerate(pointers):
-                    offset = b.add(b.mul(y_stride, const_i64(i)), const_i64(4 * j))
-                    b.store(horizontal_sum(b, b.load(pointer)), b.inttoptr(b.add(y, offset), F32.as_pointer()), align=4)
+            # 16 sums need the 32 registers of AVX-512.
+            tile_rows = n_rows if has_feature(context, "avx512vl") else min(n_rows, 2)
+            for first in range(0, n_rows, tile_rows):
+                numbers = range(first, first + tile_rows)
+                x_rows = [b.add(x, b.mul(x_stride, const_i64(i))) for i in numbers]
+                sums = emit_fp32_tile(b, w_rows, x_rows, n_chunks, ahead)
+                for i, vectors in zip(numbers, sums, strict=True):
+                    store_horizontal_sums(b, vectors, b.add(y, b.mul(y_stride, const_i64(i))))
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 7), codegen
+        return types.void(*[types.int64] * 8), codegen
 
     return kernel
 
 
+def emit_fp32_tile(
+    b: Builder, w_rows: list[Value], x_rows: list[Value], n_chunks: Value, ahead: Value
+) -> list[list[Value]]:
+    """Multiply all rows of weights by all rows of x; return 8 partial sums for each row of x and of weights."""
+    sums = [[cgutils.alloca_once_value(b, ir.Constant(F32X8, None)) for _ in w_rows] for _ in x_rows]
+    with cgutils.for_range(b, n_chunks) as loop:
+        offset = b.mul(loop.index, const_i64(32))
+        if len(x_rows) > 1:  # for a single row, the processor's own prefetching is faster
+            for row in w_rows:
+                prefetch(b, b.add(b.add(row, offset), ahead))
+        weights = [load(b, row, offset, F32X8, 4) for row in w_rows]
+        for x_row, pointers in zip(x_rows, sums, strict=True):
+            values = load(b, x_row, offset, F32X8, 4)
+            for weight, pointer in zip(weights, pointers, strict=True):
+                products = b.fmul(weight, values, flags=["contract"])
+                b.store(b.fadd(b.load(pointer), products, flags=["contract"]), pointer)
+    return [[b.load(pointer) for pointer in pointers] for pointers in sums]
+
+
+def store_horizontal_sums(b: Builder, vectors: list[Value], y: Value) -> None:
+    """Store the `horizontal_sum`s of 1 or 4 vectors of 8 next to each other at the address y."""
+    if len(vectors) == 1:
+        total = horizontal_sum(b, vectors[0])
+    else:  # the same additions, four at a time: turn four halves into their four columns
+        halves = [add_halves(b, vector) for vector in vectors]
+        rows = concatenate(b, concatenate(b, *halves[:2]), concatenate(b, *halves[2:]))
+        masks = [ir.Constant(ir.VectorType(I32, 4), list(range(column, 16, 4))) for column in range(4)]
+        columns = [b.shuffle_vector(rows, rows, mask) for mask in masks]
+        total = b.fadd(b.fadd(columns[0], columns[2]), b.fadd(columns[1], columns[3]))
+    b.store(total, b.inttoptr(y, total.type.as_pointer()), align=4)
+
+
 def horizontal_sum(b: Builder, vector: Value) -> Value:
     """Add up a vector of 8 by adding its halves three times."""
-    for n in (4, 2, 1):
-        undefined = ir.Constant(vector.type, ir.Undefined)
-        low, high = (ir.Constant(ir.VectorType(I32, n), list(range(first, first + n))) for first in (0, n))
-        vector = b.fadd(b.shuffle_vector(vector, undefined, low), b.shuffle_vector(vector, undefined, high))
+    for _ in range(3):
+        vector = add_halves(b, vector)
     return b.extract_element(vector, ir.Constant(I32, 0))
+
+
+def concatenate(b: Builder, low: Value, high: Value) -> Value:
+    """Return a vector of the lanes of two vectors."""
+    n = 2 * low.type.count
+    return b.shuffle_vector(low, high, ir.Constant(ir.VectorType(I32, n), list(range(n))))
+
+
+def add_halves(b: Builder, vector: Value) -> Value:
+    """Add the second half of a vector to the first."""
+    n = vector.type.count // 2
+    low, high = (ir.Constant(ir.VectorType(I32, n), list(range(first, first + n))) for first in (0, n))
+    return b.fadd(b.shuffle_vector(vector, vector, low), b.shuffle_vector(vector, vector, high))
 
 
 def make_pointer_cast(kind: Any) -> Callable[[int], Any]:

@@ -1,0 +1,120 @@
+"""The int8 tiles of every processor compute exact sums, with the instructions and the registers they are meant for."""
+
+import ctypes
+import re
+from types import SimpleNamespace
+
+import llvmlite.binding as llvm
+import numpy as np
+import pytest
+from llvmlite import ir
+
+from tinystories.engine.cpu.kernels import simd_int8
+from tinystories.engine.cpu.kernels.simd import I64
+from tinystories.engine.cpu.target import LEVELS, list_available_levels, read_host_features
+from tinystories.weights.quantize import allocate_aligned, pack_int8, round_up
+
+Target = tuple[str, str, str]  # triple, processor, features
+SHAPES = [(1, 1), *((n_rows, n_blocks) for n_rows in (2, 4, 8) for n_blocks in (1, 2))]
+X86, ARM = "x86_64-unknown-linux-gnu", "aarch64-unknown-linux-gnu"
+HERE = llvm.get_default_triple()
+
+
+def targets_of_this_machine() -> dict[str, Target]:
+    features = read_host_features()
+    own = ",".join(f"{'+' if has else '-'}{name}" for name, has in features.items())
+    targets = {"its own": (HERE, llvm.get_host_cpu_name(), own)}
+    for name in list_available_levels(HERE, features):
+        targets[name] = (HERE, LEVELS[name].processor, LEVELS[name].features)
+    return targets
+
+
+TARGETS_HERE = targets_of_this_machine()
+
+
+def compile_tiles(target: Target) -> tuple[llvm.ModuleRef, llvm.TargetMachine]:
+    """Compile a function for every shape; a single row of x has a loop of its own."""
+    triple, processor, features = target
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    module = ir.Module()
+    module.triple = triple
+    codegen = SimpleNamespace(magic_tuple=lambda: target)
+    tiling = simd_int8.select_tiling(SimpleNamespace(codegen=lambda: codegen))
+    for n_rows, n_blocks in SHAPES:
+        kind = ir.FunctionType(ir.VoidType(), [I64] * len(simd_int8.TileArgs._fields))
+        function = ir.Function(module, kind, f"kernel_{n_rows}_{n_blocks}")
+        b, args = ir.IRBuilder(function.append_basic_block()), simd_int8.TileArgs(*function.args)
+        if n_rows == 1:
+            simd_int8.emit_tile(b, tiling, args, 1, 16 // tiling.lanes)
+        else:
+            simd_int8.emit_block_tiles(b, tiling, args, n_rows, n_blocks)
+        b.ret_void()
+    parsed = llvm.parse_assembly(str(module))
+    machine = llvm.Target.from_triple(triple).create_target_machine(cpu=processor, features=features, opt=3)
+    builder = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
+    builder.getModulePassManager().run(parsed, builder)
+    return parsed, machine
+
+
+@pytest.mark.parametrize("target", TARGETS_HERE.values(), ids=TARGETS_HERE)
+def test_tiles_compute_exact_sums(target: Target) -> None:
+    """Bit for bit, up to the largest sums that the range of x allows, for widths that fill no vector."""
+    rng = np.random.default_rng(0)
+    module, machine = compile_tiles(target)
+    engine = llvm.create_mcjit_compiler(module, machine)
+    engine.finalize_object()
+    for n_rows, n_blocks in SHAPES:
+        call = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * len(simd_int8.TileArgs._fields))
+        kernel = call(engine.get_function_address(f"kernel_{n_rows}_{n_blocks}"))
+        for width in (1, 4, 6, 20, 36, 240, 1376):
+            n_out, limit = 16 * n_blocks, min(32767, (2**31 - 1) // (127 * width))
+            weights = rng.integers(-127, 128, (n_out, width)).astype(np.int8)
+            values = rng.integers(-limit, limit + 1, (n_rows, width))
+            weights[0], weights[1], values[0], values[-1, ::2] = 127, -127, limit, -limit
+            x = allocate_aligned((n_rows, round_up(width, 32)), np.int16)
+            x[...] = 0
+            x[:, :width] = values
+            scales, x_scales = (allocate_aligned((n,), np.float32) for n in (n_out, n_rows))
+            scales[:], x_scales[:] = rng.standard_normal(n_out), rng.standard_normal(n_rows)
+            y = allocate_aligned((n_rows, n_out), np.float32)
+            w, n_steps = pack_int8(weights), -(-width // 4)
+            addresses = w.ctypes.data, x.ctypes.data, y.ctypes.data, scales.ctypes.data, x_scales.ctypes.data
+            args = simd_int8.TileArgs(
+                w=addresses[0],
+                block_bytes=64 * n_steps,
+                n_steps=n_steps,
+                x=addresses[1],
+                x_stride=x.strides[0],
+                y=addresses[2],
+                y_stride=y.strides[0],
+                scales=addresses[3],
+                x_scales=addresses[4],
+                prefetch=64,
+            )
+            kernel(*args)
+            sums = values @ weights.T.astype(np.int64)
+            assert np.abs(sums).max() < 2**31
+            assert (y == sums.astype(np.float32) * (scales * x_scales[:, None])).all(), (n_rows, n_blocks, width)
+
+
+@pytest.mark.parametrize(
+    ("target", "instruction"),
+    [
+        ((X86, "znver4", "+avx2,+avx512f,+avx512bw,+avx512vl,+avx512vnni"), r"vpdpwssd\s.*%zmm"),
+        ((X86, "x86-64-v4", LEVELS["avx512"].features), r"vpmaddwd\s.*%zmm"),
+        ((X86, "alderlake", "+avx2,+fma,+avxvnni"), r"vpdpwssd\s.*%ymm"),
+        ((X86, "x86-64-v3", LEVELS["avx2"].features), r"vpmaddwd\s.*%ymm"),
+        ((X86, "x86-64-v2", ""), r"\spmaddwd\s.*%xmm"),
+        ((ARM, "neoverse-n1", "+neon,+dotprod"), r"sdot\s+v\d+\.4s"),
+        (("arm64-apple-darwin23.0.0", "apple-m1", ""), r"sdot"),
+        ((ARM, "generic", LEVELS["neon"].features), r"smlal2?\s"),
+    ],
+    ids=["AVX-512 VNNI", "AVX-512", "AVX-VNNI", "AVX2", "SSE", "dotprod", "Apple", "neon"],
+)
+def test_tiles_stay_in_registers(target: Target, instruction: str) -> None:
+    """No wide vector goes to the stack and back (with SSE, two of a tile do)."""
+    module, machine = compile_tiles(target)
+    assembly = machine.emit_assembly(module)
+    assert re.search(instruction, assembly)
+    assert not re.search(r"[yz]mm\d+.*\(%rsp\)|\(%rsp\).*[yz]mm\d+|\sst[rp]\s+q\d+.*\[sp", assembly)
