@@ -156,8 +156,8 @@ def test_an_interrupted_prepare_measures_the_same(
     whole = prepare(tmp_path / "train.txt", tmp_path / "whole", **arguments).meta
     save = StagingDir.save
 
-    def stop_after_validation(self: StagingDir) -> None:
-        save(self)
+    def stop_after_validation(self: StagingDir, **options: bool) -> None:
+        save(self, **options)
         if self.journal.stage == 1:
             raise KeyboardInterrupt
 

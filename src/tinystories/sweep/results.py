@@ -16,6 +16,7 @@ from tinystories.config_file import MAX_TOML_CHARS
 from tinystories.data.text_loss import describe_loss, mark_incomparable
 from tinystories.files import read_limited, write_atomic
 from tinystories.sweep.search_space import Distribution, SearchSpace
+from tinystories.sweep.study import damaged_records, read_trials
 from tinystories.sweep.trial import Outcome, read_outcome, trial_dir
 from tinystories.train.recording.figure import plain_text, png_figure
 
@@ -39,13 +40,18 @@ class TrialResult:
 
 
 def read_results(study: Study, space: SearchSpace, folder: Path) -> list[TrialResult]:
-    """Return all trials of a sweep, best first: by state (complete trials first), then by bits per byte."""
+    """Return all trials of a sweep, best first: by state (complete trials first), then by bits per byte.
+
+    `UserError` if the database has damaged records.
+    """
     results = []
-    for trial in study.get_trials(deepcopy=False):
-        stored_outcome = trial.user_attrs.get("outcome") if trial.state.is_finished() else None
-        outcome = Outcome(**stored_outcome) if stored_outcome else read_outcome(trial_dir(folder, trial.number))
-        results.append(TrialResult(trial.number, space.decode(trial.params), outcome))
-    return sorted(results, key=lambda result: (STATE_ORDER.index(result.outcome.state), result.bits, result.number))
+    trials = read_trials(study, space, folder)
+    with damaged_records(folder):
+        for trial in trials:
+            stored_outcome = trial.user_attrs.get("outcome") if trial.state.is_finished() else None
+            outcome = Outcome(**stored_outcome) if stored_outcome else read_outcome(trial_dir(folder, trial.number))
+            results.append(TrialResult(trial.number, space.decode(trial.params), outcome))
+        return sorted(results, key=lambda result: (STATE_ORDER.index(result.outcome.state), result.bits, result.number))
 
 
 def find_best(results: Sequence[TrialResult]) -> TrialResult | None:

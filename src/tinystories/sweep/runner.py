@@ -25,7 +25,7 @@ from tinystories.files import hold_lock, write_errors
 from tinystories.progress import StepDisplay
 from tinystories.sweep import trial as trials
 from tinystories.sweep.results import describe_result, find_best, read_results, write_results
-from tinystories.sweep.study import LOCK, Plan, database_errors, make_pruner, make_sampler, open_study
+from tinystories.sweep.study import LOCK, Plan, database_errors, make_pruner, make_sampler, open_study, read_trials
 from tinystories.sweep.trial import Outcome
 from tinystories.train.recording.side_work import SideWork
 from tinystories.train.signals import handle_signals
@@ -44,6 +44,7 @@ class SweepRunner:
         """`config` is any valid config of the search space. The caller must hold the folder's lock."""
         self.folder, self.plan, self.workers, self.display = folder, plan, workers, display
         self.study = open_study(folder)
+        read_trials(self.study, plan.space, folder)  # before anything is trained
         self.study.set_user_attr("plan", plan.to_json())
         self.study.pruner = make_pruner(plan, config)
         self.lock = threading.Lock()  # held to change the study and the sweep's files

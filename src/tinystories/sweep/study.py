@@ -14,6 +14,7 @@ import optuna
 from optuna.exceptions import StorageInternalError
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
+from optuna.trial import FrozenTrial
 
 from tinystories.config import Config
 from tinystories.data.tokenizer import sanitize
@@ -86,9 +87,9 @@ def read_plan(folder: Path) -> Plan | None:
         if folder.is_file():
             raise UserError(f"--out {folder} is a file; choose a directory")
         if (folder / DATABASE).exists():
-            with database_errors(folder):
+            with database_errors(folder), damaged_records(folder):
                 text = open_study(folder).user_attrs.get("plan")  # a sweep may be killed before it stores its plan
-            return Plan.from_json(text) if text else None
+                return Plan.from_json(text) if text else None
         if folder.exists() and any(path.name != LOCK for path in folder.iterdir()):
             raise UserError(f"--out {folder} is not a sweep and not empty; choose another directory")
         return None
@@ -102,7 +103,7 @@ def open_study(folder: Path) -> optuna.Study:
     logging.getLogger("alembic").setLevel(logging.WARNING)
     path = (folder / DATABASE).absolute()
     url = URL.create("sqlite", database=str(path)).render_as_string(hide_password=False)
-    with database_errors(folder):
+    with database_errors(folder), damaged_records(folder):
         storage = optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": DATABASE_TIMEOUT}})
         return optuna.create_study(storage=storage, study_name=STUDY_NAME, direction="minimize", load_if_exists=True)
 
@@ -120,6 +121,30 @@ def database_errors(folder: Path) -> Iterator[None]:
         cause = error.__cause__ if isinstance(error, StorageInternalError) and error.__cause__ else error
         reason = sanitize(str(getattr(cause, "orig", None) or cause).splitlines()[0])
         raise UserError(f"{folder / DATABASE} cannot be used: {reason}") from None
+
+
+@contextlib.contextmanager
+def damaged_records(folder: Path) -> Iterator[None]:
+    """Raise `UserError` for records inside the block that Optuna or we cannot read, in a database that SQLite can."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {sanitize(error)}"
+        raise UserError(f"{folder / DATABASE} has damaged records ({reason}); restore a copy, or start again") from None
+
+
+def read_trials(study: optuna.Study, space: SearchSpace, folder: Path) -> list[FrozenTrial]:
+    """Return all trials. `UserError` if one is damaged: a finished trial has a value in range for each setting."""
+    with damaged_records(folder):
+        trials = study.get_trials(deepcopy=False)
+        for trial in trials:
+            for name, distribution in space.distributions.items():
+                if name not in trial.params and not trial.state.is_finished():
+                    continue
+                value = distribution.to_internal_repr(trial.params[name])  # ValueError if it is no number or choice
+                if not distribution._contains(value):
+                    raise ValueError(f"{name} is out of range")
+    return trials
 
 
 def make_sampler(plan: Plan, number: int) -> BaseSampler:
