@@ -4,6 +4,7 @@ import dataclasses
 import os
 import random
 import shutil
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
@@ -180,7 +181,10 @@ def damage(path: Path, rng: random.Random, others: list[Path], by_name: bool) ->
     if rng.random() < 0.04:
         return replace_file(path, rng, others, by_name)
     if path.suffix == ".db" and rng.random() < 0.6:
-        return damage_database(path, rng)
+        try:
+            return damage_database(path, rng)
+        except (sqlite3.Error, IndexError):  # earlier damage left no table that SQLite can read
+            return "database without effect"
     mutation = rng.choice(MUTATIONS.get(path.suffix, MUTATIONS[".bin"]))
     path.chmod(0o644)
     data = path.read_bytes()
@@ -215,8 +219,6 @@ def replace_file(path: Path, rng: random.Random, others: list[Path], by_name: bo
 
 def damage_database(path: Path, rng: random.Random) -> str:
     """Replace a value, or delete the rows of a table, in an SQLite database."""
-    import sqlite3
-
     with sqlite3.connect(path) as connection:
         tables = [
             row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")

@@ -141,7 +141,9 @@ def read_trials(study: optuna.Study, space: SearchSpace, folder: Path) -> list[F
             for name, distribution in space.distributions.items():
                 if name not in trial.params and not trial.state.is_finished():
                     continue
-                value = distribution.to_internal_repr(trial.params[name])  # ValueError if it is no number or choice
+                value = distribution.to_internal_repr(
+                    trial.params[name]
+                )  # ValueError unless it is a number or a choice
                 if not distribution._contains(value):
                     raise ValueError(f"{name} is out of range")
     return trials
