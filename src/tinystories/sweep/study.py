@@ -135,7 +135,7 @@ def damaged_records(folder: Path) -> Iterator[None]:
 
 def read_trials(study: optuna.Study, space: SearchSpace, folder: Path) -> list[FrozenTrial]:
     """Return all trials. `UserError` if one is damaged: a finished trial has a value in range for each setting."""
-    with damaged_records(folder):
+    with database_errors(folder), damaged_records(folder):
         trials = study.get_trials(deepcopy=False)
         for trial in trials:
             for name, distribution in space.distributions.items():
