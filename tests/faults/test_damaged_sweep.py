@@ -63,6 +63,8 @@ def test_a_whole_sweep_is_shown(sweep_dir: Path, capsys: pytest.CaptureFixture[s
         "UPDATE trial_params SET param_value = 'x'",
         "UPDATE trial_params SET param_value = -1",
         "UPDATE trial_params SET distribution_json = '{}'",
+        "DROP TABLE trial_values",
+        "DROP TABLE trial_intermediate_values",
     ],
 )
 def test_damaged_records(sweep_dir: Path, statement: str, capsys: pytest.CaptureFixture[str]) -> None:
