@@ -63,8 +63,6 @@ def test_a_whole_sweep_is_shown(sweep_dir: Path, capsys: pytest.CaptureFixture[s
         "UPDATE trial_params SET param_value = 'x'",
         "UPDATE trial_params SET param_value = -1",
         "UPDATE trial_params SET distribution_json = '{}'",
-        "DROP TABLE trial_values",
-        "DROP TABLE trial_intermediate_values",
     ],
 )
 def test_damaged_records(sweep_dir: Path, statement: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,7 +75,23 @@ def test_damaged_records(sweep_dir: Path, statement: str, capsys: pytest.Capture
     assert f"{DATABASE} has damaged records" in message or f"{DATABASE} cannot be used" in message
 
 
-def test_a_name_in_another_state_is_not_damage(sweep_dir: Path) -> None:
+@pytest.mark.parametrize("table", ["trials", "trial_values", "trial_params", "studies"])
+def test_a_damaged_page(sweep_dir: Path, table: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """SQLite finds it only when the table is read."""
+    with sqlite3.connect(sweep_dir / DATABASE) as connection:
+        (page,) = connection.execute("SELECT rootpage FROM sqlite_master WHERE name = ?", (table,)).fetchone()
+        (page_size,) = connection.execute("PRAGMA page_size").fetchone()
+    connection.close()
+    with (sweep_dir / DATABASE).open("r+b") as file:
+        file.seek((page - 1) * page_size)
+        file.write(b"\xff" * page_size)
+    assert show(sweep_dir) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert DATABASE in message
+
+
+def test_a_waiting_trial_is_not_damage(sweep_dir: Path) -> None:
     """A trial that has not been asked yet has no settings."""
     study = open_study(sweep_dir)
     study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.WAITING))
