@@ -13,6 +13,7 @@ import tinystories
 from tinystories.checkpoint import BUNDLED_MODEL, read_model
 from tinystories.evaluate.report import evaluate_model
 
+ROOT = Path(__file__).parents[1]
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "valid.txt"
 
 ALONE = """
@@ -40,6 +41,19 @@ def test_first_command_writes_a_complete_story_without_torch_and_network() -> No
     assert done.stdout.strip()[-1] in ".!?\"”'"
     assert alone("generate", "--seed", "1").stdout == done.stdout
     assert alone("generate", "--seed", "2").stdout != done.stdout
+
+
+def test_stories_in_the_readme_and_the_card_are_what_their_seeds_tell() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = re.findall(r"generate --seed (\d+)\n```.*?```\n(.*?)\n```", readme, re.DOTALL)
+    assert len(shown) == 1
+    card = (BUNDLED_MODEL / "README.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"^Seed (\d+):\n\n((?:> .*\n)+)", card, re.MULTILINE)
+    assert len(quoted) == 5
+    shown += [(seed, "\n".join(line.removeprefix("> ") for line in text.splitlines())) for seed, text in quoted]
+    storyteller = tinystories.load(engine="cpu")
+    for seed, text in shown:
+        assert storyteller.generate(seed=int(seed)).text.strip() == text, f"seed {seed}"
 
 
 def test_bundled_model_is_under_16_mb() -> None:

@@ -13,7 +13,7 @@ from tinystories.model import GPT
 
 # The compiler is replaced by one that does nothing.
 SETUP = "from tinystories.engine.cpu import jit\njit.compile_object = lambda: b'code'\n"
-LINE = "compiling the CPU engine for this machine (once, about 20 s) ..."
+LINE = "compiling the CPU engine for this machine (once, about 25 s) ..."
 
 
 def test_the_first_load_in_python_says_that_it_compiles(tmp_path: Path) -> None:

@@ -140,7 +140,7 @@ def load_or_compile() -> bytes:
     except (OSError, RuntimeError):  # not cached yet, or no home folder
         pass
     # A warning, because Python shows it also where logging is not configured: nothing else tells why the start is slow.
-    log.warning("compiling the CPU engine for this machine (once, about 20 s) ...")
+    log.warning("compiling the CPU engine for this machine (once, about 25 s) ...")
     started_at = time.perf_counter()
     content = compile_object()
     log.info("compiled in %.1f s", time.perf_counter() - started_at)
