@@ -9,8 +9,10 @@ from command_line import run_python
 from tinystories import __main__
 
 # Sends SIGINT to its own process when the module in argv[1] is about to be imported, then runs the command.
+# The handler is set first, because a background job of a shell inherits SIGINT as ignored.
 PROGRAM = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 MODULE = sys.argv.pop(1)
 class Finder:
     def find_spec(self, name, path=None, target=None):
@@ -53,7 +55,7 @@ def test_the_installed_command_is_the_one_that_handles_it() -> None:
 
 def test_an_ignored_signal_stays_ignored() -> None:
     """As in `nohup` and in background jobs of scripts."""
-    program = f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n{PROGRAM}"
+    program = PROGRAM.replace("signal.default_int_handler", "signal.SIG_IGN")
     done = run_python("-c", program, "click", "--version")
     assert done.returncode == 0, done.stderr
     assert "stopped" not in done.stderr
