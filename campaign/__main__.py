@@ -44,6 +44,8 @@ def main() -> int:
     started_at = time.monotonic()
     names = [name for name in arguments.commands.split(",") if name]
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what has been found is recorded
+    # A shell's background job inherits SIGINT as ignored, and so would all commands that it runs.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         if arguments.part == "fuzz":
             from campaign.fuzz import fuzz

@@ -26,6 +26,7 @@ class Case:
     leaves: tuple[str, ...] = ()  # every file that may be there afterwards, as patterns
 
 
+TIMEOUT_SECONDS = 3600.0  # eight processes may each compile the CPU engine
 CASES = {
     "compile": Case("warmup", leaves=("cache/forward-*.o",)),
     "generate": Case(
@@ -76,7 +77,7 @@ def at_once(record: Record, work: Path, base: Path, name: str, n: int, plant: st
         )
         for _ in range(n)
     ]
-    ends = [process.communicate(timeout=600) for process in processes]
+    ends = [process.communicate(timeout=TIMEOUT_SECONDS) for process in processes]
     codes = [shell_code(process.returncode) for process in processes]
     problems = []
     for code, (_, stderr) in zip(codes, ends, strict=True):

@@ -2,7 +2,7 @@
 
 import contextlib
 import numbers
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 MAX_QUOTED_CHARS = 60  # longest piece of untrusted text in a message
 
@@ -30,6 +30,13 @@ def quoted(value: object) -> str:
     except (ValueError, RecursionError):  # an int with more digits than Python converts, or nested too deeply
         return f"a {type(value).__name__} too long to show"
     return text if len(text) <= MAX_QUOTED_CHARS else text[: MAX_QUOTED_CHARS - 3] + "..."
+
+
+def list_names(names: Iterable[object]) -> str:
+    """Return untrusted names, such as the columns of a table, as text for a message: the first ten, each shortened."""
+    texts = [str(name) for name in names]
+    shown = [text if len(text) <= MAX_QUOTED_CHARS else text[: MAX_QUOTED_CHARS - 3] + "..." for text in texts[:10]]
+    return ", ".join(shown + ([f"... ({len(texts)} in all)"] if len(texts) > 10 else [])) or "none"
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from typing import Any, BinaryIO
 
 from tinystories.data.source.reader import ReadOptions, StoryBatch, batch_texts, check_text, missing_field_message
 from tinystories.data.tokenizer import sanitize
-from tinystories.errors import UserError
+from tinystories.errors import UserError, list_names
 
 ROWS_PER_BATCH = 1024  # rows per Arrow table, i.e. held in memory at a time, unless they are long
 TABLE_BYTES = 64 << 20  # of an Arrow table, on average
@@ -28,7 +28,7 @@ def read_parquet(where: str, file: BinaryIO, options: ReadOptions, position: Any
             select_text_column(where, parquet_file.schema_arrow.empty_table(), options)
             rows = ParquetRows(where, parquet_file, options, position or 0)
             yield from batch_texts(rows, rows)
-    except pa.ArrowException as error:
+    except (pa.ArrowException, UnicodeDecodeError) as error:  # the latter: a damaged column name
         raise UserError(f"{where} is not a complete parquet file: {sanitize(error)}; download it again") from None
 
 
@@ -58,7 +58,7 @@ class ParquetRows:
         """
         import pyarrow as pa
 
-        n_batch = count_batch_rows(self.file.metadata.row_group(group), self.options.text_field)
+        n_batch = count_batch_rows(self.file.metadata.row_group(group))
         tables = self.file.iter_batches(n_batch, row_groups=[group], columns=[self.options.text_field])
         for table in tables:
             column = select_text_column(self.where, table, self.options)
@@ -78,11 +78,10 @@ class ParquetRows:
         return False
 
 
-def count_batch_rows(row_group: Any, field: str) -> int:
+def count_batch_rows(row_group: Any) -> int:
     """Return how many rows of a row group to hold in memory at a time: fewer if they are long on average."""
-    columns = (row_group.column(i) for i in range(row_group.num_columns))
-    size = sum(column.total_uncompressed_size for column in columns if column.path_in_schema == field)
-    return max(1, min(ROWS_PER_BATCH, TABLE_BYTES * row_group.num_rows // max(1, size)))
+    # The size of all columns, because `row_group.column(i)` ends the process if the metadata of a column is damaged.
+    return max(1, min(ROWS_PER_BATCH, TABLE_BYTES * row_group.num_rows // max(1, row_group.total_byte_size)))
 
 
 def select_text_column(where: str, table: Any, options: ReadOptions) -> Any:
@@ -99,5 +98,5 @@ def select_text_column(where: str, table: Any, options: ReadOptions) -> Any:
     is_dictionary = pa.types.is_dictionary(column.type)  # a categorical column of pandas or Polars
     value_type = column.type.value_type if is_dictionary else column.type
     if value_type not in (pa.string(), pa.large_string(), pa.string_view(), pa.null()):
-        raise UserError(f"{where}: column {options.text_field!r} holds {column.type}, not text")
+        raise UserError(f"{where}: column {options.text_field!r} holds {list_names([column.type])}, not text")
     return (column.cast(value_type) if is_dictionary else column).cast(pa.large_binary())

@@ -11,7 +11,7 @@ from tinystories.data.source.arrow import ROWS_PER_BATCH, select_text_column
 from tinystories.data.source.reader import ReadOptions, StoryBatch, batch_texts, check_text, read_txt
 from tinystories.data.source.timeout import call_with_timeout
 from tinystories.data.tokenizer import sanitize
-from tinystories.errors import UserError
+from tinystories.errors import UserError, list_names
 
 CONNECT_TIMEOUT_SECONDS = 20.0  # for the Hub's first response
 STALL_TIMEOUT_SECONDS = 180.0  # without any data after that; `datasets` itself retries for 100 s
@@ -93,7 +93,7 @@ class HubSource:
         with self._wrap_errors():
             builder = call_with_timeout(STALL_TIMEOUT_SECONDS, self._load_builder)
             if self.split not in builder.config.data_files:
-                known_splits = ", ".join(map(str, builder.config.data_files))
+                known_splits = list_names(builder.config.data_files)
                 raise UserError(f"{self.name}: no split {self.split!r}; splits: {known_splits}")
             if isinstance(builder, Text):
                 batch_iterator = self._read_txt_batches(builder, options, position)

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO, Literal, Protocol, runtime_checkable
 
 from tinystories.data.source.long_rows import LONG_ROW_BYTES, extract_json_text, parse_csv_row, repair_utf8
 from tinystories.data.tokenizer import END, sanitize
-from tinystories.errors import UserError
+from tinystories.errors import UserError, list_names
 
 DecodeErrors = Literal["strict", "replace"]
 
@@ -168,8 +168,8 @@ def get_text_field(row: dict[str, Any], where: str, options: ReadOptions) -> str
 
 
 def missing_field_message(where: str, options: ReadOptions, names: Iterable[str]) -> str:
-    known_names = ", ".join(names) or "none"
-    return f"{where}: no column {options.text_field!r}; columns: {known_names}; choose one with --text-field"
+    columns = list_names(names)
+    return f"{where}: no column {options.text_field!r}; columns: {columns}; choose one with --text-field"
 
 
 def read_csv(where: str, file: BinaryIO, options: ReadOptions, position: Any = None) -> Iterator[StoryBatch]:
