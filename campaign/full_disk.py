@@ -32,6 +32,7 @@ class Case:
 
 
 TRAIN = f"train --data BASE/data --out run {' '.join(TINY_MODEL)} --train.eval_every 4 --train.checkpoint_every 2"
+SWEEP = f"sweep --data BASE/data --out sweep {' '.join(TINY_MODEL)} --train.steps 2 --optim.learning_rate 1e-3:1e-2:log"
 CASES = {
     "train": Case(f"{TRAIN} --train.steps 4", run="run", again=f"{TRAIN} --train.steps 4 --resume"),
     "resume": Case(
@@ -60,11 +61,7 @@ CASES = {
         outputs=tuple(f"model/{name}" for name in ("config.json", "model.safetensors", "packed-int4.safetensors")),
     ),
     "generate": Case("generate model --max-tokens 5 --seed 1 --num 3 --out stories.jsonl", copies=("model",)),
-    "sweep": Case(
-        f"sweep --data BASE/data --out sweep --trials 1 {' '.join(TINY_MODEL)} --train.steps 2"
-        " --optim.learning_rate 1e-3:1e-2:log",
-        again="sweep --out sweep --resume --trials 2",
-    ),
+    "sweep": Case(f"{SWEEP} --trials 1", again=f"{SWEEP} --trials 2 --resume"),
 }
 
 
