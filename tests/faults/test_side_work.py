@@ -13,10 +13,10 @@ import pytest
 from command_line import run_python
 
 from tinystories.config import Config
+from tinystories.figure import plain_text, png_figure
 from tinystories.sweep import runner
 from tinystories.train import loop
 from tinystories.train.recording import recorder
-from tinystories.train.recording.figure import plain_text, png_figure
 from tinystories.train.recording.recorder import cut_samples
 from tinystories.train.run import train
 
@@ -35,7 +35,7 @@ def fail(*_: object, **__: object) -> None:
 @pytest.mark.parametrize("backend", [NOTEBOOK_BACKEND, "TkAgg", "no such backend", ""])
 def test_a_figure_is_drawn_whatever_the_backend_is(backend: str, tmp_path: Path) -> None:
     """The reported case is the backend of notebooks; a display that is not there is its relative."""
-    program = "import sys; from pathlib import Path; from tinystories.train.recording.figure import png_figure\n"
+    program = "import sys; from pathlib import Path; from tinystories.figure import png_figure\n"
     program += "with png_figure(Path(sys.argv[1]), (2, 2)) as figure: figure.subplots().set_title('a')\n"
     program += "import os; print(os.environ['MPLBACKEND'])"
     done = run_python("-c", program, str(tmp_path / "a.png"), MPLBACKEND=backend)

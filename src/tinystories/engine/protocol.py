@@ -1,6 +1,6 @@
 """The `Engine` protocol. Sampling, stop conditions, detokenizing, evaluation and the CLI work on any implementation."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
@@ -43,6 +43,18 @@ class Engine(Protocol):
         """Return, for each sequence of 2..n_ctx+1 ids, the log-probabilities (nats) of ids[i + 1] given ids[: i + 1].
 
         Does not use any slot. Accepts any number of sequences: the engine batches them in bounded memory.
+        """
+        ...
+
+
+@runtime_checkable
+class TraceableEngine(Engine, Protocol):
+    """An engine whose weights `engine.trace` can compute with."""
+
+    def fp32_weights(self) -> Mapping[str, npt.NDArray[np.float32]]:
+        """Return the weights that the engine computes with, in fp32, by their names in `model.safetensors`.
+
+        Quantized ones are dequantized in new memory.
         """
         ...
 

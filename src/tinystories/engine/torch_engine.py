@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tinystories.checkpoint import ModelFiles
+from tinystories.checkpoint import ModelFiles, state_dict_to_save
 from tinystories.engine.cuda_graph import CudaGraphStep
 from tinystories.engine.device import Precision, select_device, select_precision
 from tinystories.engine.engine_config import DEFAULT_ENGINE_CONFIG, EngineConfig
@@ -67,6 +67,9 @@ class TorchEngine:
         precision = select_precision(device, engine_config.precision)  # raise before reading the weights
         model = load_model(files)
         return cls(model.eval(), n_slots=engine_config.n_slots, device=device, precision=precision, owns_model=True)
+
+    def fp32_weights(self) -> Mapping[str, npt.NDArray[np.float32]]:
+        return {name: weight.float().numpy(force=True) for name, weight in state_dict_to_save(self.model).items()}
 
     def prefill(self, slot: int, ids: Ids) -> Logits:
         array = validate_context(ids, self.config)

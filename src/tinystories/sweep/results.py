@@ -14,11 +14,11 @@ from optuna.distributions import CategoricalDistribution
 
 from tinystories.config_file import MAX_TOML_CHARS
 from tinystories.data.text_loss import describe_loss, mark_incomparable
+from tinystories.figure import plain_text, png_figure
 from tinystories.files import read_limited, write_atomic
 from tinystories.sweep.search_space import Distribution, SearchSpace
 from tinystories.sweep.study import damaged_records, read_trials
 from tinystories.sweep.trial import Outcome, read_outcome, trial_dir
-from tinystories.train.recording.figure import plain_text, png_figure
 
 STATE_ORDER = ("complete", "pruned", "unfinished", "failed", "invalid")  # sort order of the table
 BOUNDARY_FRACTION = 0.03  # a best value within this fraction of the range is at its edge

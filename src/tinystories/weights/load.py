@@ -208,12 +208,20 @@ def dequantize(files: ModelFiles) -> dict[str, Array]:
 
     Returns arrays by their names in `model.safetensors`, in the shapes of `expected_shapes`.
     """
-    file = load_int8_only(files)
-    weights: dict[str, Array] = {}
-    for name, shape in expected_shapes(files.config).items():
-        if encoding := quantized_encoding(name, shape, files.config, "int8"):
-            matrix = DEQUANTIZERS[encoding](file[f"{name}.{encoding}"], file[f"{name}.scales"], *shape)
-            weights[name] = np.ascontiguousarray(matrix)
+    return dequantize_weights(files.config, load_int8_only(files))
+
+
+def dequantize_weights(config: ModelConfig, weights: Mapping[str, Array]) -> dict[str, Array]:
+    """Return weights in any precision, as loaded by this module, as fp32 arrays.
+
+    They are named as in `model.safetensors` and have the shapes of `expected_shapes`. fp32 weights are not copied.
+    """
+    fp32_weights: dict[str, Array] = {}
+    for name, shape in expected_shapes(config).items():
+        encoding = next((encoding for encoding in DEQUANTIZERS if f"{name}.{encoding}" in weights), None)
+        if encoding is None:
+            fp32_weights[name] = weights[name].reshape(shape)
         else:
-            weights[name] = file[name].reshape(shape)
-    return weights
+            matrix = DEQUANTIZERS[encoding](weights[f"{name}.{encoding}"], weights[f"{name}.scales"], *shape)
+            fp32_weights[name] = np.ascontiguousarray(matrix)
+    return fp32_weights

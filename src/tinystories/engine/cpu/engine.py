@@ -21,7 +21,7 @@ from tinystories.engine.engine_config import DEFAULT_ENGINE_CONFIG, EngineConfig
 from tinystories.engine.protocol import Ids, Logits, validate_context, validate_sequences, validate_slot, validate_step
 from tinystories.engine.sampling_state import SamplingState
 from tinystories.errors import UserError
-from tinystories.weights.load import load_fp32, load_or_quantize
+from tinystories.weights.load import dequantize_weights, load_fp32, load_or_quantize
 
 Array = npt.NDArray[Any]
 
@@ -83,6 +83,9 @@ class CpuEngine:
         else:
             weights = load_or_quantize(files, "int4" if engine_config.precision == "int4" else "int8")
         return cls(files.config, weights, engine_config, shortlist_ids=shortlist_ids)
+
+    def fp32_weights(self) -> Mapping[str, Array]:
+        return dequantize_weights(self.config, self.runtime.weight_table.weights)
 
     @functools.cached_property
     def kv_cache(self) -> "CpuKVCache":

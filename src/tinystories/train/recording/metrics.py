@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from tinystories.errors import UserError
+from tinystories.figure import plain_text, png_figure
 from tinystories.files import append_text, os_errors, require_regular_file, write_errors
-from tinystories.train.recording.figure import plain_text, png_figure
 from tinystories.train.recording.side_work import SideWork
 
 
