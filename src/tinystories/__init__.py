@@ -11,14 +11,17 @@ if TYPE_CHECKING:
 
     from tinystories.api import load
     from tinystories.errors import UserError
+    from tinystories.explain.text_trace import TextTrace
     from tinystories.generate.batching import Story
+    from tinystories.generate.next_token import NextToken
     from tinystories.generate.storyteller import Storyteller, TokenScore
 
     __version__: str
 
-__all__ = ["Story", "Storyteller", "TokenScore", "UserError", "__version__", "load"]
+__all__ = ["NextToken", "Story", "Storyteller", "TextTrace", "TokenScore", "UserError", "__version__", "load"]
 
 LAZY_EXPORTS = {
+    "NextToken": "tinystories.generate.next_token",
     "Story": "tinystories.generate.batching",
     "Storyteller": "tinystories.generate.storyteller",
     "TokenScore": "tinystories.generate.storyteller",

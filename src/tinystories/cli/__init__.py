@@ -15,6 +15,7 @@ from tinystories.cli.exchange.interop import export, import_, push
 from tinystories.cli.measure.bench import bench
 from tinystories.cli.measure.evaluate import evaluate
 from tinystories.cli.measure.info import info
+from tinystories.cli.measure.trace import trace
 from tinystories.cli.train.prepare import prepare
 from tinystories.cli.train.sweep import sweep
 from tinystories.cli.train.train import train
@@ -38,7 +39,22 @@ def cli() -> None:
     """
 
 
-for command in (prepare, train, sweep, generate, evaluate, info, quantize, warmup, export, import_, push, fetch, bench):
+for command in (
+    prepare,
+    train,
+    sweep,
+    generate,
+    evaluate,
+    trace,
+    info,
+    quantize,
+    warmup,
+    export,
+    import_,
+    push,
+    fetch,
+    bench,
+):
     cli.add_command(command)
 
 # `tinystories pack` is the former name of `quantize`. It keeps working and is not listed in `tinystories --help`.

@@ -35,8 +35,7 @@ def save_pictures(
     trace: TextTrace, folder: Path, *, layer: int | None = None, head: int | None = None, last: int | None = None
 ) -> list[Path]:
     """Write the pictures of a trace into a folder; return their paths. See `TextTrace.save_pictures`."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("pictures need matplotlib, which is not installed; run: pip install matplotlib")
+    check_matplotlib()
     if last is not None and last < 1:
         raise UserError(f"last={last} must be at least 1")
     layer, head = select_head(trace, layer, head)
@@ -47,6 +46,12 @@ def save_pictures(
     draw_head(trace, paths[2], layer, head, last or HEAD_TOKENS)
     draw_lens(trace, paths[3], last or LENS_TOKENS)
     return paths
+
+
+def check_matplotlib() -> None:
+    """Raise `UserError` if matplotlib is not installed; does not import it."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("pictures need matplotlib, which is not installed; run: pip install matplotlib")
 
 
 def select_head(trace: TextTrace, layer: int | None, head: int | None) -> tuple[int, int]:
@@ -94,19 +99,19 @@ def wrap_tokens(trace: TextTrace, width: float) -> list[list[tuple[int, float, f
     """
     gap, between = 4.0, 1.0
     chip_widths = [max(text_width(label_of(trace, i), 11) + 5, 17.0) for i in range(len(trace.ids))]  # 17: a number
-    word_starts = [
-        i for i, text in enumerate(trace.texts) if i < 2 or text[:1].isspace() or trace.texts[i - 1][-1:] == "\n"
-    ]
+    after_newline = [False, *(text.endswith("\n") for text in trace.texts[:-1])]
+    word_starts = [i for i, text in enumerate(trace.texts) if i < 2 or text[:1].isspace() or after_newline[i]]
     lines: list[list[tuple[int, float, float]]] = [[]]
     x = 0.0
     for start, stop in itertools.pairwise([*word_starts, len(trace.ids)]):
         word_width = sum(chip_widths[start:stop]) + between * (stop - start - 1)
         for i in range(start, stop):
             needed = word_width if i == start and word_width <= width else chip_widths[i]
-            x += gap if i == start else between
-            if x + needed > width or "\n" in trace.texts[i - 1]:
+            if x + gap + needed > width or (after_newline[i] and not trace.texts[i].startswith("\n")):
                 lines.append([])
                 x = 0.0
+            if lines[-1]:
+                x += gap if i == start else between
             lines[-1].append((i, x, chip_widths[i]))
             x += chip_widths[i]
     return [line for line in lines if line]
@@ -121,7 +126,7 @@ def draw_shade_scale(axes: Any, trace: TextTrace, margin: float) -> None:
     """Draw what the shades mean above the text."""
     x = margin
     n = len(trace.ids)
-    summary = f"{n} tokens" if n == 1 else f"{n} tokens, mean {trace.mean_bits:.2f} bits"
+    summary = f"{count_tokens(n)}, mean {trace.mean_bits:.2f} bits" if n > 1 else count_tokens(n)
     draw_text(axes, (x, 16), f"Surprise of each token in bits ({summary})", size=10, weight="bold")
     for bits in range(0, int(MAX_BITS) + 1, 2):
         background, color = shade(bits)
@@ -166,7 +171,9 @@ def draw_all_heads(trace: TextTrace, path: Path, marked: tuple[int, int]) -> Non
         axes.set_xticks([head * step + size / 2 for head in range(n_head)], [f"head {i}" for i in range(n_head)])
         axes.set_yticks([layer * step + size / 2 for layer in range(n_layer)], [f"layer {i}" for i in range(n_layer)])
         style_ticks(axes, top=True, size=8 if inches > 1 else 7)
-        axes.set_title(f"Attention of {T} tokens. Down: the token that reads; across: the token read", fontsize=10)
+        axes.set_title(
+            f"Attention of {count_tokens(T)}. Down: the token that reads; across: the token read", fontsize=10
+        )
         add_attention_scale(figure, axes, image)
 
 
@@ -259,6 +266,11 @@ def add_scale(figure: "Figure", axes: Any, image: Any, ticks: list[float], label
     bar.ax.set_yticklabels([percent(tick) for tick in ticks], fontsize=8)
     bar.set_label(label, fontsize=8)
     bar.outline.set_visible(False)
+
+
+def count_tokens(n: int) -> str:
+    """Return "1 token", "2 tokens"."""
+    return f"{n} token{'s' if n > 1 else ''}"
 
 
 def percent(share: float) -> str:

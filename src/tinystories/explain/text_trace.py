@@ -12,6 +12,7 @@ import numpy as np
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.engine.trace.model import TraceModel
 from tinystories.engine.trace.trace import LogitLens, Trace, compute_hidden
+from tinystories.errors import UserError
 from tinystories.explain.token_text import token_label, token_text
 from tinystories.explain.words_html import words_to_html
 
@@ -109,7 +110,9 @@ def trace_text(
     With `window`, a text longer than the context is traced from its last n_ctx ids. Raises `UserError` if it is longer
     and `window` is not set, or if there are no ids.
     """
-    ids = [tokenizer.end_id, *tokenizer.encode(text)] if isinstance(text, str) else text
+    ids = np.asarray([tokenizer.end_id, *tokenizer.encode(text)] if isinstance(text, str) else text)
+    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+        raise UserError("expected a text or a list of token ids, which are integers")
     id_array, hidden = compute_hidden(model, ids, window=window)
     return TextTrace(model=model, ids=id_array, hidden=hidden, tokenizer=tokenizer)
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
+import functools
 import gc
 import secrets
 import threading
@@ -10,28 +11,35 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, overload
 
+import numpy as np
+
 from tinystories.config import SamplingConfig
 from tinystories.data.tokenizer import END, Tokenizer
 from tinystories.engine.engine_config import DEFAULT_ENGINE_CONFIG, EngineConfig
-from tinystories.engine.protocol import Engine
+from tinystories.engine.protocol import Engine, TraceableEngine
 from tinystories.engine.select import load_engine
 from tinystories.engine.sliding_window import sliding_window_logprobs
+from tinystories.engine.trace.model import TraceModel
 from tinystories.errors import UserError, check_integer, quoted
-from tinystories.generate.batching import Request, Story, check_text, collect_stories, stream_all
+from tinystories.explain.text_trace import TextTrace, trace_text
+from tinystories.generate.batching import Request, Story, check_text, collect_stories, stream_all, truncate_context
+from tinystories.generate.next_token import NextToken, analyze_next_token
 
 
-class GenerationOptions(TypedDict, total=False):
-    """Options of `generate` and `stream`; see `Request` and `SamplingConfig`.
+class SamplingOptions(TypedDict, total=False):
+    """Settings of `SamplingConfig`; those that are missing or None default to the model's own."""
 
-    Sampling settings that are missing or None default to the model's own.
-    """
-
-    max_tokens: int
     temperature: float
     top_k: int
     top_p: float
     min_p: float
     repetition_penalty: float
+
+
+class GenerationOptions(SamplingOptions, total=False):
+    """Options of `generate` and `stream`; see `Request` and `SamplingConfig`."""
+
+    max_tokens: int
     seed: int  # random by default; see Story.seed
     stop: str | Sequence[str]
     ignore_end: bool
@@ -131,6 +139,47 @@ class Storyteller:
             TokenScore(id=token, text=piece, logprob=float(logprob))
             for token, piece, logprob in zip(ids[1:], [*token_texts, END], logprobs, strict=True)
         ]
+
+    @functools.cached_property
+    def trace_model(self) -> TraceModel:
+        """The engine's weights in fp32, for `trace`: loaded on first use, 4 bytes per parameter."""
+        assert isinstance(self.engine, TraceableEngine), "an engine without weights cannot be traced"
+        return TraceModel(self.engine.config, self.engine.fp32_weights())
+
+    def trace(self, text: str | Sequence[int], *, window: bool = False) -> TextTrace:
+        """Return what the model computes for END and a text, or for ids as they are: hidden states, attention, surprise
+        of each token, logit lens.
+
+        `window`: trace the last n_ctx tokens of a text that does not fit into the context; otherwise `UserError`.
+        Computed in NumPy, from the engine's weights; with int8 and int4 the engine also rounds activations, and its
+        logits differ a little. May be called from any thread, also while a story is being generated.
+        """
+        if isinstance(text, str):
+            check_text(text, "the text")
+        return trace_text(self.trace_model, self.tokenizer, text, window=window)
+
+    def next_token(self, prompt: str = "", **sampling: Unpack[SamplingOptions]) -> NextToken:
+        """Return the probabilities of the token after a prompt, before and after each step of sampling: those with
+        which `generate` samples its first token.
+
+        The storyteller is busy meanwhile: `UserError` while a story is being generated, and for unknown settings.
+        """
+        for name in sampling:
+            if name not in SamplingOptions.__annotations__:
+                raise UserError(f"unknown sampling setting {name}; use {', '.join(SamplingOptions.__annotations__)}")
+        settings = self.build_request(prompt, sampling).settings
+        prompt_ids = self.tokenizer.encode(prompt)
+        context = [self.tokenizer.end_id, *prompt_ids]
+        if len(context) > self.engine.config.n_ctx:
+            context = truncate_context(context, self.engine.config.n_ctx)
+        with self._exclusive():
+            try:
+                logits = self.engine.prefill(0, context)
+            finally:
+                self.engine.free(0)
+        seen = np.zeros(self.engine.config.vocab_size, dtype=np.bool_)
+        seen[prompt_ids] = True
+        return analyze_next_token(logits, settings, self.tokenizer, seen)
 
     def build_request(self, prompt: str, options: GenerationOptions) -> Request:
         """Return a request with the options merged over the model's settings, and a random seed by default.

@@ -1,1 +1,1 @@
-"""Commands that measure and describe: eval, bench, info."""
+"""Commands that measure and describe: eval, trace, bench, info."""
