@@ -24,6 +24,7 @@ LAZY_EXPORTS = {
     "NextToken": "tinystories.generate.next_token",
     "Story": "tinystories.generate.batching",
     "Storyteller": "tinystories.generate.storyteller",
+    "TextTrace": "tinystories.explain.text_trace",
     "TokenScore": "tinystories.generate.storyteller",
     "UserError": "tinystories.errors",
     "load": "tinystories.api",

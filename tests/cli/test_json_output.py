@@ -30,6 +30,7 @@ CALLS = {
     ),
     "eval": ("--data sample --limit 2 --engine cpu --precision int8", "bits_per_byte", "nats per token"),
     "eval --tasks": ("characters --data sample --engine cpu --precision int8", "tasks", "sentence alone"),
+    "trace": ("--text Once --out pictures", "mean_bits", "tokens, mean surprise"),
     "info": ("", "parameters", ""),
     "bench decode": (f"{SPEED} --tokens 2 --prompt-tokens 2", "decode", '"same ids": share'),
     "bench batch": (f"{SPEED} --tokens 2 --streams 2", "batch", '"same ids": share'),

@@ -16,7 +16,7 @@ from tinystories.engine.trace.trace import check_layer
 from tinystories.errors import UserError
 from tinystories.explain.text_trace import TextTrace, stage_name
 from tinystories.explain.token_text import token_label
-from tinystories.explain.words_html import MAX_BITS, shade
+from tinystories.explain.words_html import MAX_BITS, shade, text_color
 from tinystories.figure import png_figure
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def draw_all_heads(trace: TextTrace, path: Path, marked: tuple[int, int]) -> Non
     step = size * 1.08  # from one thumbnail to the next
     inches = min(1.5, 12 / n_head)
     with png_figure(path, (1.7 + inches * n_head, 0.8 + inches * n_layer)) as figure:
-        axes = figure.subplots()
+        axes = add_axes(figure)
         for layer in range(n_layer):
             for head, attention in enumerate(trace.layer_attention(layer)):
                 x, y = head * step, layer * step
@@ -184,7 +184,7 @@ def draw_head(trace: TextTrace, path: Path, layer: int, head: int, last: int) ->
     labels = [cut(drawable(label)) for label in trace.labels[-n:]]
     inches = max(3.0, (0.34 if n <= NUMBERED_TOKENS else 0.19) * n)
     with png_figure(path, (inches + 2.2, inches + 1.6)) as figure:
-        axes = figure.subplots()
+        axes = add_axes(figure)
         image = axes.imshow(hide_future(attention), cmap=MAP_NAME, norm=root_scale())
         axes.set_xticks(range(n), labels, rotation=90)
         axes.set_yticks(range(n), labels)
@@ -192,7 +192,7 @@ def draw_head(trace: TextTrace, path: Path, layer: int, head: int, last: int) ->
         if n <= NUMBERED_TOKENS:
             for row, column in zip(*np.nonzero(attention >= 0.045), strict=True):
                 share = attention[row, column]
-                color = "#000000" if share > 0.25 else "#ffffff"
+                color = text_color(*image.to_rgba(share)[:3])
                 draw_text(axes, (column, row), f"{100 * share:.0f}", size=7, color=color, align="center")
         part = "" if n == T else f" (last {n} of {T} tokens)"
         axes.set_xlabel("token read", fontsize=9)
@@ -209,12 +209,12 @@ def draw_lens(trace: TextTrace, path: Path, last: int) -> None:
     S, n = lens.top_probs.shape[:2]
     texts = [[drawable(token_label(trace.tokenizer, int(token))) for token in row] for row in lens.top_ids[:, :, 0]]
     with png_figure(path, (1.6 + 0.82 * n, 1.9 + 0.36 * S)) as figure:
-        axes = figure.subplots()
+        axes = add_axes(figure)
         image = axes.imshow(lens.top_probs[:, :, 0], cmap="Blues", vmin=0, vmax=1, aspect="auto")
         for stage in range(S):
             for column in range(n):
                 prob = lens.top_probs[stage, column, 0]
-                color = "#ffffff" if prob > 0.72 else "#000000"
+                color = text_color(*image.to_rgba(prob)[:3])
                 is_final = lens.top_ids[stage, column, 0] == lens.final_ids[column]
                 weight = "bold" if is_final else "normal"
                 label = cut(texts[stage][column], 10)
@@ -296,6 +296,14 @@ def frame(axes: Any, at: tuple[float, float], size: float) -> None:
     from matplotlib.patches import Rectangle
 
     axes.add_patch(Rectangle(at, size, size, fill=False, edgecolor="#d55e00", linewidth=2, clip_on=False))
+
+
+def add_axes(figure: "Figure") -> Any:
+    """Return axes for the whole figure, whose layout engine leaves a margin around what is drawn."""
+    engine = figure.get_layout_engine()
+    assert engine is not None, "png_figure sets one"
+    engine.set(w_pad=0.1, h_pad=0.1)  # type: ignore[call-arg]
+    return figure.subplots()
 
 
 def add_page(figure: "Figure", width: float, height: float) -> Any:

@@ -24,8 +24,14 @@ def shade(bits: float) -> tuple[str, str]:
     mix = position - int(position)
     channels = [(int(low[i : i + 2], 16), int(high[i : i + 2], 16)) for i in (1, 3, 5)]
     red, green, blue = (round(a + (b - a) * mix) for a, b in channels)
-    is_dark = 0.299 * red + 0.587 * green + 0.114 * blue < 120
-    return f"#{red:02x}{green:02x}{blue:02x}", "#ffffff" if is_dark else "#000000"
+    return f"#{red:02x}{green:02x}{blue:02x}", text_color(red / 255, green / 255, blue / 255)
+
+
+def text_color(red: float, green: float, blue: float) -> str:
+    """Return black or white, which has the higher contrast to a background (WCAG 2); channels are 0..1."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (red, green, blue)]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return "#000000" if luminance > 0.179 else "#ffffff"
 
 
 def words_to_html(trace: "TextTrace") -> str:

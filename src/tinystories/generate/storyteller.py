@@ -167,7 +167,9 @@ class Storyteller:
         for name in sampling:
             if name not in SamplingOptions.__annotations__:
                 raise UserError(f"unknown sampling setting {name}; use {', '.join(SamplingOptions.__annotations__)}")
-        settings = self.build_request(prompt, sampling).settings
+        check_text(prompt, "the prompt")
+        overrides: dict[str, Any] = {name: value for name, value in sampling.items() if value is not None}
+        settings = dataclasses.replace(self.settings, **overrides)
         prompt_ids = self.tokenizer.encode(prompt)
         context = [self.tokenizer.end_id, *prompt_ids]
         if len(context) > self.engine.config.n_ctx:

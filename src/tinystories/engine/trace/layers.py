@@ -3,6 +3,8 @@
 Letters in shapes: T tokens, C = n_embd, D = head_dim.
 """
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 
@@ -13,12 +15,12 @@ def layer_norm(x: Floats, weight: Floats, bias: Floats, eps: float) -> Floats:
     """Normalize the last axis to mean 0 and variance 1, then scale and shift it."""
     centered = x - x.mean(axis=-1, keepdims=True)
     variance = np.square(centered).mean(axis=-1, keepdims=True)
-    return centered / np.sqrt(variance + np.float32(eps)) * weight + bias
+    return centered / np.sqrt(variance + eps) * weight + bias
 
 
 def rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:
     """Divide the last axis by its root mean square, then scale it (Zhang and Sennrich 2019, arXiv 1910.07467)."""
-    return x / np.sqrt(np.square(x).mean(axis=-1, keepdims=True) + np.float32(eps)) * weight
+    return x / np.sqrt(np.square(x).mean(axis=-1, keepdims=True) + eps) * weight
 
 
 def apply_rope(x: Floats, cos: Floats, sin: Floats) -> Floats:
@@ -42,22 +44,22 @@ def causal_mask(n_tokens: int, window: int = 0) -> Floats:
     """
     query, key = np.ogrid[:n_tokens, :n_tokens]
     visible = (key <= query) & (query - key < (window or n_tokens))
-    return np.where(visible, np.float32(0), np.float32(-np.inf))
+    return np.where(visible, 0, np.float32(-np.inf))
 
 
 def silu(x: Floats) -> Floats:
     """Return x * sigmoid(x)."""
     with np.errstate(over="ignore"):  # exp(-x) = inf gives 0, as it should
-        return x / (np.exp(-x) + np.float32(1))
+        return x / (np.exp(-x) + 1)
 
 
 def activate(x: Floats, activation: str) -> Floats:
     """Apply the activation of a `classic` MLP: relu, gelu_tanh (GPT-2's approximation) or gelu_erf (exact)."""
     if activation == "relu":
-        return np.maximum(x, np.float32(0))
+        return np.maximum(x, 0)
     if activation == "gelu_tanh":
-        inner = np.float32(np.sqrt(2 / np.pi)) * (x + np.float32(0.044715) * x * x * x)
-        return np.float32(0.5) * x * (np.float32(1) + np.tanh(inner))
+        inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)
+        return 0.5 * x * (1 + np.tanh(inner))
     assert activation == "gelu_erf", activation
     return x * normal_cdf(x)
 
@@ -67,10 +69,10 @@ def normal_cdf(x: Floats) -> Floats:
 
     Abramowitz and Stegun, formula 7.1.26.
     """
-    z = np.abs(x) * np.float32(np.sqrt(0.5))
-    t = np.float32(1) / (np.float32(1) + np.float32(0.3275911) * z)
+    z = np.abs(x) * math.sqrt(0.5)
+    t = 1 / (1 + 0.3275911 * z)
     y = np.full_like(t, 1.061405429)
     for coefficient in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
-        y = y * t + np.float32(coefficient)
-    upper_tail = np.float32(0.5) * y * t * np.exp(-z * z)
-    return np.where(x > 0, np.float32(1) - upper_tail, upper_tail)
+        y = y * t + coefficient
+    upper_tail = 0.5 * y * t * np.exp(-z * z)
+    return np.where(x > 0, 1 - upper_tail, upper_tail)

@@ -101,7 +101,7 @@ class TraceModel:
 
     def head_attention(self, q_HTD: Floats, k_HTD: Floats, head: int, mask: Floats) -> Floats:
         """Return the attention probabilities (T, T) of one head."""
-        scale = np.float32(self.config.head_dim**-0.5 if self.config.scaled_scores else 1)
+        scale = self.config.head_dim**-0.5 if self.config.scaled_scores else 1.0
         scores: Floats = (q_HTD[head] * scale) @ k_HTD[self.kv_head(head)].T
         scores += mask
         return softmax(scores)

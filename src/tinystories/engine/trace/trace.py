@@ -5,6 +5,7 @@ Letters in shapes: T tokens, C = n_embd, V vocabulary, S stages, n positions, k 
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterable, Sequence
 from typing import Self
 
@@ -82,7 +83,7 @@ class Trace:
 
         p = (byte / 255)^2 within 0.004.
         """
-        return np.rint(np.sqrt(self.layer_attention(layer)) * np.float32(255)).astype(np.uint8)
+        return np.rint(np.sqrt(self.layer_attention(layer)) * 255).astype(np.uint8)
 
     def logits(self, positions: slice | Sequence[int] | Ints = slice(None)) -> Floats:
         """Return the logits (n, V) of the id after each of the positions."""
@@ -137,8 +138,8 @@ def compute_hidden(model: TraceModel, ids: Ids, *, window: bool = False) -> tupl
     """Run ids through a model; return the ids used (T,) and the hidden states (n_layer + 1, T, C) of a `Trace`.
 
     With `window`, the last n_ctx ids of a longer sequence are used, at positions from 0. Raises `UserError` if there
-    are none, too many, or one is not in the vocabulary. Besides the result, memory is needed for about
-    T * (T + 2 * n_ff + 6 * C) numbers of 4 bytes.
+    are none, too many, or one is not in the vocabulary. Besides the result, memory is needed for at most
+    T * (6 * T + 2 * n_ff + 8 * C) numbers of 4 bytes, whatever the number of heads.
     """
     n_ctx = model.config.n_ctx
     if window:
@@ -198,7 +199,7 @@ def read_hidden(trace: Trace, stages: Sequence[int], positions: Ints, top: int) 
     is_last = positions == len(trace.ids) - 1
     floats["next_logprobs"][:, is_last] = np.nan
     integers["next_ranks"][:, is_last] = 0
-    nats_per_bit = np.float32(np.log(2))
+    nats_per_bit = math.log(2)
     return LogitLens(
         stages=np.array(stages, dtype=np.int64),
         positions=positions,
@@ -223,7 +224,7 @@ def log_softmax(logits: Floats) -> Floats:
 
 def kl_divergence(probs: Floats, logprobs: Floats, other_logprobs: Floats) -> Floats:
     """Return KL(p || q) in nats for each row of two distributions (n, V)."""
-    return np.maximum(np.vecdot(probs, logprobs - other_logprobs), np.float32(0))  # rounding may leave -1e-8
+    return np.maximum(np.vecdot(probs, logprobs - other_logprobs), 0)  # rounding may leave -1e-8
 
 
 def most_likely(probs: Floats, k: int) -> tuple[Ints, Floats]:
