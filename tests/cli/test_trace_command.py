@@ -48,7 +48,7 @@ def test_trace_prints_the_most_surprising_tokens(tmp_path: Path, capsys: pytest.
     lines = capsys.readouterr().out.splitlines()
     bits = [float(line.split()[0]) for line in lines if " bits  rank" in line]
     assert bits == sorted(bits, reverse=True)
-    assert lines[0].endswith("·vol")
+    assert lines[0].endswith("·volcano")
     assert lines[-1] == f"  {tmp_path / 'trace.json'}"
 
 
