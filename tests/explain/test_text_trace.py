@@ -174,7 +174,7 @@ def test_words_wrap_at_words_and_newlines(model: TraceModel, tokenizer: Tokenize
         assert all(a[1] + a[2] < b[1] for a, b in itertools.pairwise(line)), "chips do not overlap"
     starts = [line[0][0] for line in lines[1:]]
     if "x" not in text:
-        assert [trace.texts[i - 1] for i in starts if not trace.texts[i].startswith(" ")] == ["\n"]
+        assert {trace.texts[i - 1] for i in starts if not trace.texts[i].startswith(" ")} == {"\n"}
 
 
 def test_characters_without_a_glyph_are_named() -> None:
