@@ -184,6 +184,8 @@ def test_lens_does_not_depend_on_how_many_logits_are_in_memory(build: Build, mon
     close(parts.top_probs, whole.top_probs)
     close(parts.kl_bits, whole.kl_bits)
     assert (parts.next_ranks == whole.next_ranks).all()
+    assert (parts.final_ids == whole.final_ids).all()
+    assert (parts.final_ranks == whole.final_ranks).all()
 
 
 def test_ablating_heads_is_cutting_their_columns_of_the_output_projection(
@@ -191,7 +193,7 @@ def test_ablating_heads_is_cutting_their_columns_of_the_output_projection(
 ) -> None:
     model = build(**shape)
     trace = traced(model)
-    ablated = trace.ablate([(1, 2)]).ablate([(0, 3), (1, 2)])
+    ablated = trace.ablate([(1, 2)]).ablate([(0, 3)])
     D = model.config.head_dim
     with torch.no_grad():
         model.layers[1].self_attn.o_proj.weight[:, 2 * D : 3 * D] = 0

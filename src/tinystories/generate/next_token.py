@@ -117,8 +117,7 @@ def analyze_next_token(
     weights = compute_weights(penalized, dataclasses.replace(ALL_OFF, temperature=settings.temperature))
     after = {"repetition_penalty": softmax(penalized[0]), "temperature": normalize(weights)}
     for name in STEPS[2:]:
-        if settings.temperature > 0:
-            weights = apply_filters(weights, dataclasses.replace(ALL_OFF, **{name: getattr(settings, name)}))
+        weights = apply_filters(weights, dataclasses.replace(ALL_OFF, **{name: getattr(settings, name)}))
         after[name] = normalize(weights)
     return NextToken(settings=settings, model_probs=softmax(row[0]), after=after, tokenizer=tokenizer)
 
