@@ -113,6 +113,8 @@ class Chips(HTMLParser):
 def test_notebooks_show_the_words_escaped(model: TraceModel, tokenizer: Tokenizer) -> None:
     trace = trace_text(model, tokenizer, ODD)
     chips = Chips()
+    assert "&lt;<br>" in trace._repr_html_()
+    assert "&amp;<br>" in trace._repr_html_()
     chips.feed(trace._repr_html_())
     chips.close()
     assert not chips.open
