@@ -32,6 +32,8 @@ class GenerationOptions(TypedDict, total=False):
     top_p: float
     min_p: float
     repetition_penalty: float
+    repetition_window: int
+    penalize_names: bool
     seed: int  # random by default; see Story.seed
     stop: str | Sequence[str]
     ignore_end: bool
