@@ -62,6 +62,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="file for the 200 stories, one JSON object per line")
     parser.add_argument("--sweep", action="store_true", help="compare sampling settings instead")
     parser.add_argument("--judge", help="another model directory, for --sweep")
+    parser.add_argument(
+        "--sampling", default="{}", metavar="JSON", help="other settings, such as '{\"repetition_window\": 64}'"
+    )
     options = parser.parse_args()
     precisions = options.precision.split(",")
     storyteller = load(options.model, engine="cpu", precision=precisions[0])
@@ -72,13 +75,14 @@ def main() -> None:
         return
     output: dict[str, Any] = {"benchmark": "storyteller", "machine": f"{platform.machine()} {platform.system()}"}
     output["bits_per_byte"] = {name: score_model(options.model, name, options.val) for name in precisions}
-    generated, seconds = generate_stories(storyteller, storyteller.settings)
+    sampling = dataclasses.replace(storyteller.settings, **json.loads(options.sampling))
+    generated, seconds = generate_stories(storyteller, sampling)
     our_stats, reference_stats = (
         measure_stories([story.text for story in generated], seen),
         measure_stories(sample_evenly(val), seen),
     )
     our_stats["ended"] = sum(story.stop_reason == "end" for story in generated) / len(generated)
-    print(f"\n{len(generated)} stories in {seconds:.0f} s, {storyteller.settings}")
+    print(f"\n{len(generated)} stories in {seconds:.0f} s, {sampling}")
     print(f"{'':20} {'ours':>9} {'val':>9}")
     for name, value in our_stats.items():
         print(f"{name:20} {value:9.4g} {reference_stats.get(name, 1.0):9.4g}")
@@ -86,8 +90,7 @@ def main() -> None:
         options.out.write_text("".join(json.dumps(story.as_dict()) + "\n" for story in generated), encoding="utf-8")
     print(
         json.dumps(
-            output
-            | {"sampling": dataclasses.asdict(storyteller.settings), "ours": our_stats, "validation": reference_stats}
+            output | {"sampling": dataclasses.asdict(sampling), "ours": our_stats, "validation": reference_stats}
         )
     )
 
@@ -132,7 +135,16 @@ def sweep(storyteller: Storyteller, judge: str | None, val: list[str], seen: Ngr
         judge_model.engine, encode_stories(sample_evenly(val), judge_model.tokenizer)
     ).bits_per_byte
     reference_stats = measure_stories(sample_evenly(val), seen)
-    names = ["words", "looping", "copied", "distinct_openings", "names", "commonest_name", "distinct_trigrams"]
+    names = [
+        "words",
+        "looping",
+        "copied",
+        "distinct_openings",
+        "names",
+        "commonest_name",
+        "late_names",
+        "distinct_trigrams",
+    ]
     print(f"{'settings':24} {'judged':>7} {'ended':>6} " + " ".join(f"{name[:9]:>9}" for name in names))
     print(
         f"{'validation stories':24} {reference_bits:7.4f} {1:6.3f} "

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 WORD_PATTERN = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 NAME_PATTERN = re.compile(r"(?<=[a-z,] )[A-Z][a-z]+\b")  # a capitalized word inside a sentence
+CAPITALIZED_PATTERN = re.compile(r"\b[A-Z][a-z]+\b")
 # A story loops if some run of LOOP_NGRAM words occurs at least LOOP_REPEATS times in it.
 LOOP_NGRAM = 6
 LOOP_REPEATS = 3
@@ -40,6 +41,14 @@ def has_loop(text: str) -> bool:
 def extract_names(text: str) -> set[str]:
     """Return the capitalized words that do not begin a sentence."""
     return set(NAME_PATTERN.findall(text))
+
+
+def count_late_names(text: str) -> tuple[int, int]:
+    """Count the names in the second half of a story: those that its first half does not have, and all."""
+    first_half, second_half = text[: len(text) // 2], text[len(text) // 2 :]
+    known = set(CAPITALIZED_PATTERN.findall(first_half))
+    names = NAME_PATTERN.findall(second_half)
+    return sum(name not in known for name in names), len(names)
 
 
 def hash_ngrams(text: str) -> Hashes:
@@ -72,6 +81,7 @@ class DiversityStats:
     distinct_openings: float  # number of distinct first 8 words / stories
     names: int  # number of distinct names
     commonest_name: float  # fraction of stories that contain the most common name
+    late_names: float  # of the names in the second halves, the fraction that the story did not have before
     distinct_trigrams: float  # distinct word trigrams / all word trigrams
 
 
@@ -83,6 +93,7 @@ def measure_diversity(texts: Sequence[str]) -> DiversityStats:
     story_words = [split_words(text) for text in texts]
     name_counts = Counter(name for text in texts for name in extract_names(text))
     trigrams = [run for word_list in story_words for run in ngrams(word_list, 3)]
+    late_names, second_half_names = map(sum, zip(*map(count_late_names, texts), strict=True))
     return DiversityStats(
         stories=len(texts),
         words=sum(map(len, story_words)) / len(texts),
@@ -90,5 +101,6 @@ def measure_diversity(texts: Sequence[str]) -> DiversityStats:
         distinct_openings=len({tuple(word_list[:OPENING_WORDS]) for word_list in story_words}) / len(texts),
         names=len(name_counts),
         commonest_name=max(name_counts.values(), default=0) / len(texts),
+        late_names=late_names / max(1, second_half_names),
         distinct_trigrams=len(set(trigrams)) / max(1, len(trigrams)),
     )

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from tinystories.errors import UserError, check_integer, check_number
+from tinystories.errors import UserError, check_bool, check_integer, check_number
 
 T = TypeVar("T")
 
@@ -261,9 +261,13 @@ class SamplingConfig:
     top_p: float = field(1.0, "1: off", POSITIVE_FRACTION)
     min_p: float = field(0.05, "0: off", FRACTION)
     repetition_penalty: float = field(1.0, "1: off", FINITE_POSITIVE)
+    repetition_window: int = field(0, "tokens that the penalty looks back (0: the whole story)", NOT_NEGATIVE)
+    penalize_names: bool = field(True, "false: not on capitalized words, nor on tokens that continue a word")
 
     def __post_init__(self) -> None:
         check_integer("top_k", self.top_k)
+        check_integer("repetition_window", self.repetition_window)
+        check_bool("penalize_names", self.penalize_names)
         for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
             check_number(name, getattr(self, name))
         check_ranges(self)

@@ -58,9 +58,22 @@ def test_variety_of_the_same_story_twice() -> None:
     assert (twice.distinct_openings, twice.distinct_trigrams, twice.names) == (0.5, 0.5, 2)
 
 
+def test_a_name_that_comes_late_is_counted() -> None:
+    faithful = "Once there was a girl named Lily. She had a dog. One day, Lily ran. The dog saw Lily and was glad."
+    assert measure_diversity([faithful]).late_names == 0
+    assert measure_diversity([faithful.replace("saw Lily", "saw Mia")]).late_names == 0.5
+    assert measure_diversity(["a cat sat."]).late_names == 0
+
+
 @given(st.lists(st.text(), min_size=1))
 def test_any_text_can_be_counted(texts: list[str]) -> None:
     found = measure_diversity(texts)
-    for share in (found.looping, found.distinct_openings, found.commonest_name, found.distinct_trigrams):
+    for share in (
+        found.looping,
+        found.distinct_openings,
+        found.commonest_name,
+        found.late_names,
+        found.distinct_trigrams,
+    ):
         assert 0 <= share <= 1
     assert 0 <= NgramIndex(texts).copied_fraction(texts) <= 1

@@ -275,6 +275,43 @@ def test_the_repetition_penalty_knows_the_prompt_and_the_story_but_not_the_end(
     assert seen == [[prompt | set(ids[:n])] for n in range(len(ids) + 1)]
 
 
+def test_the_repetition_penalty_looks_back_over_a_window(
+    tokenizer: Tokenizer, scripted: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def spy(logits: Any, _settings: Any, _u: Any, seen_mask: Any) -> list[int]:
+        seen.extend(set(np.flatnonzero(row).tolist()) for row in seen_mask)
+        return [int(row.argmax()) for row in logits]
+
+    monkeypatch.setattr(sampling, "sample", spy)
+    ids = tokenizer.encode(" cat sat on the cat")
+    settings = SamplingConfig(repetition_penalty=1.5, repetition_window=3)
+    generate(scripted(ids), tokenizer, "The", settings=settings)
+    all_ids = [*tokenizer.encode("The"), *ids]
+    n_prompt = len(all_ids) - len(ids)
+    assert seen == [set(all_ids[max(0, n - 3) : n]) for n in range(n_prompt, len(all_ids) + 1)]
+    assert max(map(len, seen)) == 3
+
+
+def test_names_can_be_spared_the_repetition_penalty(
+    tokenizer: Tokenizer, scripted: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = set()
+
+    def spy(logits: Any, _settings: Any, _u: Any, seen_mask: Any) -> list[int]:
+        seen.update(np.flatnonzero(seen_mask[0]).tolist())
+        return [int(row.argmax()) for row in logits]
+
+    monkeypatch.setattr(sampling, "sample", spy)
+    ids = tokenizer.encode(" Tom saw Zanzibara, a cat.")
+    settings = SamplingConfig(repetition_penalty=1.5, penalize_names=False)
+    generate(scripted(ids), tokenizer, "Once", settings=settings)
+    penalized = {tokenizer.token_bytes[i].decode() for i in seen}
+    assert penalized >= {",", "."}
+    assert all(text.startswith(" ") and not text[1:2].isupper() for text in penalized - {",", "."})
+
+
 @pytest.mark.parametrize("how", ["close", "interrupt"])
 def test_a_closed_or_interrupted_stream_frees_the_slots(chaotic: Make, tokenizer: Tokenizer, how: str) -> None:
     engine = chaotic(end=0, n_slots=3)

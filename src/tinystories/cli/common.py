@@ -131,6 +131,14 @@ def sampling_options(command: Command) -> Command:
     @click.option(
         "--repetition-penalty", type=float, help="Values above 1 make tokens already used less likely (1: off)."
     )
+    @click.option(
+        "--repetition-window", type=int, help="Tokens that the repetition penalty looks back (0: the whole story)."
+    )
+    @click.option(
+        "--penalize-names/--spare-names",
+        default=None,
+        help="Whether the repetition penalty applies to capitalized words and to tokens that continue a word.",
+    )
     @functools.wraps(command)
     def wrapper(**kwargs: Any) -> Any:
         values = {field.name: kwargs.pop(field.name) for field in dataclasses.fields(SamplingConfig)}

@@ -155,6 +155,20 @@ class Tokenizer:
                 table[i] = self._decode_token_bytes(token, i, decoder)
         return table
 
+    @functools.cached_property
+    def name_ids(self) -> frozenset[int]:
+        """Ids that begin a word with a capital letter or, without a space before them, continue a word.
+
+        Names are made of them. Scripts without capital letters have none.
+        """
+        ids = []
+        for i, data in enumerate(self.token_bytes):
+            text = data.decode(errors="ignore")
+            first = text.removeprefix(" ")[:1]
+            if first.isupper() or (first.islower() and not text.startswith(" ")):
+                ids.append(i)
+        return frozenset(ids)
+
     def _decode_token_bytes(self, token: str, i: int, decoder: str) -> bytes:
         """Return the bytes of a token that is not byte-level: `decoder` is the JSON of the decoder."""
         if '"ByteFallback"' in decoder and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):

@@ -1,5 +1,6 @@
 """`SamplingState`: what a sampler needs to know about each slot of an engine."""
 
+import collections
 import math
 from collections.abc import Sequence
 
@@ -31,10 +32,13 @@ class SamplingState:
         """Return the length of a row of `seen`: whole blocks."""
         return -(-vocab_size // SAMPLING_BLOCK) * SAMPLING_BLOCK
 
-    def begin(self, slot: int, settings: SamplingConfig, seen_ids: Sequence[int]) -> npt.NDArray[np.bool_] | None:
-        """Set up a slot for a story; `seen_ids` are the ids of its prompt.
+    def begin(
+        self, slot: int, settings: SamplingConfig, prompt_ids: Sequence[int], name_ids: frozenset[int] = frozenset()
+    ) -> "SeenIds | None":
+        """Set up a slot for a story.
 
-        Returns the slot's row of `seen`, for the caller to mark each id that follows; None without a penalty.
+        `name_ids` are those that `penalize_names` spares. Returns what the caller must tell each id that follows; None
+        without a penalty.
         """
         self.settings[slot] = settings
         row = self.parameters[slot]
@@ -44,14 +48,39 @@ class SamplingState:
         row[SAMPLING.repetition_penalty] = settings.repetition_penalty
         if settings.repetition_penalty == 1:
             return None
-        seen: npt.NDArray[np.bool_] = self.seen[slot]
-        seen[:] = False
-        seen[[token for token in seen_ids if token < self.vocab_size]] = True  # the engine refuses other ids
+        self.seen[slot] = False
+        spared_ids = frozenset() if settings.penalize_names else name_ids
+        seen = SeenIds(self.seen[slot, : self.vocab_size], settings.repetition_window, spared_ids)
+        for token in prompt_ids:
+            seen.add(token)
         return seen
 
     def seen_mask(self, slots: Sequence[int]) -> npt.NDArray[np.bool_]:
         """Return (len(slots), V): which ids the repetition penalty of each slot applies to."""
         return self.seen[slots, : self.vocab_size]
+
+
+class SeenIds:
+    """Keeps the ids that the repetition penalty of a slot applies to: those of the last `window` tokens (0: of all)."""
+
+    def __init__(self, row: npt.NDArray[np.bool_], window: int, spared_ids: frozenset[int]) -> None:
+        self.row, self.window, self.spared_ids = row, window, spared_ids
+        self.recent: collections.deque[int] = collections.deque()
+        self.counts: collections.Counter[int] = collections.Counter()  # of the ids in `recent`
+
+    def add(self, token: int) -> None:
+        """Append a token of the story."""
+        if token < len(self.row) and token not in self.spared_ids:  # the engine refuses ids outside the vocabulary
+            self.row[token] = True
+        if not self.window:
+            return
+        self.recent.append(token)
+        self.counts[token] += 1
+        if len(self.recent) > self.window:
+            oldest = self.recent.popleft()
+            self.counts[oldest] -= 1
+            if not self.counts[oldest] and oldest < len(self.row):
+                self.row[oldest] = False
 
 
 def clamp_temperature(temperature: float) -> float:

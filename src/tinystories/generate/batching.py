@@ -18,9 +18,10 @@ from typing import Any, Literal
 from tinystories.config import SamplingConfig
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.engine.protocol import Engine, Logits
+from tinystories.engine.sampling_state import SeenIds
 from tinystories.errors import UserError, check_bool, check_integer, quoted
 from tinystories.generate.detokenizer import StreamingDetokenizer
-from tinystories.generate.sampling import Mask, SlotSampler, UniformStream
+from tinystories.generate.sampling import SlotSampler, UniformStream
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +134,9 @@ def stream_all(
             while free_slots and (next_request := next(pending, None)):
                 sequence = ActiveSequence(*next_request, heapq.heappop(free_slots), tokenizer, engine.config.n_ctx)
                 active.append(sequence)
-                sequence.seen = sampler.state.begin(sequence.slot, sequence.request.settings, sequence.context[1:])
+                sequence.seen = sampler.state.begin(
+                    sequence.slot, sequence.request.settings, sequence.context[1:], tokenizer.name_ids
+                )
             if not active:
                 return
             for sequence, token in sample_next(engine, active, sampler):
@@ -160,7 +163,7 @@ class ActiveSequence:
         self.uniforms = UniformStream(request.seed, request.number)
         prompt = tokenizer.encode(request.prompt)
         self.n_prompt = len(prompt)
-        self.seen: Mask | None = None  # (V,) ids that the repetition penalty applies to, which END is not among
+        self.seen: SeenIds | None = None  # what the repetition penalty applies to, which END is not among
         self.is_stop_token, self.end_id = tokenizer.is_stop_token, tokenizer.end_id
         self.context = [tokenizer.end_id, *prompt]  # ids that the next token is conditioned on
         self.n_cached = 0  # how many of them the slot holds: none (prefill needed) or all except the last one
@@ -181,7 +184,7 @@ class ActiveSequence:
         if not self.is_stop_token(token):
             self.context.append(token)
             if self.seen is not None:
-                self.seen[token] = True
+                self.seen.add(token)
             piece = self.detokenizer.add_token(token)
         elif self.request.ignore_end:
             self.context, self.n_cached = [self.end_id], 0

@@ -11,12 +11,11 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, overload
 
-import numpy as np
-
 from tinystories.config import SamplingConfig
 from tinystories.data.tokenizer import END, Tokenizer
 from tinystories.engine.engine_config import DEFAULT_ENGINE_CONFIG, EngineConfig
 from tinystories.engine.protocol import Engine, TraceableEngine
+from tinystories.engine.sampling_state import SamplingState
 from tinystories.engine.select import load_engine
 from tinystories.engine.sliding_window import sliding_window_logprobs
 from tinystories.engine.trace.model import TraceModel
@@ -34,6 +33,8 @@ class SamplingOptions(TypedDict, total=False):
     top_p: float
     min_p: float
     repetition_penalty: float
+    repetition_window: int
+    penalize_names: bool
 
 
 class GenerationOptions(SamplingOptions, total=False):
@@ -179,9 +180,9 @@ class Storyteller:
                 logits = self.engine.prefill(0, context)
             finally:
                 self.engine.free(0)
-        seen = np.zeros(self.engine.config.vocab_size, dtype=np.bool_)
-        seen[prompt_ids] = True
-        return analyze_next_token(logits, settings, self.tokenizer, seen)
+        state = SamplingState(1, self.engine.config.vocab_size)
+        state.begin(0, settings, prompt_ids, self.tokenizer.name_ids)
+        return analyze_next_token(logits, settings, self.tokenizer, state.seen_mask([0])[0])
 
     def build_request(self, prompt: str, options: GenerationOptions) -> Request:
         """Return a request with the options merged over the model's settings, and a random seed by default.

@@ -69,7 +69,7 @@ def write(model: ModelBundle, path: Path, precision: str) -> None:
         for field_name, gguf_key in SAMPLING_KEYS.items():
             getattr(writer, f"add_sampling_{gguf_key}")(getattr(sampling, field_name))
         writer.add_sampling_penalty_repeat(model.sampling.repetition_penalty)
-        writer.add_sampling_penalty_last_n(-1)
+        writer.add_sampling_penalty_last_n(model.sampling.repetition_window or -1)
         gguf_tokenizer.write_tokenizer(writer, model.tokenizer, model.config.vocab_size)
 
     write_gguf(model.config, model.weights, path, precision, add_metadata)
@@ -234,6 +234,9 @@ def read_sampling(file: GgufFile) -> SamplingConfig:
     """Return the file's sampling settings, with our defaults for those it lacks."""
     names = SAMPLING_KEYS | {"repetition_penalty": "penalty_repeat"}
     file_settings = {field: file.metadata.get(f"general.sampling.{key}") for field, key in names.items()}
+    look_back = file.metadata.get("general.sampling.penalty_last_n")
+    if look_back != -1:  # the whole context, our 0
+        file_settings["repetition_window"] = look_back
     return parse_sampling(file_settings, file.path)
 
 
@@ -247,7 +250,7 @@ def render_modelfile(model: ModelBundle, name: str, file: str) -> str:
         "num_ctx": model.config.n_ctx,
         **{key: getattr(sampling, key) for key in SAMPLING_KEYS},
         "repeat_penalty": sampling.repetition_penalty,
-        "repeat_last_n": -1,  # the whole context, as in our sampler
+        "repeat_last_n": sampling.repetition_window or -1,  # -1: the whole context
         "stop": f'"{END}"',
     }
     parameters = (f"PARAMETER {key} {value}" for key, value in settings.items())
