@@ -221,8 +221,10 @@ def test_a_run_that_cannot_be_written_is_one_line(sample_data: Path) -> None:
 def test_a_cache_that_cannot_be_written_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(jit, "load_forward", lambda: None)  # which compiles, and says that it cannot keep the result
-    monkeypatch.setattr(jit, "cache_path", lambda: tmp_path / "missing" / "code.o")
+    # Compiling is replaced; it says that it cannot keep the result.
+    monkeypatch.setattr(jit, "load_object", lambda *_: None)
+    monkeypatch.setattr(jit, "load_or_compile", lambda _: b"")
+    monkeypatch.setenv("TINYSTORIES_CACHE", str(tmp_path / "missing"))
     assert cli.run(cli.cli, ["warmup"]) == 2
     assert f"{tmp_path / 'missing'} cannot be written: set TINYSTORIES_CACHE" in capsys.readouterr().err
 

@@ -505,17 +505,18 @@ def test_damaged_machine_code_is_made_again(
     caplog.set_level(logging.INFO)
     monkeypatch.setenv("TINYSTORIES_CACHE", str(tmp_path / "cache"))
     made: list[bytes] = []
-    monkeypatch.setattr(jit, "compile_object", lambda: made.append(b"code") or b"code")
-    assert jit.load_or_compile() == jit.load_or_compile() == b"code"
+    monkeypatch.setattr(jit, "compile_object", lambda _: made.append(b"code") or b"code")
+    assert jit.load_or_compile("int8") == jit.load_or_compile("int8") == b"code"
     assert len(made) == 1
     assert "compiling the CPU engine" in caplog.text
-    jit.cache_path().write_bytes(jit.cache_path().read_bytes()[:-1])
-    assert jit.load_or_compile() == b"code"
+    path = jit.cache_path("int8")
+    path.write_bytes(path.read_bytes()[:-1])
+    assert jit.load_or_compile("int8") == b"code"
     assert len(made) == 2
     assert "is damaged" in caplog.text
     (tmp_path / "cache").rename(tmp_path / "former")
     (tmp_path / "cache").write_text("a file where a folder should be")
-    assert jit.load_or_compile() == b"code"
+    assert jit.load_or_compile("int8") == b"code"
     assert "the next start compiles again" in caplog.text
 
 
@@ -528,8 +529,8 @@ def test_the_name_of_the_machine_code_depends_on_all_that_is_compiled() -> None:
         "names = {name for name in set(sys.modules) - before if name.startswith('tinystories')}\n"
         "names -= {'tinystories.weights', 'tinystories.weights.quantize'}\n"
         "compiled = {sys.modules[name].__file__ for name in names}\n"
-        "from tinystories.engine.cpu import jit\n"
-        "assert compiled and compiled <= set(map(str, jit.SOURCE_FILES)), compiled\n"
+        "from tinystories.engine.cpu import objects\n"
+        "assert compiled and compiled <= set(map(str, objects.SOURCE_FILES)), compiled\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
 

@@ -12,26 +12,30 @@ from tinystories.files import atomic_directory
 from tinystories.model import GPT
 
 # The compiler is replaced by one that does nothing.
-SETUP = "from tinystories.engine.cpu import jit\njit.compile_object = lambda: b'code'\n"
-LINE = "compiling the CPU engine for this machine (once, about 25 s) ..."
+SETUP = (
+    "from tinystories.engine.cpu import jit\n"
+    "jit.compile_object = lambda name: b'code'\n"
+    "jit.load_object = lambda target, name: None\n"
+)
+LINE = "compiling the CPU engine for this machine (int8, once, about 10 s) ..."
 
 
 def test_the_first_load_in_python_says_that_it_compiles(tmp_path: Path) -> None:
-    first = run_python("-c", SETUP + "jit.load_or_compile()", TINYSTORIES_CACHE=str(tmp_path))
+    first = run_python("-c", SETUP + "jit.load_or_compile('int8')", TINYSTORIES_CACHE=str(tmp_path))
     assert first.stderr == LINE + "\n"
     assert first.stdout == ""
-    second = run_python("-c", SETUP + "jit.load_or_compile()", TINYSTORIES_CACHE=str(tmp_path))
+    second = run_python("-c", SETUP + "jit.load_or_compile('int8')", TINYSTORIES_CACHE=str(tmp_path))
     assert second.stderr == ""
 
 
 def test_a_program_may_silence_it(tmp_path: Path) -> None:
     silence = "import logging\nlogging.getLogger('tinystories').setLevel(logging.ERROR)\n"
-    result = run_python("-c", silence + SETUP + "jit.load_or_compile()", TINYSTORIES_CACHE=str(tmp_path))
+    result = run_python("-c", silence + SETUP + "jit.load_or_compile('int8')", TINYSTORIES_CACHE=str(tmp_path))
     assert result.stderr == ""
 
 
 def test_the_command_line_says_it_once(tmp_path: Path) -> None:
-    program = SETUP + "jit.load_forward = jit.load_or_compile\nfrom tinystories.cli import main\nmain(['warmup'])\n"
+    program = SETUP + "from tinystories.cli import main\nmain(['warmup'])\n"
     result = run_python("-c", program, TINYSTORIES_CACHE=str(tmp_path))
     assert result.stderr.count(LINE) == 1
     assert result.stdout.startswith("ready: ")

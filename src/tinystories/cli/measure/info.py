@@ -29,7 +29,7 @@ def info(path: str | None, config_file: str | None, as_card: bool, as_json: bool
     """Describe PATH or a config: sizes, parameters, provenance, and the model card if there is one.
 
     PATH is a model directory, hf:OWNER/NAME, or a folder of prepared data. Without PATH and --config, describe the
-    bundled storyteller. For a model, also say which processor instructions the CPU engine uses on this machine.
+    bundled storyteller. For a model, also say which machine code and how many threads the CPU engine uses here and why.
     """
     if path is not None and config_file is not None:
         raise UserError("give either PATH or --config, not both")
@@ -102,6 +102,7 @@ def describe_path(path: Path) -> dict[str, Any]:
 
     if not checkpoint.is_model(path) and (path / "meta.json").is_file():
         return dataclasses.asdict(read_meta(path))
+    from tinystories.engine.cpu import jit, thread_pool
     from tinystories.engine.cpu.target import select_target
 
     files = checkpoint.read_model(path)
@@ -110,5 +111,6 @@ def describe_path(path: Path) -> dict[str, Any]:
         "model": dataclasses.asdict(files.config),
         "sampling": dataclasses.asdict(files.sampling),
         "provenance": files.provenance,
-        "cpu_engine": select_target().as_facts(),
+        "cpu_engine": select_target().as_facts()
+        | {"code": jit.describe_code(), "threads": thread_pool.describe_threads()},
     }

@@ -98,15 +98,12 @@ def create_shortlist(files: "ModelFiles", n: int, data: Path) -> None:
 
 @click.command()
 def warmup() -> None:
-    """Compile the CPU engine for this machine, so that the first story starts instantly.
+    """Compile the CPU engine for this machine, in all precisions, so that the first story starts at once.
 
-    This takes several seconds, once. The compiled code is stored in the user's cache folder, or in the folder named by
-    the environment variable TINYSTORIES_CACHE.
+    A wheel has machine code for most processors, and nothing is compiled. Otherwise this takes half a minute, once. The
+    compiled code is stored in the user's cache folder, or in the folder named by the environment variable
+    TINYSTORIES_CACHE.
     """
     from tinystories.engine.cpu import jit
 
-    jit.load_forward()
-    path = jit.cache_path()
-    if not path.exists():
-        raise UserError(f"{path.parent} cannot be written: set TINYSTORIES_CACHE to a writable folder")
-    click.echo(f"ready: {path}")
+    click.echo(f"ready: {jit.prepare()}")

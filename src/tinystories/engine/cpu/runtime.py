@@ -61,9 +61,9 @@ class Runtime:
             raise UserError(f"the CPU engine does not support {config.n_layer:,} layers; use --engine torch")
         self.config, self.n_threads, self.shortlist = config, threads, shortlist
         self.min_shared_bytes = min_shared_bytes
-        self.forward = jit.load_forward()
         shared_pool()  # now, so that the first calls from two threads do not make two
         self.weight_table = WeightTable(config, weights, shortlist)
+        self.forward = jit.load_forward(self.weight_table.precision)
         self.workspace = Workspace(config, self.weight_table, threads)
 
     def run(

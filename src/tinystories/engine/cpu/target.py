@@ -22,13 +22,19 @@ class Level(NamedTuple):
 X86_64_V2 = frozenset({"cx16", "popcnt", "sahf", "sse3", "sse4.1", "sse4.2", "ssse3"})
 X86_64_V3 = X86_64_V2 | {"avx", "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe", "xsave"}
 X86_64_V4 = X86_64_V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+V3_FEATURES, V4_FEATURES = "+avx2,+fma,+f16c", "+avx2,+fma,+f16c,+avx512f,+avx512bw,+avx512vl"
 X86_LEVELS = {
     "x86-64": Level("x86-64", "", frozenset()),
     "x86-64-v2": Level("x86-64-v2", "", X86_64_V2),
-    "avx2": Level("x86-64-v3", "+avx2,+fma,+f16c", X86_64_V3),
-    "avx512": Level("x86-64-v4", "+avx2,+fma,+f16c,+avx512f,+avx512bw,+avx512vl", X86_64_V4),
+    "avx2": Level("x86-64-v3", V3_FEATURES, X86_64_V3),
+    "avx2-vnni": Level("x86-64-v3", f"{V3_FEATURES},+avxvnni", X86_64_V3 | {"avxvnni"}),
+    "avx512": Level("x86-64-v4", V4_FEATURES, X86_64_V4),
+    "avx512-vnni": Level("x86-64-v4", f"{V4_FEATURES},+avx512vnni", X86_64_V4 | {"avx512vnni"}),
 }
-ARM_LEVELS = {"neon": Level("generic", "+neon", frozenset())}
+ARM_LEVELS = {
+    "neon": Level("generic", "+neon", frozenset()),
+    "neon-dotprod": Level("generic", "+neon,+dotprod", frozenset({"dotprod"})),
+}
 LEVELS = X86_LEVELS | ARM_LEVELS
 
 
@@ -39,6 +45,7 @@ class Target(NamedTuple):
     processor: str  # LLVM's name
     features: str
     best_level: str  # of this machine; "other" on a processor without levels
+    is_numbas: bool  # Numba's variables choose
     reason: str  # why this target, for people
 
     def as_facts(self) -> dict[str, str]:
@@ -57,14 +64,17 @@ def select_target() -> Target:
     if name := os.environ.get(VARIABLE):
         check_level(name, available_levels)
         level = LEVELS[name]
-        return Target(name, level.processor, level.features, best_level, f"set by {VARIABLE}; otherwise {best_level}")
+        return Target(
+            name, level.processor, level.features, best_level, False, f"set by {VARIABLE}; otherwise {best_level}"
+        )
     reason = "the best that this processor has"
-    if variables := [variable for variable in NUMBA_VARIABLES if variable in os.environ]:
+    variables = [variable for variable in NUMBA_VARIABLES if variable in os.environ]
+    if variables:
         reason = f"set by {' and '.join(variables)}; otherwise {best_level}"
         best_level = "chosen by Numba"
     processor = os.environ.get("NUMBA_CPU_NAME") or llvm.get_host_cpu_name()
     features = ",".join(f"{'+' if has else '-'}{feature}" for feature, has in sorted(host_features.items()))
-    return Target(None, processor, os.environ.get("NUMBA_CPU_FEATURES", features), best_level, reason)
+    return Target(None, processor, os.environ.get("NUMBA_CPU_FEATURES", features), best_level, bool(variables), reason)
 
 
 def check_level(name: str, available_levels: list[str]) -> None:
@@ -90,9 +100,10 @@ def read_host_features() -> dict[str, bool]:
 def list_available_levels(triple: str, host_features: dict[str, bool]) -> list[str]:
     """Return the levels that a machine with this LLVM triple and these features can run, slowest first."""
     architecture = triple.split("-")[0]
-    if architecture in ("aarch64", "arm64"):
-        return list(ARM_LEVELS)
-    if architecture not in ("x86_64", "amd64"):
-        return []
     features = {feature for feature, has in host_features.items() if has}
-    return [name for name, level in X86_LEVELS.items() if level.required <= features]
+    levels: dict[str, Level] = {}
+    if architecture in ("aarch64", "arm64"):
+        levels = ARM_LEVELS
+    elif architecture in ("x86_64", "amd64"):
+        levels = X86_LEVELS
+    return [name for name, level in levels.items() if level.required <= features]

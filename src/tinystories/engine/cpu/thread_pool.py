@@ -33,6 +33,17 @@ def count_physical_cores() -> int:
     return max(1, math.ceil(min(MAX_THREADS, count_available_cores(), cgroup_cpu_quota())))
 
 
+def describe_threads() -> str:
+    """Return how many threads are used by default and what limits them, for people."""
+    limits = {
+        "physical cores": count_available_cores(),
+        "the CPU quota of the container": cgroup_cpu_quota(),
+        "the largest default": MAX_THREADS,
+    }
+    limit = min(limits, key=lambda name: limits[name])
+    return f"{count_physical_cores()} (limited by {limit}); 1 where there is little work"
+
+
 def count_available_cores() -> int:
     """Return the number of physical cores in this process's CPU affinity, or an estimate where the system has none.
 

@@ -38,8 +38,9 @@ SHORTLIST_HEAD = "shortlist.weight"  # in memory only: the shortlist's rows of t
 class WeightTable:
     """The model table (`ModelLayout`) with the addresses of the weights.
 
-    `table_address` is passed to the machine code. The arrays must stay alive as long as the table is used. Raises
-    UserError if a weight does not have the size or dtype that `config` implies.
+    `table_address` is passed to the machine code, of which there is one for each `precision`. The arrays must stay
+    alive as long as the table is used. Raises UserError if a weight does not have the size or dtype that `config`
+    implies, or if matrices differ in precision.
     """
 
     def __init__(self, config: ModelConfig, weights: Mapping[str, Array], shortlist: Array | None = None) -> None:
@@ -56,6 +57,8 @@ class WeightTable:
             self.weights = {**weights, **gather_shortlist_head(weights, head, shortlist, config.vocab_size)}
             self.shapes[SHORTLIST_HEAD] = (len(shortlist), config.n_embd)
             head = SHORTLIST_HEAD
+        # Of all matrices; the embedding may have another.
+        self.precision = "fp32" if head in self.weights else block_precision(self.weights, head)
         self.add_matrix(MODEL.lm_head, head.removesuffix(".weight"))
         self.add_vector(MODEL.norm, "norm.weight")
         self.add_vector(MODEL.norm_bias, "norm.bias")
@@ -91,6 +94,8 @@ class WeightTable:
         out_features, in_features = self.shapes[weight]
         table[base + MATRIX.out_features], table[base + MATRIX.in_features] = out_features, in_features
         precision = "fp32" if weight in self.weights else block_precision(self.weights, weight)
+        if base != MODEL.embedding and precision != self.precision:  # the machine code is for one precision
+            raise UserError(f"weight {name} is in {precision}, and others are in {self.precision}")
         table[base + MATRIX.padded_out] = round_up(out_features, block_rows(precision))
         self.add_vector(base + MATRIX.bias, f"{name}.bias")
         if precision == "fp32":

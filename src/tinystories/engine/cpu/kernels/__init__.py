@@ -10,7 +10,7 @@ threads take pieces from a queue (`work_queue`). Cheap work (norms, quantizing a
 instead of shared. Each sum is computed by one thread in a fixed order, so results depend neither on the number of
 threads nor on the other rows of the batch.
 
-Except for `layout`, only `jit.compile_object` imports these modules, because Numba takes half a second to import. Their
+Except for `layout`, only `compiler` imports these modules, because Numba takes half a second to import. Their
 inputs are two tables of 64-bit integers, some of them addresses: `m` describes the model, `c` describes this call.
 `layout` names their fields, `runtime` fills them. `ctx` is the `ThreadContext` of the thread and its piece.
 

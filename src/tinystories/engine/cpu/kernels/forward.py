@@ -10,7 +10,7 @@ from tinystories.engine.cpu.kernels.attention import attention, write_kv
 from tinystories.engine.cpu.kernels.elementwise import apply_gelu_erf, apply_gelu_tanh, apply_relu, multiply_by_silu
 from tinystories.engine.cpu.kernels.embedding import embed
 from tinystories.engine.cpu.kernels.layout import CALL, GELU_ERF, GELU_TANH, LAYER, MATRIX, MODEL, PHASES_PER_LAYER
-from tinystories.engine.cpu.kernels.matmul import matmul_add_residual, matmul_rows, opaque_zero, quantize_rows
+from tinystories.engine.cpu.kernels.matmul import KERNELS, matmul_add_residual, matmul_rows, opaque_zero, quantize_rows
 from tinystories.engine.cpu.kernels.memory import make_context, njit
 from tinystories.engine.cpu.kernels.norm import layer_or_rms_norm
 from tinystories.engine.cpu.kernels.work_queue import claim_piece, finish_piece
@@ -121,13 +121,17 @@ SIGNATURE = types.void(
 )
 
 
-def make_entry_point() -> Any:
+def make_entry_point(precision: str) -> Any:
     """Compile the forward pass to a C function of (model table, call table, eps, queue, epoch, n_pieces, thread).
+
+    All matrices of the model have this precision, fp32, int8 or int4; the embedding may have another.
 
     All threads of a call run it with the same arguments except `thread`, and return when the call is complete. A thread
     that comes late, perhaps after the tables have been freed or filled for the next call, finds that the epoch of the
     queue has changed and returns: only the holder of a piece may read the tables, since no call completes without it.
     """
+
+    kernels = KERNELS[precision]
 
     @numba.cfunc(SIGNATURE, error_model="numpy")
     def tinystories_forward(model, call, eps, queue, epoch, n_pieces, thread):
@@ -139,7 +143,7 @@ def make_entry_point() -> Any:
             m = carray(model, (MODEL.layers,))  # enough to read n_layer, which gives the length of the whole table
             m = carray(model, (MODEL.layers + m[MODEL.n_layer] * LAYER.size,))
             c = carray(call, (CALL.size,))
-            ctx = make_context(c, np.float32(eps), piece, n_pieces, thread)
+            ctx = make_context(c, kernels, np.float32(eps), piece, n_pieces, thread)
             run_piece(m, c, phase, phase == prepared_phase, ctx)
             prepared_phase = phase
             finish_piece(queue, epoch, phase, n_pieces, count_phases(m, c))

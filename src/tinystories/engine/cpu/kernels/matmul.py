@@ -1,5 +1,7 @@
 """Matmul of rows of x with a weight matrix in fp32, int8 or int4, and the quantization of x that precedes it."""
 
+from typing import Any, NamedTuple
+
 import numpy as np
 
 from tinystories.engine.cpu.kernels.elementwise import (
@@ -11,7 +13,7 @@ from tinystories.engine.cpu.kernels.elementwise import (
     quantize_i16,
     sum_i8,
 )
-from tinystories.engine.cpu.kernels.layout import CALL, FP32, INT4, INT8, MATRIX, MODEL
+from tinystories.engine.cpu.kernels.layout import CALL, MATRIX, MODEL
 from tinystories.engine.cpu.kernels.memory import njit, view_f32, view_i8, view_i16, view_i32
 from tinystories.engine.cpu.kernels.simd import bitcast_f32, make_fp32_kernel, make_int4_kernel
 from tinystories.engine.cpu.kernels.simd_int8 import STEP_BYTES, int8_row_kernel, make_int8_kernel
@@ -29,6 +31,14 @@ fp32_kernel_1x1, fp32_kernel_4x1 = make_fp32_kernel(1, 1), make_fp32_kernel(4, 1
 fp32_kernel_4x2, fp32_kernel_4x4 = make_fp32_kernel(4, 2), make_fp32_kernel(4, 4)
 
 
+class PrecisionKernels(NamedTuple):
+    """What depends on the precision of the weights. An entry point is compiled with those of one precision."""
+
+    quantize_row: Any  # (address of x, columns, row, ctx): write a row of x as the matmul reads it
+    matmul: Any  # (m, base, lo, hi, first_row, n_rows, address of y, ctx), as `matmul_rows`
+    block_rows: int  # rows of weights in a block
+
+
 @njit
 def quantize_rows(m, c, base, source, stride, ctx):
     """Quantize rows of x in the format that the matrix at `base` multiplies.
@@ -37,15 +47,16 @@ def quantize_rows(m, c, base, source, stride, ctx):
     scale per row, INT4 weights 8-bit ones with a scale per group; FP32 weights take x as it is, copied to `ctx.x`
     unless it is there.
     """
-    kind, in_features = m[base + MATRIX.kind], m[base + MATRIX.in_features]
     for b in range(c[CALL.n_rows]):
-        x = source + 4 * stride * b
-        if kind == INT8:
-            quantize_row_i16(x, in_features, b, ctx)
-        elif kind == INT4:
-            quantize_row_i8(x, in_features, b, ctx)
-        elif source != ctx.x:
-            copy_f32((ctx.x + 4 * in_features * b,), (x,), in_features, ())
+        ctx.precision.quantize_row(source + 4 * stride * b, m[base + MATRIX.in_features], b, ctx)
+
+
+@njit
+def copy_row_f32(x, in_features, b, ctx):
+    """Copy a row of floats at x to row b of `ctx.x`, unless it is there."""
+    target = ctx.x + 4 * in_features * b
+    if x != target:
+        copy_f32((target,), (x,), in_features, ())
 
 
 @njit
@@ -103,12 +114,12 @@ def quantize_row_i8(x, in_features, b, ctx):
 
 @njit
 def matmul_fp32(m, base, lo, hi, first_row, n_rows, y_address, ctx):
-    """Multiply rows lo..hi-1 of an unpadded fp32 matrix by rows first_row..n_rows-1 of x, as in `matmul_rows`.
+    """Multiply rows lo..hi-1 of an fp32 matrix, which has no padding, by rows first_row.. of x, as in `matmul_rows`.
 
     The main loop multiplies tiles of 4 weight rows by 4 rows of x, and fewer rows at the edges.
     """
     weights, in_features = m[base + MATRIX.weights], m[base + MATRIX.in_features]
-    padded_out = m[base + MATRIX.padded_out]
+    padded_out, hi = m[base + MATRIX.padded_out], min(hi, m[base + MATRIX.out_features])
     n_chunks, stride, y_stride = in_features // 8, 4 * in_features, 4 * padded_out
     for block in range(lo, hi, FP32_BLOCK_ROWS):
         for group in range(first_row, n_rows, FP32_GROUP_ROWS):
@@ -207,6 +218,12 @@ def matmul_int4(m, base, lo, hi, first_row, n_rows, y_address, ctx):
                 b += 1
 
 
+FP32_KERNELS = PrecisionKernels(copy_row_f32, matmul_fp32, BLOCK_ROWS)
+INT8_KERNELS = PrecisionKernels(quantize_row_i16, matmul_int8, INT8_BLOCK_ROWS)
+INT4_KERNELS = PrecisionKernels(quantize_row_i8, matmul_int4, BLOCK_ROWS)
+KERNELS = {"fp32": FP32_KERNELS, "int8": INT8_KERNELS, "int4": INT4_KERNELS}
+
+
 @njit
 def matmul_rows(m, c, base, first_row, y_address, ctx):
     """Matmul of one piece of a matrix: y[b, lo:hi] = weights[lo:hi] . x[b] + bias[lo:hi] for b >= first_row.
@@ -215,18 +232,12 @@ def matmul_rows(m, c, base, first_row, y_address, ctx):
     must have quantized it. y at `y_address` is (B, padded_out) fp32. Returns (lo, hi), which are multiples of the rows
     of a block, and hi may exceed out_features.
     """
-    kind, padded_out, n_rows = m[base + MATRIX.kind], m[base + MATRIX.padded_out], c[CALL.n_rows]
-    block_rows = INT8_BLOCK_ROWS if kind == INT8 else BLOCK_ROWS
+    padded_out, n_rows, block_rows = m[base + MATRIX.padded_out], c[CALL.n_rows], ctx.precision.block_rows
     n_blocks = padded_out // block_rows
     lo = n_blocks * ctx.piece // ctx.n_pieces * block_rows
     hi = n_blocks * (ctx.piece + 1) // ctx.n_pieces * block_rows
     unpadded_hi = min(hi, m[base + MATRIX.out_features])
-    if kind == FP32:
-        matmul_fp32(m, base, lo, unpadded_hi, first_row, n_rows, y_address, ctx)
-    elif kind == INT8:
-        matmul_int8(m, base, lo, hi, first_row, n_rows, y_address, ctx)
-    else:
-        matmul_int4(m, base, lo, hi, first_row, n_rows, y_address, ctx)
+    ctx.precision.matmul(m, base, lo, hi, first_row, n_rows, y_address, ctx)
     if m[base + MATRIX.bias]:
         bias = m[base + MATRIX.bias] + 4 * lo
         for b in range(first_row, n_rows):

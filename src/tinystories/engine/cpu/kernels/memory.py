@@ -11,7 +11,8 @@ from tinystories.engine.cpu.kernels.simd import make_pointer_cast
 from tinystories.weights.quantize import GROUP_SIZE
 
 # Without fastmath: LLVM must not change the order of a sum or fuse operations, as it would for some processors only.
-njit = numba.njit(error_model="numpy")
+# Python calls only the entry points, so other functions need no wrappers.
+njit = numba.njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 
 def make_view(kind: Any) -> Callable[[int, int], Any]:
@@ -56,6 +57,7 @@ class ThreadContext(NamedTuple):
     attention weights of a tile of rows.
     """
 
+    precision: Any  # `matmul.PrecisionKernels`
     piece: int  # which of the n_pieces shares of the phase's rows or heads
     n_pieces: int
     eps: float  # of the norms, fp32
@@ -67,11 +69,11 @@ class ThreadContext(NamedTuple):
 
 
 @njit
-def make_context(c, eps, piece, n_pieces, thread):
+def make_context(c, precision, eps, piece, n_pieces, thread):
     """Make the `ThreadContext` of a piece that this thread computes."""
     scratch_base = c[CALL.scratch] + thread * c[CALL.scratch_stride]
     scratch_floats = c[CALL.scratch_width] * c[CALL.max_rows]
     quantized, scales = scratch_base + 4 * scratch_floats, scratch_base + 6 * scratch_floats
     group_sums = scales + 4 * c[CALL.max_rows]
     group_scales = group_sums + 4 * scratch_floats // GROUP_SIZE
-    return ThreadContext(piece, n_pieces, eps, scratch_base, quantized, scales, group_sums, group_scales)
+    return ThreadContext(precision, piece, n_pieces, eps, scratch_base, quantized, scales, group_sums, group_scales)

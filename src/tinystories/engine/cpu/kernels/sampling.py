@@ -15,10 +15,9 @@ import numpy as np
 from numba import types
 
 from tinystories.engine.cpu.kernels.layout import LOGIT_MARGIN, SAMPLING, SAMPLING_BLOCK
-from tinystories.engine.cpu.kernels.memory import make_view, view_f32, view_i8, view_i32, view_i64
+from tinystories.engine.cpu.kernels.memory import make_view, njit, view_f32, view_i8, view_i32, view_i64
 from tinystories.engine.cpu.kernels.simd import bitcast_f32
 
-njit_exact = numba.njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 view_f64 = make_view(types.float64)
 # These are NumPy's integers, because Numba compiles a function once more for each literal that is passed to it.
 BLOCK = np.int64(SAMPLING_BLOCK)
@@ -29,7 +28,7 @@ MIN_EXPONENT = np.float32(-30)
 INFINITY = 0x7F800000  # its bits; those of NaN without the sign are larger
 
 
-@njit_exact
+@njit
 def compute_weight(x):
     """Return 2^30 e^x for x <= 0, rounded to an integer; generate/sampling.py explains the method."""
     x = max(x, MIN_EXPONENT)
@@ -44,7 +43,7 @@ def compute_weight(x):
     return np.int32(np.rint(y * bitcast_f32((np.int32(n) + np.int32(157)) << np.int32(23))))
 
 
-@njit_exact
+@njit
 def copy_logits(logits, vocab_size, seen, penalty, z, padded):
     """Copy V logits to z (P,), padded with -inf, and apply the repetition penalty to the ids in `seen` (P,): addresses.
 
@@ -69,7 +68,7 @@ def copy_logits(logits, vocab_size, seen, penalty, z, padded):
                 block[i] = penalized if is_seen[i] else value
 
 
-@njit_exact
+@njit
 def find_maximum(z, n):
     """Return the largest of n values at the address z; NaN if one of them is NaN.
 
@@ -87,7 +86,7 @@ def find_maximum(z, n):
     return bitcast_f32(np.int32(top ^ ((top >> 31) & 0x7FFFFFFF)))
 
 
-@njit_exact
+@njit
 def keep_at_least(z, n, low, ids):
     """Move the values from `low` to the front and write their indices to ids; return how many there are.
 
@@ -106,7 +105,7 @@ def keep_at_least(z, n, low, ids):
     return n_kept
 
 
-@njit_exact
+@njit
 def sum_at_least(w, threshold, kind):
     """Return the NUMBER of the weights from the threshold, or their SUM."""
     total = 0
@@ -116,7 +115,7 @@ def sum_at_least(w, threshold, kind):
     return total
 
 
-@njit_exact
+@njit
 def find_threshold(w, kind, goal, largest):
     """Return the largest threshold (or 0) such that the weights from it reach a goal, a NUMBER or a SUM.
 
@@ -137,7 +136,7 @@ def find_threshold(w, kind, goal, largest):
     return threshold
 
 
-@njit_exact
+@njit
 def sample_index(w, vocab_size, settings, u, scratch):
     """Filter the weights and sample the index of one by inverting their cumulative distribution at u."""
     top_k, threshold = np.int64(settings[SAMPLING.top_k]), np.int64(0)
@@ -155,7 +154,7 @@ def sample_index(w, vocab_size, settings, u, scratch):
     return i - 1
 
 
-@njit_exact
+@njit
 def sample_row(z, padded, vocab_size, settings, u, scratch):
     """Sample an id for the logits (P,) at z after the repetition penalty; -1 if the largest one is not finite.
 
