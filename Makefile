@@ -14,7 +14,7 @@ KIT := $(if $(NANOGPT),--nanogpt "$(NANOGPT)") $(if $(DATA),--data "$(DATA)")
 # Tests that need nothing but the dev extra and a few minutes.
 HERE := not slow and not gpu and not interop
 
-.PHONY: help install demo storyteller test test-all test-slow test-interop test-gpu gpu-kit gpu-rehearsal check format dist clean
+.PHONY: help install demo storyteller test test-all test-slow test-interop test-gpu gpu-kit gpu-rehearsal check format objects dist clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
@@ -89,9 +89,12 @@ format: install  ## format the code with ruff
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-dist: install  ## build the wheel and the source distribution
-	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt build
-	$(PY) -m build
+objects: install  ## compile the CPU engine for all levels of processors (minutes; the same sources give the same bytes)
+	$(PY) -m tinystories.engine.cpu.objects
 
-clean:  ## remove the output of the demo and of dist
-	rm -rf runs/demo data/demo build dist
+dist: objects  ## build the wheel, with the objects, and the source distribution
+	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt build
+	$(PY) -m build --sdist --wheel
+
+clean:  ## remove the output of the demo, of objects and of dist
+	rm -rf runs/demo data/demo build dist src/tinystories/engine/cpu/objects

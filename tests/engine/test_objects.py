@@ -6,6 +6,7 @@ import logging
 import lzma
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command_line import run_python
@@ -45,21 +46,21 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a folder with objects of all levels that are no machine code: each names its level and entry point."""
-    hashes = {}
+    entries: dict[str, Any] = {}
     for level in LEVELS:
         parts = {name: f"{level} {name}".encode() for name in ("int8", "sample")}
         header = json.dumps({name: len(part) for name, part in parts.items()}).encode() + b"\n"
         content = lzma.compress(header + b"".join(parts.values()))
         (tmp_path / f"{level}.xz").write_bytes(content)
-        hashes[f"{level}.xz"] = hashlib.sha256(content).hexdigest()
-    write_index(tmp_path, objects.hash_sources(), hashes)
+        entries[level] = {"sha256": hashlib.sha256(content).hexdigest(), "target": list(LEVELS[level][:2])}
+    write_index(tmp_path, objects.hash_sources(), entries)
     monkeypatch.setattr(objects, "OBJECT_FOLDER", tmp_path)
     monkeypatch.setattr(objects.sys, "platform", "linux")
     return tmp_path
 
 
-def write_index(folder: Path, sources: str, hashes: dict[str, str]) -> None:
-    (folder / "objects.json").write_text(json.dumps({"sources": sources, "objects": hashes}))
+def write_index(folder: Path, sources: str, entries: dict[str, Any]) -> None:
+    (folder / "objects.json").write_text(json.dumps({"sources": sources, "objects": entries}))
 
 
 def pretend_processor(monkeypatch: pytest.MonkeyPatch, features: set[str], triple: str = X86) -> None:
@@ -101,14 +102,19 @@ def test_objects_of_other_sources_are_not_used(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     pretend_processor(monkeypatch, set())
-    hashes = objects.read_index()["objects"]
-    write_index(folder, "0" * 64, hashes)
+    entries = objects.read_index()["objects"]
+    assert objects.load_object(select_target(), "int8")
+    write_index(folder, "0" * 64, entries)
+    objects.read_index.cache_clear()
+    assert objects.load_object(select_target(), "int8") is None
+    entries["x86-64"]["target"] = ["x86-64", "+avx"]  # the level had other instructions
+    write_index(folder, objects.hash_sources(), entries)
     objects.read_index.cache_clear()
     assert objects.load_object(select_target(), "int8") is None
     assert not caplog.records  # as in a clone whose kernels have been changed
 
 
-@pytest.mark.parametrize("damage", ["object", "index", "missing"])
+@pytest.mark.parametrize("damage", ["object", "index", "entry", "missing"])
 def test_an_object_without_the_recorded_hash_is_never_loaded(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
@@ -118,6 +124,8 @@ def test_an_object_without_the_recorded_hash_is_never_loaded(
         (folder / "x86-64.xz").write_bytes(other)
     elif damage == "index":
         (folder / "objects.json").write_text("{")
+    elif damage == "entry":
+        write_index(folder, objects.hash_sources(), {"x86-64": "f00"})
     else:
         (folder / "x86-64.xz").unlink()
     assert objects.load_object(select_target(), "int8") is None
@@ -130,13 +138,19 @@ def test_an_object_without_the_recorded_hash_is_never_loaded(
     assert compiled == ["int8-of-a-test"]
 
 
-def test_without_numba_one_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_numba_one_line_says_how_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def fail(name: str) -> str:
         raise objects.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(objects.metadata, "version", fail)
     with pytest.raises(UserError, match="Numba, which compiles it, is not installed: pip install numba"):
         objects.compile_in_process(Request("sample"))
+    monkeypatch.setattr(jit, "cache_path", lambda _: tmp_path / "missing.o")
+    with pytest.raises(UserError, match="no machine code for this processor"):
+        jit.load_or_compile("int8")
+    assert not caplog.records  # nothing says that it compiles
 
 
 def test_a_compiler_that_fails_is_one_line() -> None:
@@ -175,10 +189,9 @@ def test_objects_compute_the_same_bits_as_code_compiled_here(tmp_path: Path) -> 
 @pytest.mark.parametrize("level", list(LEVELS))
 def test_the_objects_of_this_tree_can_be_made_again(level: str) -> None:
     """Otherwise they hold code that is not in the sources, or were made with other versions."""
-    path = objects.OBJECT_FOLDER / f"{level}.xz"
     index = objects.read_index()
-    if path.name not in index["objects"]:
+    if objects.find_object(select_target()._replace(level=level)) is None:
         pytest.skip("no objects of these sources; `make objects`")
     if index["made_with"] != objects.read_versions():
         pytest.skip(f"made with {index['made_with']}")
-    assert hashlib.sha256(objects.compile_level(level)).hexdigest() == index["objects"][path.name]
+    assert hashlib.sha256(objects.compile_level(level)).hexdigest() == index["objects"][level]["sha256"]

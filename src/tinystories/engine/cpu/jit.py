@@ -24,7 +24,7 @@ from typing import Any
 import llvmlite.binding as llvm
 
 from tinystories.engine.cpu.compiler import ENTRY_POINTS, Request
-from tinystories.engine.cpu.objects import compile_in_process, find_object, hash_sources, load_object
+from tinystories.engine.cpu.objects import compile_in_process, find_object, hash_sources, load_object, require_compiler
 from tinystories.engine.cpu.target import Target, select_target
 from tinystories.errors import UserError
 from tinystories.files import atomic_file
@@ -94,6 +94,7 @@ def load_or_compile(entry_point: str) -> bytes:
         log.warning("%s is damaged; compiling it again", path)
     except (OSError, RuntimeError):  # not cached yet, or no home folder
         pass
+    require_compiler()
     # A warning, because Python shows it also where logging is not configured: nothing else tells why the start is slow.
     # Sampling, which follows, takes a sixth of the time.
     level = logging.INFO if entry_point == "sample" else logging.WARNING

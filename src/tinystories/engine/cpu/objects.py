@@ -50,8 +50,8 @@ def find_object(target: Target) -> Path | None:
     level = target.level or target.best_level
     if target.is_numbas or level not in LEVELS or sys.platform != "linux":
         return None
-    path = OBJECT_FOLDER / f"{level}.xz"
-    return path if path.name in read_index()["objects"] else None
+    entry = read_index()["objects"].get(level)
+    return OBJECT_FOLDER / f"{level}.xz" if entry and entry["target"] == list(LEVELS[level][:2]) else None
 
 
 @functools.cache
@@ -59,11 +59,13 @@ def read_index() -> dict[str, Any]:
     """Return the contents of objects.json; without objects if it is missing, damaged or about other sources."""
     try:
         index = json.loads((OBJECT_FOLDER / INDEX_FILE).read_text())
-        if index["sources"] == hash_sources() and isinstance(index["objects"], dict):
-            return index
+        if index["sources"] == hash_sources():
+            if all({"sha256", "target"} == entry.keys() for entry in index["objects"].values()):
+                return index
+            raise ValueError("an entry is incomplete")
     except FileNotFoundError:
         pass
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         log.warning("%s is damaged and is not used; install the package again", OBJECT_FOLDER / INDEX_FILE)
     return {"objects": {}}
 
@@ -74,7 +76,7 @@ def read_objects(path: Path) -> dict[str, bytes]:
     import lzma  # takes longer to import than what is loaded with it
 
     content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest() != read_index()["objects"][path.name]:
+    if hashlib.sha256(content).hexdigest() != read_index()["objects"][path.stem]["sha256"]:
         log.warning("%s is damaged and is not used; install the package again", path)
         return {}
     content = lzma.decompress(content)
@@ -96,11 +98,8 @@ def load_object(target: Target, entry_point: str) -> bytes | None:
         return None
 
 
-def compile_in_process(request: Request, variables: dict[str, str] | None = None) -> bytes:
-    """Run `compiler.compile_entry_point` in a process of its own, with some environment variables.
-
-    Raises UserError if Numba is not installed or the process fails.
-    """
+def require_compiler() -> None:
+    """Raise UserError unless this installation can compile: if Numba is missing, or this is not a Python process."""
     try:
         metadata.version("numba")
     except metadata.PackageNotFoundError:
@@ -110,6 +109,14 @@ def compile_in_process(request: Request, variables: dict[str, str] | None = None
         ) from None
     if not sys.executable or getattr(sys, "frozen", False):
         raise UserError("the CPU engine is compiled by a Python process, and this program is none; use --engine torch")
+
+
+def compile_in_process(request: Request, variables: dict[str, str] | None = None) -> bytes:
+    """Run `compiler.compile_entry_point` in a process of its own, with some environment variables.
+
+    Raises UserError if the process fails; see also `require_compiler`.
+    """
+    require_compiler()
     environment = os.environ | (variables or {})
     environment |= {"PYTHONHASHSEED": "0", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     # -P: not from the current folder.
@@ -136,15 +143,15 @@ def compile_level(level: str) -> bytes:
 def make_objects(levels: Sequence[str], folder: Path = OBJECT_FOLDER) -> None:
     """Make the objects of some levels, and an index of just these, in a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    hashes = {}
+    entries = {}
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         for level, content in zip(levels, pool.map(compile_level, levels), strict=True):
-            name = f"{level}.xz"
-            with atomic_file(folder / name) as file:
+            path, digest = folder / f"{level}.xz", hashlib.sha256(content).hexdigest()
+            with atomic_file(path) as file:
                 file.write(content)
-            hashes[name] = hashlib.sha256(content).hexdigest()
-            log.info("%s: %.0f kB, SHA-256 %s", folder / name, len(content) / 1e3, hashes[name])
-    index = {"sources": hash_sources(), "made_with": read_versions(), "objects": hashes}
+            entries[level] = {"sha256": digest, "target": LEVELS[level][:2]}
+            log.info("%s: %.0f kB, SHA-256 %s", path, len(content) / 1e3, digest)
+    index = {"sources": hash_sources(), "made_with": read_versions(), "objects": entries}
     with atomic_file(folder / INDEX_FILE) as file:
         file.write(json.dumps(index, indent=1).encode() + b"\n")
 

@@ -1,6 +1,9 @@
 """The processor that the kernels are compiled for: this machine's own, or a level named by `TINYSTORIES_CPU`."""
 
+import ctypes
 import os
+import platform
+import sys
 from typing import NamedTuple
 
 import llvmlite.binding as llvm
@@ -8,6 +11,7 @@ import llvmlite.binding as llvm
 from tinystories.errors import UserError, quoted
 
 VARIABLE = "TINYSTORIES_CPU"
+AT_HWCAP, HWCAP_ASIMDDP = 16, 1 << 20  # of Linux on ARM: what `getauxval` returns for the first has this bit
 NUMBA_VARIABLES = ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES", "NUMBA_ENABLE_AVX")
 
 
@@ -23,13 +27,15 @@ X86_64_V2 = frozenset({"cx16", "popcnt", "sahf", "sse3", "sse4.1", "sse4.2", "ss
 X86_64_V3 = X86_64_V2 | {"avx", "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe", "xsave"}
 X86_64_V4 = X86_64_V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 V3_FEATURES, V4_FEATURES = "+avx2,+fma,+f16c", "+avx2,+fma,+f16c,+avx512f,+avx512bw,+avx512vl"
+# fast-dpwssd: without it LLVM replaces some of the `vpdpwssd` by two instructions, as if latency counted here.
+VNNI_TUNING = "+fast-dpwssd"
 X86_LEVELS = {
     "x86-64": Level("x86-64", "", frozenset()),
     "x86-64-v2": Level("x86-64-v2", "", X86_64_V2),
     "avx2": Level("x86-64-v3", V3_FEATURES, X86_64_V3),
-    "avx2-vnni": Level("x86-64-v3", f"{V3_FEATURES},+avxvnni", X86_64_V3 | {"avxvnni"}),
+    "avx2-vnni": Level("x86-64-v3", f"{V3_FEATURES},+avxvnni,{VNNI_TUNING}", X86_64_V3 | {"avxvnni"}),
     "avx512": Level("x86-64-v4", V4_FEATURES, X86_64_V4),
-    "avx512-vnni": Level("x86-64-v4", f"{V4_FEATURES},+avx512vnni", X86_64_V4 | {"avx512vnni"}),
+    "avx512-vnni": Level("x86-64-v4", f"{V4_FEATURES},+avx512vnni,{VNNI_TUNING}", X86_64_V4 | {"avx512vnni"}),
 }
 ARM_LEVELS = {
     "neon": Level("generic", "+neon", frozenset()),
@@ -90,11 +96,17 @@ def check_level(name: str, available_levels: list[str]) -> None:
 
 
 def read_host_features() -> dict[str, bool]:
-    """Return LLVM's names of processor features and whether this machine has each; empty where LLVM cannot tell."""
+    """Return LLVM's names of processor features and whether this machine has each; empty where LLVM cannot tell.
+
+    A feature whose registers the operating system does not save is reported as missing.
+    """
     try:
-        return dict(llvm.get_host_cpu_features())
+        features = dict(llvm.get_host_cpu_features())
     except RuntimeError:
-        return {}
+        features = {}
+    if sys.platform == "linux" and platform.machine() == "aarch64":  # LLVM does not report it there
+        features["dotprod"] = bool(ctypes.CDLL(None).getauxval(AT_HWCAP) & HWCAP_ASIMDDP)
+    return features
 
 
 def list_available_levels(triple: str, host_features: dict[str, bool]) -> list[str]:
