@@ -66,7 +66,7 @@ test-slow: install  ## tests that take minutes
 	$(PY) -m pytest -m "slow and not gpu and not interop" --timeout=3600
 	$(MAKE) gpu-rehearsal
 
-test-interop: install  ## install llama.cpp and other slow-to-build packages, then run the tests marked interop
+test-interop: objects  ## install llama.cpp and other slow-to-build packages, then run the tests marked interop
 	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt llama-cpp-python lm_eval transformer_lens
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m interop
 

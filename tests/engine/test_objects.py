@@ -159,13 +159,18 @@ def test_a_compiler_that_fails_is_one_line() -> None:
 
 
 @pytest.mark.extended
-@pytest.mark.parametrize("triple", [X86, "aarch64-unknown-linux-gnu"])
-def test_the_same_sources_give_the_same_object(triple: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    request = Request("sample", triple, "x86-64-v3" if triple == X86 else "generic", "")
-    first = objects.compile_in_process(request)
+@pytest.mark.parametrize(
+    "request_",
+    [Request("int8", X86, "x86-64-v3", "+avx2"), Request("sample", "aarch64-unknown-linux-gnu", "generic", "+neon")],
+    ids=["x86", "ARM"],
+)
+def test_the_same_sources_give_the_same_object(
+    request_: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = objects.compile_in_process(request_)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NUMBA_CPU_NAME", "nehalem")  # the processor of this machine does not matter
-    assert objects.compile_in_process(request) == first
+    assert objects.compile_in_process(request_) == first
     assert str(objects.SOURCE_FOLDER).encode() not in first
 
 

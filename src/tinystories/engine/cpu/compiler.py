@@ -72,7 +72,7 @@ def prepare_numba(request: Request) -> Any:
 
         def add_linking_library(self, library: Any) -> None:
             if isinstance(library, Library):  # not Numba's runtime
-                super().add_linking_library(library)
+                self._linking_libraries.append(library)  # Numba would link and optimize it first
 
         def get_pointer_to_function(self, name: str) -> int:  # noqa: ARG002
             return 0

@@ -50,8 +50,7 @@ class Target(NamedTuple):
     level: str | None
     processor: str  # LLVM's name
     features: str
-    best_level: str  # of this machine; "other" on a processor without levels
-    is_numbas: bool  # Numba's variables choose
+    best_level: str  # of this machine; "other" on a processor without levels, "chosen by Numba" with its variables
     reason: str  # why this target, for people
 
     def as_facts(self) -> dict[str, str]:
@@ -70,17 +69,14 @@ def select_target() -> Target:
     if name := os.environ.get(VARIABLE):
         check_level(name, available_levels)
         level = LEVELS[name]
-        return Target(
-            name, level.processor, level.features, best_level, False, f"set by {VARIABLE}; otherwise {best_level}"
-        )
+        return Target(name, level.processor, level.features, best_level, f"set by {VARIABLE}; otherwise {best_level}")
     reason = "the best that this processor has"
-    variables = [variable for variable in NUMBA_VARIABLES if variable in os.environ]
-    if variables:
+    if variables := [variable for variable in NUMBA_VARIABLES if variable in os.environ]:
         reason = f"set by {' and '.join(variables)}; otherwise {best_level}"
         best_level = "chosen by Numba"
     processor = os.environ.get("NUMBA_CPU_NAME") or llvm.get_host_cpu_name()
     features = ",".join(f"{'+' if has else '-'}{feature}" for feature, has in sorted(host_features.items()))
-    return Target(None, processor, os.environ.get("NUMBA_CPU_FEATURES", features), best_level, bool(variables), reason)
+    return Target(None, processor, os.environ.get("NUMBA_CPU_FEATURES", features), best_level, reason)
 
 
 def check_level(name: str, available_levels: list[str]) -> None:
