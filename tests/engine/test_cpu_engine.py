@@ -241,10 +241,19 @@ def test_sums_of_the_largest_4_bit_products_fit(build: Build, sign: int) -> None
     plain["norm.weight"] = np.ones(64, dtype=np.float32)
     head = np.full((61, 64), 7, dtype=np.float32)
     head[:, ::32] = -8
-    blocks, bits = quantize.quantize_int4(head)
-    plain["lm_head.weight.int4"], plain["lm_head.weight.scales"] = blocks, bits
-    del plain["lm_head.weight"]
+    plain["lm_head.weight"] = head
+    for name in [name for name in plain if name == "lm_head.weight" or name.endswith("_proj.weight")]:
+        plain[f"{name}.int4"], plain[f"{name}.scales"] = quantize.quantize_int4(plain.pop(name))
     close(CpuEngine(model.config, plain).prefill(0, [1, 2, 3]), np.full(61, sign * (62 * 7 - 2 * 8)), tolerance=1e-4)
+
+
+def test_weights_of_two_precisions_are_refused(build: Build) -> None:
+    model = build(n_embd=64, n_layer=1, vocab_size=61, tied=False)
+    mixed = arrays_of(model)
+    head = mixed.pop("lm_head.weight")
+    mixed["lm_head.weight.int4"], mixed["lm_head.weight.scales"] = quantize.quantize_int4(head)
+    with pytest.raises(UserError, match=r"q_proj is in fp32, and others are in int4"):
+        CpuEngine(model.config, mixed)
 
 
 @pytest.mark.parametrize("tied", [True, False])
