@@ -20,6 +20,7 @@ from tinystories.cli.train.sweep import sweep
 from tinystories.cli.train.train import train
 from tinystories.cli.write.generate import generate
 from tinystories.cli.write.quantize import quantize, warmup
+from tinystories.cli.write.serve import serve
 
 
 @click.group(context_settings=CONTEXT_SETTINGS)
@@ -38,7 +39,22 @@ def cli() -> None:
     """
 
 
-for command in (prepare, train, sweep, generate, evaluate, info, quantize, warmup, export, import_, push, fetch, bench):
+for command in (
+    prepare,
+    train,
+    sweep,
+    generate,
+    evaluate,
+    info,
+    quantize,
+    warmup,
+    export,
+    import_,
+    push,
+    fetch,
+    bench,
+    serve,
+):
     cli.add_command(command)
 
 # `tinystories pack` is the former name of `quantize`. It keeps working and is not listed in `tinystories --help`.
