@@ -39,11 +39,12 @@ def cli() -> None:
     """
 
 
-for command in (
+COMMANDS = (
     prepare,
     train,
     sweep,
     generate,
+    serve,
     evaluate,
     info,
     quantize,
@@ -53,8 +54,9 @@ for command in (
     push,
     fetch,
     bench,
-    serve,
-):
+)
+
+for command in COMMANDS:
     cli.add_command(command)
 
 # `tinystories pack` is the former name of `quantize`. It keeps working and is not listed in `tinystories --help`.
