@@ -587,7 +587,11 @@ def test_25_every_number_is_bounded_before_work_begins(chaotic: Running, field: 
 
 
 def test_25_no_request_is_larger_than_the_server(serve_chaotic: Serve) -> None:
-    with serve_chaotic(max_body_bytes=20_000, receive_timeout_s=0.05, n_queued=300) as running:
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with serve_chaotic(receive_timeout_s=0.05) as running, running.client.connect() as sock:
+        sock.sendall(head + b"Content-Length: 100\r\n\r\n{")  # a body that does not come
+        assert sock.recv(100).startswith(b"HTTP/1.1 408 ")
+    with serve_chaotic(max_body_bytes=20_000, n_queued=300) as running:
         client = running.client
         status, error = client.refuse(prompt="a", n=32, max_tokens=32_768)
         assert (status, "may cost 1,048,6" in error["message"]) == (400, True)
@@ -598,10 +602,6 @@ def test_25_no_request_is_larger_than_the_server(serve_chaotic: Serve) -> None:
         with client.connect() as sock, contextlib.suppress(OSError):  # a flood of headers
             sock.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + b"X-A: b\r\n" * 100_000)
             assert b" 200 " not in sock.recv(100)
-        with client.connect() as sock:  # a body that does not come
-            head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-            sock.sendall(head + b"Content-Length: 100\r\n\r\n{")
-            assert sock.recv(100).startswith(b"HTTP/1.1 408 ")
         with client.connect() as sock:  # a body without an announced size that does not end
             sock.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n")
             with contextlib.suppress(OSError):

@@ -60,6 +60,7 @@ class Answer:
         except SlowClientError:
             self.end_reason = "slow_client"
             scope.get("state", {}).get("abort", lambda: None)()  # what it has not taken in would be kept forever
+            await asyncio.sleep(0)  # uvicorn learns of it
         finally:
             watcher.cancel()
             self.service.end(self.job, self.end_reason)

@@ -19,6 +19,7 @@ class TimedProtocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.access_log = False  # it would show the query of a URL; `access.RequestLog` has a line for each request
         self.app_state = self.app_state | {"abort": transport.abort}
         self.header_timer = self.loop.call_later(HEADER_TIMEOUT_S, transport.abort)
 
