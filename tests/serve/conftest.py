@@ -83,13 +83,13 @@ def model_folder(
 
 @pytest.fixture(scope="session")
 def serve_model(model_folder: Path) -> Serve:
-    """The CPU engine on the small model."""
+    """An engine on the small model."""
 
-    def start(*, precision: str = "int8", n_slots: int = 4, **settings: Any) -> Any:
-        files, engine = load_engine(
-            model_folder, EngineConfig(engine="cpu", precision=precision, n_slots=n_slots, threads=1)
-        )
-        model = ServedModel.describe(files, name="small", engine_name="cpu", precision=precision)
-        return serving(engine, model, **settings)
+    def start(*, engine: str = "cpu", precision: str = "int8", n_slots: int = 4, **settings: Any) -> Any:
+        threads = 1 if engine == "cpu" else None
+        config = EngineConfig(engine=engine, device="cpu", precision=precision, n_slots=n_slots, threads=threads)
+        files, loaded = load_engine(model_folder, config)
+        model = ServedModel.describe(files, name="small", engine_name=config.engine, precision=precision)
+        return serving(loaded, model, **settings)
 
     return start

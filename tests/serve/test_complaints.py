@@ -11,6 +11,7 @@ import random
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -149,7 +150,7 @@ def test_05_an_error_in_one_request_is_that_requests_alone(
 def test_05_a_dead_engine_ends_the_process(serve_chaotic: Serve, caplog: pytest.LogCaptureFixture) -> None:
     with serve_chaotic() as running:
         engine_of(running).error = RuntimeError("broken")
-        running.client.send(prompt="The cat", max_tokens=3).close()
+        assert running.client.refuse(prompt="The cat", max_tokens=3)[1]["code"] == "engine_failed"
         running.thread.join(60)
         assert not running.thread.is_alive()
         assert running.server.exit_code == 1
@@ -194,6 +195,7 @@ def test_07_an_idle_server_sleeps(serve_chaotic: Serve, monkeypatch: pytest.Monk
         for _ in range(5):
             running.client.complete(prompt="The cat", max_tokens=2)
             wait_until(lambda: not running.scheduler.running)
+        time.sleep(0.2)  # it could wake up by itself in the meantime
         # Each request wakes it up once, when it is queued, and once more when its end is told.
         assert len(counts) <= 10
 
@@ -231,16 +233,18 @@ def test_09_one_request_too_many_is_exactly_one_429(serve_chaotic: Serve, n_queu
 def test_10_health_answers_while_a_long_prompt_is_tokenized_and_sees_a_stuck_engine(
     chaotic: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encode, may_encode = Tokenizer.encode, threading.Event()
+    encode, is_encoding, may_encode = Tokenizer.encode, threading.Event(), threading.Event()
 
     def slow_encode(self: Tokenizer, text: str) -> list[int]:
         if len(text) > 5000:
+            is_encoding.set()
             assert may_encode.wait(60)
         return encode(self, text)
 
     monkeypatch.setattr(Tokenizer, "encode", slow_encode)
     with ThreadPoolExecutor(1) as pool:
         long = pool.submit(chaotic.client.request, "POST", "/tokenize", {"prompt": "The cat " * 2000})
+        assert is_encoding.wait(60)
         assert chaotic.client.request("GET", "/health")[0] == 200
         assert not long.done()
         may_encode.set()
@@ -670,13 +674,13 @@ def test_27_during_a_shutdown_new_requests_are_refused_and_running_ones_end_well
         assert not running.thread.is_alive()
 
 
-def test_27_a_second_signal_ends_at_once(serve_chaotic: Serve) -> None:
+def test_27_a_second_signal_ends_at_once(serve_chaotic: Serve, caplog: pytest.LogCaptureFixture) -> None:
     with serve_chaotic(drain_s=600) as running:
         engine_of(running).close_gate()
-        sock = running.client.send(prompt="The cat", stream=True, **LONG)
-        wait_until(lambda: engine_of(running).is_waiting)
-        running.signal()
-        running.signal()
+        with running.client.open_stream(prompt="The cat", **LONG) as stream:
+            running.signal()
+            running.signal()
+            assert [event["error"]["code"] for event in stream.events()] == ["shutting_down"]
         running.thread.join(60)
         assert not running.thread.is_alive()
-        sock.close()
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]

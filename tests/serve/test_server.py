@@ -65,25 +65,19 @@ def test_a_chat_continues_the_last_user_message(serve_script: Serve, tokenizer: 
         post(running, "/v1/chat/completions", messages=messages, max_completion_tokens=1)
         prompt = tokenizer.encode("Once uponThe cat sat.\na dog")
         assert [tokenizer.end_id, *prompt] in engine_of(running).content.values()
-        for bad in (
-            {"messages": []},
-            {"messages": messages[:-1]},
-            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-            {"messages": messages, "tools": [{"type": "function"}]},
-            {"messages": messages, "top_logprobs": 2},
-            {"messages": messages, "max_tokens": 1, "max_completion_tokens": 2},
-            {},
-        ):
+        image = {"role": "user", "content": [{"type": "image_url"}]}
+        for param, bad in [
+            ("messages", {"messages": []}),
+            ("messages", {"messages": messages[:-1]}),
+            ("messages", {"messages": [image]}),
+            ("tools", {"messages": messages, "tools": [{"type": "function"}]}),
+            ("top_logprobs", {"messages": messages, "top_logprobs": 2}),
+            ("max_tokens", {"messages": messages, "max_tokens": 1, "max_completion_tokens": 2}),
+            ("messages", {}),
+            ("messages[0].role", {"messages": [{"role": "narrator"}]}),
+        ]:
             status, error, _ = running.client.request("POST", "/v1/chat/completions", bad)
-            assert (status, error["error"]["param"]) == (
-                400,
-                error["error"]["param"]
-                and next(
-                    name
-                    for name in ("tools", "top_logprobs", "max_tokens", "messages")
-                    if name in error["error"]["param"]
-                ),
-            )
+            assert (status, error["error"]["param"]) == (400, param)
 
 
 def test_a_streamed_chat_begins_with_the_role(serve_script: Serve) -> None:
@@ -188,6 +182,19 @@ def test_a_cached_prefix_gives_the_same_bits(serve_model: Serve) -> None:
         assert running.client.complete(**fields) == first
         running.client.complete(prompt="The sun", max_tokens=3)
         assert running.client.complete(**fields) == first
+
+
+def test_the_torch_engine_serves_as_well(serve_model: Serve) -> None:
+    fields = {"prompt": "Once upon a time", "seed": 2, "max_tokens": 120, "echo": True, "logprobs": 3}
+    answers = []
+    for name in ("cpu", "torch"):
+        with serve_model(engine=name, precision="fp32") as running:
+            answers.append(running.client.complete(**fields))
+            unlogged = running.client.complete(**fields | {"logprobs": None, "logit_bias": {"3": 0}})
+            assert unlogged["text"] == answers[-1]["text"]
+    scores = [answer["logprobs"]["token_logprobs"] for answer in answers]
+    np.testing.assert_allclose(*scores, rtol=1e-3)
+    assert answers[0]["text"] == answers[1]["text"]
 
 
 def test_the_longest_prefix_wins_then_the_oldest() -> None:

@@ -1,6 +1,7 @@
 """What clients may send: every field with its type and its range, checked before any work begins."""
 
 import difflib
+import re
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -139,6 +140,7 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "xtc_probability": (0,),
 }
 
+MISSING_FIELD = re.compile("Object missing required field `(.*)`")  # msgspec's message
 RequestType = TypeVar("RequestType", bound=msgspec.Struct)
 
 
@@ -159,7 +161,8 @@ def decode_request(body: bytes, request_type: type[RequestType]) -> RequestType:
         return msgspec.convert(fields, request_type)
     except msgspec.ValidationError as error:
         message, _, path = str(error).partition(" - at `$.")
-        param = path.removesuffix("`") or None
+        missing = MISSING_FIELD.fullmatch(message)
+        param = path.removesuffix("`") or (missing[1] if missing else None)
         raise invalid(f"{param}: {message}" if param else message, param) from None
     except (RecursionError, OverflowError):
         raise invalid("the body is nested too deeply, or a number in it is too large") from None

@@ -12,6 +12,7 @@ from tinystories.engine.protocol import Engine
 from tinystories.errors import UserError
 from tinystories.serve.app import build_app
 from tinystories.serve.connection import TimedProtocol
+from tinystories.serve.errors import ApiError, shutting_down
 from tinystories.serve.model import ServedModel
 from tinystories.serve.service import Service
 from tinystories.serve.settings import ServerConfig
@@ -39,8 +40,11 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, _frame: FrameType | None) -> None:
         """Handle SIGINT and SIGTERM."""
         self.exit_code = 128 + sig
-        if self.draining is not None or self.loop is None:
-            self.force_exit = self.should_exit = True
+        if self.loop is None:
+            self.should_exit = True
+            return
+        if self.draining is not None:
+            self.end_at_once(shutting_down())
             return
         self.draining = self.loop.create_task(self.drain())
 
@@ -55,10 +59,12 @@ class Server(uvicorn.Server):
         """End the process because the engine has failed; callable from any thread."""
         self.exit_code = 1
         if self.loop is not None and not self.loop.is_closed():
-            self.loop.call_soon_threadsafe(self._end_at_once)
+            error = ApiError(500, "the engine has failed; the server ends", code="engine_failed")
+            self.loop.call_soon_threadsafe(self.end_at_once, error)
 
-    def _end_at_once(self) -> None:
-        self.service.is_draining = True
+    def end_at_once(self, error: ApiError) -> None:
+        """End requests in progress with an error, then the server, without waiting for clients."""
+        self.service.end_all(error)
         self.force_exit = self.should_exit = True
 
 

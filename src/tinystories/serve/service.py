@@ -6,12 +6,14 @@ import time
 from collections.abc import Callable
 
 from tinystories.engine.protocol import Engine
-from tinystories.serve.errors import shutting_down
+from tinystories.serve.errors import ApiError, shutting_down
 from tinystories.serve.jobs import EndReason, Inbox, Job
 from tinystories.serve.metrics import Metrics
 from tinystories.serve.model import ServedModel
 from tinystories.serve.scheduler import Scheduler
 from tinystories.serve.settings import ServerConfig
+
+JOIN_SECONDS = 1.0  # for the engine to end its last call; one that is stuck ends with the process
 
 
 class Service:
@@ -76,11 +78,16 @@ class Service:
         deadline = time.monotonic() + self.config.drain_s
         while self.inboxes and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
+        self.end_all(shutting_down())
+
+    def end_all(self, error: ApiError) -> None:
+        """Refuse new requests, and end those in progress with an error."""
+        self.is_draining = True
         for inbox in list(self.inboxes):
-            inbox.fail(shutting_down())
+            inbox.fail(error)
 
     def close(self) -> None:
         """End the scheduler's thread."""
         self.scheduler.close()
         if self.scheduler.thread is not threading.current_thread() and self.scheduler.thread.ident is not None:
-            self.scheduler.thread.join(timeout=5)
+            self.scheduler.thread.join(timeout=JOIN_SECONDS)
