@@ -184,6 +184,23 @@ def test_a_cached_prefix_gives_the_same_bits(serve_model: Serve) -> None:
         assert running.client.complete(**fields) == first
 
 
+def test_a_full_context_is_scored_and_continued(chaotic: Running, caplog: pytest.LogCaptureFixture) -> None:
+    ids, engine = list(range(1, 66)), engine_of(chaotic)
+    choice = chaotic.client.complete(prompt=ids[:64], max_tokens=3)
+    assert choice["finish_reason"] == "length"
+    assert engine.calls == [("extend", 64), ("extend", 32), ("step", 1)]
+    scored = chaotic.client.complete(prompt=ids, max_tokens=0, echo=True, logprobs=0)["logprobs"]
+    assert len(scored["token_logprobs"]) == 65
+    shorter = chaotic.client.complete(prompt=ids[:64], max_tokens=1, echo=True, logprobs=0)["logprobs"]
+    assert shorter["token_logprobs"][:64] == scored["token_logprobs"][:64]
+    for fields in (
+        {"prompt": ids, "max_tokens": 1, "echo": True},
+        {"prompt": [*ids, 1], "max_tokens": 0, "echo": True},
+    ):
+        assert chaotic.client.refuse(**fields)[1]["code"] == "context_length_exceeded"
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
 def test_the_torch_engine_serves_as_well(serve_model: Serve) -> None:
     fields = {"prompt": "Once upon a time", "seed": 2, "max_tokens": 120, "echo": True, "logprobs": 3}
     answers = []

@@ -152,7 +152,8 @@ def stream_all(
 class ActiveSequence:
     """The state of a story that is being generated in a slot of an engine.
 
-    `context`: the ids that the story continues, by default END and the ids of the prompt.
+    `context`: the ids that the story continues, by default END and the ids of the prompt (with a warning if they do not
+    fit the context of the model).
     """
 
     def __init__(
@@ -179,7 +180,7 @@ class ActiveSequence:
         has_prompt = bool(request.prompt) or self.n_prompt > 0
         self.detokenizer = StreamingDetokenizer(tokenizer.token_bytes, request.stop, has_prompt=has_prompt)
         self.started_at = time.perf_counter()
-        if len(self.context) > n_ctx:
+        if context is None and len(self.context) > n_ctx:
             log.warning(
                 "the prompt of %d tokens does not fit the context of %d; using only its last %d tokens",
                 self.n_prompt,
