@@ -294,18 +294,26 @@ def test_a_client_that_does_not_read_is_dropped(serve_chaotic: Serve, caplog: py
 
 
 def test_a_request_ends_at_its_deadline(serve_chaotic: Serve) -> None:
-    with serve_chaotic(timeout_s=0.05, ping_s=0.01) as running:
+    with serve_chaotic(timeout_s=0.05) as running:
         engine_of(running).close_gate()
         status, answer, headers = running.client.request("POST", "/v1/completions", {"prompt": "a"})
         assert (status, answer["error"]["code"], headers["x-should-retry"]) == (504, "timeout", "false")
         with running.client.open_stream(prompt="a") as stream:
-            lines = list(stream.response)
-        assert b": waiting\n" in lines
-        assert json.loads(lines[-2].removeprefix(b"data: "))["error"]["code"] == "timeout"
-        assert b"data: [DONE]\n" not in lines
+            assert [event["error"]["code"] for event in stream.events()] == ["timeout"]
+        assert not stream.is_done
         engine_of(running).allow(2)
         wait_until(lambda: running.endings() == {"deadline": 2})
         assert running.scheduler.n_open == 0
+
+
+def test_a_stream_that_waits_says_so_now_and_then(serve_chaotic: Serve) -> None:
+    with serve_chaotic(ping_s=0.01) as running:
+        engine_of(running).close_gate()
+        with running.client.open_stream(prompt="a", max_tokens=1) as stream:
+            assert [stream.response.readline() for _ in range(4)] == [b": waiting\n", b"\n"] * 2
+            engine_of(running).open_gate()
+            assert [event["choices"][0]["finish_reason"] for event in stream.events()] == ["length"]
+        assert stream.is_done
 
 
 def test_a_header_that_does_not_come_closes_the_connection(
@@ -318,9 +326,11 @@ def test_a_header_that_does_not_come_closes_the_connection(
         with running.client.connect() as slow, contextlib.suppress(ConnectionError):
             slow.sendall(b"GET /health HTTP/1.1\r\nHost: loc")
             assert slow.recv(10) == b""
+        monkeypatch.setattr(connection, "HEADER_TIMEOUT_S", 60)
         with contextlib.closing(http.client.HTTPConnection("127.0.0.1", running.port, timeout=60)) as later:
             later.request("GET", "/health")
             assert later.getresponse().read()
+            monkeypatch.setattr(connection, "HEADER_TIMEOUT_S", 0.05)
             later.sock.sendall(b"GET /health HTTP/1.1\r\nHost: loc")
             with contextlib.suppress(ConnectionError):
                 assert later.sock.recv(10) == b""
