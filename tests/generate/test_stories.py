@@ -268,7 +268,7 @@ def test_the_repetition_penalty_knows_the_prompt_and_the_story_but_not_the_end(
         seen.append([set(np.flatnonzero(row).tolist()) for row in seen_mask])
         return [int(row.argmax()) for row in logits]
 
-    monkeypatch.setattr(sampling, "sample", spy)
+    monkeypatch.setattr(sampling, "sample_unchecked", spy)
     ids = tokenizer.encode(" cat sat")
     generate(scripted(ids), tokenizer, "The", settings=SamplingConfig(repetition_penalty=1.5))
     prompt = set(tokenizer.encode("The"))
