@@ -85,10 +85,21 @@ def test_rule_detects_imports_inside_functions() -> None:
         "tinystories.weights.load",
         "tinystories.hub.card",
         "tinystories.hub.client",
+        "tinystories.serve.server",
     ],
 )
 def test_imports_no_torch(module: str) -> None:
     program = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_the_server_imports_nothing_of_training() -> None:
+    for path in (SRC / "serve").glob("*.py"):
+        assert not {"train", "sweep", "bench", "model"} & set(imports_of(ast.parse(path.read_text(encoding="utf-8"))))
+    program = (
+        "import sys, tinystories.serve.server;"
+        "sys.exit(any(name.startswith(('tinystories.train', 'tinystories.cli')) for name in sys.modules))"
+    )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 

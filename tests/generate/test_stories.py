@@ -268,7 +268,7 @@ def test_the_repetition_penalty_knows_the_prompt_and_the_story_but_not_the_end(
         seen.append([set(np.flatnonzero(row).tolist()) for row in seen_mask])
         return [int(row.argmax()) for row in logits]
 
-    monkeypatch.setattr(sampling, "sample", spy)
+    monkeypatch.setattr(sampling, "sample_unchecked", spy)
     ids = tokenizer.encode(" cat sat")
     generate(scripted(ids), tokenizer, "The", settings=SamplingConfig(repetition_penalty=1.5))
     prompt = set(tokenizer.encode("The"))
@@ -284,7 +284,7 @@ def test_the_repetition_penalty_looks_back_over_a_window(
         seen.extend(set(np.flatnonzero(row).tolist()) for row in seen_mask)
         return [int(row.argmax()) for row in logits]
 
-    monkeypatch.setattr(sampling, "sample", spy)
+    monkeypatch.setattr(sampling, "sample_unchecked", spy)
     ids = tokenizer.encode(" cat sat on the cat")
     settings = SamplingConfig(repetition_penalty=1.5, repetition_window=3)
     generate(scripted(ids), tokenizer, "The", settings=settings)
@@ -303,7 +303,7 @@ def test_names_can_be_spared_the_repetition_penalty(
         seen.update(np.flatnonzero(seen_mask[0]).tolist())
         return [int(row.argmax()) for row in logits]
 
-    monkeypatch.setattr(sampling, "sample", spy)
+    monkeypatch.setattr(sampling, "sample_unchecked", spy)
     ids = tokenizer.encode(" Tom saw Zanzibara, a cat.")
     settings = SamplingConfig(repetition_penalty=1.5, penalize_names=False)
     generate(scripted(ids), tokenizer, "Once", settings=settings)

@@ -21,6 +21,7 @@ from tinystories.cli.train.sweep import sweep
 from tinystories.cli.train.train import train
 from tinystories.cli.write.generate import generate
 from tinystories.cli.write.quantize import quantize, warmup
+from tinystories.cli.write.serve import serve
 
 
 @click.group(context_settings=CONTEXT_SETTINGS)
@@ -39,11 +40,12 @@ def cli() -> None:
     """
 
 
-for command in (
+COMMANDS = (
     prepare,
     train,
     sweep,
     generate,
+    serve,
     evaluate,
     trace,
     info,
@@ -54,7 +56,9 @@ for command in (
     push,
     fetch,
     bench,
-):
+)
+
+for command in COMMANDS:
     cli.add_command(command)
 
 # `tinystories pack` is the former name of `quantize`. It keeps working and is not listed in `tinystories --help`.

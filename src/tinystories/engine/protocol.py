@@ -18,7 +18,8 @@ Logits: TypeAlias = Any  # a NumPy array or a torch tensor, fp32, on the engine'
 class Engine(Protocol):
     """A model with `n_slots` independent KV cache slots of at most `config.n_ctx` token ids each.
 
-    The slots are state: one caller of `prefill`, `step` and `free` at a time. `logprobs` may be called from any thread.
+    The slots are state: one caller of `prefill`, `extend`, `step` and `free` at a time. `logprobs` may be called from
+    any thread.
     """
 
     config: ModelConfig
@@ -26,6 +27,16 @@ class Engine(Protocol):
 
     def prefill(self, slot: int, ids: Ids) -> Logits:
         """Replace the content of a slot by 1..n_ctx ids; return the logits (V,) after the last one."""
+        ...
+
+    def extend(self, slot: int, ids: Ids, *, start: int | None = None, all_logits: bool = False) -> Logits:
+        """Append 1 or more ids to a slot; return the logits (V,) after the last one.
+
+        With `all_logits`, return those after each (len(ids), V). With `start`, the slot first drops all but its first
+        `start` ids; with 0, this is a prefill. The slot must hold at least `start` ids, and at most n_ctx afterwards.
+        A context may be split in any way: on the CPU engine the logits are those of one prefill, bit for bit; on torch
+        they are equal up to rounding.
+        """
         ...
 
     def step(self, slots: Sequence[int], ids: Ids) -> Logits:
@@ -87,6 +98,24 @@ def validate_context(ids: Ids, config: ModelConfig) -> npt.NDArray[np.int64]:
     if not 1 <= len(ids) <= config.n_ctx:
         raise UserError(f"{len(ids)} token ids do not fit: the model takes 1 to {config.n_ctx} (model.n_ctx)")
     return validate_ids(ids, config.vocab_size)
+
+
+def validate_extension(
+    slot: int, ids: Ids, start: int | None, lengths: Sequence[int], config: ModelConfig
+) -> tuple[npt.NDArray[np.int64], int]:
+    """Return the ids of `extend` as an array, and the position of the first one. `lengths` holds that of every slot.
+
+    Raises `UserError` for an id or a slot that does not exist, and unless 1 or more ids fit; asserts that the slot
+    holds the ids before `start`.
+    """
+    validate_slot(slot, len(lengths))
+    first = lengths[slot] if start is None else start
+    assert 0 <= first <= lengths[slot], "a slot must hold the ids that it is to keep"
+    if not 1 <= len(ids) <= config.n_ctx - first:
+        raise UserError(
+            f"{len(ids)} token ids do not fit after {first} others: a slot holds at most {config.n_ctx} (model.n_ctx)"
+        )
+    return validate_ids(ids, config.vocab_size), first
 
 
 def validate_sequences(sequences: Sequence[Ids], config: ModelConfig) -> list[npt.NDArray[np.int64]]:

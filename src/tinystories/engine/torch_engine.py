@@ -16,7 +16,15 @@ from tinystories.engine.cuda_graph import CudaGraphStep
 from tinystories.engine.device import Precision, select_device, select_precision
 from tinystories.engine.engine_config import DEFAULT_ENGINE_CONFIG, EngineConfig
 from tinystories.engine.native_step import MAX_NATIVE_ROWS, NativeStep
-from tinystories.engine.protocol import Ids, Logits, validate_context, validate_sequences, validate_slot, validate_step
+from tinystories.engine.protocol import (
+    Ids,
+    Logits,
+    validate_context,
+    validate_extension,
+    validate_sequences,
+    validate_slot,
+    validate_step,
+)
 from tinystories.errors import UserError
 from tinystories.model import GPT, KVCache
 from tinystories.weights.load import load_fp32
@@ -72,14 +80,17 @@ class TorchEngine:
         return {name: weight.float().numpy(force=True) for name, weight in state_dict_to_save(self.model).items()}
 
     def prefill(self, slot: int, ids: Ids) -> Logits:
-        array = validate_context(ids, self.config)
         validate_slot(slot, self.n_slots)
+        return self.extend(slot, validate_context(ids, self.config), start=0)
+
+    def extend(self, slot: int, ids: Ids, *, start: int | None = None, all_logits: bool = False) -> Logits:
+        array, first = validate_extension(slot, ids, start, self.lengths, self.config)
         with self._inference_mode():
-            view = self._cache_view(slot, slot + 1, len(array))
-            view.length.zero_()
-            hidden = self.model(torch.from_numpy(array)[None].to(self.device), view)
-            logits = self._to_caller(self.model.logits(hidden[0, -1]))
-        self.lengths[slot] = len(array)
+            view = self._cache_view(slot, slot + 1, first + len(array))
+            view.length.fill_(first)
+            hidden = self.model(torch.from_numpy(array)[None].to(self.device), view)[0]
+            logits = self._to_caller(self.model.logits(hidden if all_logits else hidden[-1]))
+        self.lengths[slot] = first + len(array)
         return logits
 
     def step(self, slots: Sequence[int], ids: Ids) -> Logits:
@@ -87,7 +98,7 @@ class TorchEngine:
         low, high = self._row_range(slots)
         # The step computes rows low..high-1; the other slots in this range get a dummy token. Its keys and values are
         # written after the slot's last position, where the next real token overwrites them, or to the last position of
-        # a full slot, which cannot be stepped again before a new prefill.
+        # a full slot, which cannot be stepped again before some of its ids, this one among them, are replaced.
         rows = [slot - low for slot in slots]
         tokens = np.zeros(high - low, dtype=np.int64)
         tokens[rows] = array

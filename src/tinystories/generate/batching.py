@@ -12,7 +12,7 @@ import dataclasses
 import heapq
 import logging
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 from tinystories.config import SamplingConfig
@@ -134,9 +134,7 @@ def stream_all(
             while free_slots and (next_request := next(pending, None)):
                 sequence = ActiveSequence(*next_request, heapq.heappop(free_slots), tokenizer, engine.config.n_ctx)
                 active.append(sequence)
-                sequence.seen = sampler.state.begin(
-                    sequence.slot, sequence.request.settings, sequence.context[1:], tokenizer.name_ids
-                )
+                sequence.begin_sampling(sampler)
             if not active:
                 return
             for sequence, token in sample_next(engine, active, sampler):
@@ -153,30 +151,49 @@ def stream_all(
 
 
 class ActiveSequence:
-    """The state of a story that is being generated in a slot of an engine."""
+    """The state of a story that is being generated in a slot of an engine.
 
-    def __init__(self, index: int, request: Request, slot: int, tokenizer: Tokenizer, n_ctx: int) -> None:
+    `context`: the ids that the story continues, by default END and the ids of the prompt (with a warning if they do not
+    fit the context of the model).
+    """
+
+    def __init__(
+        self,
+        index: int,
+        request: Request,
+        slot: int,
+        tokenizer: Tokenizer,
+        n_ctx: int,
+        context: Sequence[int] | None = None,
+    ) -> None:
         self.index = index
         self.request = request
         self.slot = slot
         self.stop_reason: StopReason | None = None
         self.uniforms = UniformStream(request.seed, request.number)
-        prompt = tokenizer.encode(request.prompt)
-        self.n_prompt = len(prompt)
         self.seen: SeenIds | None = None  # what the repetition penalty applies to, which END is not among
+        self.name_ids = tokenizer.name_ids
         self.is_stop_token, self.end_id = tokenizer.is_stop_token, tokenizer.end_id
-        self.context = [tokenizer.end_id, *prompt]  # ids that the next token is conditioned on
+        # Ids that the next token is conditioned on.
+        self.context = [tokenizer.end_id, *tokenizer.encode(request.prompt)] if context is None else list(context)
+        self.n_prompt = len(self.context) - (self.context[0] == tokenizer.end_id)
         self.n_cached = 0  # how many of them the slot holds: none (prefill needed) or all except the last one
         self.generated_ids: list[int] = []
-        self.detokenizer = StreamingDetokenizer(tokenizer.token_bytes, request.stop, has_prompt=bool(request.prompt))
+        has_prompt = bool(request.prompt) or self.n_prompt > 0
+        self.detokenizer = StreamingDetokenizer(tokenizer.token_bytes, request.stop, has_prompt=has_prompt)
         self.started_at = time.perf_counter()
-        if len(self.context) > n_ctx:
+        if context is None and len(self.context) > n_ctx:
             log.warning(
                 "the prompt of %d tokens does not fit the context of %d; using only its last %d tokens",
                 self.n_prompt,
                 n_ctx,
                 len(truncate_context(self.context, n_ctx)),
             )
+
+    def begin_sampling(self, sampler: SlotSampler) -> None:
+        """Set up the sampler for this sequence's slot; call this before the first token is sampled."""
+        prompt_ids = [token for token in self.context if token != self.end_id]
+        self.seen = sampler.state.begin(self.slot, self.request.settings, prompt_ids, self.name_ids)
 
     def append_token(self, token: int) -> str:
         """Append a generated token and return the text to emit. Sets `stop_reason` when the story ends."""

@@ -19,6 +19,7 @@ class StreamingDetokenizer:
     ) -> None:
         """`token_bytes` holds the bytes of each id; `has_prompt` says whether a nonempty prompt precedes the text."""
         self.stopped = False
+        self.n_emitted = 0  # characters of `text`
         self._pieces: list[str] = []
         self._token_bytes = token_bytes
         self._stop_strings = tuple(stop_strings)
@@ -32,6 +33,11 @@ class StreamingDetokenizer:
     def text(self) -> str:
         """All text emitted so far."""
         return "".join(self._pieces)
+
+    @property
+    def n_decoded(self) -> int:
+        """Characters of `text` and of what is held back, which a stop string may still cut off."""
+        return self.n_emitted + len(self._buffer)
 
     def add_token(self, token: int) -> str:
         """Append an id and return the text that can now be emitted; often empty."""
@@ -56,8 +62,12 @@ class StreamingDetokenizer:
             return ""
         piece = self._release(self._decode_rest())
         rest, self._buffer = self._buffer, ""
-        self._pieces.append(rest)
-        return piece + rest
+        return piece + self._emit(rest)
+
+    def _emit(self, text: str) -> str:
+        self._pieces.append(text)
+        self.n_emitted += len(text)
+        return text
 
     def _decode_rest(self) -> str:
         """End the text of the decoder: U+FFFD if a character is incomplete."""
@@ -70,16 +80,14 @@ class StreamingDetokenizer:
             return ""
         if not (self._stop_strings or self._needs_separator):
             self._has_text = True
-            self._pieces.append(new_text)
-            return new_text
+            return self._emit(new_text)
         self._buffer += CONTINUATION_SEPARATOR + new_text if self._needs_separator else new_text
         self._has_text, self._needs_separator = True, False
         match_positions = [position for stop in self._stop_strings if (position := self._buffer.find(stop)) >= 0]
         self.stopped = bool(match_positions)
         n_released = min(match_positions) if match_positions else len(self._buffer) - self._partial_stop_length()
         piece, self._buffer = self._buffer[:n_released], "" if match_positions else self._buffer[n_released:]
-        self._pieces.append(piece)
-        return piece
+        return self._emit(piece)
 
     def _partial_stop_length(self) -> int:
         """Return how many characters at the end of the buffer may be the beginning of a stop string."""

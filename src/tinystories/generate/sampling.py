@@ -187,6 +187,13 @@ def sample(logits: Logits, settings: SamplingConfig, u: npt.NDArray[np.float32],
     `seen` (B, V) marks the ids that the repetition penalty applies to. Raises `UserError` if a row contains NaN or
     +inf, or only -inf.
     """
+    return check_ids(sample_unchecked(logits, settings, u, seen))
+
+
+def sample_unchecked(
+    logits: Logits, settings: SamplingConfig, u: npt.NDArray[np.float32], seen: Mask | None = None
+) -> list[int]:
+    """Sample as `sample` does; the id of a row whose logits are not finite is -1."""
     z = apply_repetition_penalty(logits, settings.repetition_penalty, seen)
     if settings.temperature == 0:
         ids = argmax(z).tolist()
@@ -195,7 +202,7 @@ def sample(logits: Logits, settings: SamplingConfig, u: npt.NDArray[np.float32],
         ids = candidate_ids[inverse_cdf_sample(apply_filters(exp(x), settings), u)].tolist()
     else:
         ids = inverse_cdf_sample(compute_weights(z, settings), u).tolist()
-    return check_ids(ids)
+    return list(ids)
 
 
 def check_ids(ids: list[int]) -> list[int]:
@@ -214,8 +221,12 @@ class SlotSampler:
 
     def sample(self, logits: Logits, slots: Sequence[int], u: Sequence[float]) -> list[int]:
         """Sample the next id of each row of logits (B, V), which belongs to a slot. Raises `UserError` as `sample`."""
+        return check_ids(self.sample_unchecked(logits, slots, u))
+
+    def sample_unchecked(self, logits: Logits, slots: Sequence[int], u: Sequence[float]) -> list[int]:
+        """Sample as `sample` does; the id of a row whose largest logit is not finite is -1."""
         if self.engine_sample is not None:
-            return check_ids(self.engine_sample(logits, slots, u, self.state))
+            return self.engine_sample(logits, slots, u, self.state)
         rows_by_settings: dict[SamplingConfig, list[int]] = {}  # one call for each group of equal settings
         for row, slot in enumerate(slots):
             rows_by_settings.setdefault(self.state.settings[slot], []).append(row)
@@ -224,7 +235,7 @@ class SlotSampler:
             selected = logits if len(rows) == len(slots) else logits[rows]
             seen = self.state.seen_mask([slots[row] for row in rows]) if settings.repetition_penalty != 1 else None
             selected_u = np.array([u[row] for row in rows], dtype=np.float32)
-            for row, token in zip(rows, sample(selected, settings, selected_u, seen), strict=True):
+            for row, token in zip(rows, sample_unchecked(selected, settings, selected_u, seen), strict=True):
                 ids[row] = token
         return ids
 

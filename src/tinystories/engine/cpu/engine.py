@@ -18,7 +18,15 @@ from tinystories.engine.cpu.runtime import MAX_ROWS, MIN_SHARED_BYTES, KVCacheAd
 from tinystories.engine.cpu.sampler import Sampler
 from tinystories.engine.cpu.thread_pool import count_physical_cores
 from tinystories.engine.engine_config import DEFAULT_ENGINE_CONFIG, EngineConfig
-from tinystories.engine.protocol import Ids, Logits, validate_context, validate_sequences, validate_slot, validate_step
+from tinystories.engine.protocol import (
+    Ids,
+    Logits,
+    validate_context,
+    validate_extension,
+    validate_sequences,
+    validate_slot,
+    validate_step,
+)
 from tinystories.engine.sampling_state import SamplingState
 from tinystories.errors import UserError
 from tinystories.weights.load import dequantize_weights, load_fp32, load_or_quantize
@@ -106,12 +114,16 @@ class CpuEngine:
         self._idle_scoring_caches.append(cache)
 
     def prefill(self, slot: int, ids: Ids) -> Logits:
-        tokens = validate_context(ids, self.config)
         validate_slot(slot, self.n_slots)
-        self.lengths[slot] = 0  # if prefill is interrupted, the slot is free
-        *_, (_, logits) = self.forward_chunks(self.kv_cache, slot, tokens, all_logits=False)
-        self.lengths[slot] = len(tokens)
-        return logits[0]
+        return self.extend(slot, validate_context(ids, self.config), start=0)
+
+    def extend(self, slot: int, ids: Ids, *, start: int | None = None, all_logits: bool = False) -> Logits:
+        tokens, first = validate_extension(slot, ids, start, self.lengths, self.config)
+        self.lengths[slot] = first  # what the slot holds if this call is interrupted
+        chunks = self.forward_chunks(self.kv_cache, slot, tokens, all_logits=all_logits, first_position=first)
+        chunk_logits = [logits for _, logits in chunks]
+        self.lengths[slot] = first + len(tokens)
+        return np.concatenate(chunk_logits) if all_logits else chunk_logits[-1][0]
 
     def step(self, slots: Sequence[int], ids: Ids) -> Logits:
         tokens = validate_step(slots, ids, self.lengths, self.config)
@@ -148,17 +160,18 @@ class CpuEngine:
         return token_logprobs
 
     def forward_chunks(
-        self, cache: "CpuKVCache", slot: int, ids: Array, *, all_logits: bool
+        self, cache: "CpuKVCache", slot: int, ids: Array, *, all_logits: bool, first_position: int = 0
     ) -> Iterator[tuple[int, Logits]]:
-        """Run ids through a slot in chunks of MAX_ROWS; yield (first position, logits) of each chunk.
+        """Run ids through a slot in chunks of MAX_ROWS; yield (index of its first id, logits) of each chunk.
 
-        Unless `all_logits`, only the logits of the last id are computed: the last chunk has one row, others have none.
+        The ids are written from `first_position` on. Unless `all_logits`, only the logits of the last id are computed:
+        the last chunk has one row, others have none.
         """
         for start in range(0, len(ids), MAX_ROWS):
             chunk = ids[start : start + MAX_ROWS]
             is_last = start + len(chunk) == len(ids)
             first_logits_row = 0 if all_logits else len(chunk) - is_last
-            positions = np.arange(start, start + len(chunk))
+            positions = np.arange(first_position + start, first_position + start + len(chunk))
             yield start, self.runtime.run(chunk, np.full(len(chunk), slot), positions, cache.address, first_logits_row)
 
 

@@ -1,0 +1,122 @@
+"""A sequence that has a slot: its context on the way into the slot, then its tokens on the way to text."""
+
+import time
+
+import numpy as np
+import numpy.typing as npt
+
+from tinystories.data.tokenizer import Tokenizer
+from tinystories.engine.protocol import Logits
+from tinystories.generate.batching import ActiveSequence, StopReason, truncate_context
+from tinystories.generate.detokenizer import StreamingDetokenizer
+from tinystories.serve.jobs import Generation, Job, Piece
+from tinystories.serve.scoring import TokenLog, TokenLogprob, as_numpy, score_token
+
+
+class Running:
+    """The state of a sequence in a slot. The scheduler asks for ids and hands in logits and tokens."""
+
+    def __init__(
+        self, job: Job, generation: Generation, slot: int, n_cached: int, tokenizer: Tokenizer, n_ctx: int
+    ) -> None:
+        """`n_cached`: how many ids of the context the slot already holds."""
+        self.job, self.generation, self.slot = job, generation, slot
+        self.tokenizer, self.n_ctx = tokenizer, n_ctx
+        self.started_at = time.monotonic()
+        self.sequence = ActiveSequence(generation.index, generation.request, slot, tokenizer, n_ctx, generation.context)
+        self.stop_reason: StopReason | None = None
+        self.log = None if generation.n_top is None else TokenLog(len(generation.echo))
+        # A prompt that is scored is computed from the beginning: the cache has no logits. Otherwise the last id is
+        # computed in any case, for the logits after it.
+        self.is_scoring = generation.echo_from is not None
+        self.has_logits = False  # whether the last call of `add_prefilled` completed the context
+        self.n_filled = 0 if self.is_scoring else min(n_cached, len(generation.context) - 1)
+        self.prompt_scores: list[TokenLogprob] = []
+
+    @property
+    def needs_prefill(self) -> bool:
+        """Whether the slot lacks more of the context than its last id."""
+        return not 0 < self.sequence.n_cached < self.n_ctx
+
+    def cached_ids(self) -> list[int]:
+        """Return the ids that the slot holds."""
+        return self.sequence.context[: self.sequence.n_cached or self.n_filled]
+
+    def begin(self) -> Piece | None:
+        """Return what can be said before anything is computed: the echo of a prompt that is not scored."""
+        if self.is_scoring and self.generation.score_only and len(self.generation.context) == 1:
+            return self._finish_scoring()  # there is nothing to compute
+        if not self.is_scoring and (self.generation.echo or self.generation.score_only):
+            stop_reason = self.stop_reason = "length" if self.generation.score_only else None
+            return Piece(index=self.generation.index, text=self.generation.echo, stop_reason=stop_reason)
+        return None
+
+    def next_ids(self, limit: int) -> list[int]:
+        """Return at most `limit` ids of the context to append to the slot after its first `n_filled`."""
+        sequence = self.sequence
+        if sequence.n_cached:  # the slot is full
+            sequence.n_cached = self.n_filled = 0
+        if not self.generation.score_only and len(sequence.context) > self.n_ctx:
+            sequence.context = truncate_context(sequence.context, self.n_ctx)
+        # With `score_only`, nothing asks for the logits after the last id.
+        end = len(sequence.context) - self.generation.score_only
+        return sequence.context[self.n_filled : min(end, self.n_filled + limit)]
+
+    def add_prefilled(self, ids: list[int], logits: Logits) -> Piece | None:
+        """Take in the logits of `next_ids`: after the last one, or while the prompt is scored after each (T, V)."""
+        context, start = self.sequence.context, self.n_filled
+        self.n_filled += len(ids)
+        self.has_logits = self.n_filled == len(context) - self.generation.score_only
+        if self.has_logits:
+            self.sequence.n_cached = self.n_filled
+        if not self.is_scoring:
+            return None
+        n_top = self.generation.n_top or 0
+        for row, position in zip(as_numpy(logits), range(start + 1, start + 1 + len(ids)), strict=True):
+            if position < len(context):
+                self.prompt_scores.append(score_token(row, context[position], n_top))
+        return self._finish_scoring() if self.has_logits else None
+
+    def _finish_scoring(self) -> Piece:
+        """Return the echoed prompt with its log-probabilities."""
+        self.is_scoring = False
+        context, echo_from = self.sequence.context, self.generation.echo_from
+        entries = [TokenLogprob(token=context[0], logprob=None, top=None), *self.prompt_scores][echo_from:]
+        detokenizer = StreamingDetokenizer(self.tokenizer.token_bytes)
+        echo_log, texts = TokenLog(), []
+        for entry in entries:
+            if entry.token < len(self.tokenizer.token_bytes):
+                texts.append(detokenizer.add_token(entry.token))
+            echo_log.add(entry, detokenizer.n_decoded)
+        text = "".join(texts) + detokenizer.finalize()
+        if self.log is not None:
+            self.log = TokenLog(len(text))
+        stop_reason: StopReason | None = "length" if self.generation.score_only else None
+        self.stop_reason = stop_reason
+        tokens = echo_log.release(text, is_last=True)
+        return Piece(index=self.generation.index, text=text, tokens=tokens, stop_reason=stop_reason)
+
+    def add_token(self, token: int, raw_logits: npt.NDArray[np.float32] | None) -> Piece | None:
+        """Append a sampled token; return its text, if any can be said. `raw_logits` (V,): for its log-probability."""
+        generation, sequence = self.generation, self.sequence
+        entry = None if raw_logits is None else score_token(raw_logits, token, generation.n_top or 0)
+        if generation.adjustment is not None:
+            generation.adjustment.add_token(token)
+        text = sequence.append_token(token)
+        if sequence.n_cached == 0:  # a new story follows END
+            self.n_filled = 0
+        self.stop_reason = sequence.stop_reason
+        tokens: list[TokenLogprob] = []
+        if self.log is not None and entry is not None:
+            self.log.add(entry, sequence.detokenizer.n_decoded)
+            tokens = self.log.release(text, is_last=bool(self.stop_reason), is_cut=self.stop_reason == "stop")
+        if not (text or tokens or self.stop_reason):
+            return None
+        return Piece(
+            index=generation.index,
+            text=text,
+            tokens=tokens,
+            n_generated=len(sequence.generated_ids),
+            stop_reason=self.stop_reason,
+            mean_logprob=self.log.sum_logprobs / self.log.n_tokens if self.log and self.log.n_tokens else 0.0,
+        )
