@@ -3,10 +3,12 @@
 import signal
 from pathlib import Path
 
+import click
 import pytest
 from command_line import run_python
 
 from tinystories import __main__
+from tinystories.cli.common import run
 
 # Sends SIGINT to its own process when the module in argv[1] is about to be imported, then runs the command.
 # The handler is set first, because a background job of a shell inherits SIGINT as ignored.
@@ -39,6 +41,21 @@ def test_during_the_imports_of_a_command(module: str) -> None:
     done = run_python("-c", PROGRAM, module, "generate", "--max-tokens", "2")
     assert done.returncode in (130, -signal.SIGINT), done.stderr
     assert done.stderr.strip() == "stopped"
+
+
+def test_while_a_library_creates_a_class(capsys: pytest.CaptureFixture[str]) -> None:
+    """PyTorch's import has such classes, and Python makes a RuntimeError of what `__set_name__` raises."""
+
+    class Descriptor:
+        def __set_name__(self, owner: type, name: str) -> None:
+            raise KeyboardInterrupt
+
+    @click.command()
+    def command() -> None:
+        type("Owner", (), {"attribute": Descriptor()})
+
+    assert run(command, []) == 130
+    assert capsys.readouterr().err == "stopped\n"
 
 
 def test_the_package_itself_imports_nothing() -> None:

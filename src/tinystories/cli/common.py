@@ -186,6 +186,9 @@ def run(command: click.Command, argv: list[str] | None = None, name: str = "tiny
         click.echo(f"error: {error.name} is not installed; {TRAIN_EXTRA_HINT}", err=True)
         return 2
     except Exception as error:
+        if is_interrupt(error):
+            click.echo("stopped", err=True)
+            return 130
         if (message := describe_memory_error(error)) is not None:
             click.echo(f"error: {message}", err=True)
             return 2
@@ -194,6 +197,16 @@ def run(command: click.Command, argv: list[str] | None = None, name: str = "tiny
         is_stdout = discard_stdout_if_full()
         click.echo(f"error: {one_line(message)}", err=True)
         return 1 if is_stdout else 2
+
+
+def is_interrupt(error: BaseException | None) -> bool:
+    """Return whether Ctrl-C caused an error.
+
+    Python makes a RuntimeError of what `__set_name__` raises, which PyTorch's import calls.
+    """
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__
+    return error is not None
 
 
 def describe_memory_error(error: Exception) -> str | None:
