@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 TS := $(VENV)/bin/tinystories
+# Programs that use `tinystories serve`, in an environment of their own.
+CLIENTS ?= .venv-clients
 # Tests run in parallel, one thread each.
 WORKERS := --numprocesses=auto --maxprocesses=8
 # Numba cannot cache functions that the import hook wraps, so engine/cpu is left out.
@@ -14,7 +16,7 @@ KIT := $(if $(NANOGPT),--nanogpt "$(NANOGPT)") $(if $(DATA),--data "$(DATA)")
 # Tests that need nothing but the dev extra and a few minutes.
 HERE := not slow and not gpu and not interop
 
-.PHONY: help install demo storyteller test test-all test-slow test-interop test-gpu gpu-kit gpu-rehearsal check format objects dist clean
+.PHONY: help install clients demo storyteller test test-all test-slow test-interop test-gpu gpu-kit gpu-rehearsal check format objects dist clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
@@ -27,6 +29,13 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@echo "installing into $(VENV) (a few minutes the first time)"
 	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0
 	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+clients: $(CLIENTS)/installed  ## create .venv-clients with programs that use the server: openai, litellm, schemathesis
+
+$(CLIENTS)/installed: tests/serve/clients/requirements.txt
+	test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check --requirement tests/serve/clients/requirements.txt
 	@touch $@
 
 demo: install  ## read a story, then train a tiny model for half a minute (offline after the install)
@@ -57,18 +66,19 @@ test: install  ## fast tests, about a minute: no network, no GPU
 	@$(TS) warmup
 	OMP_NUM_THREADS=1 $(PY) -m pytest $(WORKERS) $(HOOK) -m "not extended and not compile and $(HERE)"
 
-test-all: install  ## everything that CI runs: the fast tests, those that take longer, and torch.compile
+test-all: install clients  ## everything that CI runs: the fast tests, those that take longer, and torch.compile
 	@$(TS) warmup
-	OMP_NUM_THREADS=1 $(PY) -m pytest $(WORKERS) $(HOOK) -m "not compile and $(HERE)"
+	OMP_NUM_THREADS=1 TINYSTORIES_CLIENTS=$(abspath $(CLIENTS)) $(PY) -m pytest $(WORKERS) $(HOOK) -m "not compile and $(HERE)"
 	OMP_NUM_THREADS=1 $(PY) -m pytest $(WORKERS) -m "compile and $(HERE)"
 
 test-slow: install  ## tests that take minutes
 	$(PY) -m pytest -m "slow and not gpu and not interop" --timeout=3600
 	$(MAKE) gpu-rehearsal
 
-test-interop: objects  ## install llama.cpp and other slow-to-build packages, then run the tests marked interop
+test-interop: objects clients  ## install llama.cpp and other slow-to-build packages, then run the tests marked interop
 	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt llama-cpp-python lm_eval transformer_lens
-	OMP_NUM_THREADS=1 $(PY) -m pytest -m interop
+	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check --requirement tests/serve/clients/requirements-lm-eval.txt
+	OMP_NUM_THREADS=1 TINYSTORIES_CLIENTS=$(abspath $(CLIENTS)) $(PY) -m pytest -m interop
 
 test-gpu: install  ## tests that need a CUDA device
 	$(PY) -m pytest -m gpu

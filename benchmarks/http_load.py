@@ -283,7 +283,10 @@ async def one_visit(port: int, rng: random.Random) -> str:
     elif draw < 0.60:
         chat = {"messages": [{"role": "user", "content": fields.pop("prompt")}], "stream": False}
         reply = await post_patiently(port, fields | chat, path="/v1/chat/completions")
-        kind, is_right = "chat", reply is not None and "content" in json.loads(whole_body(reply))["choices"][0]["message"]
+        kind, is_right = (
+            "chat",
+            reply is not None and "content" in json.loads(whole_body(reply))["choices"][0]["message"],
+        )
     else:
         reply = await post_patiently(port, fields)
         kind, is_right = "whole", reply is not None and reply.is_whole

@@ -12,8 +12,8 @@ The server runs in a process of its own with 16 slots, all clients in this one, 
 * load: clients of mixed lengths that all come at once; some leave, some read slowly, the others come again after
   Retry-After. Every story of those that stay must be the one that the Python API tells. A first load warms up, memory
   is compared around a second one;
-* peer: llama.cpp's `llama-server -np 16 -cb` with a GGUF export of the same weights, with each number of threads, against
-  ours: 16 streams of equally many tokens, the same sampling, in turn.
+* peer: llama.cpp's `llama-server -np 16 -cb` with a GGUF export of the same weights, with each number of threads, and
+  ours take turns: 16 streams of equally many tokens, the same sampling.
 
 Prints the numbers beside the goals, then a JSON line. On a machine that does other work, only ratios mean something.
 """
@@ -32,11 +32,22 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from http_load import NAMES, Fields, Reply, ServerProcess, endless_streams, free_port, post, post_patiently, running
-from http_load import stream_all
+from http_load import (
+    NAMES,
+    Fields,
+    Reply,
+    ServerProcess,
+    endless_streams,
+    free_port,
+    post,
+    post_patiently,
+    running,
+    stream_all,
+)
 from script import run_main
 
 from tinystories.checkpoint import BUNDLED_MODEL
@@ -51,7 +62,7 @@ N_PROBES = 10
 MAX_TOKENS = 400  # as `tinystories generate`
 PEER_TOKENS = 200  # of a stream beside llama.cpp
 LEAVING, SLOW = 0.20, 0.05  # shares of the clients
-PARTS = ("throughput", "latency", "load", "peer")
+PARTS = ("throughput", "latency", "start", "load", "peer")
 
 
 def main() -> None:
@@ -71,18 +82,19 @@ def main() -> None:
     results: dict[str, Any] = {}
     with running(serve_command(options.model)) as server:
         asyncio.run(stream_all(server.port, story_requests(N_STREAMS, seed=0), N_STREAMS))  # warms up
-        if "throughput" in parts:
-            results |= measure_throughput(server, storyteller, options.rounds)
-        if "latency" in parts:
-            results |= asyncio.run(measure_latency(server))
-            results["start_s"] = measure_start(options.model, options.rounds)
-        if "load" in parts:
-            results |= measure_load(server, storyteller, options.clients)
-        if "peer" in parts and options.peer is not None:
-            results |= measure_peer(server, options)
+        measurements: dict[str, Callable[[], dict[str, Any]]] = {
+            "throughput": lambda: measure_throughput(server, storyteller, options.rounds),
+            "latency": lambda: asyncio.run(measure_latency(server)),
+            "start": lambda: {"start_s": measure_start(options.model, options.rounds)},
+            "load": lambda: measure_load(server, storyteller, options.clients),
+            "peer": lambda: {} if options.peer is None else measure_peer(server, options),
+        }
+        for part in parts:
+            measured = measurements[part]()
+            results |= measured
+            print_table(measured)
         if "Traceback" in server.errors:
             raise UserError(f"the server has failed: {server.errors[-2000:]}")
-    print_table(results)
     machine = {"machine": platform.machine(), "cores": os.cpu_count(), "load_average": os.getloadavg()[0]}
     print(json.dumps({"benchmark": "serve", "model": options.model.name, "rounds": options.rounds} | machine | results))
 
@@ -147,7 +159,8 @@ async def measure_latency(server: ServerProcess) -> dict[str, Any]:
     async def time_to_first_token(number: int) -> float:
         prompt = f"{NAMES[number % len(NAMES)]} had {number} apples"
         reply = await post_patiently(server.port, {"prompt": prompt, "max_tokens": 8, "stream": True, "seed": number})
-        assert reply is not None and reply.first_at is not None, "the client stays"
+        assert reply is not None, "the client stays"
+        assert reply.first_at is not None, "a story has text"
         return reply.first_at - reply.sent_at
 
     idle = [await time_to_first_token(number) for number in range(N_PROBES)]
@@ -256,7 +269,9 @@ def measure_peer(server: ServerProcess, options: argparse.Namespace) -> dict[str
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         gguf = Path(folder) / "model.gguf"
         export = ["export", str(options.model), "--format", "gguf", "--precision", options.peer_precision]
-        subprocess.run([sys.executable, "-m", "tinystories", *export, "--out", str(gguf)], check=True, stdout=sys.stderr)
+        subprocess.run(
+            [sys.executable, "-m", "tinystories", *export, "--out", str(gguf)], check=True, stdout=sys.stderr
+        )
         n_ctx = str(N_STREAMS * server_context(server))
         ports = {"ours": server.port}
         for threads in options.peer_threads.split(","):
@@ -315,11 +330,15 @@ GOALS = (
 
 def print_table(results: dict[str, Any]) -> None:
     """Print what has been measured beside its goal."""
+    for name in ("clients", "refusals", "peer_tokens_per_s"):
+        if name in results:
+            print(f"{name:36} {results[name]}", flush=True)
     for name, label, sign, goal in GOALS:
         if name in results:
             value = results[name]
             is_met = value >= goal if sign == ">=" else value <= goal
-            print(f"{label:36} {value:8.3f}   goal {sign} {goal:<5g} {'' if is_met else 'MISSED'}".rstrip())
+            line = f"{label:36} {value:8.3f}   goal {sign} {goal:<5g} {'' if is_met else 'MISSED'}"
+            print(line.rstrip(), flush=True)
 
 
 if __name__ == "__main__":

@@ -439,3 +439,13 @@ def test_the_command_prints_its_url_and_ends_by_a_signal(model_folder: Path) -> 
     assert process.returncode == 143
     assert f"curl {url}/v1/completions" in errors
     assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(("method", "path", "status"), [("TRACE", "/health", 405), ("POST", "/v1/models", 405)])
+def test_a_wrong_method_is_405_whatever_the_body(chaotic: Running, method: str, path: str, status: int) -> None:
+    for headers in ({"Content-Type": "text/plain"}, {}):
+        answer_status, answer, answer_headers = chaotic.client.request(method, path, b"x" * 10, headers)
+        assert answer_status == status
+        assert answer["error"]["message"] == f"this path does not answer {method}"
+        assert answer_headers["connection"] == "close"  # the body stays unread
+    assert chaotic.client.request("DELETE", "/nowhere", b"x" * (2 << 20), {"Content-Type": "text/plain"})[0] == 404

@@ -16,6 +16,7 @@ from collections.abc import Collection
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
+from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tinystories.errors import one_line
@@ -184,12 +185,17 @@ class KeyGuard:
 class BodyGuard:
     """Reads the body before anything else happens: JSON only, bounded in size and time."""
 
-    def __init__(self, app: ASGIApp, config: ServerConfig) -> None:
+    def __init__(self, app: ASGIApp, config: ServerConfig, routes: Collection[BaseRoute]) -> None:
         self.app, self.max_bytes, self.timeout_s = app, config.max_body_bytes, config.receive_timeout_s
+        self.routes = routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["method"] in WITHOUT_BODY:
             await self.app(scope, receive, send)
+            return
+        if not any(route.matches(scope)[0] is Match.FULL for route in self.routes):
+            scope["state"]["added_headers"].append((b"connection", b"close"))  # whatever the body is, nobody reads it
+            await self.app(scope, receive, send)  # 404 or 405
             return
         headers = Headers(scope=scope)
         if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":

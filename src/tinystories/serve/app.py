@@ -47,7 +47,7 @@ def build_app(service: Service, *, extra_routes: Sequence[Route] = (), open_path
     )
     starlette.router.redirect_slashes = False
     config = service.config
-    app: ASGIApp = BodyGuard(starlette, config)
+    app: ASGIApp = BodyGuard(starlette, config, routes)
     app = KeyGuard(app, config.keys, (*OPEN_PATHS, *open_paths))
     app = OriginGuard(app, config.allow_origins)
     app = HostGuard(app, config)

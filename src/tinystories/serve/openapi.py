@@ -82,7 +82,7 @@ def operation(summary: str, response: str, request: str | None = None, *, stream
     """Return an operation with its bodies."""
     success = json_body(reference(response), "Success")
     if streams:
-        success["content"]["text/event-stream"] = {"schema": STRING}
+        success["content"]["text/event-stream"] = {"schema": object_schema({"data": STRING})}  # of an event
     responses = {"200": success} | {str(status): json_body(reference("Error"), "Error") for status in ERROR_STATUSES}
     if response == "Health":
         responses["503"] = json_body(reference("Health"), "The server does not work, or is shutting down")

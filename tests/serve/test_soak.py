@@ -1,0 +1,46 @@
+"""Clients of all kinds come and go for an hour, or for SOAK_MINUTES: nothing fails, no slot is lost, memory is flat."""
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+SOAK_MINUTES = float(os.environ.get("SOAK_MINUTES", "60"))
+N_SLOTS, N_QUEUED, N_CLIENTS = 16, 8, 40  # more clients than places: some are refused
+MAX_GROWTH_MB = 5
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+def test_a_soak_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    import http_load
+
+    command = [sys.executable, "-m", "tinystories", "serve", "--port", "0", "--engine", "cpu", "--log-level", "warning"]
+    command += ["--slots", str(N_SLOTS), "--queue", str(N_QUEUED)]
+    with http_load.running(command) as server:
+        warmup_s = min(300.0, 60 * SOAK_MINUTES / 3)
+        asyncio.run(http_load.soak(server, seconds=warmup_s, n_clients=N_CLIENTS, seed=1))
+        before_mb = server.rss_mb
+        seconds = 60 * SOAK_MINUTES - warmup_s
+        counts = asyncio.run(http_load.soak(server, seconds=seconds, n_clients=N_CLIENTS, seed=2))
+        growth_mb = server.rss_mb - before_mb
+        asyncio.run(server.wait_for(lambda health: health["busy"] == health["queued"] == 0))
+        asyncio.run(all_slots_work(http_load, server))
+        assert "Traceback" not in server.errors
+    assert {kind.removesuffix(" after refusals") for kind in counts} == {
+        "wrong", "left", "slow", "batch", "chat", "whole",
+    }  # fmt: skip
+    assert any(kind.endswith(" after refusals") for kind in counts)
+    assert abs(growth_mb) <= MAX_GROWTH_MB, f"{growth_mb:+.1f} MB after {sum(counts.values())} requests"
+    sys.stdout.write(f"{SOAK_MINUTES:g} minutes: {counts}, {growth_mb:+.1f} MB\n")  # pytest -s shows it
+
+
+async def all_slots_work(http_load: object, server: object) -> None:
+    """Return once every slot has been busy at the same time, and free again."""
+    endless = {"prompt": "", "max_tokens": 10_000, "ignore_eos": True, "stream": True}
+    async with http_load.endless_streams(server.port, N_SLOTS, endless):  # type: ignore[attr-defined]
+        await server.wait_for(lambda health: health["busy"] == N_SLOTS)  # type: ignore[attr-defined]
+    await server.wait_for(lambda health: health["busy"] == 0)  # type: ignore[attr-defined]
