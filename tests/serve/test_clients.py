@@ -173,13 +173,13 @@ def test_schemathesis_finds_nothing(serve_chaotic: Serve) -> None:
 
 @pytest.mark.interop
 def test_lm_eval_finds_the_likelihoods_that_transformers_finds(tmp_path: Path) -> None:
-    """`local-completions` with the server's tokenizer against `hf` on the export: some stories of benchmarks/endings."""
+    """`local-completions` with the tokenizer of the server against `hf` on the export, for some stories."""
     if not (FOLDER / "lm_eval").exists():
         pytest.skip("needs lm-eval in the environment of the clients: make test-interop")
     files, engine = load_engine(BUNDLED_MODEL, EngineConfig(engine="cpu", precision="fp32", n_slots=8))
     model = ServedModel.describe(files, name="model", engine_name="cpu", precision="fp32")
     exported = tmp_path / "hf"
-    export(ModelBundle.load(BUNDLED_MODEL), "hf", exported)
+    export(ModelBundle.read(BUNDLED_MODEL), "hf", exported)
     with serving(engine, model) as running:
         options = f"model=model,base_url=http://127.0.0.1:{running.port}/v1/completions,tokenizer_backend=remote"
         served = evaluate("local-completions", f"{options},max_length={model.n_ctx},num_concurrent=8", tmp_path / "a")

@@ -3,8 +3,8 @@
 import asyncio
 import os
 import sys
-from pathlib import Path
 
+import http_load
 import pytest
 
 SOAK_MINUTES = float(os.environ.get("SOAK_MINUTES", "60"))
@@ -14,10 +14,7 @@ MAX_GROWTH_MB = 5
 
 @pytest.mark.slow
 @pytest.mark.timeout(0)
-def test_a_soak_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-    import http_load
-
+def test_a_soak_loses_nothing() -> None:
     command = [sys.executable, "-m", "tinystories", "serve", "--port", "0", "--engine", "cpu", "--log-level", "warning"]
     command += ["--slots", str(N_SLOTS), "--queue", str(N_QUEUED)]
     with http_load.running(command) as server:
@@ -28,7 +25,7 @@ def test_a_soak_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         counts = asyncio.run(http_load.soak(server, seconds=seconds, n_clients=N_CLIENTS, seed=2))
         growth_mb = server.rss_mb - before_mb
         asyncio.run(server.wait_for(lambda health: health["busy"] == health["queued"] == 0))
-        asyncio.run(all_slots_work(http_load, server))
+        asyncio.run(all_slots_work(server))
         assert "Traceback" not in server.errors
     assert {kind.removesuffix(" after refusals") for kind in counts} == {
         "wrong", "left", "slow", "batch", "chat", "whole",
@@ -38,9 +35,9 @@ def test_a_soak_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     sys.stdout.write(f"{SOAK_MINUTES:g} minutes: {counts}, {growth_mb:+.1f} MB\n")  # pytest -s shows it
 
 
-async def all_slots_work(http_load: object, server: object) -> None:
+async def all_slots_work(server: http_load.ServerProcess) -> None:
     """Return once every slot has been busy at the same time, and free again."""
     endless = {"prompt": "", "max_tokens": 10_000, "ignore_eos": True, "stream": True}
-    async with http_load.endless_streams(server.port, N_SLOTS, endless):  # type: ignore[attr-defined]
-        await server.wait_for(lambda health: health["busy"] == N_SLOTS)  # type: ignore[attr-defined]
-    await server.wait_for(lambda health: health["busy"] == 0)  # type: ignore[attr-defined]
+    async with http_load.endless_streams(server.port, N_SLOTS, endless):
+        await server.wait_for(lambda health: health["busy"] == N_SLOTS)
+    await server.wait_for(lambda health: health["busy"] == 0)
