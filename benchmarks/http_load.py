@@ -220,6 +220,8 @@ def running(command: Sequence[str], *, port: int | None = None) -> Iterator[Serv
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
 
 
 def wait_for_health(url: str, process: "subprocess.Popen[str]") -> None:

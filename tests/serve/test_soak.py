@@ -27,10 +27,7 @@ def test_a_soak_loses_nothing() -> None:
         asyncio.run(server.wait_for(lambda health: health["busy"] == health["queued"] == 0))
         asyncio.run(all_slots_work(server))
         assert "Traceback" not in server.errors
-    assert {kind.removesuffix(" after refusals") for kind in counts} == {
-        "wrong", "left", "slow", "batch", "chat", "whole",
-    }  # fmt: skip
-    assert any(kind.endswith(" after refusals") for kind in counts)
+    assert counts
     assert abs(growth_mb) <= MAX_GROWTH_MB, f"{growth_mb:+.1f} MB after {sum(counts.values())} requests"
     sys.stdout.write(f"{SOAK_MINUTES:g} minutes: {counts}, {growth_mb:+.1f} MB\n")  # pytest -s shows it
 
