@@ -212,6 +212,8 @@ def make_visitors(n_clients: int, seed: int) -> list[Visitor]:
         is_slow = LEAVING <= place < LEAVING + SLOW
         if is_slow:
             fields["logprobs"] = 5  # more to read
+        if place < LEAVING:
+            fields |= {"max_tokens": 5000, "ignore_eos": True}  # not done before they leave
         visitors.append(Visitor(fields, rng.uniform(0, 10) if place < LEAVING else None, is_slow))
     rng.shuffle(visitors)
     return visitors

@@ -183,7 +183,7 @@ def test_lm_eval_finds_the_likelihoods_that_transformers_finds(tmp_path: Path) -
     with serving(engine, model) as running:
         options = f"model=model,base_url=http://127.0.0.1:{running.port}/v1/completions,tokenizer_backend=remote"
         served = evaluate("local-completions", f"{options},max_length={model.n_ctx},num_concurrent=8", tmp_path / "a")
-    transformers = evaluate("hf", f"pretrained={exported},dtype=float32", tmp_path / "b")
+    transformers = evaluate("hf", f"pretrained={exported},dtype=float32,add_bos_token=False", tmp_path / "b")
     assert served["acc"] == transformers["acc"]
     for ours, theirs, answers in zip(served["logprobs"], transformers["logprobs"], served["docs"], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
