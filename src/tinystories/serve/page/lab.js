@@ -91,7 +91,7 @@ function Lab() {
             ${problem.kind === 'refused' && html` <q>${problem.message}</q>`}</span>
             <div class="row"><button type="button" onClick=${retry}>${T.tryAgain}</button></div></div>`)}
       ${state && html`<div><label class="soft" for="text">${T.text}</label>
-        <textarea id="text" rows="3" value=${tokens && append.length ? tokens.text : state.t} spellcheck="false"
+        <textarea id="text" rows="2" value=${tokens && append.length ? tokens.text : state.t} spellcheck="false"
           onInput=${(event) => go({ t: event.target.value, a: '', c: '' }, { replace: true })}></textarea>
         ${tokens?.n_dropped > 0 && html`<p class="soft">${T.dropped(tokens)}</p>`}</div>`}
       ${Pane && tokens && model && html`<${Pane} key=${state.p} tokens=${tokens} state=${state} go=${go} model=${model}

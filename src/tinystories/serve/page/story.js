@@ -8,10 +8,20 @@ import { applyTheme, html, KeyForm, moveInGroup, render, toggleTheme, useEffect,
 const LENGTHS = { short: 60, middling: 130, long: Infinity };
 const MAX_TOKENS = 900;
 const BOLDNESS = [0.3, 0.55, 0.8, 1.0, 1.2]; // temperatures
-const SENTENCE_END = /[.!?]["”’']?$/;
+const SENTENCE_END = /[.!?]["”’']*(?=\s)/g;
 
 const newSeed = () => crypto.getRandomValues(new Uint32Array(1))[0];
 const countWords = (text) => text.trim().split(/\s+/).length;
+
+// Where the first sentence after so many words ends; -1: not yet. It does not matter in which pieces the text has come.
+function findEnd(text, nWords) {
+  if (nWords === Infinity) return -1;
+  for (const match of text.matchAll(SENTENCE_END)) {
+    const end = match.index + match[0].length;
+    if (countWords(text.slice(0, end)) >= nWords) return end;
+  }
+  return -1;
+}
 
 function Storyteller() {
   const [wish, setWish] = useState({ beginning: T.examples[0], length: 'middling', boldness: 2, seed: 0 });
@@ -38,11 +48,12 @@ function Storyteller() {
     const request = { prompt: beginning, seed: now.seed, temperature: BOLDNESS[now.boldness], max_tokens: MAX_TOKENS };
     try {
       for await (const piece of tell(request, abort.signal)) {
-        // A piece may hold the end of a sentence and more; what follows the end is not shown.
-        if (countWords(text) >= LENGTHS[now.length] && SENTENCE_END.test(text) && /^\s/.test(piece)) break;
         text += piece;
+        const end = findEnd(text, LENGTHS[now.length]);
+        if (end >= 0) text = text.slice(0, end);
         setStory(text);
-        if (/[.!?]["”’']?\s/.test(piece) || SENTENCE_END.test(text)) setSpoken(text);
+        if (end >= 0) break;
+        if (/[.!?]/.test(piece)) setSpoken(text);
       }
       setSpoken(text);
     } catch (error) {
