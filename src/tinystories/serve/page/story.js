@@ -85,7 +85,7 @@ function Storyteller() {
     });
     const onKey = (event) => event.key === 'Escape' && stop();
     addEventListener('keydown', onKey);
-    return () => removeEventListener('keydown', onKey);
+    addEventListener('pagehide', stop); // a page that the browser keeps for its back button would go on listening
   }, []);
 
   async function copy(text, done) {
