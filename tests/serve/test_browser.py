@@ -137,20 +137,23 @@ def test_a_story_grows_word_by_word_and_can_be_kept(
         assert page.locator("[aria-live]").inner_text().strip().endswith("happy.")
 
 
-def test_stop_and_leaving_free_the_slot(serve_chaotic: Serve, open_page: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("way", ["stop", "leave"])
+def test_stopping_and_leaving_free_the_slot(serve_chaotic: Serve, open_page: Callable[..., Any], way: str) -> None:
     with serve_chaotic(n_ctx=2048) as running:
         page = open_page(running)
         page.get_by_text("long", exact=True).click()
-        for end in (lambda: page.get_by_role("button", name="Stop").click(), lambda: page.goto("about:blank")):
-            running.engine.close_gate()
-            begin(page)
-            running.engine.allow(3)
-            wait_until(lambda: running.engine.is_waiting)
-            end()
-            wait_until(lambda: not running.service.inboxes)  # the server has noticed
-            running.engine.open_gate()
-            wait_until(lambda: running.scheduler.n_busy == 0)
-        assert running.endings() == {"client_gone": 2}
+        running.engine.close_gate()
+        begin(page)
+        running.engine.allow(3)
+        wait_until(lambda: len(running.engine.calls) == 3 and running.engine.is_waiting)
+        if way == "stop":
+            page.get_by_role("button", name="Stop").click()
+        else:
+            page.goto("about:blank")
+        wait_until(lambda: running.scheduler.canceled)
+        running.engine.allow(1)
+        wait_until(lambda: running.endings() == {"client_gone": 1})
+        assert running.scheduler.n_busy == 0
 
 
 def test_a_link_tells_the_same_story(lab_server: Running, open_page: Callable[..., Any]) -> None:

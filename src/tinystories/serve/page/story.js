@@ -132,9 +132,9 @@ function Storyteller() {
           <output for="boldness">${T.bold[wish.boldness]}</output></div>
       </div>
       <div class="row actions">
-        ${isTelling
-          ? html`<button type="button" class="primary" onClick=${stop}>${T.stop}</button>`
-          : html`<button class="primary">${T.tell}</button>`}
+        ${isTelling // two elements: Stop must not become a submit button while it is being clicked
+          ? html`<button key="stop" type="button" class="primary" onClick=${stop}>${T.stop}</button>`
+          : html`<button key="tell" class="primary">${T.tell}</button>`}
         ${story && !isTelling && html`<button type="button" onClick=${() => start()}>${T.again}</button>`}
       </div>
     </form>
