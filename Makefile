@@ -14,9 +14,9 @@ HOOK := --jaxtyping-packages=tinystories.model,tinystories.engine.native_step,ti
 KIT := $(if $(NANOGPT),--nanogpt "$(NANOGPT)") $(if $(DATA),--data "$(DATA)")
 
 # Tests that need nothing but the dev extra and a few minutes.
-HERE := not slow and not gpu and not interop
+HERE := not slow and not gpu and not interop and not browser
 
-.PHONY: help install clients demo storyteller test test-all test-slow test-wheel test-interop test-gpu gpu-kit gpu-rehearsal check format objects dist clean
+.PHONY: help install clients demo storyteller test test-all test-slow test-wheel test-interop test-browser test-gpu gpu-kit gpu-rehearsal check format objects dist clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
@@ -82,6 +82,11 @@ test-interop: objects clients  ## install llama.cpp and other slow-to-build pack
 	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt llama-cpp-python lm_eval transformer_lens
 	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check --requirement tests/serve/clients/requirements-lm-eval.txt
 	OMP_NUM_THREADS=1 TINYSTORIES_CLIENTS=$(abspath $(CLIENTS)) $(PY) -m pytest -m interop
+
+test-browser: install  ## tests of the pages in a real browser: needs Debian's chromium (apt-get install chromium)
+	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt playwright
+	@$(TS) warmup
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m browser -rs
 
 test-gpu: install  ## tests that need a CUDA device
 	$(PY) -m pytest -m gpu

@@ -20,6 +20,7 @@ from tinystories.cli.train.prepare import prepare
 from tinystories.cli.train.sweep import sweep
 from tinystories.cli.train.train import train
 from tinystories.cli.write.generate import generate
+from tinystories.cli.write.lab import lab
 from tinystories.cli.write.quantize import quantize, warmup
 from tinystories.cli.write.serve import serve
 
@@ -46,6 +47,7 @@ COMMANDS = (
     sweep,
     generate,
     serve,
+    lab,
     evaluate,
     trace,
     info,

@@ -4,7 +4,6 @@ import dataclasses
 import secrets
 from typing import Any
 
-from tinystories.config import SamplingConfig
 from tinystories.data.tokenizer import END
 from tinystories.errors import UserError
 from tinystories.generate.batching import Request, check_text
@@ -121,15 +120,11 @@ def build_generations(
     request: SamplingFields, model: ServedModel, prompts: list[Prompt], n: int, max_tokens: int | None
 ) -> list[Generation]:
     """Return n sequences for each prompt. Sequence j of a prompt has number j, like story j of the command line."""
-    names = [field.name for field in dataclasses.fields(SamplingConfig)]
-    overrides = {name: value for name in names if (value := getattr(request, name)) is not None}
-    if overrides.get("top_k") == -1:  # vLLM's way to switch it off
-        overrides["top_k"] = 0
     stop = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
     bias = read_bias(request.logit_bias or {}, model.vocab_size)
     presence, frequency = request.presence_penalty or 0.0, request.frequency_penalty or 0.0
     try:
-        settings = dataclasses.replace(model.sampling, **overrides)
+        settings = dataclasses.replace(model.sampling, **request.overrides())
         for text in stop:
             check_text(text, "a stop string")
     except UserError as error:

@@ -1,5 +1,6 @@
 """What clients may send: every field with its type and its range, checked before any work begins."""
 
+import dataclasses
 import difflib
 import re
 from typing import Annotated, Any, Literal, TypeVar
@@ -7,6 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
+from tinystories.config import SamplingConfig
 from tinystories.serve.errors import ApiError, invalid
 
 MAX_PROMPTS = 256
@@ -34,12 +36,9 @@ class StreamOptions(msgspec.Struct, kw_only=True):
     continuous_usage_stats: bool | None = None
 
 
-class SamplingFields(msgspec.Struct, kw_only=True):
-    """What completions and chats have in common. A field that is missing or null has its default."""
+class SamplingNumbers(msgspec.Struct, kw_only=True):
+    """The settings of `SamplingConfig`."""
 
-    model: Annotated[str, Meta(max_length=256)] | None = None
-    n: Count | None = None
-    max_tokens: TokenLimit | None = None
     temperature: Annotated[float, Meta(ge=0, le=100)] | None = None
     top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
@@ -47,6 +46,21 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     repetition_penalty: Annotated[float, Meta(ge=0.01, le=100)] | None = None
     repetition_window: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
     penalize_names: bool | None = None
+
+    def overrides(self) -> dict[str, Any]:
+        """Return the settings that the request has."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(SamplingConfig)}
+        if values["top_k"] == -1:  # vLLM's way to switch it off
+            values["top_k"] = 0
+        return {name: value for name, value in values.items() if value is not None}
+
+
+class SamplingFields(SamplingNumbers, kw_only=True):
+    """What completions and chats have in common. A field that is missing or null has its default."""
+
+    model: Annotated[str, Meta(max_length=256)] | None = None
+    n: Count | None = None
+    max_tokens: TokenLimit | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: Annotated[dict[str, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=MAX_BIASES)] | None = None

@@ -13,9 +13,11 @@ from tinystories.errors import UserError
 from tinystories.serve.app import build_app
 from tinystories.serve.connection import TimedProtocol
 from tinystories.serve.errors import ApiError, shutting_down
+from tinystories.serve.lab.endpoints import LabEndpoints
 from tinystories.serve.model import ServedModel
 from tinystories.serve.service import Service
 from tinystories.serve.settings import ServerConfig
+from tinystories.serve.static import build_page_routes
 
 log = logging.getLogger(__name__)
 
@@ -124,10 +126,16 @@ def serve(
 
 
 def build_server(service: Service) -> Server:
-    """Return a uvicorn server for a service; it ends if the service's engine fails."""
+    """Return a uvicorn server for a service, with its pages; it ends if the service's engine fails."""
+    page_routes = build_page_routes()
+    app = build_app(
+        service,
+        extra_routes=[*page_routes, *LabEndpoints(service).routes()],
+        open_paths=[route.path for route in page_routes],
+    )
     server = Server(
         uvicorn.Config(
-            build_app(service),
+            app,
             http=TimedProtocol,
             ws="none",
             lifespan="off",

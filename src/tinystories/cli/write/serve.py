@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,8 +111,15 @@ def check_packages() -> None:
         raise UserError(f"this command needs {', '.join(missing)}; run: {install_command}")
 
 
-def run_server(model: Path, engine_config: "EngineConfig", slots: int | None, config: Any, log_level: int) -> int:
-    """Load the model and serve it; return the exit code."""
+def run_server(
+    model: Path,
+    engine_config: "EngineConfig",
+    slots: int | None,
+    config: Any,
+    log_level: int,
+    announce: Callable[[str], None] | None = None,
+) -> int:
+    """Load the model and serve it; return the exit code. `announce` gets the URL; by default an example is printed."""
     from tinystories.checkpoint import BUNDLED_MODEL
     from tinystories.engine.cpu.thread_pool import count_physical_cores
     from tinystories.engine.select import load_engine, select_engine
@@ -133,15 +141,15 @@ def run_server(model: Path, engine_config: "EngineConfig", slots: int | None, co
         precision=getattr(engine, "precision", precision),
     )
 
-    def announce(url: str) -> None:
+    def show_example(url: str) -> None:
         click.echo(url)
         body = json.dumps({"prompt": "The little fox", "seed": 7})
         key = " -H 'Authorization: Bearer YOUR_KEY'" if config.keys else ""
         click.echo(
             f"{served.name} with {n_slots} slots; try it:\n"
             f"  curl {url}/v1/completions -H 'Content-Type: application/json'{key} -d '{body}'\n"
-            "Ctrl-C ends the server.",
+            f"or open {url} in a browser. Ctrl-C ends the server.",
             err=True,
         )
 
-    return serve(engine, served, config, listener, announce)
+    return serve(engine, served, config, listener, announce or show_example)

@@ -1,0 +1,1 @@
+"""The endpoints of the lab page, /lab/api: JSON for text, bytes for matrices."""

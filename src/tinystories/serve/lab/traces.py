@@ -1,0 +1,65 @@
+"""Traces for the lab: computed in NumPy on a thread of their own, and kept for the next question about the same ids."""
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from tinystories.data.tokenizer import Tokenizer
+from tinystories.engine.protocol import Engine, TraceableEngine
+from tinystories.engine.trace.model import TraceModel
+from tinystories.errors import UserError
+from tinystories.explain.text_trace import TextTrace, trace_text
+from tinystories.serve.errors import ApiError, invalid
+
+MAX_TRACES = 32
+MAX_TRACE_BYTES = 1 << 27  # of all hidden states that are kept
+MAX_WAITING = 16  # questions, the one that is being answered included
+
+Result = TypeVar("Result")
+
+
+class TraceWorker:
+    """Computes and keeps traces. Neither the event loop nor the engine's thread waits for it."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer) -> None:
+        self.engine, self.tokenizer = engine, tokenizer
+        self.model: TraceModel | None = None  # loaded with the first trace: 4 bytes per parameter
+        self.traces: OrderedDict[tuple[int, ...], TextTrace] = OrderedDict()  # the most recently used last
+        self.n_waiting = 0
+        self.executor = ThreadPoolExecutor(1, thread_name_prefix="lab")
+
+    async def ask(self, ids: Sequence[int], answer: Callable[[TextTrace], Result]) -> Result:
+        """Return the answer of a function to a trace, computed in the worker's thread.
+
+        `ApiError`: 400 for ids that the model does not take and other mistakes of the client, 429 if too many wait.
+        """
+        if not isinstance(self.engine, TraceableEngine):
+            raise ApiError(501, "this engine does not show its weights, so that the lab cannot look into the model")
+        if self.n_waiting >= MAX_WAITING:
+            raise ApiError(429, "the lab is busy; try again", code="queue_full", headers={"Retry-After": "1"})
+        self.n_waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self.executor, lambda: answer(self._trace(ids)))
+        except UserError as error:
+            raise invalid(str(error), "ids") from None
+        finally:
+            self.n_waiting -= 1
+
+    def _trace(self, ids: Sequence[int]) -> TextTrace:
+        """Return the trace of ids. Called in the worker's thread only."""
+        if self.model is None:
+            assert isinstance(self.engine, TraceableEngine)
+            self.model = TraceModel(self.engine.config, self.engine.fp32_weights())
+        key = tuple(ids)
+        trace = self.traces.pop(key, None) or trace_text(self.model, self.tokenizer, ids)
+        self.traces[key] = trace
+        while len(self.traces) > 1 and (len(self.traces) > MAX_TRACES or self.n_bytes > MAX_TRACE_BYTES):
+            self.traces.popitem(last=False)
+        return trace
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the hidden states that are kept."""
+        return sum(trace.hidden.nbytes for trace in self.traces.values())

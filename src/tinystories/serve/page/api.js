@@ -1,0 +1,64 @@
+// Questions to the server this page comes from.
+
+// `kind`: gone (no answer), key (it needs one), busy (try again later), refused (the message says why).
+export class Failure extends Error {
+  constructor(kind, message) {
+    super(message);
+    this.kind = kind;
+  }
+}
+
+export const setKey = (key) => sessionStorage.setItem('key', key);
+
+async function request(path, body, signal) {
+  const headers = {};
+  const key = sessionStorage.getItem('key');
+  if (key) headers.Authorization = `Bearer ${key}`;
+  if (body) headers['Content-Type'] = 'application/json';
+  let response;
+  try {
+    response = await fetch(path, { method: body ? 'POST' : 'GET', headers, body: body && JSON.stringify(body), signal });
+  } catch (error) {
+    if (error.name === 'AbortError') throw error;
+    throw new Failure('gone', error.message);
+  }
+  if (response.ok) return response;
+  const message = (await response.json().catch(() => null))?.error?.message ?? `status ${response.status}`;
+  const kinds = { 401: 'key', 429: 'busy', 503: 'gone' };
+  throw new Failure(kinds[response.status] ?? 'refused', message);
+}
+
+export async function ask(path, body, signal) {
+  return (await request(path, body, signal)).json();
+}
+
+export async function askBytes(path, body, signal) {
+  return (await request(path, body, signal)).arrayBuffer();
+}
+
+// Yield the pieces of a story as they are told.
+export async function* tell(body, signal) {
+  const response = await request('/v1/completions', { ...body, stream: true }, signal);
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let waiting = '';
+  try {
+    for (;;) {
+      const { done, value } = await reader.read().catch((error) => {
+        if (error.name === 'AbortError') throw error;
+        throw new Failure('gone', error.message);
+      });
+      if (done) throw new Failure('gone', 'the answer ended early');
+      const lines = (waiting + value).split('\n');
+      waiting = lines.pop();
+      for (const line of lines) {
+        if (!line.startsWith('data: ')) continue;
+        if (line === 'data: [DONE]') return;
+        const event = JSON.parse(line.slice(6));
+        if (event.error) throw new Failure(event.error.code === 'shutting_down' ? 'gone' : 'refused', event.error.message);
+        if (event.choices[0]?.text) yield event.choices[0].text;
+      }
+    }
+  } finally {
+    reader.cancel().catch(() => {});
+  }
+}

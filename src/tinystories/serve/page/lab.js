@@ -1,0 +1,107 @@
+// The lab: one text, and panes that each answer a question about it. All state is in the URL's fragment.
+import { useAnswer } from './answers.js';
+import { ask, Failure, setKey } from './api.js';
+import { AttentionPane } from './attention.js';
+import { makeFragment, readFragment } from './fragment.js';
+import { InsidePane } from './inside.js';
+import { NextPane } from './next.js';
+import { LAB as T } from './texts.js';
+import { applyTheme, html, KeyForm, render, toggleTheme, useEffect, useRef, useState } from './ui.js';
+import { WordsPane } from './words.js';
+
+const PANES = { words: WordsPane, next: NextPane, attention: AttentionPane, inside: InsidePane };
+
+function Lab() {
+  const [model, setModel] = useState(null);
+  const [state, setState] = useState(null);
+  const [problem, setProblem] = useState(null);
+  const [attempt, setAttempt] = useState(0); // to ask again
+  const [, setTheme] = useState(0);
+  const latest = useRef(null); // the state, also for handlers of an earlier rendering
+  const help = useRef(null);
+  const writing = useRef(Promise.resolve());
+
+  // Change the state. `replace`: without a new entry for the back button.
+  function go(changes, { replace = false } = {}) {
+    const next = (latest.current = { ...latest.current, ...changes });
+    setState(next);
+    writing.current = writing.current.then(async () => {
+      const url = await makeFragment(next);
+      if (url === location.hash) return;
+      history[replace ? 'replaceState' : 'pushState'](null, '', url);
+    });
+  }
+
+  async function restore() {
+    const { t = T.example, p, ...rest } = await readFragment();
+    latest.current = { p: p in PANES ? p : 'words', t, ...rest };
+    setState(latest.current);
+  }
+
+  function fail(error) {
+    if (error && !(error instanceof Failure)) throw error;
+    setProblem(error);
+  }
+
+  useEffect(() => {
+    restore();
+    const onTheme = () => setTheme((n) => n + 1);
+    const dark = matchMedia('(prefers-color-scheme: dark)');
+    addEventListener('popstate', restore);
+    addEventListener('themechange', onTheme);
+    dark.addEventListener('change', onTheme);
+    const onKey = (event) => {
+      if (event.target.matches('textarea, input') || event.ctrlKey || event.metaKey || event.altKey) {
+        if (event.key === 'Escape') event.target.blur();
+        return;
+      }
+      if (event.key === '/') {
+        event.preventDefault();
+        document.getElementById('text')?.focus();
+      } else if (event.key === '?') {
+        help.current?.showModal();
+      }
+    };
+    addEventListener('keydown', onKey);
+  }, []);
+
+  useEffect(() => {
+    ask('/lab/api/model').then((answer) => { setModel(answer); setProblem(null); }, fail);
+  }, [attempt]);
+
+  const append = (state?.a ?? '').split(',').filter((id) => /^\d{1,7}$/.test(id)).map(Number);
+  const question = state && model && { text: state.t, append, attempt };
+  const tokens = useAnswer(ask, '/lab/api/tokens', question, fail)?.data;
+  const Pane = state && PANES[state.p];
+  const retry = () => setAttempt((n) => n + 1);
+  return html`<div class="lab">
+    <header class="top"><h1>${T.title}</h1><nav>
+      ${model && html`<span class="soft">${T.modelLine(model)}</span>`}
+      <a href="/">${T.toStory}</a>
+      <button type="button" class="plain" onClick=${() => help.current.showModal()} aria-label=${T.help} title=${T.help}>?</button>
+      <button type="button" class="plain" onClick=${toggleTheme} aria-label=${T.theme} title=${T.theme}>◐</button></nav></header>
+    <nav class="rail" aria-label=${T.panes}>${state && Object.keys(PANES).map(
+      (name) => html`<button type="button" aria-current=${state.p === name ? 'page' : null} onClick=${() => go({ p: name })}>
+        ${T[name].name}<small>${T[name].question}</small></button>`,
+    )}</nav>
+    <main class="bench">
+      ${problem && (problem.kind === 'key'
+        ? html`<${KeyForm} texts=${T} onKey=${(key) => { setKey(key); retry(); }} />`
+        : html`<div class="card notice" role="alert"><span>${T.problems[problem.kind]}
+            ${problem.kind === 'refused' && html` <q>${problem.message}</q>`}</span>
+            <div class="row"><button type="button" onClick=${retry}>${T.tryAgain}</button></div></div>`)}
+      ${state && html`<div><label class="soft" for="text">${T.text}</label>
+        <textarea id="text" rows="2" value=${tokens && append.length ? tokens.text : state.t} spellcheck="false"
+          onInput=${(event) => go({ t: event.target.value, a: '', c: '' }, { replace: true })}></textarea>
+        ${tokens?.n_dropped > 0 && html`<p class="soft">${T.dropped(tokens)}</p>`}</div>`}
+      ${Pane && tokens && model && html`<${Pane} key=${state.p} tokens=${tokens} state=${state} go=${go} model=${model}
+        fail=${fail} attempt=${attempt} latest=${latest} />`}
+    </main>
+    <dialog ref=${help}><h2>${T.keysTitle}</h2><dl class="facts">${T.keys.map(
+      ([key, meaning]) => html`<dt><kbd>${key}</kbd></dt><dd>${meaning}</dd>`,
+    )}</dl><form method="dialog"><button class="primary">${T.close}</button></form></dialog>
+  </div>`;
+}
+
+applyTheme();
+render(html`<${Lab} />`, document.getElementById('app'));
