@@ -138,7 +138,7 @@ def test_errors_have_openais_form(chaotic: Running) -> None:
         ("POST", "/v1/embeddings", 404),
         ("GET", "/v1/completions", 405),
         ("DELETE", "/v1/models", 405),
-        ("GET", "/", 404),
+        ("GET", "/nowhere", 404),
     ]:
         got, answer, headers = chaotic.client.request(method, path)
         assert (got, set(answer["error"])) == (status, {"message", "type", "param", "code"})
