@@ -16,7 +16,7 @@ KIT := $(if $(NANOGPT),--nanogpt "$(NANOGPT)") $(if $(DATA),--data "$(DATA)")
 # Tests that need nothing but the dev extra and a few minutes.
 HERE := not slow and not gpu and not interop
 
-.PHONY: help install clients demo storyteller test test-all test-slow test-interop test-gpu gpu-kit gpu-rehearsal check format objects dist clean
+.PHONY: help install clients demo storyteller test test-all test-slow test-wheel test-interop test-gpu gpu-kit gpu-rehearsal check format objects dist clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
@@ -74,6 +74,9 @@ test-all: install clients  ## everything that CI runs: the fast tests, those tha
 test-slow: install  ## tests that take minutes
 	$(PY) -m pytest -m "slow and not gpu and not interop" --timeout=3600
 	$(MAKE) gpu-rehearsal
+
+test-wheel: objects  ## install the wheel into an empty environment; its first story compiles nothing
+	$(PY) -m pytest -m interop tests/test_wheel.py
 
 test-interop: objects clients  ## install llama.cpp and other slow-to-build packages, then run the tests marked interop
 	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt llama-cpp-python lm_eval transformer_lens

@@ -39,7 +39,7 @@ CASES = {
         f"{TRAIN} --train.steps 6 --resume",
         copies=("run",),
         run="run",
-        again="train --out run --resume --train.steps 6",
+        again="train --data BASE/data --out run --resume --train.steps 6",
     ),
     "prepare": Case("prepare BASE/text/a.txt --tokenizer bpe:280 --out data", outputs=("data",)),
     "export-gguf": Case("export BASE/model --format gguf --out a.gguf", outputs=("a.gguf", "a.Modelfile")),

@@ -1,11 +1,16 @@
 """The command `tinystories`, also as `python -m tinystories`; torchrun starts its workers so."""
 
 import os
-import signal
 import sys
-from types import FrameType
 
 STOPPED = 130  # exit code after Ctrl-C
+
+try:  # these imports take some milliseconds
+    import signal
+    from types import FrameType
+except KeyboardInterrupt:
+    os.write(2, b"stopped\n")
+    os._exit(STOPPED)
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """Ctrl-C ends every command with exit code 130 and without a traceback, also while the program is being imported."""
 
 import signal
+import sys
 from pathlib import Path
 
 import click
@@ -41,6 +42,14 @@ def test_during_the_imports_of_a_command(module: str) -> None:
     done = run_python("-c", PROGRAM, module, "generate", "--max-tokens", "2")
     assert done.returncode in (130, -signal.SIGINT), done.stderr
     assert done.stderr.strip() == "stopped"
+
+
+def test_while_the_first_module_is_imported() -> None:
+    program = PROGRAM.replace(
+        "import os, signal, sys", "import os, sys, _signal as signal"
+    )  # signal is not imported yet
+    done = run_python("-S", "-c", f"import sys; sys.path[:0] = {sys.path}\n{program}", "signal", "info")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
 
 
 def test_while_a_library_creates_a_class(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,10 +5,13 @@ from pathlib import Path
 
 import optuna
 import pytest
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
 
 from tinystories.cli import main
+from tinystories.errors import UserError
 from tinystories.sweep.search_space import parse_search_space
-from tinystories.sweep.study import DATABASE, Plan, open_study
+from tinystories.sweep.study import DATABASE, Plan, open_study, read_plan
 
 OUTCOME = {"state": "complete", "bits_per_byte": 1.0, "step": 2, "tokens": 100, "seconds": 1.0}
 
@@ -96,3 +99,27 @@ def test_a_waiting_trial_is_not_damage(sweep_dir: Path) -> None:
     study = open_study(sweep_dir)
     study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.WAITING))
     assert show(sweep_dir) == 0
+
+
+@pytest.mark.parametrize("pages", [1, 4, 8, 16, 24])
+def test_a_database_is_created_whole_or_not_at_all(pages: int, tmp_path: Path) -> None:
+    """A disk that was full while Optuna created its tables left some of them, which it could not use again."""
+
+    def limit(connection: sqlite3.Connection, _record: object) -> None:
+        connection.execute(f"PRAGMA max_page_count = {pages}")
+
+    event.listen(Engine, "connect", limit)
+    try:
+        with pytest.raises(UserError, match="disk is full"):
+            open_study(tmp_path)
+    finally:
+        event.remove(Engine, "connect", limit)
+    assert list(tmp_path.iterdir()) == []
+    assert open_study(tmp_path).trials == []
+
+
+def test_what_a_kill_leaves_of_a_database_is_not_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / f"{DATABASE}.new").write_bytes(b"part of a database")
+    assert read_plan(tmp_path) is None
+    assert open_study(tmp_path).trials == []
+    assert [path.name for path in tmp_path.iterdir()] == [DATABASE]

@@ -301,7 +301,8 @@ def test_a_request_ends_at_its_deadline(serve_chaotic: Serve) -> None:
         with running.client.open_stream(prompt="a") as stream:
             assert [event["error"]["code"] for event in stream.events()] == ["timeout"]
         assert not stream.is_done
-        engine_of(running).allow(2)
+        wait_until(lambda: not running.service.inboxes)  # both have been canceled
+        engine_of(running).open_gate()
         wait_until(lambda: running.endings() == {"deadline": 2})
         assert running.scheduler.n_open == 0
 

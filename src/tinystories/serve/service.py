@@ -54,8 +54,8 @@ class Service:
 
     def end(self, job: Job, reason: EndReason) -> None:
         """End what is left of a job."""
-        self.inboxes.discard(job.inbox)
         self.scheduler.cancel(job, reason)
+        self.inboxes.discard(job.inbox)
 
     @property
     def health(self) -> tuple[int, dict[str, object]]:

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import logging
 import sqlite3
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from optuna.trial import FrozenTrial
 from tinystories.config import Config
 from tinystories.data.tokenizer import sanitize
 from tinystories.errors import UserError
-from tinystories.files import write_errors
+from tinystories.files import atomic_file, write_errors
 from tinystories.sweep.search_space import SearchSpace
 
 DATABASE = "sweep.db"
@@ -90,22 +91,45 @@ def read_plan(folder: Path) -> Plan | None:
             with database_errors(folder), damaged_records(folder):
                 text = open_study(folder).user_attrs.get("plan")  # a sweep may be killed before it stores its plan
                 return Plan.from_json(text) if text else None
-        if folder.exists() and any(path.name != LOCK for path in folder.iterdir()):
+        if folder.exists() and any(path.name not in (LOCK, f"{DATABASE}.new") for path in folder.iterdir()):
             raise UserError(f"--out {folder} is not a sweep and not empty; choose another directory")
         return None
 
 
 def open_study(folder: Path) -> optuna.Study:
     """Open the study of a sweep, creating it if needed. `UserError` if the database cannot be read."""
-    from sqlalchemy.engine import URL
-
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    path = (folder / DATABASE).absolute()
-    url = URL.create("sqlite", database=str(path)).render_as_string(hide_password=False)
     with database_errors(folder), damaged_records(folder):
-        storage = optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": DATABASE_TIMEOUT}})
-        return optuna.create_study(storage=storage, study_name=STUDY_NAME, direction="minimize", load_if_exists=True)
+        if not (folder / DATABASE).exists():
+            create_database(folder / DATABASE)
+        return load_or_create_study(open_storage(folder / DATABASE))
+
+
+def create_database(path: Path) -> None:
+    """Create a database that holds an empty study, whole or not at all.
+
+    Optuna creates its tables one by one, and cannot go on with some of them.
+    """
+    with tempfile.TemporaryDirectory() as temporary_folder:
+        temporary_path = Path(temporary_folder) / DATABASE
+        storage = open_storage(temporary_path)
+        load_or_create_study(storage)
+        storage.engine.dispose()
+        content = temporary_path.read_bytes()
+    with atomic_file(path) as file:
+        file.write(content)
+
+
+def open_storage(path: Path) -> optuna.storages.RDBStorage:
+    from sqlalchemy.engine import URL
+
+    url = URL.create("sqlite", database=str(path.absolute())).render_as_string(hide_password=False)
+    return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": DATABASE_TIMEOUT}})
+
+
+def load_or_create_study(storage: optuna.storages.RDBStorage) -> optuna.Study:
+    return optuna.create_study(storage=storage, study_name=STUDY_NAME, direction="minimize", load_if_exists=True)
 
 
 @contextlib.contextmanager
