@@ -4,8 +4,8 @@ import { makeFragment, readFragment } from './fragment.js';
 import { STORY as T } from './texts.js';
 import { applyTheme, html, KeyForm, moveInGroup, render, toggleTheme, useEffect, useRef, useState } from './ui.js';
 
-// A short or middling story ends with the first sentence after this many words; a long one where the model ends it.
-const LENGTHS = { short: 60, middling: 130, long: Infinity };
+// A short or medium story ends with the first sentence after this many words; a long one where the model ends it.
+const LENGTHS = { short: 60, medium: 130, long: Infinity };
 const MAX_TOKENS = 900;
 const BOLDNESS = [0.3, 0.55, 0.8, 1.0, 1.2]; // temperatures
 const SENTENCE_END = /[.!?]["”’']*(?=\s)/g;
@@ -24,7 +24,7 @@ function findEnd(text, nWords) {
 }
 
 function Storyteller() {
-  const [wish, setWish] = useState({ beginning: T.examples[0], length: 'middling', boldness: 2, seed: 0 });
+  const [wish, setWish] = useState({ beginning: T.examples[0], length: 'medium', boldness: 2, seed: 0 });
   const [story, setStory] = useState('');
   const [spoken, setSpoken] = useState(''); // whole sentences, for screen readers
   const [isTelling, setTelling] = useState(false);
@@ -78,7 +78,7 @@ function Storyteller() {
   useEffect(() => {
     readFragment().then((state) => {
       if (!state.b) return;
-      const length = state.len in LENGTHS ? state.len : 'middling';
+      const length = state.len in LENGTHS ? state.len : 'medium';
       const changes = { beginning: state.b, length, boldness: BOLDNESS[state.bold] ? Number(state.bold) : 2 };
       setWish((before) => ({ ...before, ...changes }));
       if (/^\d{1,10}$/.test(state.s)) start({ ...changes, seed: Number(state.s) });

@@ -20,7 +20,7 @@ export const STORY = {
     'It was raining, and the two friends',
   ],
   length: 'Length',
-  lengths: { short: 'short', middling: 'medium', long: 'long' },
+  lengths: { short: 'short', medium: 'medium', long: 'long' },
   boldness: 'Boldness',
   bold: ['very safe', 'safe', 'as usual', 'bold', 'very bold'],
   tell: 'Tell',
