@@ -16,7 +16,7 @@ KIT := $(if $(NANOGPT),--nanogpt "$(NANOGPT)") $(if $(DATA),--data "$(DATA)")
 # Tests that need nothing but the dev extra and a few minutes.
 HERE := not slow and not gpu and not interop and not browser
 
-.PHONY: help install clients demo storyteller test test-all test-slow test-wheel test-interop test-browser test-gpu gpu-kit gpu-rehearsal check format objects dist clean
+.PHONY: help install clients demo storyteller test test-all test-extended test-slow test-wheel test-interop test-browser test-gpu gpu-kit gpu-rehearsal check format objects dist clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
@@ -62,13 +62,15 @@ storyteller: install  ## retrain the bundled storyteller: TRAIN=train.txt VAL=va
 	  --repetition-window 128 --spare-names
 	$(PY) benchmarks/storyteller.py runs/storyteller-packed --train "$(TRAIN)" --val "$(VAL)"
 
-test: install  ## fast tests, about a minute: no network, no GPU
+test: install  ## fast tests, some minutes: no network, no GPU
 	@$(TS) warmup
 	OMP_NUM_THREADS=1 $(PY) -m pytest $(WORKERS) $(HOOK) -m "not extended and not compile and $(HERE)"
 
-test-all: install clients  ## everything that CI runs: the fast tests, those that take longer, and torch.compile
+test-all: test test-extended  ## the fast tests and those that take longer
+
+test-extended: install clients  ## tests that take longer than those of `make test`: some minutes, also of torch.compile
 	@$(TS) warmup
-	OMP_NUM_THREADS=1 TINYSTORIES_CLIENTS=$(abspath $(CLIENTS)) $(PY) -m pytest $(WORKERS) $(HOOK) -m "not compile and $(HERE)"
+	OMP_NUM_THREADS=1 TINYSTORIES_CLIENTS=$(abspath $(CLIENTS)) $(PY) -m pytest $(WORKERS) $(HOOK) -m "extended and not compile and $(HERE)"
 	OMP_NUM_THREADS=1 $(PY) -m pytest $(WORKERS) -m "compile and $(HERE)"
 
 test-slow: install  ## tests that take minutes
