@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,14 @@ def browser() -> Iterator[Any]:
         started = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
         yield started
         started.close()
+
+
+def wait_for_script(page: Any, expression: str, arg: object = None) -> None:
+    """Wait until JavaScript is true. Playwright's own wait evaluates text in the page, which its policy forbids."""
+    deadline = time.monotonic() + 30
+    while not page.evaluate(expression, arg):
+        assert time.monotonic() < deadline, expression
+        page.wait_for_timeout(20)
 
 
 class Watch:
@@ -118,8 +127,8 @@ def test_a_story_grows_word_by_word_and_can_be_kept(
         lengths = []
         for _ in range(3):
             running.engine.allow(4)
-            page.wait_for_function(
-                "n => (document.querySelector('.words')?.innerText.length ?? 0) > n", arg=max([7, *lengths])
+            wait_for_script(
+                page, "n => (document.querySelector('.words')?.innerText.length ?? 0) > n", arg=max([7, *lengths])
             )
             lengths.append(len(page.locator(".words").inner_text()))
         assert page.get_by_role("button", name="Stop").is_visible()
@@ -190,6 +199,7 @@ def test_the_storyteller_by_keyboard_alone(serve_script: Serve, open_page: Calla
         page.keyboard.press("Enter")
         page.wait_for_url("**/lab#*")
         assert page.get_by_label("Your text").input_value() == f"The dog{STORY}"
+        page.wait_for_load_state("networkidle")  # the lab asks the server, which ends now
 
 
 def test_a_locked_server_asks_for_its_key(serve_script: Serve, open_page: Callable[..., Any]) -> None:
@@ -250,12 +260,12 @@ def test_words_have_the_numbers_of_the_python_api(
     other = page.locator("aside .choices button").nth(1)
     label = other.locator("span").first.inner_text()
     other.click()  # cut here and branch
-    page.wait_for_function(
-        "() => document.getElementById('text').value.startsWith('Lily had a') && location.hash.includes('a=')"
+    wait_for_script(
+        page, "() => document.getElementById('text').value.startsWith('Lily had a') && location.hash.includes('a=')"
     )
     assert page.get_by_label("Your text").input_value() == "Lily had a" + label.replace("·", " ")
     page.go_back()
-    page.wait_for_function("text => document.getElementById('text').value === text", arg=text)
+    wait_for_script(page, "text => document.getElementById('text').value === text", arg=text)
 
 
 def test_next_word_by_mouse_and_keyboard(
@@ -300,7 +310,7 @@ def test_attention_and_ablation(
     assert page.locator(".thumbs button").count() == 36
     last = len(trace.ids) - 1
     byte = trace.attention_bytes(2)[3, last, last - 1]
-    page.wait_for_function("document.querySelectorAll('.chips [title$=\"%\"]').length > 3")
+    wait_for_script(page, "document.querySelectorAll('.chips [title$=\"%\"]').length > 3")
     shown = page.locator(f"[data-index='{last - 1}']").get_attribute("title")
     assert float(shown.removesuffix(" %")) == pytest.approx(100 * (byte / 255) ** 2, abs=0.06)
     page.locator("section h2").click()
@@ -379,4 +389,4 @@ def test_the_lab_when_its_server_goes_away(serve_model: Serve, open_page: Callab
     with serve_model(port=port):
         page.get_by_role("button", name="Try again").click()
         page.locator("[data-index='2']").wait_for()
-        page.wait_for_function("document.querySelectorAll('[role=alert]').length === 0")
+        wait_for_script(page, "document.querySelectorAll('[role=alert]').length === 0")
