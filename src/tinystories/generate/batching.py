@@ -172,7 +172,9 @@ class ActiveSequence:
         self.stop_reason: StopReason | None = None
         self.uniforms = UniformStream(request.seed, request.number)
         self.seen: SeenIds | None = None  # what the repetition penalty applies to, which END is not among
-        self.name_ids = tokenizer.name_ids
+        self.name_ids = (
+            frozenset[int]() if request.settings.penalize_names else tokenizer.name_ids
+        )  # takes milliseconds
         self.is_stop_token, self.end_id = tokenizer.is_stop_token, tokenizer.end_id
         # Ids that the next token is conditioned on.
         self.context = [tokenizer.end_id, *tokenizer.encode(request.prompt)] if context is None else list(context)
