@@ -644,7 +644,7 @@ def test_27_a_shutdown_lets_streams_finish_then_tells_the_rest(serve_chaotic: Se
     with serve_chaotic(n_slots=2, drain_s=0.05) as running:
         engine = engine_of(running)
         engine.close_gate()
-        with running.client.open_stream(prompt="The cat", max_tokens=3) as stream:
+        with running.client.open_stream(prompt="The cat", **LONG) as stream:
             running.signal()
             wait_until(lambda: running.service.is_draining)
             engine.allow(1)
