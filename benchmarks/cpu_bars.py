@@ -15,6 +15,7 @@ import dataclasses
 import json
 import os
 import re
+import resource
 import statistics
 import subprocess
 import sys
@@ -109,6 +110,9 @@ def main() -> None:
     parser.add_argument("--llama-avx2", type=Path, help="folder of llama.cpp's libraries built without AVX-512")
     parser.add_argument("--limits", default=",".join(LIMITS), help="comma-separated: native, avx2")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--cpu-seconds", action="store_true", help="count processor time, on a busy machine; leaves out two threads"
+    )
     parser.add_argument("--only", default="", help="regular expression: only bars whose name it matches")
     options = parser.parse_args()
     model = options.base / "src" / "tinystories" / "bundled"
@@ -124,7 +128,8 @@ def main() -> None:
                 raise UserError(
                     "--limits avx2 needs --llama-avx2, since llama.cpp uses all instructions it was built with"
                 )
-            environment["LLAMA_CPP_LIB_PATH"] = str(options.llama_avx2.resolve())
+            folder = str(options.llama_avx2.resolve())
+            environment |= {"LLAMA_CPP_LIB_PATH": folder, "LD_LIBRARY_PATH": folder}
         rows = measure_stories(options, model, limit, environment) + measure_benches(options, model, limit, environment)
         print(f"\n{limit}: goal, reached")
         for row in rows:
@@ -137,25 +142,43 @@ def measure_stories(
     options: argparse.Namespace, model: Path, limit: str, environment: dict[str, str]
 ) -> list[dict[str, Any]]:
     """Run `tinystories generate` of both commits in turns."""
+    roots = {"base": options.base, "ours": ROOT}
     rows = []
     for name, arguments, goals in STORIES:
         if not re.search(options.only, name):
             continue
-        rates: dict[str, list[float]] = {"base": [], "ours": []}
+        rates: dict[str, list[float]] = {label: [] for label in roots}
         for number in range(options.rounds + 1):
-            for label, root in (("base", options.base), ("ours", ROOT)):
-                command = [sys.executable, "-m", "tinystories", "generate", str(model), "--threads", "1", "--no-stream"]
-                seed = ["--seed", str(number)]
-                done = run([*command, *seed, *arguments], environment | {"PYTHONPATH": str(root.resolve() / "src")})
-                rate = re.search(r"([\d,.]+) tokens/s", done.stderr)
-                if rate is None:
-                    raise UserError(f"{label}: no tokens/s in {done.stderr.strip()!r}")
+            for label, root in roots.items():
+                rate = tell(root, [str(model), "--seed", str(number), *arguments], environment, options.cpu_seconds)
                 if number:  # the first round is a warm-up
-                    rates[label].append(float(rate[1].replace(",", "")))
+                    rates[label].append(rate)
         ratio = statistics.median(a / b for a, b in zip(rates["ours"], rates["base"], strict=True))
         medians = {label: round(statistics.median(values)) for label, values in rates.items()}
         rows.append({"limit": limit, "bar": name, "goal": goals[limit], "reached": round(ratio, 3), "rates": medians})
     return rows
+
+
+def tell(root: Path, arguments: list[str], environment: dict[str, str], by_cpu_seconds: bool) -> float:
+    """Return the tokens/s of `tinystories generate` in a checkout, which it prints itself.
+
+    Those of processor time are without what the same command needs for a single token.
+    """
+    command = [sys.executable, "-m", "tinystories", "generate", *arguments, "--threads", "1", "--no-stream"]
+    environment = environment | {"PYTHONPATH": str(root.resolve() / "src")}
+    used = [resource.getrusage(resource.RUSAGE_CHILDREN)]
+    done = run(command, environment)
+    used.append(resource.getrusage(resource.RUSAGE_CHILDREN))
+    counts = re.search(r"\[([\d,]+) tokens, ([\d,.]+) tokens/s", done.stderr)
+    if counts is None:
+        raise UserError(f"{root}: no tokens/s in {done.stderr.strip()!r}")
+    n_tokens, rate = (float(count.replace(",", "")) for count in counts.groups())
+    if not by_cpu_seconds:
+        return rate
+    run([*command, "--max-tokens", "1", "--num", "1"], environment)
+    used.append(resource.getrusage(resource.RUSAGE_CHILDREN))
+    at = [usage.ru_utime + usage.ru_stime for usage in used]
+    return (n_tokens - 1) / ((at[1] - at[0]) - (at[2] - at[1]))
 
 
 def measure_benches(
@@ -165,11 +188,12 @@ def measure_benches(
     rows = []
     for name, arguments, all_bars in BENCHES:
         bars = [bar for bar in all_bars if re.search(options.only, f"{name}: {bar.name}")]
-        if not bars:
+        if not bars or (options.cpu_seconds and "1" not in arguments):
             continue
         program = [sys.executable, "-m", "tinystories", "bench"]
         arguments = [argument.format(model=model) for argument in arguments]
         command = [*program, *arguments, "--peers", "--json", "--runs", str(options.rounds)]
+        command += ["--cpu-seconds"] * options.cpu_seconds
         paths = [str(ROOT / "src"), *filter(None, [environment.get("PYTHONPATH")])]
         result = json.loads(run(command, environment | {"PYTHONPATH": os.pathsep.join(paths)}).stdout)
         tasks = [task for task in ("prefill", "decode", "batch") if task in result]
