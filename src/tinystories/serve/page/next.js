@@ -2,17 +2,9 @@
 import { ask } from './api.js';
 import { useAnswer } from './answers.js';
 import { LAB as T } from './texts.js';
-import { percent } from './tokens.js';
+import { KNOBS, percent } from './shared.js';
 import { html, moveInGroup, useEffect, useRef, useState } from './ui.js';
 
-// Settings in the order in which they are applied. `name` is theirs in the API, `key` in the fragment.
-const KNOBS = [
-  { name: 'repetition_penalty', key: 'rp', min: 1, max: 2, step: 0.05 },
-  { name: 'temperature', key: 'temp', min: 0, max: 2, step: 0.05 },
-  { name: 'top_k', key: 'k', min: 0, max: 100, step: 1 },
-  { name: 'top_p', key: 'tp', min: 0.05, max: 1, step: 0.05 },
-  { name: 'min_p', key: 'mp', min: 0, max: 0.5, step: 0.01 },
-];
 const N_BARS = 12;
 
 export function NextPane({ tokens, state, go, model, fail, attempt, latest }) {
