@@ -1,8 +1,10 @@
 """What all tests share: tiny shapes, and the bundled stories as prepared data."""
 
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +20,30 @@ os.environ.setdefault("PYTEST_TIMEOUT", "300")  # not an option: pytest must run
 # Hypothesis tries the same examples in every run, however slow the machine is.
 settings.register_profile("certain", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("certain")
+
+
+REQUIRED = "TINYSTORIES_NEED_BROWSER"  # where it is set, a browser that is missing fails the tests
+
+
+def is_missing(what: str) -> None:
+    reason = f"{what} is missing; `make test-browser` says what it needs"
+    pytest.fail(reason) if os.environ.get(REQUIRED) else pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Debian's chromium, driven by Playwright: one for all tests, since a process can have only one Playwright."""
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        is_missing("playwright")
+    executable = shutil.which("chromium")
+    if executable is None:
+        is_missing("chromium")
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+        yield started
+        started.close()
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,5 @@
 """The pages in Debian's chromium, driven by Playwright: streams, stops, keys, errors, phones and the lab's numbers."""
 
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,31 +18,10 @@ from tinystories.serve.model import ServedModel
 
 pytestmark = pytest.mark.browser
 
-REQUIRED = "TINYSTORIES_NEED_BROWSER"  # where it is set, a browser that is missing fails the tests
 KEY = "a-long-enough-key"
 STORY = " was happy. Then a dog sat on a mat. The cat was happy. The dog was happy." * 3
 PANES = ("words", "next", "attention", "inside")
 LONG_TEXT = "Lily had a red ball. Tom took the ball and ran to the park. " * 60  # more than the context
-
-
-def is_missing(what: str) -> None:
-    reason = f"{what} is missing; `make test-browser` says what it needs"
-    pytest.fail(reason) if os.environ.get(REQUIRED) else pytest.skip(reason)
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Any]:
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        is_missing("playwright")
-    executable = shutil.which("chromium")
-    if executable is None:
-        is_missing("chromium")
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 def wait_for_script(page: Any, expression: str, arg: object = None) -> None:
