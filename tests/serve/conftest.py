@@ -10,7 +10,7 @@ import pytest
 from serve_helpers import GatedEngine, Running, describe, serving
 
 from tinystories import checkpoint
-from tinystories.config import ModelConfig, SamplingConfig
+from tinystories.config import Config, DataConfig, ModelConfig, SamplingConfig, TrainConfig
 from tinystories.data.build_tokenizer import build_from_spec
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.engine.engine_config import EngineConfig
@@ -18,6 +18,7 @@ from tinystories.engine.select import load_engine
 from tinystories.files import atomic_directory
 from tinystories.model import GPT
 from tinystories.serve.model import ServedModel
+from tinystories.train.run import train
 
 TEXT = "Once upon a time there was a cat. The cat sat on a mat and was happy. “Hello”, said the 🐈 to the naïve dog."
 Serve = Callable[..., contextlib.AbstractContextManager[Running]]
@@ -93,3 +94,29 @@ def serve_model(model_folder: Path) -> Serve:
         return serving(loaded, model, **settings)
 
     return start
+
+
+@pytest.fixture(scope="session")
+def trained_run(sample_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 12 steps with all of its checkpoints: 4, 8 and 12. It is alone in its folder."""
+    run = tmp_path_factory.mktemp("runs") / "tiny"
+    config = Config(
+        model=ModelConfig(n_ctx=48, n_layer=2, n_head=2, n_embd=16, n_ff=32),
+        data=DataConfig(dir=str(sample_data)),
+        train=TrainConfig(
+            steps=12,
+            batch_size=4,
+            micro_batch=4,
+            log_every=2,
+            eval_every=4,
+            eval_stories=3,
+            checkpoint_every=4,
+            keep_checkpoints=9,
+            sample_prompts=("The cat", "A dog"),
+            sample_tokens=6,
+            device="cpu",
+            precision="fp32",
+        ),
+    )
+    train(config, run)
+    return run

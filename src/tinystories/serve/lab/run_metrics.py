@@ -75,6 +75,7 @@ class MetricsReader:
         """`locate` returns the path; it raises `RunProblemError` if the file is not there."""
         self.locate, self.after = locate, after
         self.before: bytes | None = None  # the last bytes that were read; None: unknown
+        self.stamp: tuple[int, int, int] | None = None  # size, modification time and inode at the last reading
         self.n_lines = 0
         self.is_from_top = after == 0
 
@@ -82,13 +83,16 @@ class MetricsReader:
         """Return what is new; None if nothing is. Raises `RunProblemError` if the file cannot be read."""
         path = self.locate()
         try:
-            size = path.stat().st_size
-            if size == self.after and self.before is not None:
+            status = path.stat()
+            size, stamp = status.st_size, (status.st_size, status.st_mtime_ns, status.st_ino)
+            if stamp == self.stamp:
                 return None
             if size > MAX_METRICS_BYTES:
                 raise RunProblemError(f"metrics.jsonl is larger than {MAX_METRICS_BYTES >> 20} MB, too large to draw")
             with path.open("rb") as file:
-                return self._read_from(file, size)
+                update = self._read_from(file, size)
+            self.stamp = stamp  # older than what was read, if at all: then the next call reads again
+            return update
         except OSError as error:
             raise RunProblemError(f"metrics.jsonl cannot be read: {error.strerror or error}") from None
 
