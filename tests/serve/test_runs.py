@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import click
 import pytest
 from conftest import Serve
 from serve_helpers import PATIENCE_S, Client, Running, wait_until
 
 import tinystories
+from tinystories.cli.write.serve import lab_options
 from tinystories.errors import UserError
 from tinystories.serve.errors import ApiError
 from tinystories.serve.lab import live, run_metrics, runs
@@ -111,6 +113,7 @@ def test_the_stream_has_the_lines_of_the_file(server: Running, trained_run: Path
     for record, line in zip(event["records"], lines, strict=True):
         assert record.items() <= json.loads(line).items()
     assert "stride" in event
+    assert server.client.request("HEAD", "/lab/api/runs/tiny/metrics")[0] == 200  # ends at once
     offset = len(lines[0]) + 1
     with watching(server, f"runs/tiny/metrics?after={offset}") as read:
         assert len(read()["records"]) == len(lines) - 1
@@ -413,6 +416,29 @@ def test_a_folder_that_is_missing_or_is_a_run_is_refused_at_the_start(trained_ru
         ServerConfig(runs_folder=tmp_path / "nothing")
     with pytest.raises(UserError, match=f"is a run itself; name the folder that holds it: --runs {trained_run.parent}"):
         ServerConfig(runs_folder=trained_run)
+
+
+def test_the_options_find_the_folder_and_the_second_model(
+    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[Path | None, Path | None]] = []
+
+    @click.command()
+    @lab_options
+    def command(runs_folder: Path | None, compare_model: Path | None) -> None:
+        seen.append((runs_folder, compare_model))
+
+    def invoke(*words: str) -> None:
+        command.main(list(words), standalone_mode=False)
+
+    monkeypatch.chdir(tmp_path)
+    invoke()
+    (tmp_path / "runs").mkdir()
+    invoke()
+    invoke("--runs", "elsewhere", "--compare", str(trained_run))
+    assert seen == [(None, None), (Path("runs"), None), (Path("elsewhere"), trained_run)]
+    with pytest.raises(UserError, match="no such model directory"):
+        invoke("--compare", "nothing")
 
 
 @pytest.mark.parametrize(

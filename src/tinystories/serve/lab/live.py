@@ -86,17 +86,20 @@ class LiveMetrics:
         with self.watchers.enter():
             watcher = asyncio.create_task(wait_until_gone())
             try:
-                await self._stream(send_in_time, watcher)
+                await self._stream(send_in_time, watcher, is_head=scope["method"] == "HEAD")
             except SlowClientError:
                 scope.get("state", {}).get("abort", lambda: None)()
                 await asyncio.sleep(0)
             finally:
                 watcher.cancel()
 
-    async def _stream(self, send: Any, watcher: "asyncio.Task[None]") -> None:
+    async def _stream(self, send: Any, watcher: "asyncio.Task[None]", *, is_head: bool) -> None:
         config = self.service.config
         headers = [(name.lower().encode(), value.encode()) for name, value in STREAM_HEADERS.items()]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
+        if is_head:
+            await send({"type": "http.response.body", "body": b""})
+            return
         await send_part(send, PING)
         sent_at = time.monotonic()
         while not (watcher.done() or self.service.is_draining):
