@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, unquote_plus, urlsplit
+from urllib.parse import quote, unquote_plus
 
 import pytest
 from command_line import PROGRAM
@@ -41,8 +41,8 @@ def runs_server(serve_model: Serve, trained_run: Path, tmp_path_factory: pytest.
 
 
 def state_of(page: Any) -> dict[str, str]:
-    """The fragment of the URL."""
-    pairs = [part.partition("=") for part in urlsplit(page.url).fragment.split("&")]
+    """The fragment of the URL, asked of the page: `page.url` is old until Playwright hears of a change."""
+    pairs = [part.partition("=") for part in page.evaluate("location.hash").removeprefix("#").split("&")]
     return {name: unquote_plus(value) for name, _, value in pairs}
 
 

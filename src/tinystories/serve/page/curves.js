@@ -57,7 +57,9 @@ export function Chart({ lines, xLabel, yLabel, label, height, dark, at, onPoint 
   }, lines.map(({ points }) => points).concat([isReady]));
 
   useEffect(() => {
-    if (plot.current && at !== null && at !== undefined) plot.current.setCursor({ left: plot.current.valToPos(at, 'x'), top: 0 });
+    if (!plot.current || at === null || at === undefined) return;
+    plot.current.cursor.event = null; // this is not the mouse
+    plot.current.setCursor({ left: plot.current.valToPos(at, 'x'), top: 0 });
   });
   return html`<div class="plot" role="img" aria-label=${label} ref=${box} data-points=${lines.map(({ points }) => points.length).join()}
     style=${{ minHeight: `${height}px` }}></div>`;
