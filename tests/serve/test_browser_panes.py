@@ -318,10 +318,10 @@ def test_two_texts(runs_server: Running, model_folder: Path, open_page: Callable
     difference = rows.first.locator(".difference").inner_text()
     assert float(difference.replace("−", "-")) == pytest.approx(100 * (probs[1][best] - probs[0][best]), abs=0.051)
     page.get_by_label("The other text (B)").fill(first)
-    page.get_by_text("The two guesses agree to 100 %").wait_for()
+    page.get_by_text("The two guesses overlap by 100 %").wait_for()
     expect_state(page, t2=first)
     page.reload()
-    page.get_by_text("The two guesses agree to 100 %").wait_for()
+    page.get_by_text("The two guesses overlap by 100 %").wait_for()
 
 
 def test_two_models(runs_server: Running, model_folder: Path, trained_run: Path, open_page: Callable[..., Any]) -> None:

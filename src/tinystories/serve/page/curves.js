@@ -19,6 +19,7 @@ export function Chart({ lines, xLabel, yLabel, label, height, dark, at, onPoint 
   const box = useRef(null);
   const plot = useRef(null);
   const handler = useRef(null);
+  const place = useRef(null); // puts the cursor where it belongs, also after a drawing
   const [isReady, setReady] = useState(library !== null);
   handler.current = onPoint;
   useEffect(() => {
@@ -41,7 +42,7 @@ export function Chart({ lines, xLabel, yLabel, label, height, dark, at, onPoint 
       series: [{}, ...lines.map(({ color, dash, width, dots }) => ({
         stroke: color, dash, width, points: { show: dots, size: 6, fill: color },
       }))],
-      hooks: { setCursor: [(u) => u.cursor.left >= 0 && u.cursor.event && handler.current?.(u.posToVal(u.cursor.left, 'x'))] },
+      hooks: { draw: [() => place.current()], setCursor: [(u) => u.cursor.left >= 0 && u.cursor.event && handler.current?.(u.posToVal(u.cursor.left, 'x'))] },
     }, join(), box.current);
     const observer = new ResizeObserver(() => box.current && plot.current?.setSize({ width: box.current.clientWidth, height }));
     observer.observe(box.current);
@@ -56,11 +57,12 @@ export function Chart({ lines, xLabel, yLabel, label, height, dark, at, onPoint 
     plot.current?.setData(join());
   }, lines.map(({ points }) => points).concat([isReady]));
 
-  useEffect(() => {
+  place.current = () => {
     if (!plot.current || at === null || at === undefined) return;
     plot.current.cursor.event = null; // this is not the mouse
     plot.current.setCursor({ left: plot.current.valToPos(at, 'x'), top: 0 });
-  });
+  };
+  useEffect(() => place.current(), [at]);
   return html`<div class="plot" role="img" aria-label=${label} ref=${box} data-points=${lines.map(({ points }) => points.length).join()}
     style=${{ minHeight: `${height}px` }}></div>`;
 }

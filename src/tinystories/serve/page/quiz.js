@@ -41,7 +41,7 @@ export function QuizTab({ state, go, fail, attempt, latest }) {
     addEventListener('keydown', onKey);
     return () => removeEventListener('keydown', onKey);
   }, []);
-  useEffect(() => { if (isAnswered && truth && document.activeElement === document.body) next.current?.focus(); }, [isAnswered, truth]);
+  useEffect(() => { if (isAnswered && truth && document.activeElement === document.body) next.current?.focus({ preventScroll: true }); }, [isAnswered, truth]);
 
   if (!items) return null;
   const score = html`<p class="total" role="status">${results.length > 0 && Q.score(right(1), right(2), results.length)}</p>`;
@@ -52,7 +52,7 @@ export function QuizTab({ state, go, fail, attempt, latest }) {
   const isReaderRight = isAnswered && Number(results[number]) & 1;
   const [before, after] = [item.context + item.before, item.after];
   return html`<div class="card quiz"><div class="row spread"><h3>${Q.number(number + 1, items.length)}</h3><span class="soft">${Q.tasks[item.task]}</span></div>
-    <p class="passage">${before.split('\n').map((line, i) => html`${i ? html`<br />` : ''}${line}`)}<b class="gap">${isAnswered && truth ? truth.answer : html`<span class="sr-only">${Q.gap}</span>`}</b>${after}</p>
+    <p class="passage">${before.split('\n').map((line, i) => html`${i ? html`<br />` : ''}${line}`)}<b class=${isAnswered ? 'gap' : 'gap open'}>${isAnswered && truth ? truth.answer : html`<span class="sr-only">${Q.gap}</span>`}</b>${after}</p>
     <div class="row answers" role="group" aria-label=${Q.choose}>${item.words.map((word, i) => html`<button type="button" data-word=${word} disabled=${isAnswered || !truth}
       class=${isAnswered && word === truth?.answer ? 'primary' : ''} onClick=${() => guess(word)}><kbd>${i + 1}</kbd> ${word}</button>`)}</div>
     <div aria-live="polite">${isAnswered && truth && html`<p><b>${isReaderRight ? Q.youRight : Q.youWrong(truth.answer)}</b></p>

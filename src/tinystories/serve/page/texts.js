@@ -248,7 +248,7 @@ export const LAB = {
     token: 'token',
     difference: (d) => (Math.abs(d) < 0.0005 ? '0.0' : `${d > 0 ? '+' : '−'}${(100 * Math.abs(d)).toFixed(1)}`),
     differenceName: 'B minus A, in points of percent',
-    overlap: (share) => `The two guesses agree to ${(100 * share).toFixed(0)} %. 100 % would be the same guess, 0 % no token in common.`,
+    overlap: (share) => `The two guesses overlap by ${(100 * share).toFixed(0)} %. 100 % would be the same guess, 0 % no token in common.`,
     asTable: 'As a table',
     loading: 'The model is reading …',
     prompts: {

@@ -14,7 +14,7 @@ const N_ROWS = 30; // of the table
 const MEASURES = { bits: ['bits_per_byte', 'val_bits_per_byte'], loss: ['loss', 'val_nats_per_token'] };
 const AXES = { steps: (r) => r.step, tokens: (r) => r.tokens ?? 0, minutes: (r) => (r.seconds ?? 0) / 60 };
 // Blue and orange, which color-blind readers tell apart; the second run is dashed as well.
-export const sideColors = (dark) => (dark ? ['#8fbbe8', '#f0b04f'] : ['#2f5d8a', '#b36b00']);
+export const sideColors = (dark) => (dark ? ['#8fbbe8', '#f0b04f'] : ['#2f5d8a', '#985900']);
 const runPath = (name) => `/lab/api/runs/${encodeURIComponent(name)}`;
 
 // What a GET of this path answers, asked again when `key` changes; null before.
