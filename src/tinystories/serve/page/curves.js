@@ -2,6 +2,19 @@
 import { html, useEffect, useRef, useState } from './ui.js';
 
 let library = null;
+let loading = null;
+
+// uPlot is a script that sets a global name, as it is published.
+function loadLibrary() {
+  loading ??= new Promise((resolve) => {
+    const script = document.createElement('script');
+    script.src = '/page/vendor/uplot.js';
+    script.onload = () => { library = window.uPlot; resolve(); };
+    script.onerror = () => { loading = null; script.remove(); }; // the next chart tries again
+    document.head.append(script);
+  });
+  return loading;
+}
 
 export const shorten = (number) => (number === null || number === undefined ? '–' : String(Number(number.toPrecision(4))));
 
@@ -23,7 +36,7 @@ export function Chart({ lines, xLabel, yLabel, label, height, dark, at, onPoint 
   const [isReady, setReady] = useState(library !== null);
   handler.current = onPoint;
   useEffect(() => {
-    if (!library) import('./vendor/uplot.mjs').then((module) => { library = module.default; setReady(true); });
+    if (!library) loadLibrary().then(() => setReady(true));
   }, []);
 
   const look = JSON.stringify(lines.map(({ points, ...rest }) => rest));
