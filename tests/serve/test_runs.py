@@ -1,10 +1,12 @@
 """The lab's endpoints for runs: what is in the folder, live metrics, and everything that may be wrong with it."""
 
+import asyncio
 import contextlib
 import http.client
 import json
 import os
 import shutil
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -485,6 +487,27 @@ def test_a_stream_ends_with_the_server_and_too_many_are_refused(
         for read in reads:
             with pytest.raises(EOFError):
                 read()
+
+
+def test_a_stream_ends_whole_when_the_server_drains(tmp_path: Path) -> None:
+    write_run(tmp_path, "a", step(1))
+    service: Any = types.SimpleNamespace(config=ServerConfig(poll_s=0.001), is_draining=False)
+    messages: list[Any] = []
+
+    async def send(message: Any) -> None:
+        messages.append(message)
+        service.is_draining = b"records" in message.get("body", b"")
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()  # the client stays
+
+    async def run() -> None:
+        response = live.LiveMetrics(service, live.Watchers(), [live.Feed(runs.Run(tmp_path, "a"), 0)])
+        async with asyncio.timeout(PATIENCE_S):
+            await response({"type": "http", "method": "GET"}, receive, send)
+
+    asyncio.run(run())
+    assert messages[-1] == {"type": "http.response.body", "body": b""}
 
 
 def test_a_page_that_leaves_frees_its_place(

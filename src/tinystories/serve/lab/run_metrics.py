@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import operator
 from collections.abc import Callable
 from pathlib import Path
@@ -165,7 +164,7 @@ def parse_record(line: bytes) -> dict[str, Any] | None:
     for name in NUMBERS:
         if name in value:
             number = value[name]
-            is_finite = type(number) in (int, float) and abs(number) < 1e300 and math.isfinite(number)
+            is_finite = type(number) in (int, float) and abs(number) < 1e300  # not true of NaN either
             record[name] = number if is_finite else None
     for name in ("evaluated", "final"):
         if value.get(name) is True:
