@@ -67,6 +67,7 @@ def test_files_load_nothing_from_elsewhere_and_nothing_inline() -> None:
         if path.suffix not in MEDIA_TYPES or path.suffix == ".txt":
             continue
         text = path.read_text(encoding="utf-8").replace("http://www.w3.org/", "")
+        text = text.removeprefix("/*! https://github.com/leeoniya/uPlot (v1.6.32) */")
         assert not re.search(r"https?://", text), path
         assert not re.search(r"<script(?![^>]*\bsrc=)|<style|\bon\w+=\"|\beval\(|new Function", text), path
         for name in re.findall(r"(?:from|import) '(\./[^']+)'|(?:src|href)=\"(/page/[^\"]+)\"", text):
@@ -76,8 +77,9 @@ def test_files_load_nothing_from_elsewhere_and_nothing_inline() -> None:
 
 def test_libraries_are_those_of_the_table() -> None:
     table = (PAGE / "vendor" / "README.md").read_text(encoding="utf-8")
-    rows = re.findall(r"\| `(\w+\.mjs)` \|.*\| ([\d,]+) \| `(\w{64})` \| (?:the same|`(\w{64})`) \|", table)
-    assert {row[0] for row in rows} == {path.name for path in (PAGE / "vendor").glob("*.mjs")}
+    rows = re.findall(r"\| `(\w+\.(?:mjs|js|css))` \|.*\| ([\d,]+) \| `(\w{64})` \| (?:the same|`(\w{64})`) \|", table)
+    libraries = [path for path in (PAGE / "vendor").iterdir() if path.suffix in (".mjs", ".js", ".css")]
+    assert {row[0] for row in rows} == {path.name for path in libraries}
     for name, n_bytes, published, changed in rows:
         data = (PAGE / "vendor" / name).read_bytes()
         assert len(data) == int(n_bytes.replace(",", ""))
@@ -285,14 +287,14 @@ def test_an_engine_without_weights_is_told_apart(serve_chaotic: Serve) -> None:
 
 def test_traces_are_kept_and_bounded(storyteller: tinystories.Storyteller, monkeypatch: pytest.MonkeyPatch) -> None:
     worker = traces.TraceWorker(storyteller.engine, storyteller.tokenizer)
-    first = worker._trace([1, 2])
-    assert worker._trace([1, 2]) is first
+    first = worker.trace([1, 2])
+    assert worker.trace([1, 2]) is first
     for token in range(40):
-        worker._trace([token])
+        worker.trace([token])
     assert len(worker.traces) == traces.MAX_TRACES
-    assert worker._trace([1, 2]) is not first
+    assert worker.trace([1, 2]) is not first
     monkeypatch.setattr(traces, "MAX_TRACE_BYTES", 3 * first.hidden.nbytes)
-    worker._trace([3, 4])
+    worker.trace([3, 4])
     assert worker.n_bytes <= 3 * first.hidden.nbytes
 
 

@@ -35,29 +35,41 @@ class TraceWorker:
 
         `ApiError`: 400 for ids that the model does not take and other mistakes of the client, 429 if too many wait.
         """
-        if not isinstance(self.engine, TraceableEngine):
-            raise ApiError(501, "this engine does not show its weights, so that the lab cannot look into the model")
+        self.check_traceable()
+        return await self.run(lambda: answer(self.trace(ids)))
+
+    async def run(self, function: Callable[[], Result]) -> Result:
+        """Return the result of a function, called in the worker's thread. `ApiError` as for `ask`."""
         if self.n_waiting >= MAX_WAITING:
             raise ApiError(429, "the lab is busy; try again", code="queue_full", headers={"Retry-After": "1"})
         self.n_waiting += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self.executor, lambda: answer(self._trace(ids)))
+            return await asyncio.get_running_loop().run_in_executor(self.executor, function)
         except UserError as error:
             raise invalid(str(error), "ids") from None
         finally:
             self.n_waiting -= 1
 
-    def _trace(self, ids: Sequence[int]) -> TextTrace:
-        """Return the trace of ids. Called in the worker's thread only."""
-        if self.model is None:
-            assert isinstance(self.engine, TraceableEngine)
-            self.model = TraceModel(self.engine.config, self.engine.fp32_weights())
+    def check_traceable(self) -> None:
+        """Raise `ApiError` (501) if the engine does not show its weights."""
+        if not isinstance(self.engine, TraceableEngine):
+            raise ApiError(501, "this engine does not show its weights, so that the lab cannot look into the model")
+
+    def trace(self, ids: Sequence[int]) -> TextTrace:
+        """Return the trace of ids. Call it in the worker's thread only."""
         key = tuple(ids)
-        trace = self.traces.pop(key, None) or trace_text(self.model, self.tokenizer, ids)
+        trace = self.traces.pop(key, None) or trace_text(self.load(), self.tokenizer, ids)
         self.traces[key] = trace
         while len(self.traces) > 1 and (len(self.traces) > MAX_TRACES or self.n_bytes > MAX_TRACE_BYTES):
             self.traces.popitem(last=False)
         return trace
+
+    def load(self) -> TraceModel:
+        """Return the served model in fp32. Call it in the worker's thread only."""
+        if self.model is None:
+            assert isinstance(self.engine, TraceableEngine)
+            self.model = TraceModel(self.engine.config, self.engine.fp32_weights())
+        return self.model
 
     @property
     def n_bytes(self) -> int:

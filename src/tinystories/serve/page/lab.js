@@ -2,14 +2,16 @@
 import { useAnswer } from './answers.js';
 import { ask, Failure, setKey } from './api.js';
 import { AttentionPane } from './attention.js';
+import { ExperimentsPane } from './experiments.js';
 import { makeFragment, readFragment } from './fragment.js';
 import { InsidePane } from './inside.js';
 import { NextPane } from './next.js';
 import { LAB as T } from './texts.js';
+import { TrainingPane } from './training.js';
 import { applyTheme, html, KeyForm, render, toggleTheme, useEffect, useRef, useState } from './ui.js';
 import { WordsPane } from './words.js';
 
-const PANES = { words: WordsPane, next: NextPane, attention: AttentionPane, inside: InsidePane };
+const PANES = { words: WordsPane, next: NextPane, attention: AttentionPane, inside: InsidePane, training: TrainingPane, experiments: ExperimentsPane };
 
 function Lab() {
   const [model, setModel] = useState(null);
