@@ -1,5 +1,6 @@
 """The pages and the lab's endpoints: what is served to whom, and that every number is one of the Python API."""
 
+import base64
 import hashlib
 import re
 import struct
@@ -159,6 +160,18 @@ def test_next(server: Running, storyteller: tinystories.Storyteller) -> None:
     assert answer["end_id"] in [c["id"] for c in answer["candidates"]]
 
 
+def test_next_sends_what_the_page_needs_to_apply_other_settings(
+    server: Running, storyteller: tinystories.Storyteller
+) -> None:
+    answer = post(server, "next", ids=encode(storyteller), logits=True)
+    trace = storyteller.trace(TEXT)
+    logits = np.frombuffer(base64.b64decode(answer["logits"]), "<f4")
+    np.testing.assert_allclose(logits, trace.logits()[-1], atol=1e-4)
+    seen = set(storyteller.tokenizer.encode(TEXT))
+    assert set(answer["seen"]) == seen
+    assert "logits" not in post(server, "next", ids=encode(storyteller))
+
+
 def test_drawing_with_a_seed_tells_the_story_of_that_seed(
     server: Running, storyteller: tinystories.Storyteller
 ) -> None:
@@ -296,15 +309,35 @@ def test_traces_are_kept_and_bounded(storyteller: tinystories.Storyteller, monke
     assert worker.n_bytes <= 3 * first.hidden.nbytes
 
 
+def test_typing_continues_the_trace_of_the_text_before(
+    storyteller: tinystories.Storyteller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = traces.TraceWorker(storyteller.engine, storyteller.tokenizer)
+    ids = encode(storyteller, TEXT * 3)
+    n_known: list[int] = []
+    original = traces.trace_text
+
+    def count(*arguments: Any, known: Any) -> Any:
+        n_known.append(0 if known is None else known.shape[1])
+        return original(*arguments, known=known)
+
+    monkeypatch.setattr(traces, "trace_text", count)
+    texts = [ids[:20], ids[:30], ids[:25], [*ids[:15], 5, 6], ids[:5], [1, 2, 3]]
+    for text in texts:
+        trace = worker._trace(text)
+        np.testing.assert_allclose(trace.hidden, storyteller.trace(text).hidden, atol=2e-5)
+    assert n_known == [0, 20, 24, 15, 0, 0]  # few tokens in common are not worth it
+
+
 def test_a_slow_trace_delays_nothing_and_too_many_are_refused(
     serve_model: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = threading.Event()
     original = traces.trace_text
 
-    def wait(*arguments: Any) -> Any:
+    def wait(*arguments: Any, **options: Any) -> Any:
         gate.wait()
-        return original(*arguments)
+        return original(*arguments, **options)
 
     monkeypatch.setattr(traces, "trace_text", wait)
     statuses: list[int] = []
