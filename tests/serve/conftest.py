@@ -1,15 +1,18 @@
-"""Servers with engines whose next token is known, and one with a real model."""
+"""Servers with engines whose next token is known, and some with real models; a browser."""
 
 import contextlib
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from serve_helpers import GatedEngine, Running, describe, serving
+from serve_helpers import GatedEngine, Running, Watch, describe, is_missing, serving
 
+import tinystories
 from tinystories import checkpoint
+from tinystories.checkpoint import BUNDLED_MODEL
 from tinystories.config import ModelConfig, SamplingConfig
 from tinystories.data.build_tokenizer import build_from_spec
 from tinystories.data.tokenizer import Tokenizer
@@ -93,3 +96,63 @@ def serve_model(model_folder: Path) -> Serve:
         return serving(loaded, model, **settings)
 
     return start
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        is_missing("playwright")
+    executable = shutil.which("chromium")
+    if executable is None:
+        is_missing("chromium")
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
+    """Open a path of a server. Afterwards no request went to another origin, and the console holds no errors but those
+    of requests that were meant to fail (`allow`). The lab's tour is over unless this is the `first_visit`."""
+    watches: list[tuple[Watch, str, str | None]] = []
+    contexts = []
+
+    def start(
+        running: Running, path: str = "/", *, allow: str | None = None, first_visit: bool = False, **options: Any
+    ) -> Any:
+        origin = f"http://127.0.0.1:{running.port}"
+        if path.startswith("/lab") and not first_visit:
+            visited = {"origin": origin, "localStorage": [{"name": "tour", "value": "done"}]}
+            options = {"storage_state": {"cookies": [], "origins": [visited]}} | options
+        context = browser.new_context(**({"viewport": {"width": 1200, "height": 850}} | options))
+        context.set_default_timeout(60_000)
+        contexts.append(context)
+        page = context.new_page()
+        watches.append((Watch(page), origin, allow))
+        page.goto(f"{origin}{path}")
+        return page
+
+    yield start
+    for context in contexts:
+        context.close()
+    for watch, origin, allow in watches:
+        assert {one for one in watch.origins if not one.startswith(("blob:", "data:"))} <= {origin}
+        assert [error for error in watch.errors if allow is None or allow not in error] == []
+
+
+@pytest.fixture(scope="module")
+def storyteller() -> tinystories.Storyteller:
+    """The bundled model, as the server of `lab_server` has it."""
+    return tinystories.load(engine="cpu", precision="int8", threads=1)
+
+
+@pytest.fixture(scope="module")
+def lab_server() -> Iterator[Running]:
+    """A server with the bundled model."""
+    config = EngineConfig(engine="cpu", device="cpu", precision="int8", n_slots=8, threads=1)
+    files, engine = load_engine(BUNDLED_MODEL, config)
+    with serving(engine, ServedModel.describe(files, name="bundled", engine_name="cpu", precision="int8")) as running:
+        yield running

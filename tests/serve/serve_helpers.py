@@ -4,13 +4,16 @@ import asyncio
 import contextlib
 import http.client
 import json
+import os
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
+import pytest
 
 from tinystories.config import ModelConfig, SamplingConfig
 from tinystories.data.tokenizer import Tokenizer
@@ -21,6 +24,7 @@ from tinystories.serve.service import Service
 from tinystories.serve.settings import ServerConfig
 
 PATIENCE_S = 60.0  # only for tests that fail
+BROWSER_REQUIRED = "TINYSTORIES_NEED_BROWSER"  # where it is set, a browser that is missing fails the tests
 
 
 def wait_until(condition: Callable[[], object]) -> None:
@@ -245,3 +249,28 @@ def describe(tokenizer: Tokenizer, engine: Engine, sampling: SamplingConfig | No
         fingerprint="fp_test",
         meta={},
     )
+
+
+def is_missing(what: str) -> None:
+    """Skip a test that needs something, or fail it where the environment says so."""
+    reason = f"{what} is missing; `make test-browser` says what it needs"
+    pytest.fail(reason) if os.environ.get(BROWSER_REQUIRED) else pytest.skip(reason)
+
+
+def wait_for_script(page: Any, expression: str, arg: object = None) -> None:
+    """Wait until JavaScript is true. Playwright's own wait evaluates text in the page, which its policy forbids."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not page.evaluate(expression, arg):
+        assert time.monotonic() < deadline, expression
+        page.wait_for_timeout(20)
+
+
+class Watch:
+    """What a page has asked for, and what it complains of."""
+
+    def __init__(self, page: Any) -> None:
+        self.origins: set[str] = set()
+        self.errors: list[str] = []
+        page.on("request", lambda request: self.origins.add("{0.scheme}://{0.netloc}".format(urlsplit(request.url))))
+        page.on("console", lambda message: message.type in ("error", "warning") and self.errors.append(message.text))
+        page.on("pageerror", lambda error: self.errors.append(str(error)))

@@ -1,107 +1,22 @@
 """The pages in Debian's chromium, driven by Playwright: streams, stops, keys, errors, phones and the lab's numbers."""
 
-import os
-import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 from conftest import Serve
-from serve_helpers import Running, serving, wait_until
+from serve_helpers import Running, wait_for_script, wait_until
 
 import tinystories
-from tinystories.checkpoint import BUNDLED_MODEL
-from tinystories.engine.engine_config import EngineConfig
-from tinystories.engine.select import load_engine
-from tinystories.serve.model import ServedModel
 
 pytestmark = pytest.mark.browser
 
-REQUIRED = "TINYSTORIES_NEED_BROWSER"  # where it is set, a browser that is missing fails the tests
 KEY = "a-long-enough-key"
 STORY = " was happy. Then a dog sat on a mat. The cat was happy. The dog was happy." * 3
 PANES = ("words", "next", "attention", "inside")
 LONG_TEXT = "Lily had a red ball. Tom took the ball and ran to the park. " * 60  # more than the context
-
-
-def is_missing(what: str) -> None:
-    reason = f"{what} is missing; `make test-browser` says what it needs"
-    pytest.fail(reason) if os.environ.get(REQUIRED) else pytest.skip(reason)
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Any]:
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        is_missing("playwright")
-    executable = shutil.which("chromium")
-    if executable is None:
-        is_missing("chromium")
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
-        yield started
-        started.close()
-
-
-def wait_for_script(page: Any, expression: str, arg: object = None) -> None:
-    """Wait until JavaScript is true. Playwright's own wait evaluates text in the page, which its policy forbids."""
-    deadline = time.monotonic() + 30
-    while not page.evaluate(expression, arg):
-        assert time.monotonic() < deadline, expression
-        page.wait_for_timeout(20)
-
-
-class Watch:
-    """What a page has asked for, and what it complains of."""
-
-    def __init__(self, page: Any) -> None:
-        self.origins: set[str] = set()
-        self.errors: list[str] = []
-        page.on("request", lambda request: self.origins.add("{0.scheme}://{0.netloc}".format(urlsplit(request.url))))
-        page.on("console", lambda message: message.type in ("error", "warning") and self.errors.append(message.text))
-        page.on("pageerror", lambda error: self.errors.append(str(error)))
-
-
-@pytest.fixture
-def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
-    """Open a path of a server. Afterwards no request went to another origin, and the console holds no errors but those
-    of requests that were meant to fail (`allow`)."""
-    watches: list[tuple[Watch, str, str | None]] = []
-    contexts = []
-
-    def start(running: Running, path: str = "/", *, allow: str | None = None, **options: Any) -> Any:
-        context = browser.new_context(**({"viewport": {"width": 1200, "height": 850}} | options))
-        context.set_default_timeout(30_000)
-        contexts.append(context)
-        page = context.new_page()
-        watches.append((Watch(page), f"http://127.0.0.1:{running.port}", allow))
-        page.goto(f"http://127.0.0.1:{running.port}{path}")
-        return page
-
-    yield start
-    for context in contexts:
-        context.close()
-    for watch, origin, allow in watches:
-        assert {one for one in watch.origins if not one.startswith("blob:")} <= {origin}
-        assert [error for error in watch.errors if allow is None or allow not in error] == []
-
-
-@pytest.fixture(scope="module")
-def storyteller() -> tinystories.Storyteller:
-    return tinystories.load(engine="cpu", threads=1)
-
-
-@pytest.fixture(scope="module")
-def lab_server() -> Iterator[Running]:
-    """The bundled model."""
-    config = EngineConfig(engine="cpu", device="cpu", precision="int8", n_slots=4, threads=1)
-    files, engine = load_engine(BUNDLED_MODEL, config)
-    with serving(engine, ServedModel.describe(files, name="bundled", engine_name="cpu", precision="int8")) as running:
-        yield running
 
 
 def story_of(page: Any) -> str:
