@@ -8,7 +8,7 @@ import { readAppended } from './next.js';
 import { pythonAblation, pythonHead, pythonHeads, pythonTrace } from './python.js';
 import { LAB as T } from './texts.js';
 import { bits, Chips, percent } from './tokens.js';
-import { html, moveInGroup, useEffect, useLayoutEffect, useRef, useState } from './ui.js';
+import { html, moveInGroup, useEffect, useLayoutEffect, useRef, useState, WRITING } from './ui.js';
 
 const N_READ = 5; // words listed, and arcs drawn
 const MAX_LABELED = 40; // tokens up to which the matrix has labels
@@ -49,7 +49,7 @@ export function AttentionPane({ tokens, state, go, model, fail, attempt }) {
   state2.current = { layer, head };
   useEffect(() => {
     const onKey = (event) => {
-      if (event.target.matches('textarea, input') || event.ctrlKey || event.metaKey || event.altKey) return;
+      if (event.target.matches(WRITING) || event.ctrlKey || event.metaKey || event.altKey) return;
       const { layer, head } = state2.current;
       const step = { '[': [-1, 0], ']': [1, 0], ',': [0, -1], '.': [0, 1] }[event.key];
       if (!step) return;
@@ -119,7 +119,7 @@ export function AttentionPane({ tokens, state, go, model, fail, attempt }) {
     <div class="card matrix"><h3>${A.matrix(layer, head)}</h3><p class="soft">${A.matrixHint}</p>
       ${matrix && html`<${LargeMatrix} matrix=${matrix} pieces=${pieces} dark=${dark} onPick=${(i) => go({ q: i })} />
         <${Tools} name=${`attention-${layer}-${head}`} svg=${() => drawMatrix(pieces, matrix, A.matrix(layer, head))} data=${() => ({ layer, head, tokens: pieces.map(({ label }) => label), attention: shares() })}
-          rows=${() => [['', ...pieces.map(({ label }) => label)], ...shares().map((shares, i) => [pieces[i].label, ...shares])]} python=${() => pythonHead(trace(), layer, head)} />`}</div>
+          rows=${() => [['', ...pieces.map(({ label }) => label)], ...shares().map((row, i) => [pieces[i].label, ...pieces.map((_, j) => row[j] ?? '')])]} python=${() => pythonHead(trace(), layer, head)} />`}</div>
     ${row.length > 0 && html`<details><summary>${A.asTable}</summary><div class="scroll"><table><thead><tr><th>${A.word}</th><th>${A.share}</th></tr></thead><tbody>
       ${pieces.map((piece, i) => i <= query && html`<tr><td>${piece.label}</td><td>${percent(probability(row[i]))}</td></tr>`)}</tbody></table></div></details>`}
   </section>`;

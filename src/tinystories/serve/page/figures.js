@@ -27,7 +27,7 @@ export function Tools({ name, svg, data, rows, python }) {
     setNotice(F.saved(`${name}.${ending}`));
   };
   const text = (content, type) => new Blob([content], { type });
-  return html`<div class="tools"><div class="row" role="group" aria-label=${F.label}>
+  return html`<div class="tools" data-figure=${name}><div class="row" role="group" aria-label=${F.label}>
     ${svg && html`<button type="button" onClick=${() => save(text(svg(), 'image/svg+xml'), 'svg')}>SVG</button>
       <button type="button" onClick=${async () => save(await toPng(svg()), 'png')}>PNG</button>`}
     ${data && html`<button type="button" onClick=${() => save(text(JSON.stringify(data(), null, 1), 'application/json'), 'json')}>JSON</button>`}

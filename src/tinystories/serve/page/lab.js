@@ -9,7 +9,7 @@ import { isRecording, recording } from './recording.js';
 import { LAB as T } from './texts.js';
 import { Tour, wasVisited } from './tour.js';
 import { makeTree } from './tree.js';
-import { applyTheme, html, KeyForm, render, toggleTheme, useEffect, useRef, useState } from './ui.js';
+import { applyTheme, html, KeyForm, render, toggleTheme, useEffect, useRef, useState, WRITING } from './ui.js';
 import { WordsPane } from './words.js';
 
 const PANES = { words: WordsPane, next: NextPane, attention: AttentionPane, inside: InsidePane };
@@ -60,7 +60,7 @@ function Lab() {
     addEventListener('themechange', onTheme);
     themes.forEach((theme) => theme.addEventListener('change', onTheme));
     const onKey = (event) => {
-      if (event.target.matches('textarea, input') || event.ctrlKey || event.metaKey || event.altKey) {
+      if (event.target.matches(WRITING) || event.ctrlKey || event.metaKey || event.altKey) {
         if (event.key === 'Escape') event.target.blur();
         return;
       }

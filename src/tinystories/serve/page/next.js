@@ -9,7 +9,7 @@ import { analyze, cutBy, decodeLogits, entropyBits } from './sampling.js';
 import { LAB as T } from './texts.js';
 import { percent } from './tokens.js';
 import { layOut, remember, Tree } from './tree.js';
-import { html, moveInGroup, useEffect, useMemo, useRef, useState } from './ui.js';
+import { html, moveInGroup, useEffect, useMemo, useRef, useState, WRITING } from './ui.js';
 
 // Settings in the order in which they are applied. `name` is theirs in the API, `key` in the fragment.
 const KNOBS = [
@@ -91,7 +91,7 @@ export function NextPane({ tokens, state, go, model, fail, attempt, latest, tree
   current.current = { isCurrent, candidates, sampling, step, labels, ids: tokens.ids, pieces: tokens.pieces, text: tokens.text, nAppended: appended.length, choose, draw, rewind };
   useEffect(() => {
     const onKey = (event) => {
-      if (event.target.matches('textarea, input') || event.ctrlKey || event.metaKey || event.altKey || document.querySelector('dialog[open]')) return;
+      if (event.target.matches(WRITING) || event.ctrlKey || event.metaKey || event.altKey || document.querySelector('dialog[open]')) return;
       const now = current.current;
       if (/^[1-9]$/.test(event.key) && now.isCurrent && now.candidates[event.key - 1]) now.choose(now.candidates[event.key - 1]);
       else if (event.key === ' ' && !event.target.matches('button, a, summary')) now.draw();

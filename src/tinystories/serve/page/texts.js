@@ -84,7 +84,7 @@ export const LAB = {
     hidden: 'This pane holds the answer. Guess first, or skip the tour.',
     right: 'Right.',
     wrong: (answer) => `Not this time. It is: ${answer}.`,
-    next: 'Next question',
+    onward: 'Next question',
     finish: 'Finish',
     skip: 'Skip the tour',
     failed: 'The tour needs the server, which does not answer.',

@@ -3,7 +3,7 @@ import { ask, Failure } from './api.js';
 import { analyze, decodeLogits } from './sampling.js';
 import { LAB as T } from './texts.js';
 import { bits, percent } from './tokens.js';
-import { html, keep, recall, useEffect, useRef, useState } from './ui.js';
+import { html, keep, recall, useEffect, useRef, useState, WRITING } from './ui.js';
 
 const MIN_TOKENS = 8; // of a text that the tour can ask about
 const SAME_BITS = 0.01; // a change of surprise that is none
@@ -137,7 +137,7 @@ export function Tour({ tokens, state, model, go, onHide, onEnd }) {
   }, [number, tokens.ids.join()]);
 
   useEffect(() => {
-    const onKey = (event) => event.key === 'Escape' && !document.querySelector('dialog[open]') && !event.target.matches('textarea, input') && end();
+    const onKey = (event) => event.key === 'Escape' && !document.querySelector('dialog[open]') && !event.target.matches(WRITING) && end();
     addEventListener('keydown', onKey);
     return () => {
       removeEventListener('keydown', onKey);
@@ -174,6 +174,6 @@ export function Tour({ tokens, state, model, go, onHide, onEnd }) {
       ${guess === null
         ? html`<p class="soft">${R.guess}</p>`
         : html`<p role="status"><b>${guess === step.answer ? R.right : R.wrong(step.choices[step.answer])}</b> ${step.because}${isLast && html` ${R.end}`}</p>
-          <div class="row"><button type="button" class="primary" ref=${onward} onClick=${isLast ? end : () => setNumber(number + 1)}>${isLast ? R.finish : R.next}</button></div>`}`}
+          <div class="row"><button type="button" class="primary" ref=${onward} onClick=${isLast ? end : () => setNumber(number + 1)}>${isLast ? R.finish : R.onward}</button></div>`}`}
   </section>`;
 }

@@ -6,6 +6,9 @@ import htm from './vendor/htm.mjs';
 export const html = htm.bind(h);
 export { render, useCallback, useEffect, useLayoutEffect, useMemo, useRef, useState };
 
+// Where keys write, instead of being commands.
+export const WRITING = 'textarea, input:not([type=range])';
+
 // What the browser keeps for the next visit; nothing where it keeps nothing.
 export function recall(name) {
   try {
