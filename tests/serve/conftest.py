@@ -126,6 +126,24 @@ def trained_run(sample_data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="session")
+def serve_folder(
+    awake: Callable[[ModelConfig], GPT], sample_data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Serve:
+    """A random model of given sizes."""
+
+    def start(**sizes: Any) -> Any:
+        folder = tmp_path_factory.mktemp("sized") / "model"
+        with atomic_directory(folder) as draft:
+            model = awake(ModelConfig(vocab_size=400, **sizes))
+            checkpoint.write_model(draft, model, Tokenizer.load(sample_data), SamplingConfig(), {})
+        config = EngineConfig(engine="cpu", device="cpu", precision="fp32", n_slots=2, threads=1)
+        files, engine = load_engine(folder, config)
+        return serving(engine, ServedModel.describe(files, name="sized", engine_name="cpu", precision="fp32"))
+
+    return start
+
+
+@pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
     try:
         from playwright.sync_api import sync_playwright

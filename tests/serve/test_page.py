@@ -1,5 +1,6 @@
 """The pages and the lab's endpoints: what is served to whom, and that every number is one of the Python API."""
 
+import base64
 import hashlib
 import re
 import struct
@@ -88,8 +89,24 @@ def test_libraries_are_those_of_the_table() -> None:
         assert hashlib.sha256(original).hexdigest() == published
 
 
-def test_the_pages_are_small() -> None:
-    assert sum(path.stat().st_size for path in PAGE.rglob("*") if path.suffix in MEDIA_TYPES) < 250_000
+def list_loaded(name: str) -> set[Path]:
+    """Return the files that a page loads, also later: those that it and its modules name."""
+    loaded, names = {PAGE / name}, {PAGE / name}
+    while names:
+        path = names.pop()
+        text = path.read_text(encoding="utf-8")
+        found = re.findall(r"""["'](?:/page/|(\./))([\w./]+\.(?:m?js|css|svg))["']""", text)
+        new = {(path.parent if near else PAGE) / other for near, other in found} - loaded
+        loaded |= new
+        names |= {other for other in new if other.suffix in (".js", ".mjs", ".css")}
+    return loaded
+
+
+@pytest.mark.parametrize("name", ["index.html", "lab.html"])
+def test_pages_are_small(name: str) -> None:
+    loaded = list_loaded(name)
+    assert PAGE / "vendor" / "preact.mjs" in loaded
+    assert sum(path.stat().st_size for path in loaded) < 250_000
 
 
 def test_with_a_key_files_are_open_and_data_is_not(locked: Running) -> None:
@@ -159,6 +176,18 @@ def test_next(server: Running, storyteller: tinystories.Storyteller) -> None:
     assert answer["n_kept"] == step.n_kept
     assert {c["cut_by"] for c in answer["candidates"]} >= {None, "top_p"}
     assert answer["end_id"] in [c["id"] for c in answer["candidates"]]
+
+
+def test_next_sends_what_the_page_needs_to_apply_other_settings(
+    server: Running, storyteller: tinystories.Storyteller
+) -> None:
+    answer = post(server, "next", ids=encode(storyteller), logits=True)
+    trace = storyteller.trace(TEXT)
+    logits = np.frombuffer(base64.b64decode(answer["logits"]), "<f4")
+    np.testing.assert_allclose(logits, trace.logits()[-1], atol=1e-4)
+    seen = set(storyteller.tokenizer.encode(TEXT))
+    assert set(answer["seen"]) == seen
+    assert "logits" not in post(server, "next", ids=encode(storyteller))
 
 
 def test_drawing_with_a_seed_tells_the_story_of_that_seed(
@@ -298,15 +327,35 @@ def test_traces_are_kept_and_bounded(storyteller: tinystories.Storyteller, monke
     assert worker.n_bytes <= 3 * first.hidden.nbytes
 
 
+def test_typing_continues_the_trace_of_the_text_before(
+    storyteller: tinystories.Storyteller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = traces.TraceWorker(storyteller.engine, storyteller.tokenizer)
+    ids = encode(storyteller, TEXT * 3)
+    n_known: list[int] = []
+    original = traces.trace_text
+
+    def count(*arguments: Any, known: Any) -> Any:
+        n_known.append(0 if known is None else known.shape[1])
+        return original(*arguments, known=known)
+
+    monkeypatch.setattr(traces, "trace_text", count)
+    texts = [ids[:20], ids[:30], ids[:25], [*ids[:15], 5, 6], ids[:5], [1, 2, 3]]
+    for text in texts:
+        trace = worker._trace(text)
+        np.testing.assert_allclose(trace.hidden, storyteller.trace(text).hidden, atol=2e-5)
+    assert n_known == [0, 20, 24, 15, 0, 0]  # few tokens in common are not worth it
+
+
 def test_a_slow_trace_delays_nothing_and_too_many_are_refused(
     serve_model: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = threading.Event()
     original = traces.trace_text
 
-    def wait(*arguments: Any) -> Any:
+    def wait(*arguments: Any, **options: Any) -> Any:
         gate.wait()
-        return original(*arguments)
+        return original(*arguments, **options)
 
     monkeypatch.setattr(traces, "trace_text", wait)
     statuses: list[int] = []

@@ -14,7 +14,10 @@ from tinystories.cli.common import FILE, PATH, Command, engine_options, model_ar
 from tinystories.errors import UserError
 
 if TYPE_CHECKING:
+    from tinystories.checkpoint import ModelFiles
     from tinystories.engine.engine_config import EngineConfig
+    from tinystories.engine.protocol import Engine
+    from tinystories.serve.model import ServedModel
 
 SERVE_MODULES = ("starlette", "uvicorn", "msgspec", "prometheus_client")
 SLOTS_PER_CORE, MIN_AUTO_SLOTS, MAX_AUTO_SLOTS = 8, 16, 64
@@ -148,26 +151,15 @@ def run_server(
     announce: Callable[[str], None] | None = None,
 ) -> int:
     """Load the model and serve it; return the exit code. `announce` gets the URL; by default an example is printed."""
-    from tinystories.checkpoint import BUNDLED_MODEL
     from tinystories.engine.cpu.thread_pool import count_physical_cores
-    from tinystories.engine.select import load_engine, select_engine
-    from tinystories.serve.model import ServedModel
+    from tinystories.engine.select import load_engine
     from tinystories.serve.server import bind, install_log_levels, serve
 
     install_log_levels(log_level)
     n_slots = slots or min(MAX_AUTO_SLOTS, max(MIN_AUTO_SLOTS, SLOTS_PER_CORE * count_physical_cores()))
     listener = bind(config)  # before the model is loaded: whether the port is free is known at once
     files, engine = load_engine(model, dataclasses.replace(engine_config, n_slots=n_slots))
-    engine_name = select_engine(engine_config)
-    default_precision = "int8" if engine_name == "cpu" else "auto"
-    precision = default_precision if engine_config.precision == "auto" else engine_config.precision
-    default_name = "tinystories" if model == BUNDLED_MODEL else model.resolve().name
-    served = ServedModel.describe(
-        files,
-        name=config.model_name or default_name,
-        engine_name=engine_name,
-        precision=getattr(engine, "precision", precision),
-    )
+    served = describe_model(files, engine, model, engine_config, config.model_name)
 
     def show_example(url: str) -> None:
         click.echo(url)
@@ -181,3 +173,23 @@ def run_server(
         )
 
     return serve(engine, served, config, listener, announce or show_example)
+
+
+def describe_model(
+    files: "ModelFiles", engine: "Engine", model: Path, engine_config: "EngineConfig", name: str | None = None
+) -> "ServedModel":
+    """Return the description of a model directory that an engine has loaded; the default name is the directory's."""
+    from tinystories.checkpoint import BUNDLED_MODEL
+    from tinystories.engine.select import select_engine
+    from tinystories.serve.model import ServedModel
+
+    engine_name = select_engine(engine_config)
+    default_precision = "int8" if engine_name == "cpu" else "auto"
+    precision = default_precision if engine_config.precision == "auto" else engine_config.precision
+    default_name = "tinystories" if model == BUNDLED_MODEL else model.resolve().name
+    return ServedModel.describe(
+        files,
+        name=name or default_name,
+        engine_name=engine_name,
+        precision=getattr(engine, "precision", precision),
+    )

@@ -60,20 +60,9 @@ class LabEndpoints:
 
     async def show_model(self, _request: Request) -> Response:
         """GET /lab/api/model."""
-        config = self.engine.config
-        sizes = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "n_ctx", "vocab_size")}
-        return json_response(
-            {
-                "name": self.model.name,
-                **sizes,
-                "architecture": config.architecture,
-                "n_params": config.n_params,
-                "bits_per_byte": self.model.meta.get("bits_per_byte"),
-                "end_id": self.model.tokenizer.end_id,
-                "sampling": dataclasses.asdict(self.model.sampling),
-                "is_traceable": isinstance(self.engine, TraceableEngine),
-            }
-        )
+        self.worker.prepare()
+        facts = answers.describe_model(self.engine.config, self.model)
+        return json_response(facts | {"is_traceable": isinstance(self.engine, TraceableEngine)})
 
     async def tokens(self, request: Request) -> Response:
         """POST /lab/api/tokens."""
@@ -95,7 +84,9 @@ class LabEndpoints:
         return await self.answer(
             request,
             NextRequest,
-            lambda fields, trace: answers.describe_next(trace, self.sampling(fields), fields.top),
+            lambda fields, trace: answers.describe_next(
+                trace, self.sampling(fields), fields.top, with_logits=fields.logits
+            ),
         )
 
     async def step(self, request: Request) -> Response:

@@ -34,10 +34,11 @@ class IdsRequest(msgspec.Struct, kw_only=True):
 
 
 class NextRequest(SamplingNumbers, kw_only=True):
-    """The token after some ids."""
+    """The token after some ids. `logits`: send them all, so that the page can apply settings itself."""
 
     ids: Ids
     top: Top = 12
+    logits: bool = False
 
 
 class StepRequest(SamplingNumbers, kw_only=True):

@@ -1,6 +1,8 @@
-// Questions to the server this page comes from.
+// Questions to the server this page comes from; a recorded page answers them itself.
+import { answer, isRecording, NotRecorded, recording } from './recording.js';
 
-// `kind`: gone (no answer), key (it needs one), busy (try again later), refused (the message says why).
+// `kind`: gone (no answer), key (it needs one), busy (try again later), refused (the message says why), recorded (a
+// recorded page does not have the answer).
 export class Failure extends Error {
   constructor(kind, message) {
     super(message);
@@ -29,15 +31,29 @@ async function request(path, body, signal) {
 }
 
 export async function ask(path, body, signal) {
-  return (await request(path, body, signal)).json();
+  return isRecording ? askRecording(path, body) : (await request(path, body, signal)).json();
 }
 
 export async function askBytes(path, body, signal) {
-  return (await request(path, body, signal)).arrayBuffer();
+  return isRecording ? askRecording(path, body) : (await request(path, body, signal)).arrayBuffer();
+}
+
+async function askRecording(path, body) {
+  try {
+    return await answer(path, body);
+  } catch (error) {
+    if (error instanceof NotRecorded) throw new Failure('recorded', error.message);
+    throw error;
+  }
 }
 
 // Yield the pieces of a story as they are told.
 export async function* tell(body, signal) {
+  for await (const [, text] of tellMany(body, signal)) yield text;
+}
+
+// Yield [number of the story, piece] of several stories as they are told.
+export async function* tellMany(body, signal) {
   const response = await request('/v1/completions', { ...body, stream: true }, signal);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let waiting = '';
@@ -55,7 +71,7 @@ export async function* tell(body, signal) {
         if (line === 'data: [DONE]') return;
         const event = JSON.parse(line.slice(6));
         if (event.error) throw new Failure(event.error.code === 'shutting_down' ? 'gone' : 'refused', event.error.message);
-        if (event.choices[0]?.text) yield event.choices[0].text;
+        for (const { index, text } of event.choices) if (text) yield [index, text];
       }
     }
   } finally {
@@ -83,3 +99,6 @@ export async function* watch(path, signal) {
     reader.cancel().catch(() => {});
   }
 }
+
+// Endings of a recorded text: only those that were recorded.
+export const recordedEndings = async () => (await recording).endings;

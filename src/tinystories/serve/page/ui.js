@@ -6,17 +6,37 @@ import htm from './vendor/htm.mjs';
 export const html = htm.bind(h);
 export { render, useCallback, useEffect, useLayoutEffect, useMemo, useRef, useState };
 
+// Where keys write, instead of being commands.
+export const WRITING = 'textarea, input:not([type=range])';
+
+// What the browser keeps for the next visit; nothing where it keeps nothing.
+export function recall(name) {
+  try {
+    return localStorage.getItem(name);
+  } catch {
+    return null;
+  }
+}
+
+export function keep(name, value) {
+  try {
+    localStorage.setItem(name, value);
+  } catch {
+    // It is forgotten when the page is closed.
+  }
+}
+
 // Light or dark: as the system says, until the reader chooses.
-export function applyTheme() {
-  const theme = localStorage.getItem('theme');
+export function applyTheme(theme = recall('theme')) {
   if (theme) document.documentElement.style.colorScheme = theme;
 }
 
 export function toggleTheme() {
-  const chosen = localStorage.getItem('theme');
+  const chosen = document.documentElement.style.colorScheme;
   const isDark = chosen ? chosen === 'dark' : matchMedia('(prefers-color-scheme: dark)').matches;
-  localStorage.setItem('theme', isDark ? 'light' : 'dark');
-  applyTheme();
+  const theme = isDark ? 'light' : 'dark';
+  keep('theme', theme);
+  applyTheme(theme);
   dispatchEvent(new Event('themechange'));
 }
 
