@@ -1,14 +1,13 @@
 """Servers with engines whose next token is known, and some with real models; a browser."""
 
 import contextlib
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from serve_helpers import GatedEngine, Running, Watch, describe, is_missing, serving
+from serve_helpers import GatedEngine, Running, Watch, describe, serving
 
 import tinystories
 from tinystories import checkpoint
@@ -141,21 +140,6 @@ def serve_folder(
         return serving(engine, ServedModel.describe(files, name="sized", engine_name="cpu", precision="fp32"))
 
     return start
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Any]:
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        is_missing("playwright")
-    executable = shutil.which("chromium")
-    if executable is None:
-        is_missing("chromium")
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 @pytest.fixture
