@@ -1,13 +1,12 @@
 """Servers with engines whose next token is known, and some with real models; a browser."""
 
-import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from serve_helpers import GatedEngine, Running, Watch, describe, serving
+from serve_helpers import GatedEngine, Running, Serve, Watch, describe, serving
 
 import tinystories
 from tinystories import checkpoint
@@ -23,7 +22,6 @@ from tinystories.serve.model import ServedModel
 from tinystories.train.run import train
 
 TEXT = "Once upon a time there was a cat. The cat sat on a mat and was happy. “Hello”, said the 🐈 to the naïve dog."
-Serve = Callable[..., contextlib.AbstractContextManager[Running]]
 
 
 @pytest.fixture(scope="session")

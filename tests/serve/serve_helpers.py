@@ -224,6 +224,9 @@ class Running:
         return {s.labels["reason"]: s.value for s in samples if s.name.endswith("_total") and s.value}
 
 
+Serve = Callable[..., contextlib.AbstractContextManager[Running]]
+
+
 @contextlib.contextmanager
 def serving(engine: Engine, model: ServedModel, **settings: Any) -> Iterator[Running]:
     """Run a server on a free port inside the block."""

@@ -14,8 +14,7 @@ from urllib.parse import quote, unquote_plus
 
 import pytest
 from command_line import PROGRAM
-from conftest import Serve
-from serve_helpers import PATIENCE_S, Running, wait_for_script, wait_until
+from serve_helpers import PATIENCE_S, Running, Serve, wait_for_script, wait_until
 
 import tinystories
 from tinystories.serve.lab.quiz import build_quiz

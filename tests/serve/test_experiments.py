@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Serve
-from serve_helpers import Running
+from serve_helpers import Running, Serve
 
 import tinystories
 from tinystories.data import gpt2_cache

@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Serve
-from serve_helpers import Client, Running
+from serve_helpers import Client, Running, Serve
 
 import tinystories
 from tinystories.serve.lab import traces
@@ -342,7 +341,7 @@ def test_typing_continues_the_trace_of_the_text_before(
     monkeypatch.setattr(traces, "trace_text", count)
     texts = [ids[:20], ids[:30], ids[:25], [*ids[:15], 5, 6], ids[:5], [1, 2, 3]]
     for text in texts:
-        trace = worker._trace(text)
+        trace = worker.trace(text)
         np.testing.assert_allclose(trace.hidden, storyteller.trace(text).hidden, atol=2e-5)
     assert n_known == [0, 20, 24, 15, 0, 0]  # few tokens in common are not worth it
 

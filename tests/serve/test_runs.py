@@ -14,8 +14,7 @@ from urllib.parse import quote
 
 import click
 import pytest
-from conftest import Serve
-from serve_helpers import PATIENCE_S, Client, Running, wait_until
+from serve_helpers import PATIENCE_S, Client, Running, Serve, wait_until
 
 import tinystories
 from tinystories.cli.write.serve import lab_options
