@@ -69,6 +69,14 @@ def watching(running: Running, path: str) -> Iterator[Callable[[], dict[str, Any
         connection.close()
 
 
+def status_of_stream(running: Running, name: str) -> int:
+    """The status with which a stream begins, or is refused."""
+    connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=PATIENCE_S)
+    with contextlib.closing(connection):
+        connection.request("GET", f"/lab/api/runs/{name}/metrics")
+        return connection.getresponse().status
+
+
 def write_run(root: Path, name: str, *lines: str) -> Path:
     """Write a metrics.jsonl; return its path."""
     (root / name).mkdir(parents=True, exist_ok=True)
@@ -481,7 +489,7 @@ def test_a_stream_ends_with_the_server_and_too_many_are_refused(
         reads = [stack.enter_context(watching(running, "runs/a/metrics")) for _ in range(2)]
         for read in reads:
             read()
-        assert "too many pages" in refused(running, "runs/a/metrics", 429)
+        assert status_of_stream(running, "a") == 429
         running.signal()  # drains: nothing else is in progress
         for read in reads:
             with pytest.raises(EOFError):
@@ -520,10 +528,4 @@ def test_a_page_that_leaves_frees_its_place(
         path = "/lab/api/runs/a/metrics?after=x"  # answered whether there is a place or not
         assert running.client.request("GET", path)[0] == 400
 
-        def is_free() -> bool:
-            connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=PATIENCE_S)
-            with contextlib.closing(connection):
-                connection.request("GET", "/lab/api/runs/a/metrics")
-                return connection.getresponse().status == 200
-
-        wait_until(is_free)
+        wait_until(lambda: status_of_stream(running, "a") == 200)
