@@ -75,6 +75,19 @@ def test_files_load_nothing_from_elsewhere_and_nothing_inline() -> None:
             assert file.is_file(), f"{path}: {name}"
 
 
+@pytest.mark.parametrize(("document", "entry"), [("lab.html", "lab.js"), ("index.html", "story.js")])
+def test_a_page_loads_all_its_modules_at_once(document: str, entry: str) -> None:
+    """Without the list, the browser would learn file by file what it needs."""
+
+    def list_imports(path: str) -> set[str]:
+        text = (PAGE / path).read_text(encoding="utf-8")
+        names = {f"{Path(path).parent / name}" for name in re.findall(r"""from\s*["']\./([^"']+)["']""", text)}
+        return names.union(*(list_imports(name) for name in names))
+
+    text = (PAGE / document).read_text(encoding="utf-8")
+    assert set(re.findall(r'rel="modulepreload" href="/page/([^"]+)"', text)) == list_imports(entry)
+
+
 def test_libraries_are_those_of_the_table() -> None:
     table = (PAGE / "vendor" / "README.md").read_text(encoding="utf-8")
     rows = re.findall(r"\| `(\w+\.(?:mjs|js))` \|.*\| ([\d,]+) \| `(\w{64})` \| (?:the same|`(\w{64})`) \|", table)

@@ -39,8 +39,10 @@ def build_page_routes() -> list[Route]:
 def build_route(url: str, path: Path) -> Route:
     """Return the route of one file."""
     data, media_type = path.read_bytes(), MEDIA_TYPES[path.suffix]
+    # Chromium asks for the icon again whenever the URL changes.
+    headers = HEADERS | {"Cache-Control": "max-age=3600"} if path.suffix == ".svg" else HEADERS
 
     async def answer(_request: Request) -> Response:
-        return Response(data, headers=HEADERS, media_type=media_type)
+        return Response(data, headers=headers, media_type=media_type)
 
     return Route(url, answer, methods=["GET"])

@@ -16,6 +16,7 @@ import { WordsPane } from './words.js';
 
 const PANES = { words: WordsPane, next: NextPane, attention: AttentionPane, inside: InsidePane, training: TrainingPane, experiments: ExperimentsPane };
 
+const URL_DELAY_MS = 250; // browsers take few changes of the URL in a second, and typing makes many
 const RECORDED = ['words', 'next', 'attention', 'inside']; // panes that a recording has answers for
 
 function Lab() {
@@ -27,18 +28,34 @@ function Lab() {
   const latest = useRef(null); // the state, also for handlers of an earlier rendering
   const help = useRef(null);
   const writing = useRef(Promise.resolve());
+  const timer = useRef(null); // of a change that is not in the URL yet
   const tree = useRef(makeTree()); // of the paths that Next word has followed
   const [isTouring, setTouring] = useState(!wasVisited() && !location.hash); // a link shows what it was made for
   const [hiddenPane, setHiddenPane] = useState(null); // by the tour: it would give the answer away
 
   // Change the state. `replace`: without a new entry for the back button.
   function go(changes, { replace = false } = {}) {
-    const next = (latest.current = { ...latest.current, ...changes });
+    const before = latest.current;
+    const next = (latest.current = { ...before, ...changes });
     setState(next);
+    const isWaiting = timer.current !== null;
+    clearTimeout(timer.current);
+    timer.current = null;
+    if (replace) {
+      timer.current = setTimeout(() => {
+        timer.current = null;
+        write(latest.current, 'replaceState');
+      }, URL_DELAY_MS);
+    } else {
+      if (isWaiting) write(before, 'replaceState'); // where the back button leads
+      write(next, 'pushState');
+    }
+  }
+
+  function write(state, method) {
     writing.current = writing.current.then(async () => {
-      const url = await makeFragment(next);
-      if (url === location.hash) return;
-      history[replace ? 'replaceState' : 'pushState'](null, '', url);
+      const url = await makeFragment(state);
+      if (url !== location.hash) history[method](null, '', url);
     });
   }
 

@@ -34,11 +34,12 @@ export function NextPane({ tokens, state, go, model, fail, attempt, latest, tree
   const isCurrent = answer && answer.body.ids.join() === tokens.ids.join();
   const logits = useMemo(() => answer && decodeLogits(answer.data.logits), [answer]);
   const step = useMemo(() => answer && analyze(logits, answer.data.seen, sampling), [answer, ...Object.values(sampling)]);
+  const entropy = useMemo(() => step && entropyBits(step.model), [answer]);
   const labels = new Map(answer?.data.candidates.map(({ id, label }) => [id, label]));
   const candidates = step ? describe(answer.data, step) : [];
   const rest = step && describeRest(candidates, N.others);
   const longest = Math.max(0.01, ...[...candidates, rest].filter(Boolean).flatMap(({ model, final }) => [model, final]));
-  const nKept = step ? step.final.reduce((n, p) => n + (p > 0), 0) : 0;
+  const nKept = step ? step.final.filter((p) => p > 0).length : 0;
   const appended = readAppended(state);
   const chosen = tokens.pieces.slice(tokens.pieces.length - appended.length).map(({ id, label }) => ({ id, label }));
   const isFollowed = chosen.map(({ id }) => id).join() === appended.join(); // not while the tokens are on their way
@@ -113,14 +114,14 @@ export function NextPane({ tokens, state, go, model, fail, attempt, latest, tree
         <span class="number">${percent(rest.model)} → ${percent(rest.final)}</span></div>`}</div>
         <p class="soft">${N.legend}</p>
         ${step && html`<${Tools} name="next-word" svg=${() => drawBars(bars.map((bar) => ({ ...bar, cut: bar.cut && N.cutBy(bar.cut) })), title(), N.legend)}
-          data=${() => ({ text: tokens.text, ids: tokens.ids, settings: sampling, n_kept: nKept, entropy_bits: entropyBits(step.model), candidates: bars })}
+          data=${() => ({ text: tokens.text, ids: tokens.ids, settings: sampling, n_kept: nKept, entropy_bits: entropy, candidates: bars })}
           rows=${() => [['id', 'token', 'model', 'final', 'cut_by'], ...bars.map((bar) => [bar.id, bar.label, bar.model, bar.final, bar.cut])]}
           python=${() => pythonNext(trace(), sampling, N_BARS)} />`}</div>
       <aside class="card knobs">${KNOBS.map((knob) => html`<div class="knob"><label for=${knob.key}>${N.knobs[knob.name]}</label>
           <output for=${knob.key}>${N.show(knob.name, valueOf(knob))}</output>
           <input id=${knob.key} type="range" min=${knob.min} max=${knob.max} step=${knob.step} value=${valueOf(knob)}
             onInput=${(event) => go({ [knob.key]: event.target.value }, { replace: true })} /></div>`)}
-        ${step && html`<p class="soft">${N.kept(nKept, model.vocab_size, entropyBits(step.model))}</p>`}
+        ${step && html`<p class="soft">${N.kept(nKept, model.vocab_size, entropy)}</p>`}
         <div class="row"><button type="button" class="primary" onClick=${draw}>${N.draw}</button>
           <button type="button" onClick=${rewind}>${N.rewind}</button></div>
       </aside>

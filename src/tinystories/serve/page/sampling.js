@@ -6,9 +6,13 @@ export const STEPS = ['repetition_penalty', 'temperature', 'top_k', 'top_p', 'mi
 const ONE = 2 ** 30; // weights are integers, the largest of them this
 
 export function decodeLogits(text) {
-  const bytes = Uint8Array.from(atob(text), (char) => char.charCodeAt(0));
+  const binary = atob(text);
+  const bytes = new Uint8Array(binary.length);
+  for (let i = 0; i < bytes.length; i++) bytes[i] = binary.charCodeAt(i);
   const view = new DataView(bytes.buffer);
-  return Float64Array.from({ length: bytes.length / 4 }, (_, i) => view.getFloat32(4 * i, true));
+  const logits = new Float64Array(bytes.length / 4);
+  for (let i = 0; i < logits.length; i++) logits[i] = view.getFloat32(4 * i, true);
+  return logits;
 }
 
 // The distribution after each step: {model, after: {STEP: ...}, final}. `seen` lists the ids that are penalized.
@@ -51,7 +55,9 @@ export function draw(probs, u) {
 }
 
 export function entropyBits(probs) {
-  return probs.reduce((bits, p) => (p > 0 ? bits - p * Math.log2(p) : bits), 0);
+  let bits = 0;
+  for (const p of probs) if (p > 0) bits -= p * Math.log2(p);
+  return bits;
 }
 
 // Tokens that tie with the last one kept are kept too.
@@ -74,8 +80,17 @@ function keepMinP(weights, p) {
 }
 
 const keepAtLeast = (weights, least) => weights.map((weight) => (weight >= least ? weight : 0));
-const largest = (numbers) => numbers.reduce((a, b) => (b > a ? b : a), -Infinity);
-const sum = (numbers) => numbers.reduce((a, b) => a + b, 0);
+function largest(numbers) {
+  let best = -Infinity;
+  for (const number of numbers) if (number > best) best = number;
+  return best;
+}
+
+function sum(numbers) {
+  let total = 0;
+  for (const number of numbers) total += number;
+  return total;
+}
 
 function normalize(weights) {
   const total = sum(weights);
