@@ -2,7 +2,6 @@
 
 import base64
 import json
-import os
 import shutil
 import subprocess
 import tempfile
@@ -22,7 +21,11 @@ needs_node = pytest.mark.skipif(NODE is None, reason="Node.js is missing (apt-ge
 def run_script(script: str, data: Any = None) -> Any:
     """Return what `answer(data)` returns, a function that the script defines after the page's program."""
     assert NODE is not None
-    tail = "process.stdout.write(JSON.stringify(answer(JSON.parse(require('fs').readFileSync(0, 'utf8')))));"
+    tail = """
+    Promise.resolve(answer(JSON.parse(require('fs').readFileSync(0, 'utf8')))).then((result) => {
+      process.stdout.write(JSON.stringify(result), () => process.exit(0));
+    });
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "program.js"
         path.write_text(f"{join_modules(PROGRAM)}\n{script}\n{tail}\n", encoding="utf-8")
@@ -46,7 +49,3 @@ function openStoryteller({ header, weights, plain = false }) {
   return storyteller;
 }
 """
-
-
-def is_root() -> bool:
-    return hasattr(os, "geteuid") and os.geteuid() == 0

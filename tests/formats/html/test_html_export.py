@@ -354,6 +354,47 @@ def test_the_cache_keeps_what_two_questions_have_in_common(model: ModelBundle) -
     assert answers[0]["best"] == answers[2]["best"] == answers[4]["best"]
 
 
+WORKER = """
+async function answer({ header, weights }) {
+  const messages = [];
+  const scope = { postMessage: (message) => message.isLoaded || messages.push(message) };
+  serveWorker(scope);
+  const send = (data) => scope.onmessage({ data });
+  const settings = header.sampling;
+  const question = { text: 'Once', settings, top: 3 };
+  header.tokenizer.special_ids = []; // no token ends a story
+  const waitFor = async (n) => { while (messages.length < n) await new Promise((resolve) => setImmediate(resolve)); };
+  await send({ kind: 'open', header });
+  await send({ kind: 'weights', base64: weights });
+  const request = { prompt: 'Once', seed: '1', settings, maxTokens: 1e9 }; // without Stop it would take days
+  const telling = send({ id: 1, kind: 'tell', request });
+  await waitFor(5);
+  await send({ id: 2, kind: 'next', question });
+  await waitFor(messages.length + 20);
+  await send({ id: 3, kind: 'stop' });
+  await telling;
+  const nWhenStopped = messages.length;
+  await send({ id: 4, kind: 'tell', request: { ...request, maxTokens: 30 } });
+  await send({ id: 5, kind: 'next', question: { ...question, settings: null } });
+  return { messages, nWhenStopped };
+}
+"""
+
+
+@needs_node
+def test_the_worker_stops_and_answers_while_it_tells(model: ModelBundle) -> None:
+    """A question in between does not change the story, which shares the cache with it; what fails is reported."""
+    answer = run_script(OPEN + WORKER, page_data(model))
+    messages, n = answer["messages"], answer["nWhenStopped"]
+    first, second = ([one["text"] for one in part if "text" in one] for part in (messages[:n], messages[n:]))
+    assert not [one for one in messages[:n] if one.get("reason")]
+    assert [one["id"] for one in messages[:n] if "answer" in one] == [2]
+    assert first[:25] == second[:25]
+    assert messages[-2]["reason"] == "length"
+    assert messages[-1]["id"] == 5
+    assert messages[-1]["failure"]
+
+
 @needs_node
 def test_damaged_weights_are_reported(model: ModelBundle) -> None:
     name = "norm.weight"

@@ -121,11 +121,13 @@ const countTo = (i, n, body) => [constant(0), set(i), whileTrue([get(i), get(n),
 
 // Locals have numbers: first the parameters, then the others in the order of their types.
 function matmulCode() {
-  const [w, scales, x, xScale, y, nBlocks, nSteps, block, step, xs, a, b, c, d] = Array(14).keys();
+  const [w, scales, x, xScale, y, nBlocks, nSteps, block, step, xs, a, b, c, d, xPair] = Array(15).keys();
   const sums = [a, b, c, d]; // of rows 0-3, 4-7, 8-11, 12-15
-  const addPair = (offset, rows, sum) => [
-    get(w), load8BytesAs16Bits(2 * offset + 8 * rows), get(xs), load32BitsIntoAllLanes(offset / 4), DOT_I16X8,
-    get(sum), ADD_I32X4, set(sum),
+  const addPair = (pair) => [ // two columns of 16 rows
+    get(xs), load32BitsIntoAllLanes(4 * pair), set(xPair),
+    sums.map((sum, rows) => [
+      get(w), load8BytesAs16Bits(32 * pair + 8 * rows), get(xPair), DOT_I16X8, get(sum), ADD_I32X4, set(sum),
+    ]),
   ];
   const scale = (rows, sum) => [
     get(y), get(sum), TO_F32X4, get(scales), loadVector(16 * rows), get(xScale), SPLAT_F32, MUL_F32X4, MUL_F32X4,
@@ -135,13 +137,13 @@ function matmulCode() {
     sums.map((sum) => [ZERO, set(sum)]),
     get(x), set(xs),
     countTo(step, nSteps, [
-      [0, 16].map((offset) => sums.map((sum, rows) => addPair(offset, rows, sum))),
+      addPair(0), addPair(1),
       increase(w, STEP_BYTES), increase(xs, 8),
     ]),
     sums.map((sum, rows) => scale(rows, sum)),
     increase(scales, 64), increase(y, 64),
   ]);
-  return { parameters: [I32, I32, I32, F32, I32, I32, I32], locals: [[3, I32], [4, V128]], body };
+  return { parameters: [I32, I32, I32, F32, I32, I32, I32], locals: [[3, I32], [5, V128]], body };
 }
 
 function scoresCode() {

@@ -10,21 +10,15 @@ const TEXTS = {
   opening: 'The storyteller is waking up …',
   failed: 'The storyteller cannot go on:',
   noWorker: 'this browser does not let a page from a file compute on its own. Another browser may.',
-  sameStory: 'The same story on the command line:',
+  sameStory: 'The whole story on the command line:',
 };
 const MAX_TOKENS = 900;
 const SEED = /^\d{1,20}$/;
 
 // The worker runs the program of this page, which is in the element with that id. Its policy lets it load nothing else.
-function startWorker(header) {
+function startWorker() {
   const program = document.getElementById('program').textContent;
-  const worker = new Worker(URL.createObjectURL(new Blob([program], { type: 'text/javascript' })));
-  worker.postMessage({ kind: 'open', header });
-  for (const element of document.querySelectorAll('.weights')) {
-    worker.postMessage({ kind: 'weights', base64: element.textContent });
-    element.remove(); // frees its memory
-  }
-  return worker;
+  return new Worker(URL.createObjectURL(new Blob([program], { type: 'text/javascript' })));
 }
 
 // Temperatures from very safe to very bold; the middle one is the model's own.
@@ -42,6 +36,7 @@ function buildPage(header) {
   const temperatures = temperaturesOf(header.sampling);
   const waiting = new Map(); // questions for the pane, by number: {resolve, reject}
   let worker = null;
+  let outbox = []; // messages that wait until the worker has all weights; then null
   let number = 0; // of the newest message to the worker
   let telling = null; // the story that is coming: {id, text, length, temperature, seed, beginning}
   let story = null; // the story that is shown
@@ -71,6 +66,7 @@ function buildPage(header) {
       make('div', { class: 'slider' }, make('label', { for: 'boldness' }, T.boldness), boldness, bold),
       make('div', { class: 'seed' }, make('label', { for: 'seed' }, TEXTS.seed), seed)),
     actions);
+  const opening = make('p', { class: 'opening hint', role: 'status' }, TEXTS.opening);
   const problem = make('p', { class: 'card notice', role: 'alert', hidden: true });
   const words = make('p', { class: 'words', onkeydown: moveInGroup });
   const cursor = make('span', { class: 'cursor', 'aria-hidden': 'true' });
@@ -89,9 +85,10 @@ function buildPage(header) {
   document.getElementById('app').replaceChildren(
     make('header', { class: 'top' }, make('h1', {}, header.title),
       make('button', { type: 'button', class: 'plain', onclick: toggleTheme, 'aria-label': T.theme, title: T.theme }, '◐')),
-    form, problem, article, hint, pane.element, spoken, make('p', { class: 'hint' }, T.footer));
+    form, opening, problem, article, hint, pane.element, spoken, make('p', { class: 'hint' }, T.footer));
 
   function fail(error) {
+    opening.remove();
     problem.textContent = `${TEXTS.failed} ${error.message}`;
     problem.hidden = false;
   }
@@ -106,9 +103,24 @@ function buildPage(header) {
     actions.replaceChildren(telling ? stopButton : tellButton, ...(story && !telling ? [againButton] : []));
   }
 
+  // The weights go to the worker part by part, and each leaves the memory of the page.
+  function sendWeights() {
+    const part = document.querySelector('.weights');
+    if (part) {
+      worker.postMessage({ kind: 'weights', base64: part.textContent });
+      part.remove();
+    } else {
+      for (const message of outbox) worker.postMessage(message);
+      outbox = null;
+      opening.remove();
+    }
+  }
+
   // Messages of the worker.
   function receive({ data }) {
-    if (data.failure) {
+    if (data.isLoaded) {
+      sendWeights();
+    } else if (data.failure) {
       waiting.get(data.id)?.reject(new Error(data.failure));
       if (!waiting.delete(data.id)) {
         fail(new Error(data.failure));
@@ -124,7 +136,9 @@ function buildPage(header) {
 
   function send(message) {
     number += 1;
-    worker.postMessage({ ...message, id: number });
+    const numbered = { ...message, id: number };
+    if (outbox) outbox.push(numbered);
+    else worker.postMessage(numbered);
     return number;
   }
 
@@ -173,7 +187,7 @@ function buildPage(header) {
   // The story ends here.
   function stop() {
     if (!telling) return;
-    worker.postMessage({ kind: 'stop' });
+    send({ kind: 'stop' });
     telling = null;
     spoken.textContent = story.text;
     showStory();
@@ -242,12 +256,14 @@ function buildPage(header) {
   showActions();
   addEventListener('keydown', (event) => event.key === 'Escape' && stop());
   try {
-    worker = startWorker(header);
+    worker = startWorker();
   } catch {
     return fail(new Error(TEXTS.noWorker));
   }
   worker.onmessage = receive;
   worker.onerror = () => fail(new Error(TEXTS.noWorker));
+  worker.postMessage({ kind: 'open', header });
+  sendWeights();
   pane.show(beginning.value);
   readAddress();
 }

@@ -1,6 +1,8 @@
 // The page's own thread for the storyteller. It also runs in Node.js, by runStories, where an export is checked.
 import { Storyteller } from './story.js';
 
+const SLICE_MS = 16; // how long a story is told before the messages of the page are read, Stop among them
+
 // Answers the messages of the page; each has a kind, and what the handler of that kind takes.
 export function serveWorker(scope) {
   let storyteller = null;
@@ -16,16 +18,20 @@ export function serveWorker(scope) {
     },
     weights({ base64 }) {
       storyteller.engine.addWeights(base64);
+      scope.postMessage({ isLoaded: true }); // the page sends the next part
     },
     async tell({ id, request }) {
       current = id;
       const startedAt = performance.now();
+      let readAt = startedAt;
       let n = 0;
       for (const { text, reason } of storyteller.tell(request)) {
         if (!reason) n += 1;
         scope.postMessage({ id, text, reason, n, seconds: (performance.now() - startedAt) / 1000 });
-        await nextTurn(); // Stop is read here
+        if (performance.now() - readAt < SLICE_MS) continue;
+        await nextTurn();
         if (current !== id) return;
+        readAt = performance.now();
       }
     },
     stop() {
