@@ -290,14 +290,14 @@ def test_an_engine_without_weights_is_told_apart(serve_chaotic: Serve) -> None:
 
 def test_traces_are_kept_and_bounded(storyteller: tinystories.Storyteller, monkeypatch: pytest.MonkeyPatch) -> None:
     worker = traces.TraceWorker(storyteller.engine, storyteller.tokenizer)
-    first = worker.trace([1, 2])
-    assert worker.trace([1, 2]) is first
+    first = worker._trace([1, 2])
+    assert worker._trace([1, 2]) is first
     for token in range(40):
-        worker.trace([token])
+        worker._trace([token])
     assert len(worker.traces) == traces.MAX_TRACES
-    assert worker.trace([1, 2]) is not first
+    assert worker._trace([1, 2]) is not first
     monkeypatch.setattr(traces, "MAX_TRACE_BYTES", 3 * first.hidden.nbytes)
-    worker.trace([3, 4])
+    worker._trace([3, 4])
     assert worker.n_bytes <= 3 * first.hidden.nbytes
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.explain.text_trace import TextTrace, finite
 from tinystories.explain.token_text import token_label
-from tinystories.generate.next_token import ALL_OFF
+from tinystories.generate.next_token import ALL_OFF, NextToken, analyze_next_token
 from tinystories.serve.lab import answers
 
 MAX_PIECES = 4096  # of a text that is only split
@@ -16,7 +16,7 @@ MAX_PIECES = 4096  # of a text that is only split
 def describe_side(name: str, trace: TextTrace, text: str, top: int) -> dict[str, Any]:
     """Return the tokens of a text, their surprise, and the likeliest next tokens of the model alone."""
     tokens = answers.describe_tokens(trace.tokenizer, text, [], trace.config.n_ctx)
-    step = answers.next_token(trace, ALL_OFF)
+    step = predict_next(trace)
     next_ids = np.argsort(-step.model_probs, kind="stable")[:top]
     return {
         "name": name,
@@ -30,6 +30,11 @@ def describe_side(name: str, trace: TextTrace, text: str, top: int) -> dict[str,
     }
 
 
+def predict_next(trace: TextTrace) -> NextToken:
+    """Return the model's own distribution of the token after the last one, without sampling settings."""
+    return analyze_next_token(trace.logits([len(trace.ids) - 1])[0], ALL_OFF, trace.tokenizer)
+
+
 def compare_sides(names: tuple[str, str], traces: tuple[TextTrace, TextTrace], texts: tuple[str, str], top: int) -> Any:
     """Return both sides. If they have the same tokens, also the probability of each next token on both sides, the
     likeliest first, and how far the two distributions overlap (1: they are equal)."""
@@ -37,7 +42,7 @@ def compare_sides(names: tuple[str, str], traces: tuple[TextTrace, TextTrace], t
     a, b = traces
     answer: dict[str, Any] = {"a": sides[0], "b": sides[1], "same_tokens": have_same_tokens(a, b), "next": None}
     if answer["same_tokens"]:
-        probs_a, probs_b = (answers.next_token(trace, ALL_OFF).model_probs.astype(np.float64) for trace in traces)
+        probs_a, probs_b = (predict_next(trace).model_probs.astype(np.float64) for trace in traces)
         union = {token for side in sides for token, _, _ in side["next"]}
         ids = sorted(union, key=lambda token: (-max(probs_a[token], probs_b[token]), token))
         answer["next"] = [

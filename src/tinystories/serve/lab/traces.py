@@ -36,7 +36,7 @@ class TraceWorker:
         `ApiError`: 400 for ids that the model does not take and other mistakes of the client, 429 if too many wait.
         """
         self.check_traceable()
-        return await self.run(lambda: answer(self.trace(ids)))
+        return await self.run(lambda: answer(self._trace(ids)))
 
     async def run(self, function: Callable[[], Result]) -> Result:
         """Return the result of a function, called in the worker's thread. `ApiError` as for `ask`."""
@@ -55,8 +55,8 @@ class TraceWorker:
         if not isinstance(self.engine, TraceableEngine):
             raise ApiError(501, "this engine does not show its weights, so that the lab cannot look into the model")
 
-    def trace(self, ids: Sequence[int]) -> TextTrace:
-        """Return the trace of ids. Call it in the worker's thread only."""
+    def _trace(self, ids: Sequence[int]) -> TextTrace:
+        """Return the trace of ids. Called in the worker's thread only."""
         key = tuple(ids)
         trace = self.traces.pop(key, None) or trace_text(self.load(), self.tokenizer, ids)
         self.traces[key] = trace
