@@ -16,7 +16,7 @@ KIT := $(if $(NANOGPT),--nanogpt "$(NANOGPT)") $(if $(DATA),--data "$(DATA)")
 # Tests that need nothing but the dev extra and a few minutes.
 HERE := not slow and not gpu and not interop and not browser
 
-.PHONY: help install clients demo storyteller test test-all test-extended test-slow test-wheel test-interop test-browser test-gpu gpu-kit gpu-rehearsal check format objects dist clean
+.PHONY: help install clients demo page storyteller test test-all test-extended test-slow test-wheel test-interop test-browser test-gpu gpu-kit gpu-rehearsal check format objects dist clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
@@ -52,6 +52,11 @@ demo: install  ## read a story, then train a tiny model for half a minute (offli
 	@echo "  $(TS) generate runs/demo --prompt 'The little bear' --temperature 0.6"
 	@echo "  $(TS) train --config small --out runs/small     # downloads TinyStories; an hour on 2 cores"
 	@echo "  $(TS) prepare YOUR_STORIES.txt --tokenizer bpe:2048 --out data/mine   # then train --data data/mine"
+
+page: install  ## the bundled storyteller as one HTML file in build/page/, ready for GitHub Pages (docs/interop.md)
+	@mkdir -p build/page
+	$(TS) export --format html --out build/page/index.html --force
+	@touch build/page/.nojekyll
 
 storyteller: install  ## retrain the bundled storyteller: TRAIN=train.txt VAL=valid.txt (hours; resumes if interrupted)
 	@test -f "$(TRAIN)" -a -f "$(VAL)" || { echo "make storyteller TRAIN=train.txt VAL=valid.txt (text files, stories separated by <|endoftext|>)"; exit 1; }

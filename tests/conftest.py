@@ -1,12 +1,15 @@
 """What all tests share: tiny shapes, and the bundled stories as prepared data."""
 
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from browser_helpers import is_missing
 from hypothesis import HealthCheck, settings
 
 from tinystories.config import ModelConfig
@@ -18,6 +21,22 @@ os.environ.setdefault("PYTEST_TIMEOUT", "300")  # not an option: pytest must run
 # Hypothesis tries the same examples in every run, however slow the machine is.
 settings.register_profile("certain", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("certain")
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Debian's chromium, driven by Playwright: one for all tests, since a process can have only one Playwright."""
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        is_missing("playwright")
+    executable = shutil.which("chromium")
+    if executable is None:
+        is_missing("chromium")
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+        yield started
+        started.close()
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tinystories.bench.runner import Task, run_rounds
 from tinystories.bench.setup import REQUIRED_PACKAGES, Competitor, prepare_competitors, write_random_weights
 from tinystories.checkpoint import BUNDLED_MODEL, read_model
 from tinystories.cli import cli
@@ -153,3 +154,22 @@ def test_a_program_that_ends_is_an_error_with_its_last_words(
     monkeypatch.setattr(sys, "executable", str(broken))
     assert run(cli, ["bench", "decode", *SMALL, "--tokens", "2", "--prompt-tokens", "2"]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == "error: tinystories fp32 stopped: out of luck"
+
+
+@pytest.mark.parametrize(("by_cpu_seconds", "rate"), [(False, 3.0), (True, 6.0)])
+def test_rates_are_tokens_per_second_or_per_second_of_processor_time(by_cpu_seconds: bool, rate: float) -> None:
+    class Process:
+        def generate(self, _prompts: Any, _tokens: int) -> dict[str, Any]:
+            return {"seconds": 4.0, "cpu_seconds": 2.0, "ids": [[1]], "peak_mb": None}
+
+    task = Task("decode", 1, 1, 12, 12)
+    process: Any = Process()
+    (found,) = run_rounds([process], task, [[0]], 2, by_cpu_seconds=by_cpu_seconds)
+    assert found.rates == [rate, rate]
+
+
+def test_processor_time_of_several_threads_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        run(cli, ["bench", "decode", *SMALL[:-1], "2", "--tokens", "2", "--prompt-tokens", "2", "--cpu-seconds"]) == 2
+    )
+    assert "--threads 1" in capsys.readouterr().err

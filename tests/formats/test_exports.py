@@ -13,16 +13,17 @@ from tinystories.data.tokenizer import END
 from tinystories.errors import UserError
 from tinystories.formats.bundle import ModelBundle
 from tinystories.formats.exports import compare_logits, export
+from tinystories.formats.html.check import find_runner
 from tinystories.formats.imports import import_model
 from tinystories.formats.registry import EXPORT_NAMES, FORMATS
 
 # kind -> formats that hold it; what is not here is refused
 HOLDS = {
-    "the original": {"hf", "onnx"},
-    "gpt2": {"hf", "gguf", "onnx"},
-    "gpt_neo": {"hf", "onnx"},
-    "llama": {"hf", "gguf", "llama2c", "onnx"},
-    "qwen3": {"hf", "gguf", "onnx"},
+    "the original": {"hf", "onnx", "html"},
+    "gpt2": {"hf", "gguf", "onnx", "html"},
+    "gpt_neo": {"hf", "onnx", "html"},
+    "llama": {"hf", "gguf", "llama2c", "onnx", "html"},
+    "qwen3": {"hf", "gguf", "onnx", "html"},
 }
 
 
@@ -42,6 +43,9 @@ def test_every_model_survives_every_format_bit_for_bit(
     done = export(model, name, out)
     assert out in done.paths
     assert sorted(done.paths) == sorted(out.parent.iterdir())
+    if name == "html":
+        assert done.is_verified == (find_runner() is not None)
+        return  # int8, and run instead of read back: tests/formats/html
     assert done.max_difference <= 1e-4
     assert done.n_ids == (64 if learned else 24)
     if name == "onnx":
@@ -88,7 +92,9 @@ def test_a_file_that_says_something_else_is_not_kept(
 
 
 def test_the_command_line_offers_every_export_format() -> None:
-    (choice,) = [option.type for option in cli.commands["export"].params if option.name == "name"]
+    command = cli.get_command(None, "export")
+    assert command is not None
+    (choice,) = [option.type for option in command.params if option.name == "name"]
     assert sorted(choice.choices) == sorted(EXPORT_NAMES)
 
 
@@ -104,7 +110,10 @@ def test_nothing_is_replaced_unless_asked(portable: Build, tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("name", "precision", "message"),
-    [("h5", "", "--format h5 .* use one of gguf, hf, llama2c, onnx$"), ("hf", "q4_0", "--precision q4_0; use f32")],
+    [
+        ("h5", "", "--format h5 .* use one of gguf, hf, llama2c, onnx, html$"),
+        ("hf", "q4_0", "--precision q4_0; use f32"),
+    ],
 )
 def test_an_unknown_format_or_precision_is_named(
     portable: Build, tmp_path: Path, name: str, precision: str, message: str

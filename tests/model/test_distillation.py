@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tinystories.config import ModelConfig
-from tinystories.model import GPT, distillation
+from tinystories.model import GPT, cpu_attention, distillation
+from tinystories.model.cpu_training import use_cpu_teacher_kernels
 from tinystories.model.distillation import DistillationObjective, Head, LinearDistillation
 from tinystories.model.loss import IGNORE_INDEX, Objective
 
@@ -41,11 +42,16 @@ def reference(
 
 @pytest.mark.parametrize("n_teachers", [1, 2])
 @pytest.mark.parametrize(("kl_weight", "temperature"), [(1.0, 1.0), (0.3, 2.5), (0.0, 1.0)])
-@pytest.mark.parametrize("chunk", [1, 5, 1000])
+@pytest.mark.parametrize(("chunk_size", "tile_size"), [(1, 1), (5, 5), (12, 5), (1000, 4), (1000, 1000)])
 def test_loss_and_gradients_equal_pytorchs(
-    n_teachers: int, kl_weight: float, temperature: float, chunk: int, monkeypatch: pytest.MonkeyPatch
+    n_teachers: int,
+    kl_weight: float,
+    temperature: float,
+    chunk_size: int,
+    tile_size: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(distillation, "chunk_rows", lambda *_: chunk * distillation.N_CHUNK_BUFFERS)
+    monkeypatch.setattr(distillation, "split_rows", lambda *_: (chunk_size, tile_size))
     hidden, weight, targets, heads = inputs()
     settings = (heads[:n_teachers], kl_weight, temperature)
     total, cross_entropy = LinearDistillation.apply(hidden, weight, targets, *settings)
@@ -97,3 +103,19 @@ def test_teachers_are_neither_trained_nor_part_of_the_objective(
     assert total > cross_entropy
     assert all(weight.grad is None for weight in teacher.parameters())
     assert len(list(objective.parameters())) == len(list(student.parameters()))
+
+
+def test_a_teacher_with_the_kernels_of_cpu_training_predicts_the_same_without_dropout(
+    tiny: Callable[..., ModelConfig], awake: Callable[[ModelConfig], GPT]
+) -> None:
+    teacher = awake(tiny(n_ctx=32, dropout=0.9)).eval().requires_grad_(False)
+    ids = torch.randint(teacher.config.vocab_size, (3, 32))
+    expected = teacher(ids)
+    use_cpu_teacher_kernels(teacher, bf16=False)
+    calls: list[int] = []
+    original = cpu_attention.CausalAttentionFunction.apply
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_attention.CausalAttentionFunction, "apply", lambda *args: calls.append(1) or original(*args))
+        found = teacher(ids)
+    assert len(calls) == teacher.config.n_layer
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

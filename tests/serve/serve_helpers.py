@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import http.client
 import json
-import os
 import socket
 import threading
 import time
@@ -13,7 +12,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
-import pytest
 
 from tinystories.config import ModelConfig, SamplingConfig
 from tinystories.data.tokenizer import Tokenizer
@@ -24,7 +22,6 @@ from tinystories.serve.service import Service
 from tinystories.serve.settings import ServerConfig
 
 PATIENCE_S = 60.0  # only for tests that fail
-BROWSER_REQUIRED = "TINYSTORIES_NEED_BROWSER"  # where it is set, a browser that is missing fails the tests
 
 
 def wait_until(condition: Callable[[], object]) -> None:
@@ -227,6 +224,9 @@ class Running:
         return {s.labels["reason"]: s.value for s in samples if s.name.endswith("_total") and s.value}
 
 
+Serve = Callable[..., contextlib.AbstractContextManager[Running]]
+
+
 @contextlib.contextmanager
 def serving(engine: Engine, model: ServedModel, **settings: Any) -> Iterator[Running]:
     """Run a server on a free port inside the block."""
@@ -249,12 +249,6 @@ def describe(tokenizer: Tokenizer, engine: Engine, sampling: SamplingConfig | No
         fingerprint="fp_test",
         meta={},
     )
-
-
-def is_missing(what: str) -> None:
-    """Skip a test that needs something, or fail it where the environment says so."""
-    reason = f"{what} is missing; `make test-browser` says what it needs"
-    pytest.fail(reason) if os.environ.get(BROWSER_REQUIRED) else pytest.skip(reason)
 
 
 def wait_for_script(page: Any, expression: str, arg: object = None) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serve_helpers import Running, is_missing, wait_for_script
+from browser_helpers import is_missing
+from serve_helpers import Running, wait_for_script
 
 pytestmark = pytest.mark.browser
 

@@ -6,8 +6,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from conftest import Serve
-from serve_helpers import Running, wait_for_script, wait_until
+from serve_helpers import Running, Serve, wait_for_script, wait_until
 
 import tinystories
 

@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Serve
-from serve_helpers import Running, Watch, wait_for_script
+from serve_helpers import Running, Serve, Watch, wait_for_script
 
 import tinystories
 from tinystories.checkpoint import BUNDLED_MODEL, read_model

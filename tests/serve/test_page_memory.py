@@ -6,8 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from conftest import Serve
-from serve_helpers import Running, wait_for_script
+from serve_helpers import Running, Serve, wait_for_script
 
 pytestmark = pytest.mark.browser
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from command_line import one_line_error
 from command_line import tinystories as run_command
-from conftest import Serve
+from serve_helpers import Serve
 
 import tinystories
 from tinystories import UserError
@@ -146,7 +146,9 @@ def test_modules_are_joined_in_the_order_of_their_use() -> None:
     joined = re.findall(r'^modules\["([^"]+)"\] = ', script, re.MULTILINE)
     assert joined[-1] == "lab.js"
     assert len(joined) == len(set(joined))
-    assert set(joined) == {path.relative_to(PAGE).as_posix() for path in PAGE.rglob("*js") if path.name != "story.js"}
+    assert set(joined) == {
+        path.relative_to(PAGE).as_posix() for path in PAGE.rglob("*js") if path.name not in ("story.js", "uplot.js")
+    }
     for name, user in re.findall(r'= modules\["([^"]+)"\];(?=(.*))', script):
         assert name in joined, user
 

@@ -200,7 +200,10 @@ GENERATORS = {
 
 
 def main() -> None:
-    """Answer each JSON line {"prompts", "tokens"} on stdin with {"seconds", "ids", "peak_mb"}, after {"ready"}."""
+    """After {"ready"}, answer each JSON line {"prompts", "tokens"} with {"seconds", "cpu_seconds", "ids", "peak_mb"}.
+
+    `cpu_seconds` is processor time, of all threads together.
+    """
     name, precision, folder, workload_json = sys.argv[1:]
     out = os.fdopen(os.dup(1), "w")  # stdout is for replies; what libraries print goes to stderr
     os.dup2(2, 1)
@@ -208,9 +211,11 @@ def main() -> None:
     print(json.dumps({"ready": True}), file=out, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
-        started_at = time.perf_counter()
+        started_at = time.perf_counter(), time.process_time()
         ids = generate(request["prompts"], request["tokens"])
-        reply = {"seconds": time.perf_counter() - started_at, "ids": ids, "peak_mb": peak_memory_mb()}
+        ended_at = time.perf_counter(), time.process_time()
+        seconds, cpu_seconds = (end - start for start, end in zip(started_at, ended_at, strict=True))
+        reply = {"seconds": seconds, "cpu_seconds": cpu_seconds, "ids": ids, "peak_mb": peak_memory_mb()}
         print(json.dumps(reply), file=out, flush=True)
 
 

@@ -69,7 +69,7 @@ class BenchProcess:
         return json.loads(line)
 
     def generate(self, prompts: Prompts, tokens: int) -> Any:
-        """Decode `tokens` ids for each prompt; return {"seconds", "ids", "peak_mb"}."""
+        """Decode `tokens` ids for each prompt; return {"seconds", "cpu_seconds", "ids", "peak_mb"}."""
         assert self.process.stdin is not None
         try:
             self.process.stdin.write(json.dumps({"prompts": prompts, "tokens": tokens}) + "\n")
@@ -116,8 +116,14 @@ class Measurement:
         return n_matching / sum(map(len, reference.ids))
 
 
-def run_rounds(processes: Sequence[BenchProcess], task: Task, prompts: Prompts, runs: int) -> list[Measurement]:
-    """Run one warm-up round and `runs` measured ones of a task; every process has one turn per round."""
+def run_rounds(
+    processes: Sequence[BenchProcess], task: Task, prompts: Prompts, runs: int, *, by_cpu_seconds: bool = False
+) -> list[Measurement]:
+    """Run one warm-up round and `runs` measured ones of a task; every process has one turn per round.
+
+    Rates are tokens per second, of processor time if `by_cpu_seconds`.
+    """
+    unit = "cpu_seconds" if by_cpu_seconds else "seconds"
     measurements = [Measurement(process) for process in processes]
     for i in range(runs + 1):
         log.info("%s: %s", task.name, f"round {i} of {runs}" if i else "warming up")
@@ -125,7 +131,7 @@ def run_rounds(processes: Sequence[BenchProcess], task: Task, prompts: Prompts, 
             reply = measurement.process.generate(prompts, task.tokens)
             measurement.ids, measurement.peak_mb = reply["ids"], reply["peak_mb"]
             if i:
-                measurement.rates.append(task.counted_tokens / reply["seconds"])
+                measurement.rates.append(task.counted_tokens / reply[unit])
     return measurements
 
 

@@ -33,6 +33,7 @@ class ModelBundle:
 
     `weights`: fp32 arrays by their names in `model.safetensors`, without a tied LM head.
     `folder`: the model directory it was read from, to which `weights` may still be memory-mapped.
+    `title`, `license`: what an export tells its readers, where the format has a place for it; "" if nothing is known.
     """
 
     config: ModelConfig
@@ -41,6 +42,8 @@ class ModelBundle:
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     folder: Path | None = None
+    title: str = ""
+    license: str = ""
 
     @classmethod
     def read(cls, folder: Path | str) -> "ModelBundle":

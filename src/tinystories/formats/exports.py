@@ -24,20 +24,35 @@ MAX_IDS = 64  # length of the text on which an export is compared with the model
 
 @dataclasses.dataclass(frozen=True)
 class ExportResult:
-    """The files written, and how far their logits are from the model's over the first `n_ids` ids of a story."""
+    """The files written, and how far their logits are from the model's over the first `n_ids` ids of a story.
+
+    `report` says in words what was verified. Files that are programs are run instead (`Format.check`); `is_verified` is
+    false if nothing on this machine can run them.
+    """
 
     paths: list[Path]
-    max_difference: float
-    kl_divergence: float
-    n_ids: int
+    report: str
+    is_verified: bool = True
+    max_difference: float = 0.0
+    kl_divergence: float = 0.0
+    n_ids: int = 0
 
 
-def export(model: ModelBundle, name: str, out: Path, *, precision: str = "", force: bool = False) -> ExportResult:
+def export(
+    model: ModelBundle,
+    name: str,
+    out: Path,
+    *,
+    precision: str = "",
+    force: bool = False,
+    require_check: bool = False,
+) -> ExportResult:
     """Write the model to `out` in format `name` (one of EXPORT_NAMES), all files or none.
 
     `precision` "": the format's default. With `force`, an earlier export is replaced together with its sidecars, also
     those that the new export does not have. `UserError` if the format cannot represent the model, if `out` must not be
-    replaced (see `check_destination`), or if the logits of the written file differ too much from the model's.
+    replaced (see `check_destination`), if the logits of the written file differ too much from the model's, or, with
+    `require_check`, if nothing on this machine can run a file that is a program.
     """
     if name not in EXPORT_NAMES:
         raise UserError(f"--format {name} is unknown; use one of {', '.join(EXPORT_NAMES)}")
@@ -56,6 +71,8 @@ def export(model: ModelBundle, name: str, out: Path, *, precision: str = "", for
             check_destination(path, is_folder=export_format.is_folder, force=force, source=model.folder)
         with temp_sibling(out) as staging_dir:
             result = write_and_verify(model, export_format, staging_dir / out.name, precision)
+            if require_check and not result.is_verified:
+                raise UserError(f"{result.report}; --require-check keeps no export that was not run")
             paths = [out.parent / path.name for path in result.paths]
             assert set(paths) <= {out, *sidecars}
             new_paths = [path for path in paths if not os.path.lexists(path)]
@@ -73,10 +90,16 @@ def export(model: ModelBundle, name: str, out: Path, *, precision: str = "", for
 
 
 def write_and_verify(model: ModelBundle, export_format: Format, path: Path, precision: str) -> ExportResult:
-    """Write the model to `path`, in an empty folder; `UserError` if the file's logits differ from the model's."""
+    """Write the model to `path`, in an empty folder; `UserError` if its logits or ids differ from the model's."""
     assert export_format.write is not None
-    assert export_format.logits is not None
     id_permutation = export_format.write(model, path, precision)
+    if export_format.check is not None:
+        report = export_format.check(model, path)
+        paths = sorted(path.parent.iterdir())
+        if report is None:
+            return ExportResult(paths, "not run here: install Node.js or Chromium to verify it", is_verified=False)
+        return ExportResult(paths, f"verified: {report}")
+    assert export_format.logits is not None
     ids = encode_sample_story(model)
     if id_permutation is None:
         file_logits = export_format.logits(path, ids)
@@ -84,7 +107,14 @@ def write_and_verify(model: ModelBundle, export_format: Format, path: Path, prec
         file_logits = export_format.logits(path, id_permutation[ids].tolist())[:, id_permutation]
     max_difference, kl_divergence = compare_logits(model.logits(ids), file_logits)
     check_agreement(export_format.max_divergence[precision], max_difference, kl_divergence)
-    return ExportResult(sorted(path.parent.iterdir()), max_difference, kl_divergence, len(ids))
+    return ExportResult(
+        sorted(path.parent.iterdir()),
+        f"verified: over {len(ids)} tokens of a story, logits differ by at most {max_difference:.2g}"
+        f" (KL divergence {kl_divergence:.2g} nats)",
+        max_difference=max_difference,
+        kl_divergence=kl_divergence,
+        n_ids=len(ids),
+    )
 
 
 def encode_sample_story(model: ModelBundle) -> list[int]:

@@ -23,6 +23,8 @@ class Format:
     `write(model, path, precision)` writes the file, and none, some or all of `sidecars(path)` beside it. If it
     renumbers ids, it returns the permutation: file id = permutation[our id].
     `logits(path, ids)` reads the file the way its users will and returns (T, V) logits.
+    `check(model, path)`, instead of `logits` for files that are programs: run the file, compare the ids that it
+    generates with the engine's, and return what was compared, or None if nothing on this machine can run it.
     `max_divergence`: for each precision (the first is the default) the largest accepted mean KL divergence, in nats, of
     the file's predictions from the model's; 0 means that logits must agree to FP32_TOLERANCE instead.
     `next_steps(path)`: a message that tells the user how to run the file.
@@ -34,6 +36,7 @@ class Format:
     read: Callable[[Path, Path | None], ModelBundle] | None = None
     write: Callable[[ModelBundle, Path, str], Array | None] | None = None
     logits: Callable[[Path, list[int]], Array] | None = None
+    check: Callable[[ModelBundle, Path], str | None] | None = None
     max_divergence: Mapping[str, float] = dataclasses.field(default_factory=dict)
     sidecars: Callable[[Path], list[Path]] = lambda _: []
     next_steps: Callable[[Path], str] = lambda _: ""

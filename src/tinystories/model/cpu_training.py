@@ -23,3 +23,15 @@ def use_cpu_training_kernels(model: GPT, *, bf16: bool, attention: bool = True) 
             module.use_cpu_attention = attention and not module.enable_gqa
         if isinstance(module, GPT | Block) and isinstance(module.dropout, nn.Dropout):
             module.dropout = FastDropout(module.dropout.p).train(module.dropout.training)
+
+
+def use_cpu_teacher_kernels(teacher: GPT, *, bf16: bool) -> None:
+    """Make a frozen model predict with the kernels of `use_cpu_training_kernels`, without dropout.
+
+    The kernels apply in training mode only, so the model is switched to it: use it for nothing else.
+    """
+    use_cpu_training_kernels(teacher, bf16=bf16)
+    for module in teacher.modules():
+        if isinstance(module, GPT | Block):
+            module.dropout = nn.Identity()
+    teacher.train()

@@ -13,8 +13,9 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from tinystories.model.gpt import GPT
 from tinystories.model.loss import IGNORE_INDEX, chunk_rows, prepare_rows
+from tinystories.model.tiled_loss import CHUNK_LOGITS, MIN_CHUNK_ROWS, MIN_TILE_ROWS, TILE_LOGITS
 
-# A chunk needs this many buffers of the size of its logits, where the loss without teachers needs one.
+# A chunk on CUDA needs this many buffers of the size of its logits, where the loss without teachers needs one.
 N_CHUNK_BUFFERS = 4
 
 
@@ -45,32 +46,40 @@ class LinearDistillation(torch.autograd.Function):
         kl_weight: float,
         temperature: float,
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        vocab_size = weight.shape[0]
-        rows = max(1, chunk_rows(vocab_size, hidden.device.type) // N_CHUNK_BUFFERS)
+        n_rows, vocab_size = hidden.shape[0], weight.shape[0]
+        chunk_size, tile_size = split_rows(vocab_size, hidden.device.type)
         weight_cast = weight.to(hidden.dtype)
         teachers = [Head(head.hidden, head.weight.to(head.hidden.dtype)) for head in teachers]
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
         cross_entropy = torch.zeros((), device=hidden.device)
         divergence = torch.zeros((), device=hidden.device)
-        for start in range(0, hidden.shape[0], rows):
-            chunk = slice(start, start + rows)
-            h, y = hidden[chunk], targets[chunk, None]
-            target_mask = (y != IGNORE_INDEX).float()
-            y = y.clamp(min=0)
-            z = (h @ weight_cast.t()).float()
-            log_p = z.log_softmax(1)
-            cross_entropy -= (log_p.gather(1, y) * target_mask).sum()
-            softened_log_p = log_p if temperature == 1 else (z / temperature).log_softmax(1)
-            teacher_p = average_probabilities([Head(t.hidden[chunk], t.weight) for t in teachers], temperature)
-            # KL(teacher || student) = sum of t log t - t log p; xlogy is 0 where t underflows to 0.
-            terms = torch.xlogy(teacher_p, teacher_p).addcmul_(teacher_p, softened_log_p, value=-1)
-            divergence += (terms.sum(1, keepdim=True) * target_mask).sum()
-            # The gradient of temperature^2 * KL by the logits is temperature * (p - t).
-            grad_z = (softened_log_p.exp() - teacher_p).mul_(kl_weight * temperature).add_(log_p.exp_())
-            grad_z.mul_(target_mask).scatter_add_(1, y, -target_mask)
-            grad_z = grad_z.to(hidden.dtype)
-            torch.mm(grad_z, weight_cast, out=grad_hidden[chunk])
-            grad_weight += grad_z.t() @ h
+        for start in range(0, n_rows, chunk_size):
+            chunk = slice(start, min(start + chunk_size, n_rows))
+            h = hidden[chunk]
+            z = h @ weight_cast.t()
+            for tile_start in range(chunk.start, chunk.stop, tile_size):
+                tile = slice(tile_start, min(tile_start + tile_size, chunk.stop))
+                z_tile = z[tile.start - start : tile.stop - start]
+                y = targets[tile, None]
+                target_mask = (y != IGNORE_INDEX).float()
+                y = y.clamp(min=0)
+                log_p = z_tile.float().log_softmax(1)
+                cross_entropy -= (log_p.gather(1, y) * target_mask).sum()
+                softened_log_p = log_p if temperature == 1 else (z_tile.float() / temperature).log_softmax(1)
+                teacher_p, teacher_entropy = average_probabilities(
+                    [Head(teacher.hidden[tile], teacher.weight) for teacher in teachers], temperature
+                )
+                # KL(teacher || student) = sum of t log t - t log p.
+                teacher_cross_entropy = -(teacher_p * softened_log_p).sum(1, keepdim=True)
+                divergence += ((teacher_cross_entropy - teacher_entropy) * target_mask).sum()
+                # The gradient of temperature^2 * KL by the logits is temperature * (p - t).
+                softened_p = softened_log_p.exp()
+                p = softened_p.clone() if temperature == 1 else log_p.exp_()
+                grad_z = softened_p.sub_(teacher_p).mul_(kl_weight * temperature).add_(p)
+                grad_z.mul_(target_mask).scatter_add_(1, y, -target_mask)
+                z_tile.copy_(grad_z)  # in place, z turns from logits into their gradient
+            torch.mm(z, weight_cast, out=grad_hidden[chunk])
+            grad_weight += z.t() @ h
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.mark_non_differentiable(cross_entropy)
         return cross_entropy + kl_weight * temperature**2 * divergence, cross_entropy
@@ -82,18 +91,31 @@ class LinearDistillation(torch.autograd.Function):
         return grad_hidden.mul_(grad), grad_weight.mul_(grad), None, None, None, None
 
 
-def average_probabilities(teachers: Sequence[Head], temperature: float) -> Float[Tensor, "N V"]:
-    """Return the mean over the teachers of softmax(logits / temperature)."""
-    total = None
-    for hidden, weight in teachers:
-        p = (hidden @ weight.t()).float().div_(temperature).softmax(1)
-        total = p if total is None else total.add_(p)
-    assert total is not None, "at least one teacher"
-    return total if len(teachers) == 1 else total.div_(len(teachers))
+def split_rows(vocab_size: int, device: str) -> tuple[int, int]:
+    """Return how many rows make up a chunk, which shares its matmuls, and a tile, which shares the rest.
+
+    On a CPU a tile should stay in a cache, since it is read and written several times. On CUDA a tile is a chunk.
+    """
+    if device == "cpu":
+        return max(MIN_CHUNK_ROWS, CHUNK_LOGITS // vocab_size), max(MIN_TILE_ROWS, TILE_LOGITS // vocab_size)
+    rows = max(1, chunk_rows(vocab_size, device) // N_CHUNK_BUFFERS)
+    return rows, rows
+
+
+def average_probabilities(
+    teachers: Sequence[Head], temperature: float
+) -> tuple[Float[Tensor, "N V"], Float[Tensor, "N 1"]]:
+    """Return the mean over the teachers of softmax(logits / temperature), and its entropies in nats."""
+    log_p = [(hidden @ weight.t()).float().div_(temperature).log_softmax(1) for hidden, weight in teachers]
+    if len(log_p) == 1:
+        p = log_p[0].exp()
+        return p, -(p * log_p[0]).sum(1, keepdim=True)
+    p = torch.stack(log_p).exp_().mean(0)
+    return p, -torch.xlogy(p, p).sum(1, keepdim=True)
 
 
 class DistillationObjective(nn.Module):
-    """`Objective` with teachers: models with the same vocabulary, in eval mode, on the device of the student."""
+    """`Objective` with teachers: models with the same vocabulary, without dropout, on the device of the student."""
 
     def __init__(self, model: GPT, teachers: Sequence[GPT], kl_weight: float, temperature: float) -> None:
         super().__init__()

@@ -14,7 +14,7 @@ from tinystories.data.tokenizer import Tokenizer
 from tinystories.engine.device import select_device
 from tinystories.engine.torch_engine import TorchEngine
 from tinystories.model import GPT
-from tinystories.model.cpu_training import use_cpu_training_kernels
+from tinystories.model.cpu_training import use_cpu_teacher_kernels, use_cpu_training_kernels
 from tinystories.model.distillation import DistillationObjective
 from tinystories.model.loss import Objective, fused_linear_cross_entropy
 from tinystories.model.tiled_loss import tiled_linear_cross_entropy
@@ -85,6 +85,9 @@ class TrainStep:
         self.route = select_route(config, self.device, previous_route, world)
         self.precision = self.route.precision
         teachers = load_teachers(teacher_dirs, config.model, tokenizer, self.device)
+        if self.route.cpu_kernels:
+            for teacher in teachers:
+                use_cpu_teacher_kernels(teacher, bf16=self.route.has_bf16_kernels)
         torch.manual_seed(config.train.seed)
         self.model = GPT(config.model).to(self.device)
         objective: Any = build_objective(self.model, self.route)

@@ -194,9 +194,14 @@ def quantized_encoding(name: str, shape: tuple[int, ...], config: ModelConfig, p
 
 def quantize(files: ModelFiles, precision: Precision) -> dict[str, Array]:
     """Quantize the weights of a model; return the tensors of the quantized file."""
+    return quantize_weights(files.config, load_fp32(files), precision)
+
+
+def quantize_weights(config: ModelConfig, weights: Mapping[str, Array], precision: Precision) -> dict[str, Array]:
+    """Quantize fp32 weights, by their names in `model.safetensors`; return the tensors of the quantized file."""
     tensors: dict[str, Array] = {}
-    for name, weight in load_fp32(files).items():
-        if encoding := quantized_encoding(name, weight.shape, files.config, precision):
+    for name, weight in weights.items():
+        if encoding := quantized_encoding(name, weight.shape, config, precision):
             tensors[f"{name}.{encoding}"], tensors[f"{name}.scales"] = QUANTIZERS[encoding](weight)
         else:
             tensors[name] = weight

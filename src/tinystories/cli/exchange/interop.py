@@ -1,11 +1,13 @@
 """`tinystories export`, `import` and `push`: convert to and from the formats of other programs; upload to the Hub."""
 
+import dataclasses
 import shlex
 from pathlib import Path
 
 import click
 
 from tinystories.cli.common import CONTEXT_SETTINGS, model_argument
+from tinystories.errors import UserError
 
 force_option = click.option(
     "--force", is_flag=True, help="Replace an existing file, or the directory of an earlier export or import."
@@ -18,40 +20,56 @@ force_option = click.option(
     "--format",
     "name",
     required=True,
-    type=click.Choice(["hf", "gguf", "llama2c", "onnx"]),
+    type=click.Choice(["hf", "gguf", "llama2c", "onnx", "html"]),
     help="hf: a folder for transformers, CTranslate2, vLLM; gguf: llama.cpp, Ollama; llama2c: llama2.c;"
-    " onnx: ONNX Runtime.",
+    " onnx: ONNX Runtime; html: one file that tells stories in a browser.",
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="File to write (hf: a folder).")
 @click.option(
     "--precision",
     default="",
     show_default=False,
-    help="Weight precision. gguf: f32, f16, q8_0, q4_0; llama2c: f32, q8_0; hf, onnx: f32.  [default: f32]",
+    help="Weight precision. gguf: f32, f16, q8_0, q4_0; llama2c: f32, q8_0; hf, onnx: f32; html: int8."
+    "  [default: the first]",
+)
+@click.option(
+    "--title", default="", show_default=False, help="html: the title of the page.  [default: The storyteller]"
+)
+@click.option(
+    "--license",
+    default="",
+    show_default=False,
+    help="html: license of the weights, for the model card on the page.  [default: that of the model's README.md]",
+)
+@click.option(
+    "--require-check", is_flag=True, help="html: keep no page that could not be run here; needs Node.js or Chromium."
 )
 @force_option
-def export(model: Path, name: str, out: Path, precision: str, force: bool) -> None:
-    """Export MODEL, or the bundled storyteller, to the format of another program.
+def export(
+    model: Path, name: str, out: Path, precision: str, title: str, license: str, require_check: bool, force: bool
+) -> None:
+    """Export MODEL, or the bundled storyteller, to the format of another program, or to a page.
 
-    The file is read back and its logits are compared with the model's; it is kept only if they agree. docs/interop.md
-    lists which models fit which format and how to use the files.
+    The file is read back and its logits are compared with the model's, or it is run and its ids are; it is kept only if
+    they agree. docs/interop.md lists which models fit which format and how to use the files.
 
     \b
       tinystories export runs/small --format gguf --precision q8_0 --out stories.gguf
       tinystories export runs/small --format hf --out stories-hf
+      tinystories export runs/small --format html --out story.html --title "Stories for Ada"
     """
     from tinystories.formats.bundle import ModelBundle
     from tinystories.formats.exports import export
     from tinystories.formats.registry import FORMATS
 
-    result = export(ModelBundle.read(model), name, out, precision=precision, force=force)
+    if name != "html" and (title or license):
+        raise UserError("--title and --license are for --format html; other formats have no place for them")
+    bundle = dataclasses.replace(ModelBundle.read(model), title=title, license=license)
+    result = export(bundle, name, out, precision=precision, force=force, require_check=require_check)
     for path in result.paths:
         files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
         click.echo(f"{path}: {sum(file.stat().st_size for file in files) / 1e6:,.1f} MB")
-    click.echo(
-        f"verified: over {result.n_ids} tokens of a story, logits differ by at most {result.max_difference:.2g}"
-        f" (KL divergence {result.kl_divergence:.2g} nats)"
-    )
+    click.echo(result.report)
     click.echo(FORMATS[name].next_steps(out))
 
 

@@ -63,6 +63,11 @@ speed_options = add_options(
         help=f"Random weights of this preset or TOML file: {', '.join(PRESETS)}.  [default: {DEFAULT_PRESET}]",
     ),
     click.option("--vocab", type=click.IntRange(min=2), default=50257, help="Vocabulary size of the random model."),
+    click.option(
+        "--cpu-seconds",
+        is_flag=True,
+        help="Count processor time instead of time: for a busy machine, with --threads 1.",
+    ),
 )
 
 
@@ -124,6 +129,8 @@ def compare(
         if shortlist and all(competitor.name != "tinystories" for competitor in selected):
             raise UserError("--shortlist applies to tinystories, which --only leaves out")
         threads = options["threads"] or count_cores()
+        if options["cpu_seconds"] and threads != 1:
+            raise UserError("--cpu-seconds requires --threads 1: threads that wait for each other use processor time")
         workload = Workload(threads=threads, streams=tasks[0].streams, tokens=capacity)
         processes = []
         for competitor in selected:
@@ -134,10 +141,11 @@ def compare(
         rng, results = np.random.default_rng(0), {}
         for task in tasks:
             prompts = rng.integers(config.vocab_size, size=(task.streams, task.prompt_tokens)).tolist()
-            measurements = run_rounds(processes, task, prompts, options["runs"])
+            measurements = run_rounds(processes, task, prompts, options["runs"], by_cpu_seconds=options["cpu_seconds"])
             results[task.name] = report_task(task.name, measurements)
     click.echo('"same ids": share of the greedy ids before the first that differs from the first row')
     settings = {"model": model, "parameters": config.n_params, "threads": threads, **facts}
+    settings["cpu_seconds"] = options["cpu_seconds"]
     return {"benchmark": tasks[-1].name, **settings, **results, **describe_machine(selected)}
 
 

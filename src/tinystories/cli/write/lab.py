@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tinystories.cli.common import FILE, engine_options, model_argument
-from tinystories.cli.write.serve import check_packages, describe_model, run_server
+from tinystories.cli.write.serve import check_packages, describe_model, lab_options, run_server
 from tinystories.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 @click.option(
     "--api-key-file", type=FILE, help="File with keys, one a line; any of them opens.  [default: $TINYSTORIES_API_KEY]"
 )
+@lab_options
 @engine_options(
     "Inference engine. auto: torch if CUDA is available, otherwise cpu (no torch needed, starts instantly).",
     "Weight precision. cpu: int8 (auto), int4 or fp32; torch: bf16 if the hardware supports it, else fp32 (auto).",
@@ -38,12 +39,15 @@ def lab(
     no_browser: bool,
     port: int,
     api_key_file: Path | None,
+    runs_folder: Path | None,
+    compare_model: Path | None,
 ) -> int:
     """Look inside MODEL or the bundled storyteller, in the browser.
 
     Starts `tinystories serve` for this machine only, prints the URL of the lab and opens it: the tokens of a text and
-    how much each surprises the model, what could come next, where each head looks, what each layer would say. Nothing
-    leaves this machine. Ctrl-C ends it. What the page shows is explained in docs/lab.md.
+    how much each surprises the model, what could come next, where each head looks, what each layer would say; how a
+    run learns while it trains, and two models side by side. Nothing leaves this machine. Ctrl-C ends it. What the page
+    shows is explained in docs/lab.md.
 
     \b
     With --text and --out it writes the page about one text into a file, to hand out or to keep:
@@ -64,7 +68,7 @@ def lab(
         if not no_browser:
             webbrowser.open(f"{url}/lab")
 
-    config = ServerConfig(port=port, keys=read_keys(api_key_file))
+    config = ServerConfig(port=port, keys=read_keys(api_key_file), runs_folder=runs_folder, compare_model=compare_model)
     return run_server(model, engine_config, None, config, logging.WARNING, announce)
 
 

@@ -1,6 +1,7 @@
 """`tinystories serve`."""
 
 import dataclasses
+import functools
 import json
 import logging
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tinystories.cli.common import FILE, engine_options, model_argument
+from tinystories.cli.common import FILE, PATH, Command, engine_options, model_argument
 from tinystories.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 SERVE_MODULES = ("starlette", "uvicorn", "msgspec", "prometheus_client")
 SLOTS_PER_CORE, MIN_AUTO_SLOTS, MAX_AUTO_SLOTS = 8, 16, 64
+DEFAULT_RUNS = Path("runs")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -32,6 +34,31 @@ class SlotCount(click.ParamType[int | None]):
         if value is None or value == "auto":
             return None
         return click.IntRange(min=1, max=1024).convert(value, param, ctx)
+
+
+def lab_options(command: Command) -> Command:
+    """Add --runs and --compare; the command receives the folders as `runs_folder` and `compare_model`."""
+
+    @click.option(
+        "--runs",
+        type=PATH,
+        metavar="DIR",
+        help="Folder of training runs that the lab shows.  [default: runs, if there is such a folder]",
+    )
+    @click.option("--compare", metavar="MODEL", help="A second model, which the lab compares with the first.")
+    @functools.wraps(command)
+    def wrapper(*, runs: Path | None, compare: str | None, **kwargs: Any) -> Any:
+        from tinystories.checkpoint import read_model
+        from tinystories.hub.client import resolve_model_folder
+
+        if runs is None and DEFAULT_RUNS.is_dir() and not (DEFAULT_RUNS / "metrics.jsonl").exists():
+            runs = DEFAULT_RUNS
+        compare_model = None if compare is None else resolve_model_folder(compare)
+        if compare_model is not None:
+            read_model(compare_model, verify_weights=False)  # a mistake is reported now
+        return command(runs_folder=runs, compare_model=compare_model, **kwargs)
+
+    return wrapper
 
 
 @click.command()
@@ -74,6 +101,7 @@ class SlotCount(click.ParamType[int | None]):
     help="Most seconds that a request may take.",
 )
 @click.option("--model-name", help="Name of the model for clients.  [default: that of its directory]")
+@lab_options
 @click.option("--log-level", type=click.Choice(LOG_LEVELS), default="info", help="What to report on stderr.")
 def serve(
     model: Path,

@@ -26,7 +26,7 @@ from tinystories.weights.quantize import GROUP_SIZE, allocate_aligned, round_up
 Array = npt.NDArray[Any]
 MAX_ROWS = 64  # rows per call: more rows reuse the weights more often but need more memory
 # Below this many bytes of weights, times rows, a call has so little work between the points where threads wait for each
-# other that a second thread gains nothing, and loses beside other programs (docs/cpu-engine.md).
+# other that a second thread gains nothing, and loses beside other programs (docs/cpu-engine-reference.md).
 MIN_SHARED_BYTES = 20_000_000
 
 

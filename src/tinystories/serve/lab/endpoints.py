@@ -15,6 +15,7 @@ from tinystories.explain.text_trace import TextTrace
 from tinystories.serve.app import json_response, run
 from tinystories.serve.errors import invalid
 from tinystories.serve.lab import answers
+from tinystories.serve.lab.experiments import ExperimentEndpoints
 from tinystories.serve.lab.requests import (
     MAX_POSITIONS,
     AblateRequest,
@@ -26,6 +27,7 @@ from tinystories.serve.lab.requests import (
     TokensRequest,
 )
 from tinystories.serve.lab.traces import TraceWorker
+from tinystories.serve.lab.training import TrainingEndpoints
 from tinystories.serve.requests import SamplingNumbers, decode_request
 from tinystories.serve.service import Service
 
@@ -36,6 +38,7 @@ class LabEndpoints:
     """The endpoints of the lab page."""
 
     def __init__(self, service: Service) -> None:
+        self.service = service
         self.model, self.engine = service.model, service.scheduler.engine
         self.worker = TraceWorker(self.engine, self.model.tokenizer)
 
@@ -51,6 +54,8 @@ class LabEndpoints:
             Route("/lab/api/heads", self.heads, methods=["POST"]),
             Route("/lab/api/lens", self.lens, methods=["POST"]),
             Route("/lab/api/ablate", self.ablate, methods=["POST"]),
+            *TrainingEndpoints(self.service).routes(),
+            *ExperimentEndpoints(self.service, self.worker).routes(),
         ]
 
     async def show_model(self, _request: Request) -> Response:

@@ -37,43 +37,52 @@ class TraceWorker:
 
         `ApiError`: 400 for ids that the model does not take and other mistakes of the client, 429 if too many wait.
         """
-        if not isinstance(self.engine, TraceableEngine):
-            raise ApiError(501, "this engine does not show its weights, so that the lab cannot look into the model")
+        self.check_traceable()
+        return await self.run(lambda: answer(self.trace(ids)))
+
+    async def run(self, function: Callable[[], Result]) -> Result:
+        """Return the result of a function, called in the worker's thread. `ApiError` as for `ask`."""
         if self.n_waiting >= MAX_WAITING:
             raise ApiError(429, "the lab is busy; try again", code="queue_full", headers={"Retry-After": "1"})
         self.n_waiting += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self.executor, lambda: answer(self._trace(ids)))
+            return await asyncio.get_running_loop().run_in_executor(self.executor, function)
         except UserError as error:
             raise invalid(str(error), "ids") from None
         finally:
             self.n_waiting -= 1
 
+    def check_traceable(self) -> None:
+        """Raise `ApiError` (501) if the engine does not show its weights."""
+        if not isinstance(self.engine, TraceableEngine):
+            raise ApiError(501, "this engine does not show its weights, so that the lab cannot look into the model")
+
     def prepare(self) -> None:
         """Load the weights in the worker's thread, so that the first question need not wait for them."""
         if self.model is None and isinstance(self.engine, TraceableEngine):
-            self.executor.submit(self._load)
+            self.executor.submit(self.load)
 
-    def _load(self) -> TraceModel:
+    def load(self) -> TraceModel:
+        """Return the served model in fp32. Call it in the worker's thread only."""
         if self.model is None:
             assert isinstance(self.engine, TraceableEngine)
             self.model = TraceModel(self.engine.config, self.engine.fp32_weights())
         return self.model
 
-    def _trace(self, ids: Sequence[int]) -> TextTrace:
-        """Return the trace of ids. Called in the worker's thread only.
+    def trace(self, ids: Sequence[int]) -> TextTrace:
+        """Return the trace of ids. Call it in the worker's thread only.
 
         A text that begins like one that is kept, as it does while somebody types, is computed from there on. Its
         numbers may differ from those of a whole computation by rounding, about 1e-6.
         """
-        model, key = self._load(), tuple(ids)
-        trace = self.traces.pop(key, None) or trace_text(model, self.tokenizer, ids, known=self._known_states(key))
+        model, key = self.load(), tuple(ids)
+        trace = self.traces.pop(key, None) or trace_text(model, self.tokenizer, ids, known=self.known_states(key))
         self.traces[key] = trace
         while len(self.traces) > 1 and (len(self.traces) > MAX_TRACES or self.n_bytes > MAX_TRACE_BYTES):
             self.traces.popitem(last=False)
         return trace
 
-    def _known_states(self, ids: tuple[int, ...]) -> Floats | None:
+    def known_states(self, ids: tuple[int, ...]) -> Floats | None:
         """Return the hidden states of as many of the first ids as a kept trace has; None if these are few."""
         best, n_best = None, MIN_KNOWN - 1
         for key, trace in self.traces.items():

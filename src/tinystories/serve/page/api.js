@@ -79,5 +79,26 @@ export async function* tellMany(body, signal) {
   }
 }
 
+// Yield the events of a stream until it ends or breaks, which is a Failure.
+export async function* watch(path, signal) {
+  const response = await request(path, null, signal);
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let waiting = '';
+  try {
+    for (;;) {
+      const { done, value } = await reader.read().catch((error) => {
+        if (error.name === 'AbortError') throw error;
+        throw new Failure('gone', error.message);
+      });
+      if (done) throw new Failure('gone', 'the stream has ended');
+      const lines = (waiting + value).split('\n');
+      waiting = lines.pop();
+      for (const line of lines) if (line.startsWith('data: ')) yield JSON.parse(line.slice(6));
+    }
+  } finally {
+    reader.cancel().catch(() => {});
+  }
+}
+
 // Endings of a recorded text: only those that were recorded.
 export const recordedEndings = async () => (await recording).endings;

@@ -2,17 +2,19 @@
 import { useAnswer } from './answers.js';
 import { ask, Failure, setKey } from './api.js';
 import { AttentionPane } from './attention.js';
+import { ExperimentsPane } from './experiments.js';
 import { makeFragment, readFragment } from './fragment.js';
 import { InsidePane } from './inside.js';
 import { NextPane, readAppended } from './next.js';
 import { isRecording, recording } from './recording.js';
 import { LAB as T } from './texts.js';
 import { Tour, wasVisited } from './tour.js';
+import { TrainingPane } from './training.js';
 import { makeTree } from './tree.js';
 import { applyTheme, html, KeyForm, render, toggleTheme, useEffect, useRef, useState, WRITING } from './ui.js';
 import { WordsPane } from './words.js';
 
-const PANES = { words: WordsPane, next: NextPane, attention: AttentionPane, inside: InsidePane };
+const PANES = { words: WordsPane, next: NextPane, attention: AttentionPane, inside: InsidePane, training: TrainingPane, experiments: ExperimentsPane };
 
 const URL_DELAY_MS = 250; // browsers take few changes of the URL in a second, and typing makes many
 const RECORDED = ['words', 'next', 'attention', 'inside']; // panes that a recording has answers for

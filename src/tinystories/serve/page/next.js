@@ -7,18 +7,10 @@ import { Tools } from './figures.js';
 import { pythonEndings, pythonLoad, pythonNext, pythonTrace, pythonTree } from './python.js';
 import { analyze, cutBy, decodeLogits, entropyBits } from './sampling.js';
 import { LAB as T } from './texts.js';
-import { percent } from './tokens.js';
+import { KNOBS, percent } from './shared.js';
 import { layOut, remember, Tree } from './tree.js';
 import { html, moveInGroup, useEffect, useMemo, useRef, useState, WRITING } from './ui.js';
 
-// Settings in the order in which they are applied. `name` is theirs in the API, `key` in the fragment.
-const KNOBS = [
-  { name: 'repetition_penalty', key: 'rp', min: 1, max: 2, step: 0.05 },
-  { name: 'temperature', key: 'temp', min: 0, max: 2, step: 0.05 },
-  { name: 'top_k', key: 'k', min: 0, max: 100, step: 1 },
-  { name: 'top_p', key: 'tp', min: 0.05, max: 1, step: 0.05 },
-  { name: 'min_p', key: 'mp', min: 0, max: 0.5, step: 0.01 },
-];
 const N_BARS = 12;
 const N_LABELS = 40; // tokens whose labels the server sends
 const MIN_SEGMENT = 0.01; // smaller ones are not drawn on the line from 0 to 1

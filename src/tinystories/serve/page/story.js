@@ -1,27 +1,12 @@
 // The storyteller: a beginning goes to the server, the story comes back word by word.
 import { Failure, setKey, tell } from './api.js';
 import { makeFragment, readFragment } from './fragment.js';
+import { LENGTHS, findEnd, newSeed } from './shared.js';
 import { STORY as T } from './texts.js';
 import { applyTheme, html, KeyForm, moveInGroup, render, toggleTheme, useEffect, useRef, useState } from './ui.js';
 
-// A short or medium story ends with the first sentence after this many words; a long one where the model ends it.
-const LENGTHS = { short: 60, medium: 130, long: Infinity };
 const MAX_TOKENS = 900;
 const BOLDNESS = [0.3, 0.55, 0.8, 1.0, 1.2]; // temperatures
-const SENTENCE_END = /[.!?]["”’']*(?=\s)/g;
-
-const newSeed = () => crypto.getRandomValues(new Uint32Array(1))[0];
-const countWords = (text) => text.trim().split(/\s+/).length;
-
-// Where the first sentence after so many words ends; -1: not yet. It does not matter in which pieces the text has come.
-function findEnd(text, nWords) {
-  if (nWords === Infinity) return -1;
-  for (const match of text.matchAll(SENTENCE_END)) {
-    const end = match.index + match[0].length;
-    if (countWords(text.slice(0, end)) >= nWords) return end;
-  }
-  return -1;
-}
 
 function Storyteller() {
   const [wish, setWish] = useState({ beginning: T.examples[0], length: 'medium', boldness: 2, seed: 0 });

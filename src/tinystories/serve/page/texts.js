@@ -133,6 +133,7 @@ export const LAB = {
     ['R', 'Next word: take the last one back'],
     ['[ ]', 'Attention: another layer'],
     [', .', 'Attention: another head'],
+    ['1 2, N', 'Experiments: answer the quiz, next question'],
     ['Alt ←', 'undo: the back button of the browser'],
     ['?', 'this list'],
   ],
@@ -238,4 +239,170 @@ export const LAB = {
     finalProb: 'its probability here',
     kl: 'distance from the final guess',
   },
+  training: {
+    name: 'Training',
+    question: 'How did it learn?',
+    explanation: 'A training run starts with random numbers and changes them a little at every step, so that the next tokens of real stories surprise the model less. Watch it happen, or look back at it.',
+    noRuns: 'There are no runs in this folder yet. Start one; it will show up here by itself:',
+    noFolder: 'The server was started without a folder of runs. Train a model, then start the lab again beside it, or name the folder with --runs DIR:',
+    trainCommand: 'tinystories train --config nano --out runs/nano',
+    runs: 'Runs',
+    nRuns: (shown, all) => (all > shown ? `the newest ${shown} of ${all}` : `${all} ${all === 1 ? 'run' : 'runs'}`),
+    find: 'Find by name',
+    notFound: 'No run has this in its name.',
+    compare: 'compare',
+    progress: (run) => `step ${run.step ?? 0}${run.steps ? ` of ${run.steps}` : ''}${run.val_bits_per_byte ? `, ${run.val_bits_per_byte.toFixed(3)} bits per byte` : ''}`,
+    age: (run) => (run.steps && run.step >= run.steps ? 'finished' : run.age_s < 60 ? 'training now' : `last line ${howLong(run.age_s)} ago`),
+    live: (run) => (!run ? '' : run.steps && run.step >= run.steps ? 'finished' : run.age_s < 60 ? 'live: new points appear as they come' : `no new points for ${howLong(run.age_s)}`),
+    connecting: 'connecting …',
+    and: ' and ',
+    problemsOf: (name, feed) => [
+      feed.problem && `${name}: ${feed.problem}.`,
+      feed.nDamaged > 0 && `${name}: ${feed.nDamaged === 1 ? 'one line' : `${feed.nDamaged} lines`} of metrics.jsonl cannot be read and ${feed.nDamaged === 1 ? 'is' : 'are'} left out${feed.firstDamaged ? `; the first is line ${feed.firstDamaged}` : ''}.`,
+      feed.stride > 1 && `${name} has very many points; every ${ordinal(feed.stride)} is drawn.`,
+      !feed.problem && !feed.train.length && !feed.evals.length && `${name}: waiting for the first point.`,
+    ].filter(Boolean),
+    measure: 'Up',
+    measures: { bits: 'bits per byte', loss: 'loss' },
+    measureLabels: { bits: 'bits per byte', loss: 'loss in nats per token' },
+    axis: 'Along',
+    axes: { steps: 'steps', tokens: 'tokens', minutes: 'minutes' },
+    training: (name) => `${name}: on training text`,
+    validation: 'on stories it never trained on',
+    rate: 'Learning rate: how big a step is',
+    norm: 'Gradient norm: how much it wants to change',
+    at: 'Look at one point',
+    point: (r) => `step ${r.step}: ${[r.bits_per_byte && `${r.bits_per_byte.toFixed(3)} bits per byte`, r.loss && `loss ${r.loss.toFixed(3)}`, r.learning_rate && `learning rate ${Number(r.learning_rate.toPrecision(3))}`, r.grad_norm && `gradient norm ${r.grad_norm.toFixed(2)}`].filter(Boolean).join(', ')}`,
+    evaluated: (r) => `Step ${r.step}: ${r.val_bits_per_byte?.toFixed(3) ?? 'no'} bits per byte on new stories`,
+    chartLabel: (what, names, feeds) => `Chart of ${what || 'this'} for ${names.join(' and ')}, ${feeds.map((feed) => `${feed.train.length} points up to step ${feed.train.at(-1)?.step ?? 0}`).join(' and ')}; the table below has the numbers`,
+    run: 'run',
+    columns: ['steps', 'tokens', 'minutes', 'bits per byte: training', 'validation', 'best validation (step)', 'final, all stories'],
+    compared: (names, [a, b]) => {
+      const [x, y] = [a, b].map((feed) => feed.evals.at(-1)?.val_bits_per_byte);
+      if (!x || !y) return 'Both runs need an evaluation before they can be compared.';
+      const text = `So far ${names[x <= y ? 0 : 1]} is better, by ${Math.abs(x - y).toFixed(3)} bits per byte.`;
+      return `${text} Compare runs only if their validation stories are the same.`;
+    },
+    howToRead: 'Thin: the training text it has just seen. Thick, with dots: validation stories, which it never trains on. When the thick line turns up while the thin one falls, it has begun to learn by heart.',
+    asTable: 'As a table',
+    tableColumns: ['run', 'step', 'tokens', 'minutes', 'loss', 'bits per byte', 'validation', 'learning rate', 'gradient norm'],
+    samples: 'What it said',
+    samplesHint: 'At each evaluation it tells the same beginnings again. Move back in time:',
+    noSamples: 'It has not said anything yet; it does so at its first evaluation.',
+    afterStep: (step) => `after ${step} steps`,
+    reading: 'How it read your text',
+    readingHint: 'Your text above, as each kept checkpoint reads it. The stronger the color, the more the token surprised it then.',
+    checkpoint: 'Checkpoint',
+    chips: 'Your text as this checkpoint reads it',
+    pointAt: 'Point at a token for its numbers.',
+    nextWords: 'Likeliest next:',
+    readingTable: 'The checkpoints looked at so far, as a table',
+    step: 'step',
+    likeliest: 'likeliest next token',
+    noCheckpoints: 'This run has no checkpoint that can be read yet.',
+    kept: (steps, details) => {
+      const rule = details.keep_checkpoints ? ` This run keeps the newest ${details.keep_checkpoints === 1 ? 'one' : details.keep_checkpoints} and the best one${details.checkpoint_every ? `, and writes one every ${details.checkpoint_every} steps` : ''}.` : '';
+      return `${steps.length === 1 ? 'One checkpoint is' : `${steps.length} checkpoints are`} kept.${rule} To keep more of the next run, train it with:`;
+    },
+    keepCommand: '--train.keep_checkpoints 50',
+  },
+  experiments: {
+    name: 'Experiments',
+    question: 'What if?',
+    explanation: 'Change one thing, keep the rest, and compare.',
+    tabs: 'Experiment',
+    side: (i) => (i ? 'B' : 'A'),
+    nextTitle: 'What could come next',
+    row: (label, a, b) => `${label}: A ${a}, B ${b}`,
+    token: 'token',
+    difference: (d) => (Math.abs(d) < 0.0005 ? '0.0' : `${d > 0 ? '+' : '−'}${(100 * Math.abs(d)).toFixed(1)}`),
+    differenceName: 'B minus A, in points of percent',
+    overlap: (share) => `The two guesses overlap by ${(100 * share).toFixed(0)} %. 100 % would be the same guess, 0 % no token in common.`,
+    asTable: 'As a table',
+    loading: 'The model is reading …',
+    prompts: {
+      name: 'Two texts',
+      question: 'Does one word matter?',
+      explanation: 'A is your text above, B is the text below. The model continues both; the bars show how its guesses differ. Differences can come from meaning, or from habits of the stories it was trained on.',
+      second: 'The other text (B)',
+      names: ['your text', 'the other text'],
+      pairsLabel: 'Pairs to try',
+      pairs: [
+        ['a boy / a girl', 'Once upon a time, there was a little boy named', 'Once upon a time, there was a little girl named'],
+        ['his / her', 'The king was old, and the boy liked to play with his', 'The queen was old, and the girl liked to play with her'],
+        ['sad / happy', 'Tom lost his dog. He was sad and began to', 'Tom found his dog. He was happy and began to'],
+      ],
+      exampleSecond: 'Lily had a blue ball. Tom took the ball. Lily was sad. She said to Tom: "Give me the',
+    },
+    models: {
+      name: 'Two models',
+      question: 'Who reads better?',
+      explanation: 'Two models read your text above. The one that is less surprised, token by token, knows this kind of text better.',
+      second: 'The other model (B)',
+      runOption: (name) => `run ${name}`,
+      step: 'Checkpoint',
+      newest: 'newest',
+      none: 'There is no second model. Train one, or start the lab with one:',
+      command: 'tinystories lab --compare MODEL',
+      model: 'model',
+      verdict: ({ a, b }) => {
+        if (a.bits_per_byte === null || b.bits_per_byte === null) return 'The text is too short to compare on.';
+        const [better, worse, side] = a.bits_per_byte <= b.bits_per_byte ? [a, b, 'A'] : [b, a, 'B'];
+        return `${side} is less surprised by this text: ${(worse.bits_per_byte - better.bits_per_byte).toFixed(3)} bits per byte fewer.`;
+      },
+      chips: (name) => `The text as ${name} reads it`,
+      elsewhere: (text) => `the other model: ${text}`,
+      pointAt: 'Point at a token to see both surprises.',
+      token: (data, side, i) => {
+        const piece = data[side].pieces[i];
+        const at = (one) => data[one].surprise_bits[i]?.toFixed(2) ?? '–';
+        return data.same_tokens ? `“${piece.label}”: A ${at('a')} bits, B ${at('b')} bits` : `“${piece.label}”: ${side === 'a' ? 'A' : 'B'} ${at(side)} bits`;
+      },
+      otherTokens: 'The two models have different tokens, so that their next tokens cannot be compared one by one.',
+      loading: 'Loading the second model …',
+    },
+    quiz: {
+      name: 'Which of two?',
+      question: 'Do you follow the story better than the model?',
+      explanation: 'A word is missing, and the story decides which one it is. Guess first; then see what the model found likelier. It is measured like this in tinystories eval --tasks.',
+      number: (i, n) => `Question ${i} of ${n}`,
+      tasks: { characters: 'Who is it?', things: 'Which thing is it?' },
+      gap: 'blank',
+      choose: 'Choose the missing word',
+      youRight: 'You are right.',
+      youWrong: (answer) => `The story says “${answer}”.`,
+      modelRight: 'The model is right:',
+      modelWrong: 'The model is wrong here:',
+      modelSays: (answer, p, other, q) => `${answer} ${p}, ${other} ${q}.`,
+      alone: (answer, p) => `From the last sentence alone, without the story, it gives ${answer} ${p}.`,
+      score: (reader, model, n) => `You: ${reader} of ${n} · Model: ${model} of ${n}`,
+      next: 'Next (N)',
+      finish: 'The result (N)',
+      finished: 'The result',
+      verdict: (reader, model) => (reader > model ? 'You follow the story better than this model.' : reader < model ? 'This model has beaten you. Slow readers see more.' : 'You are as good as this model.'),
+      restart: 'Start again',
+    },
+    tokens: {
+      name: 'Tokenizers',
+      question: 'Where are the cuts?',
+      explanation: 'Before a model reads, a tokenizer cuts the text above into pieces of its vocabulary. A larger vocabulary needs fewer pieces, but more numbers in the model. Try rare names, other languages, emoji.',
+      loading: 'Cutting …',
+      count: (one) => `${one.n_tokens} tokens${one.pieces.length < one.n_tokens ? `, the first ${one.pieces.length} shown` : ''}`,
+      chips: (name) => `The tokens of ${name}`,
+      piece: (piece) => `number ${piece.id} in the vocabulary`,
+      noGpt2: 'The tokenizer of GPT-2 would be shown beside it, but its file is not on this computer, and the lab downloads nothing. Preparing data with --tokenizer gpt2 fetches it once.',
+      tokenizer: 'tokenizer',
+      vocabulary: 'vocabulary',
+      nTokens: 'tokens of this text',
+      bytesPerToken: 'bytes per token',
+    },
+  },
 };
+
+function howLong(seconds) {
+  if (seconds < 90) return `${Math.round(seconds)} seconds`;
+  if (seconds < 5400) return `${Math.round(seconds / 60)} minutes`;
+  return seconds < 172_800 ? `${Math.round(seconds / 3600)} hours` : `${Math.round(seconds / 86_400)} days`;
+}
+
+const ordinal = (n) => `${n}${n % 10 === 1 && n % 100 !== 11 ? 'st' : n % 10 === 2 && n % 100 !== 12 ? 'nd' : n % 10 === 3 && n % 100 !== 13 ? 'rd' : 'th'}`;

@@ -1,12 +1,7 @@
 // Tokens as chips, and what all panes say about them.
 import { html, moveInGroup } from './ui.js';
 
-export function percent(p) {
-  if (p === null || p === undefined) return '';
-  if (p < 1e-6) return '0 %';
-  if (p < 0.0001) return '< 0.01 %';
-  return p >= 0.9995 ? '100 %' : `${(100 * p).toFixed(p < 0.1 ? 2 : 1)} %`;
-}
+export { percent } from './shared.js';
 export const bits = (b) => (b === null || b === undefined ? '–' : `${b.toFixed(2)} bits`);
 
 // "·dog" begins with a space, "↵" is a line break, "\xf0" part of a character, END the end of a story.

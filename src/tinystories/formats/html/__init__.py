@@ -1,0 +1,1 @@
+"""A storyteller in one HTML file."""

@@ -1,0 +1,410 @@
+"""Pages as files: what is in them, what is refused, and that none is kept that tells other stories than the engine."""
+
+import base64
+import dataclasses
+import hashlib
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from command_line import one_line_error, tinystories
+from format_helpers import Build
+from page_helpers import NODE, OPEN, needs_node, page_data, run_script
+
+from tinystories.checkpoint import BUNDLED_MODEL, INT8_WEIGHTS
+from tinystories.config import ModelConfig, SamplingConfig
+from tinystories.engine.cpu.engine import CpuEngine
+from tinystories.engine.engine_config import EngineConfig
+from tinystories.errors import UserError
+from tinystories.formats.bundle import ModelBundle
+from tinystories.formats.exports import export
+from tinystories.formats.html import document
+from tinystories.formats.html import format as html_format
+from tinystories.formats.html.check import run_page
+from tinystories.formats.html.document import PAGE_SCRIPT, PROGRAM, find_license, join_modules, render_card
+from tinystories.formats.html.model_data import load_int8
+from tinystories.generate.batching import Request
+from tinystories.generate.storyteller import Storyteller
+from tinystories.serve.static import PAGE as SERVER_PAGE
+
+OWN_SETTINGS = SamplingConfig(
+    temperature=0.9, min_p=0.02, repetition_penalty=1.3, repetition_window=20, penalize_names=False
+)
+HOSTILE = "</title></script><script>alert('1')</script><!-- {{weights}} {{program}} \" & \u2028 \N{GRINNING FACE}"
+
+
+class Elements(HTMLParser):
+    """The elements of a page: (tag, attributes, text)."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None], str]] = []
+        self.is_inside = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs), ""))
+        self.is_inside = True
+
+    def handle_endtag(self, tag: str) -> None:  # noqa: ARG002
+        self.is_inside = False
+
+    def handle_data(self, data: str) -> None:
+        if self.is_inside:
+            tag, attributes, text = self.elements[-1]
+            self.elements[-1] = tag, attributes, text + data
+
+    def of(self, tag: str) -> list[tuple[dict[str, str | None], str]]:
+        return [(attributes, text) for name, attributes, text in self.elements if name == tag]
+
+
+@pytest.fixture
+def no_runner(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A machine with neither Node.js nor a browser."""
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+
+
+@pytest.fixture
+def model(portable: Build) -> ModelBundle:
+    return dataclasses.replace(portable("qwen3", True), sampling=OWN_SETTINGS)
+
+
+def engine_storyteller(model: ModelBundle) -> Storyteller:
+    engine = CpuEngine(model.config, load_int8(model), EngineConfig(n_slots=4, threads=1))
+    return Storyteller(engine, model.tokenizer, model.sampling)
+
+
+@needs_node
+@pytest.mark.parametrize("kind", ["qwen3", "gpt2"])
+def test_fifty_seeds_tell_the_engines_stories(portable: Build, tmp_path: Path, kind: str) -> None:
+    """With a penalty, spared names, and stories far longer than the context; and a seed of more than 64 bits."""
+    model = dataclasses.replace(portable(kind, True), sampling=OWN_SETTINGS)
+    export(model, "html", tmp_path / "story.html", require_check=True)
+    prompts = ("Once upon a time", "", 'Lily 🙂 said: "é" ', "Tom and Lily went to the park. " * 12)
+    requests = [
+        Request(prompt=prompts[seed % 4], settings=OWN_SETTINGS, seed=seed, max_tokens=40, number=seed % 3)
+        for seed in range(48)
+    ]
+    greedy = dataclasses.replace(OWN_SETTINGS, temperature=0.0)
+    requests += [
+        Request(prompt="Once", settings=OWN_SETTINGS, seed=2**90 + 1, max_tokens=300),
+        Request(prompt="Once", settings=greedy, seed=1, max_tokens=300),
+    ]
+    assert NODE is not None
+    results = run_page(tmp_path / "story.html", requests, ("node", NODE))
+    stories = {i: item for i, item in engine_storyteller(model).events(requests) if not isinstance(item, str)}
+    assert len({tuple(story.ids) for story in stories.values()}) > 40
+    for i, result in enumerate(results):
+        assert result == {"ids": list(stories[i].ids), "text": stories[i].continuation}, requests[i]
+
+
+@pytest.mark.usefixtures("no_runner")
+def test_a_page_is_whole_and_loads_nothing(model: ModelBundle, tmp_path: Path) -> None:
+    out = tmp_path / "story.html"
+    assert export(model, "html", out).paths == [out]
+    page = Elements(out.read_text(encoding="utf-8"))
+    scripts = page.of("script")
+    (policy,) = [one["content"] for one, _ in page.of("meta") if one.get("http-equiv") == "Content-Security-Policy"]
+    assert policy is not None
+    assert policy.startswith("default-src 'none';")
+    assert not re.search(r"unsafe-(inline|eval\b(?<!wasm-unsafe-eval))|https?:|\*|'self'|connect-src", policy)
+    running = [text for attributes, text in scripts if attributes.get("type") is None]
+    hashes = {base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in running}
+    assert hashes == set(re.findall(r"'sha256-([^']+)'", policy.split("script-src")[1].split(";")[0]))
+    ((_, style),) = page.of("style")
+    assert base64.b64encode(hashlib.sha256(style.encode()).digest()).decode() in policy.split("style-src")[1]
+    for tag, attributes, _ in page.elements:  # the policy would forbid them
+        assert "src" not in attributes, tag
+        assert not [name for name in attributes if name == "style" or name.startswith("on")], tag
+        assert tag == "a" or not str(attributes.get("href", "data:")).startswith("http")
+    weights = b"".join(base64.b64decode(text) for one, text in scripts if one.get("class") == "weights")
+    ((_, header_text),) = [one for one in scripts if one[0].get("id") == "model"]
+    header = json.loads(header_text)
+    assert len(weights) == header["weight_bytes"]
+    for name, array in load_int8(model).items():
+        place = header["tensors"][name]
+        assert weights[place["start"] : place["start"] + place["n_bytes"]] == array.tobytes(), name
+
+
+@pytest.mark.usefixtures("no_runner")
+def test_a_hostile_title_stays_text(model: ModelBundle, tmp_path: Path) -> None:
+    plain, hostile = tmp_path / "plain.html", tmp_path / "hostile.html"
+    export(model, "html", plain)
+    export(dataclasses.replace(model, title=HOSTILE, license=HOSTILE), "html", hostile)
+    pages = [Elements(path.read_text(encoding="utf-8")) for path in (plain, hostile)]
+    tags = [[tag for tag, _, _ in page.elements] for page in pages]
+    assert tags[0] == tags[1]
+    assert pages[1].of("title")[0][1].strip() == HOSTILE
+    (header,) = [text for one, text in pages[1].of("script") if one.get("id") == "model"]
+    assert json.loads(header)["title"] == HOSTILE
+    assert document.DEFAULT_TITLE in pages[0].of("title")[0][1]
+
+
+@needs_node
+def test_a_page_with_a_hostile_title_tells_stories(model: ModelBundle, tmp_path: Path) -> None:
+    export(dataclasses.replace(model, title=HOSTILE), "html", tmp_path / "story.html", require_check=True)
+
+
+@pytest.mark.usefixtures("no_runner")
+def test_where_nothing_runs_a_page_a_line_says_so(model: ModelBundle, tmp_path: Path) -> None:
+    model.write(tmp_path / "model")
+    command = ["export", str(tmp_path / "model"), "--format", "html", "--out", str(tmp_path / "story.html")]
+    result = tinystories(*command)
+    assert result.returncode == 0, result.stderr
+    assert "\nnot run here: install Node.js or Chromium to verify it\n" in result.stdout
+    (tmp_path / "story.html").unlink()
+    message = one_line_error(tinystories(*command, "--require-check"))
+    assert "not run here: install Node.js or Chromium to verify it; --require-check" in message
+    assert not (tmp_path / "story.html").exists()
+
+
+@pytest.mark.usefixtures("no_runner")
+@pytest.mark.parametrize("name", ["node", "chromium"])
+def test_a_runner_that_fails_is_named(model: ModelBundle, tmp_path: Path, name: str) -> None:
+    program = tmp_path / "empty" / name
+    program.write_text("#!/bin/sh\necho 'no such flag' >&2\nexit 3\n")
+    program.chmod(0o755)
+    with pytest.raises(UserError, match=f"verification failed: {name} cannot run the page: .*no such flag"):
+        export(model, "html", tmp_path / "story.html")
+    assert not (tmp_path / "story.html").exists()
+
+
+@pytest.mark.usefixtures("no_runner")
+def test_a_browser_that_shows_nothing_is_named(model: ModelBundle, tmp_path: Path) -> None:
+    program = tmp_path / "empty" / "chromium"
+    program.write_text("#!/bin/sh\necho '<html></html>'\n")
+    program.chmod(0o755)
+    with pytest.raises(UserError, match="verification failed: chromium cannot run the page: the page shows no result"):
+        export(model, "html", tmp_path / "story.html")
+
+
+@needs_node
+def test_a_page_that_tells_another_story_is_not_kept(
+    model: ModelBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damage(*arguments: Any) -> None:
+        *others, weights = arguments
+        weights[:8192] = bytes(8192)
+        document.write_document(*others, weights)
+
+    monkeypatch.setattr(html_format, "write_document", damage)
+    with pytest.raises(UserError, match="the page tells another story than the engine; nothing was written"):
+        export(model, "html", tmp_path / "story.html")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_browser_does_not_bear_is_refused(model: ModelBundle, tmp_path: Path) -> None:
+    """With the size that it would have, before anything is read or written."""
+    large = ModelConfig(n_layer=24, n_embd=1024, n_head=16, n_ff=2816, n_ctx=512, vocab_size=400, tied=True)
+    long = ModelConfig(n_layer=4, n_embd=64, n_head=4, n_ff=64, n_ctx=1 << 20, vocab_size=400, tied=True)
+    for config, message in (
+        (large, r"a page of this model would have 4\d\d MB, more than a browser bears \(250 MB\); use --format"),
+        (long, r"would need 2,147 MB for a context of 1,048,576 tokens, more than a browser bears \(500 MB\)"),
+    ):
+        with pytest.raises(UserError, match=message):
+            export(dataclasses.replace(model, config=config, weights={}), "html", tmp_path / "story.html")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_limit_is_on_the_size_of_the_file(model: ModelBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is estimated from the parameters: a byte for each, and a third more as base64."""
+    config = dataclasses.replace(model.config, n_embd=512, n_ff=2048, n_layer=4)
+    monkeypatch.setattr(html_format, "MAX_FILE_BYTES", config.n_params)
+    with pytest.raises(UserError) as raised:
+        html_format.check_size(config)
+    (size,) = re.findall(r"have ([\d,]+) MB", str(raised.value))
+    assert int(size) == pytest.approx(config.n_params * 4 / 3 / 1e6, rel=0.05)
+    monkeypatch.setattr(html_format, "MAX_FILE_BYTES", 1.5 * config.n_params)
+    html_format.check_size(config)
+
+
+def test_title_and_license_need_a_page(tmp_path: Path) -> None:
+    for option in ("--title", "--license"):
+        command = ["export", "--format", "onnx", "--out", str(tmp_path / "x.onnx"), option, "x"]
+        assert "--title and --license are for --format html" in one_line_error(tinystories(*command))
+
+
+def test_a_title_that_is_no_text_is_refused(model: ModelBundle, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="the title is not valid text"):
+        export(dataclasses.replace(model, title="\udcff"), "html", tmp_path / "story.html")
+
+
+def test_the_card_has_license_data_and_limits(model: ModelBundle, tmp_path: Path) -> None:
+    card = render_card(dataclasses.replace(model, provenance={"data_source": "sample"}))
+    assert "172 short stories that come with the program; license: CC0-1.0" in card
+    assert "not stated; ask whoever made this model" in card
+    assert "Nothing filters what it writes" in card
+    card = render_card(dataclasses.replace(model, provenance={"data_source": "/home/ada/<b>my</b> stories.txt"}))
+    assert "ada" not in card
+    assert "&lt;b&gt;" in card or "b&gt; stories.txt" in card
+    bundled = ModelBundle.read(BUNDLED_MODEL)
+    card = render_card(bundled)
+    assert "roneneldan/TinyStories" in card
+    assert "license: CDLA-Sharing-1.0" in card
+    assert "<b>License of the weights.</b> mit." in card
+    assert find_license(dataclasses.replace(bundled, license="cc0-1.0")) == "cc0-1.0"
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "README.md").write_text('---\nlanguage: en\nlicense: "apache-2.0"\n---\ntext\nlicense: other\n---\n')
+    assert find_license(dataclasses.replace(model, folder=folder)) == "apache-2.0"
+    (folder / "README.md").write_text("# A model\n\nlicense: none\n---\n")
+    assert find_license(dataclasses.replace(model, folder=folder)) == ""
+
+
+@pytest.mark.usefixtures("no_runner")
+def test_the_bundled_page_is_at_most_1_4_times_the_weights(tmp_path: Path) -> None:
+    export(ModelBundle.read(BUNDLED_MODEL), "html", tmp_path / "story.html")
+    weights = (BUNDLED_MODEL / INT8_WEIGHTS).stat().st_size
+    assert (tmp_path / "story.html").stat().st_size <= 1.4 * weights + 300_000
+
+
+def test_modules_import_what_others_export_and_share_no_names() -> None:
+    """The modules become two scripts in one scope, so that names must differ; their imports are for readers."""
+    exported: dict[str, set[str]] = {}
+    names: list[str] = []
+    for path in (*PROGRAM, *PAGE_SCRIPT):
+        text = path.read_text(encoding="utf-8")
+        declared = re.findall(r"^(export )?(?:async )?(?:const|let|function\*?|class) (\w+)", text, re.MULTILINE)
+        exported[path.name] = {name for is_exported, name in declared if is_exported}
+        names += [name for _, name in declared]
+        for imported, source in re.findall(r"^import \{ (.+) \} from '(.+)';$", text, re.MULTILINE):
+            assert (path.parent / source).resolve() in (*PROGRAM, *PAGE_SCRIPT)
+            assert set(imported.split(", ")) <= exported[Path(source).name], path
+        assert text.count("import ") == len(re.findall(r"^import \{ ", text, re.MULTILINE)), path
+    assert sorted(names) == sorted(set(names))
+    assert not re.search(
+        r"\beval\(|new Function|\bfetch\(|XMLHttpRequest|WebSocket|importScripts|innerHTML",
+        "".join(join_modules(paths) for paths in (PROGRAM, PAGE_SCRIPT)),
+    )
+    assert {path.parent for path in PAGE_SCRIPT} == {document.PAGE, SERVER_PAGE}
+
+
+NEXT = """
+function answer({ questions, ...data }) {
+  const storyteller = openStoryteller(data);
+  return questions.map((question) => storyteller.whatNext(question));
+}
+"""
+
+
+@needs_node
+def test_what_could_come_next_is_what_the_python_api_says(model: ModelBundle) -> None:
+    storyteller = engine_storyteller(model)
+    settings = [
+        OWN_SETTINGS,
+        dataclasses.replace(OWN_SETTINGS, top_k=5, top_p=0.7, min_p=0.0, temperature=1.4),
+        dataclasses.replace(OWN_SETTINGS, temperature=0.0),
+    ]
+    texts = ["Once upon a time", "", "Lily saw a cat. " * 40]  # the last is longer than the context
+    names = [field.name for field in dataclasses.fields(SamplingConfig)]
+    questions, expected = [], []
+    for text in texts:
+        for one in settings:
+            draw = {"seed": "3", "index": 2}
+            described = {name: getattr(one, name) for name in names}
+            questions.append({"text": text, "settings": described, "top": 12, "draw": draw})
+            expected.append(storyteller.next_token(text, **described))
+    for answer, step in zip(
+        run_script(OPEN + NEXT, page_data(model) | {"questions": questions}), expected, strict=True
+    ):
+        candidates = step.candidates(12)
+        assert [one["id"] for one in answer["candidates"]] == [one.id for one in candidates]
+        assert [one["cutBy"] for one in answer["candidates"]] == [one.cut_by for one in candidates]
+        for name, probs in (("modelProb", "model_prob"), ("finalProb", "final_prob")):
+            found = [one[name] for one in answer["candidates"]]
+            assert found == pytest.approx([getattr(one, probs) for one in candidates], abs=1e-6)
+        assert answer["nKept"] == step.n_kept
+        assert answer["entropy"] == pytest.approx(step.entropy_bits, abs=1e-4)
+        drawn = answer["drawn"]
+        assert step.final_probs[drawn["id"]] > 0
+        assert drawn["below"] <= drawn["u"] + 1e-6
+        assert drawn["u"] <= drawn["below"] + drawn["finalProb"] + 1e-6
+
+
+TELL = """
+function answer({ questions, ...data }) {
+  const storyteller = openStoryteller(data);
+  const read = storyteller.engine.readToken.bind(storyteller.engine);
+  let nRead = 0;
+  storyteller.engine.readToken = (...args) => { nRead += 1; return read(...args); };
+  return questions.map((question) => {
+    nRead = 0;
+    const { candidates } = storyteller.whatNext(question);
+    return { nRead, best: candidates[0] };
+  });
+}
+"""
+
+
+@needs_node
+def test_the_cache_keeps_what_two_questions_have_in_common(model: ModelBundle) -> None:
+    """And a question gets the same answer whatever came before it."""
+    settings = {field.name: getattr(OWN_SETTINGS, field.name) for field in dataclasses.fields(SamplingConfig)}
+    texts = ["Once upon a time", "Once upon a time there was", "Once upon a time", "The cat", "Once upon a time"]
+    questions = [{"text": text, "settings": settings} for text in texts]
+    answers = run_script(OPEN + TELL, page_data(model) | {"questions": questions})
+    n_ids = [1 + len(model.tokenizer.encode(text)) for text in texts]
+    assert [answer["nRead"] for answer in answers][:3] == [n_ids[0], n_ids[1] - n_ids[0], 1]
+    assert answers[4]["nRead"] == n_ids[4] - 1  # END is common
+    assert answers[0]["best"] == answers[2]["best"] == answers[4]["best"]
+
+
+WORKER = """
+async function answer({ header, weights }) {
+  const messages = [];
+  const scope = { postMessage: (message) => message.isLoaded || messages.push(message) };
+  serveWorker(scope);
+  const send = (data) => scope.onmessage({ data });
+  const settings = header.sampling;
+  const question = { text: 'Once', settings, top: 3 };
+  header.tokenizer.special_ids = []; // no token ends a story
+  const waitFor = async (n) => { while (messages.length < n) await new Promise((resolve) => setImmediate(resolve)); };
+  await send({ kind: 'open', header });
+  await send({ kind: 'weights', base64: weights });
+  const request = { prompt: 'Once', seed: '1', settings, maxTokens: 1e9 }; // without Stop it would take days
+  const telling = send({ id: 1, kind: 'tell', request });
+  await waitFor(5);
+  await send({ id: 2, kind: 'next', question });
+  await waitFor(messages.length + 20);
+  await send({ id: 3, kind: 'stop' });
+  await telling;
+  const nWhenStopped = messages.length;
+  await send({ id: 4, kind: 'tell', request: { ...request, maxTokens: 30 } });
+  await send({ id: 5, kind: 'next', question: { ...question, settings: null } });
+  return { messages, nWhenStopped };
+}
+"""
+
+
+@needs_node
+def test_the_worker_stops_and_answers_while_it_tells(model: ModelBundle) -> None:
+    """A question in between does not change the story, which shares the cache with it; what fails is reported."""
+    answer = run_script(OPEN + WORKER, page_data(model))
+    messages, n = answer["messages"], answer["nWhenStopped"]
+    first, second = ([one["text"] for one in part if "text" in one] for part in (messages[:n], messages[n:]))
+    assert not [one for one in messages[:n] if one.get("reason")]
+    assert [one["id"] for one in messages[:n] if "answer" in one] == [2]
+    assert first[:25] == second[:25]
+    assert messages[-2]["reason"] == "length"
+    assert messages[-1]["id"] == 5
+    assert messages[-1]["failure"]
+
+
+@needs_node
+def test_damaged_weights_are_reported(model: ModelBundle) -> None:
+    name = "norm.weight"
+    weights = dict(model.weights) | {name: np.full_like(model.weights[name], np.nan)}
+    script = (
+        OPEN
+        + """
+    function answer(data) {
+      const request = { prompt: '', seed: '1', settings: data.header.sampling, maxTokens: 3 };
+      try { return [...openStoryteller(data).tell(request)]; } catch (error) { return error.message; }
+    }"""
+    )
+    assert run_script(script, page_data(dataclasses.replace(model, weights=weights))).endswith("damaged")
