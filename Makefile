@@ -91,9 +91,9 @@ test-interop: objects clients  ## install llama.cpp and other slow-to-build pack
 	OMP_NUM_THREADS=1 TINYSTORIES_CLIENTS=$(abspath $(CLIENTS)) $(PY) -m pytest -m interop
 
 test-browser: install  ## tests of the pages in a real browser: needs Debian's chromium (apt-get install chromium)
-	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt playwright
+	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt playwright axe-playwright-python
 	@$(TS) warmup
-	OMP_NUM_THREADS=1 $(PY) -m pytest -m browser -rs
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "browser and not slow" -rs
 
 test-gpu: install  ## tests that need a CUDA device
 	$(PY) -m pytest -m gpu

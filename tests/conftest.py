@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from browser_helpers import is_missing
 from hypothesis import HealthCheck, settings
 
 from tinystories.config import ModelConfig
@@ -20,14 +21,6 @@ os.environ.setdefault("PYTEST_TIMEOUT", "300")  # not an option: pytest must run
 # Hypothesis tries the same examples in every run, however slow the machine is.
 settings.register_profile("certain", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("certain")
-
-
-REQUIRED = "TINYSTORIES_NEED_BROWSER"  # where it is set, a browser that is missing fails the tests
-
-
-def is_missing(what: str) -> None:
-    reason = f"{what} is missing; `make test-browser` says what it needs"
-    pytest.fail(reason) if os.environ.get(REQUIRED) else pytest.skip(reason)
 
 
 @pytest.fixture(scope="session")

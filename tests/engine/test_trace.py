@@ -42,6 +42,20 @@ def test_logits_are_those_of_torch_and_of_the_cpu_engine(build: Build, shape: di
     close(logits[-1], fp32(model).prefill(0, IDS))
 
 
+@pytest.mark.parametrize("n_known", [1, 3, len(IDS) - 1])
+def test_hidden_states_that_are_known_are_not_computed_again(
+    build: Build, shape: dict[str, object], n_known: int
+) -> None:
+    trace = traced(build(**shape))
+    changed = trace.hidden[:, :n_known, ::-1]  # only the tokens after them can show it
+    for known in (trace.hidden[:, :n_known], changed):
+        ids, hidden = trace_module.compute_hidden(trace.model, IDS, known=known)
+        assert ids.tolist() == IDS
+        assert (hidden[:, :n_known] == known).all()
+    close(trace_module.compute_hidden(trace.model, IDS, known=trace.hidden[:, :n_known])[1], trace.hidden)
+    assert not np.allclose(hidden[-1, n_known:], trace.hidden[-1, n_known:], atol=1e-3)
+
+
 def test_all_activations_and_sizes_that_are_multiples_of_nothing(build: Build) -> None:
     for activation in ("relu", "gelu_tanh", "gelu_erf"):
         model = build(architecture="classic", activation=activation, n_embd=30, n_head=3, n_ff=37, vocab_size=53)

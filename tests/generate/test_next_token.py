@@ -136,3 +136,17 @@ def test_unknown_settings_are_refused_and_the_storyteller_is_free_afterwards(sto
         storyteller.next_token("Once")
     stream.close()
     assert storyteller.next_token("Once" * 600).n_kept > 0, "a prompt longer than the context, as `generate` reads it"
+
+
+def test_after_a_trace_the_distribution_is_that_of_its_own_logits(storyteller: Storyteller) -> None:
+    prompt, sampling = "Once upon a time there was a red ball. The", {"temperature": 0.7, "repetition_penalty": 1.5}
+    trace = storyteller.trace(prompt)
+    result = storyteller.next_token(trace, **sampling)  # type: ignore[arg-type]
+    close_to = storyteller.next_token(prompt, **sampling)  # type: ignore[arg-type]
+    logits = trace.logits()[-1].astype(np.float64)
+    weights = np.exp(logits - logits.max())
+    np.testing.assert_allclose(result.model_probs, weights / weights.sum(), atol=1e-6)
+    assert np.abs(result.final_probs - close_to.final_probs).max() < 0.05  # the engine rounds activations
+    seen = storyteller.tokenizer.encode(" ball")[0]
+    assert result.after["repetition_penalty"][seen] < result.model_probs[seen]  # the ids of the trace are penalized
+    assert not np.array_equal(result.final_probs, close_to.final_probs)

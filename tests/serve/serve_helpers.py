@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -223,6 +224,9 @@ class Running:
         return {s.labels["reason"]: s.value for s in samples if s.name.endswith("_total") and s.value}
 
 
+Serve = Callable[..., contextlib.AbstractContextManager[Running]]
+
+
 @contextlib.contextmanager
 def serving(engine: Engine, model: ServedModel, **settings: Any) -> Iterator[Running]:
     """Run a server on a free port inside the block."""
@@ -245,3 +249,22 @@ def describe(tokenizer: Tokenizer, engine: Engine, sampling: SamplingConfig | No
         fingerprint="fp_test",
         meta={},
     )
+
+
+def wait_for_script(page: Any, expression: str, arg: object = None) -> None:
+    """Wait until JavaScript is true. Playwright's own wait evaluates text in the page, which its policy forbids."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not page.evaluate(expression, arg):
+        assert time.monotonic() < deadline, expression
+        page.wait_for_timeout(20)
+
+
+class Watch:
+    """What a page has asked for, and what it complains of."""
+
+    def __init__(self, page: Any) -> None:
+        self.origins: set[str] = set()
+        self.errors: list[str] = []
+        page.on("request", lambda request: self.origins.add("{0.scheme}://{0.netloc}".format(urlsplit(request.url))))
+        page.on("console", lambda message: message.type in ("error", "warning") and self.errors.append(message.text))
+        page.on("pageerror", lambda error: self.errors.append(str(error)))

@@ -1,20 +1,14 @@
 """The pages in Debian's chromium, driven by Playwright: streams, stops, keys, errors, phones and the lab's numbers."""
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from conftest import Serve
-from serve_helpers import Running, serving, wait_until
+from serve_helpers import Running, Serve, wait_for_script, wait_until
 
 import tinystories
-from tinystories.checkpoint import BUNDLED_MODEL
-from tinystories.engine.engine_config import EngineConfig
-from tinystories.engine.select import load_engine
-from tinystories.serve.model import ServedModel
 
 pytestmark = pytest.mark.browser
 
@@ -22,63 +16,6 @@ KEY = "a-long-enough-key"
 STORY = " was happy. Then a dog sat on a mat. The cat was happy. The dog was happy." * 3
 PANES = ("words", "next", "attention", "inside")
 LONG_TEXT = "Lily had a red ball. Tom took the ball and ran to the park. " * 60  # more than the context
-
-
-def wait_for_script(page: Any, expression: str, arg: object = None) -> None:
-    """Wait until JavaScript is true. Playwright's own wait evaluates text in the page, which its policy forbids."""
-    deadline = time.monotonic() + 30
-    while not page.evaluate(expression, arg):
-        assert time.monotonic() < deadline, expression
-        page.wait_for_timeout(20)
-
-
-class Watch:
-    """What a page has asked for, and what it complains of."""
-
-    def __init__(self, page: Any) -> None:
-        self.origins: set[str] = set()
-        self.errors: list[str] = []
-        page.on("request", lambda request: self.origins.add("{0.scheme}://{0.netloc}".format(urlsplit(request.url))))
-        page.on("console", lambda message: message.type in ("error", "warning") and self.errors.append(message.text))
-        page.on("pageerror", lambda error: self.errors.append(str(error)))
-
-
-@pytest.fixture
-def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
-    """Open a path of a server. Afterwards no request went to another origin, and the console holds no errors but those
-    of requests that were meant to fail (`allow`)."""
-    watches: list[tuple[Watch, str, str | None]] = []
-    contexts = []
-
-    def start(running: Running, path: str = "/", *, allow: str | None = None, **options: Any) -> Any:
-        context = browser.new_context(**({"viewport": {"width": 1200, "height": 850}} | options))
-        context.set_default_timeout(30_000)
-        contexts.append(context)
-        page = context.new_page()
-        watches.append((Watch(page), f"http://127.0.0.1:{running.port}", allow))
-        page.goto(f"http://127.0.0.1:{running.port}{path}")
-        return page
-
-    yield start
-    for context in contexts:
-        context.close()
-    for watch, origin, allow in watches:
-        assert {one for one in watch.origins if not one.startswith("blob:")} <= {origin}
-        assert [error for error in watch.errors if allow is None or allow not in error] == []
-
-
-@pytest.fixture(scope="module")
-def storyteller() -> tinystories.Storyteller:
-    return tinystories.load(engine="cpu", threads=1)
-
-
-@pytest.fixture(scope="module")
-def lab_server() -> Iterator[Running]:
-    """The bundled model."""
-    config = EngineConfig(engine="cpu", device="cpu", precision="int8", n_slots=4, threads=1)
-    files, engine = load_engine(BUNDLED_MODEL, config)
-    with serving(engine, ServedModel.describe(files, name="bundled", engine_name="cpu", precision="int8")) as running:
-        yield running
 
 
 def story_of(page: Any) -> str:
@@ -274,7 +211,7 @@ def test_next_word_by_mouse_and_keyboard(
     page.get_by_label("Top-k").fill("1")
     page.get_by_text("1 of 4096 tokens may be drawn").wait_for()
     assert page.locator(".bar.cut").count() == 12
-    assert "k=1" in page.url
+    wait_for_script(page, "location.hash.includes('k=1')")
 
 
 def test_attention_and_ablation(
@@ -342,7 +279,7 @@ def test_the_lab_by_keyboard_on_phones_in_the_dark_and_with_long_texts(
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert all(int(part) < 60 for part in background.removeprefix("rgb(").removesuffix(")").split(","))
-    assert page.evaluate("location.hash").find("z.") > 0  # the text is compressed
+    wait_for_script(page, "location.hash.includes('z.')")  # the text is compressed
     page.reload()
     page.locator(ready[pane]).first.wait_for()
     assert page.get_by_label("Your text").input_value() == LONG_TEXT

@@ -1,5 +1,6 @@
 """The pages and the lab's endpoints: what is served to whom, and that every number is one of the Python API."""
 
+import base64
 import hashlib
 import re
 import struct
@@ -10,8 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Serve
-from serve_helpers import Client, Running
+from serve_helpers import Client, Running, Serve
 
 import tinystories
 from tinystories.serve.lab import traces
@@ -67,6 +67,7 @@ def test_files_load_nothing_from_elsewhere_and_nothing_inline() -> None:
         if path.suffix not in MEDIA_TYPES or path.suffix == ".txt":
             continue
         text = path.read_text(encoding="utf-8").replace("http://www.w3.org/", "")
+        text = text.removeprefix("/*! https://github.com/leeoniya/uPlot (v1.6.32) */")
         assert not re.search(r"https?://", text), path
         assert not re.search(r"<script(?![^>]*\bsrc=)|<style|\bon\w+=\"|\beval\(|new Function", text), path
         for name in re.findall(r"(?:from|import) '(\./[^']+)'|(?:src|href)=\"(/page/[^\"]+)\"", text):
@@ -74,10 +75,24 @@ def test_files_load_nothing_from_elsewhere_and_nothing_inline() -> None:
             assert file.is_file(), f"{path}: {name}"
 
 
+@pytest.mark.parametrize(("document", "entry"), [("lab.html", "lab.js"), ("index.html", "story.js")])
+def test_a_page_loads_all_its_modules_at_once(document: str, entry: str) -> None:
+    """Without the list, the browser would learn file by file what it needs."""
+
+    def list_imports(path: str) -> set[str]:
+        text = (PAGE / path).read_text(encoding="utf-8")
+        names = {f"{Path(path).parent / name}" for name in re.findall(r"""from\s*["']\./([^"']+)["']""", text)}
+        return names.union(*(list_imports(name) for name in names))
+
+    text = (PAGE / document).read_text(encoding="utf-8")
+    assert set(re.findall(r'rel="modulepreload" href="/page/([^"]+)"', text)) == list_imports(entry)
+
+
 def test_libraries_are_those_of_the_table() -> None:
     table = (PAGE / "vendor" / "README.md").read_text(encoding="utf-8")
-    rows = re.findall(r"\| `(\w+\.mjs)` \|.*\| ([\d,]+) \| `(\w{64})` \| (?:the same|`(\w{64})`) \|", table)
-    assert {row[0] for row in rows} == {path.name for path in (PAGE / "vendor").glob("*.mjs")}
+    rows = re.findall(r"\| `(\w+\.(?:mjs|js))` \|.*\| ([\d,]+) \| `(\w{64})` \| (?:the same|`(\w{64})`) \|", table)
+    libraries = [path for path in (PAGE / "vendor").iterdir() if path.suffix in (".mjs", ".js")]
+    assert {row[0] for row in rows} == {path.name for path in libraries}
     for name, n_bytes, published, changed in rows:
         data = (PAGE / "vendor" / name).read_bytes()
         assert len(data) == int(n_bytes.replace(",", ""))
@@ -86,8 +101,11 @@ def test_libraries_are_those_of_the_table() -> None:
         assert hashlib.sha256(original).hexdigest() == published
 
 
-def test_the_pages_are_small() -> None:
-    assert sum(path.stat().st_size for path in PAGE.rglob("*") if path.suffix in MEDIA_TYPES) < 250_000
+@pytest.mark.parametrize("document", ["index.html", "lab.html"])
+def test_pages_are_small(document: str) -> None:
+    names = re.findall(r'(?:href|src)="/page/([^"]+)"', (PAGE / document).read_text(encoding="utf-8"))
+    assert "vendor/uplot.js" not in names  # comes with the first curve
+    assert sum((PAGE / name).stat().st_size for name in [document, *names]) < 220_000
 
 
 def test_with_a_key_files_are_open_and_data_is_not(locked: Running) -> None:
@@ -157,6 +175,18 @@ def test_next(server: Running, storyteller: tinystories.Storyteller) -> None:
     assert answer["n_kept"] == step.n_kept
     assert {c["cut_by"] for c in answer["candidates"]} >= {None, "top_p"}
     assert answer["end_id"] in [c["id"] for c in answer["candidates"]]
+
+
+def test_next_sends_what_the_page_needs_to_apply_other_settings(
+    server: Running, storyteller: tinystories.Storyteller
+) -> None:
+    answer = post(server, "next", ids=encode(storyteller), logits=True)
+    trace = storyteller.trace(TEXT)
+    logits = np.frombuffer(base64.b64decode(answer["logits"]), "<f4")
+    np.testing.assert_allclose(logits, trace.logits()[-1], atol=1e-4)
+    seen = set(storyteller.tokenizer.encode(TEXT))
+    assert set(answer["seen"]) == seen
+    assert "logits" not in post(server, "next", ids=encode(storyteller))
 
 
 def test_drawing_with_a_seed_tells_the_story_of_that_seed(
@@ -285,15 +315,35 @@ def test_an_engine_without_weights_is_told_apart(serve_chaotic: Serve) -> None:
 
 def test_traces_are_kept_and_bounded(storyteller: tinystories.Storyteller, monkeypatch: pytest.MonkeyPatch) -> None:
     worker = traces.TraceWorker(storyteller.engine, storyteller.tokenizer)
-    first = worker._trace([1, 2])
-    assert worker._trace([1, 2]) is first
+    first = worker.trace([1, 2])
+    assert worker.trace([1, 2]) is first
     for token in range(40):
-        worker._trace([token])
+        worker.trace([token])
     assert len(worker.traces) == traces.MAX_TRACES
-    assert worker._trace([1, 2]) is not first
+    assert worker.trace([1, 2]) is not first
     monkeypatch.setattr(traces, "MAX_TRACE_BYTES", 3 * first.hidden.nbytes)
-    worker._trace([3, 4])
+    worker.trace([3, 4])
     assert worker.n_bytes <= 3 * first.hidden.nbytes
+
+
+def test_typing_continues_the_trace_of_the_text_before(
+    storyteller: tinystories.Storyteller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = traces.TraceWorker(storyteller.engine, storyteller.tokenizer)
+    ids = encode(storyteller, TEXT * 3)
+    n_known: list[int] = []
+    original = traces.trace_text
+
+    def count(*arguments: Any, known: Any) -> Any:
+        n_known.append(0 if known is None else known.shape[1])
+        return original(*arguments, known=known)
+
+    monkeypatch.setattr(traces, "trace_text", count)
+    texts = [ids[:20], ids[:30], ids[:25], [*ids[:15], 5, 6], ids[:5], [1, 2, 3]]
+    for text in texts:
+        trace = worker.trace(text)
+        np.testing.assert_allclose(trace.hidden, storyteller.trace(text).hidden, atol=2e-5)
+    assert n_known == [0, 20, 24, 15, 0, 0]  # few tokens in common are not worth it
 
 
 def test_a_slow_trace_delays_nothing_and_too_many_are_refused(
@@ -302,9 +352,9 @@ def test_a_slow_trace_delays_nothing_and_too_many_are_refused(
     gate = threading.Event()
     original = traces.trace_text
 
-    def wait(*arguments: Any) -> Any:
+    def wait(*arguments: Any, **options: Any) -> Any:
         gate.wait()
-        return original(*arguments)
+        return original(*arguments, **options)
 
     monkeypatch.setattr(traces, "trace_text", wait)
     statuses: list[int] = []

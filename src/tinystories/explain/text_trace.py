@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from tinystories.data.tokenizer import Tokenizer
+from tinystories.engine.trace.layers import Floats
 from tinystories.engine.trace.model import TraceModel
 from tinystories.engine.trace.trace import LogitLens, Trace, compute_hidden
 from tinystories.errors import UserError
@@ -103,17 +104,23 @@ class TextTrace(Trace):
 
 
 def trace_text(
-    model: TraceModel, tokenizer: Tokenizer, text: str | Sequence[int], *, window: bool = False
+    model: TraceModel,
+    tokenizer: Tokenizer,
+    text: str | Sequence[int],
+    *,
+    window: bool = False,
+    known: Floats | None = None,
 ) -> TextTrace:
     """Return the trace of END and a text, or of ids as they are.
 
-    With `window`, a text longer than the context is traced from its last n_ctx ids. Raises `UserError` if it is longer
-    and `window` is not set, or if there are no ids.
+    With `window`, a text longer than the context is traced from its last n_ctx ids. `known` (n_layer + 1, P, C): the
+    hidden states of the first P ids, if they are not all, from an earlier trace. Raises `UserError` if the text is
+    longer and `window` is not set, or if there are no ids.
     """
     ids = np.asarray([tokenizer.end_id, *tokenizer.encode(text)] if isinstance(text, str) else text)
     if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
         raise UserError("expected a text or a list of token ids, which are integers")
-    id_array, hidden = compute_hidden(model, ids, window=window)
+    id_array, hidden = compute_hidden(model, ids, window=window, known=known)
     return TextTrace(model=model, ids=id_array, hidden=hidden, tokenizer=tokenizer)
 
 

@@ -12,6 +12,8 @@ import numpy.typing as npt
 from tinystories.config import SamplingConfig
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.engine.protocol import Logits
+from tinystories.engine.sampling_state import SamplingState
+from tinystories.explain.text_trace import TextTrace
 from tinystories.explain.token_text import token_text
 from tinystories.generate.sampling import (
     Mask,
@@ -120,6 +122,21 @@ def analyze_next_token(
         weights = apply_filters(weights, dataclasses.replace(ALL_OFF, **{name: getattr(settings, name)}))
         after[name] = normalize(weights)
     return NextToken(settings=settings, model_probs=softmax(row[0]), after=after, tokenizer=tokenizer)
+
+
+def trace_next_token(trace: TextTrace, settings: SamplingConfig) -> NextToken:
+    """Return the distribution of the token after the last one of a trace, from the trace's own logits."""
+    logits = trace.logits([len(trace.ids) - 1])[0]
+    return analyze_next_token(logits, settings, trace.tokenizer, seen_mask(trace, settings))
+
+
+def seen_mask(trace: TextTrace, settings: SamplingConfig) -> Mask:
+    """Return the ids (V,) that the repetition penalty applies to after a text that is a prompt."""
+    ids = trace.ids.tolist()
+    prompt_ids = ids[1:] if ids[0] == trace.tokenizer.end_id else ids
+    state = SamplingState(1, trace.config.vocab_size)
+    state.begin(0, settings, prompt_ids, trace.tokenizer.name_ids)
+    return np.asarray(state.seen_mask([0])[0])
 
 
 def softmax(logits: Floats) -> Floats:

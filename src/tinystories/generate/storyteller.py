@@ -22,7 +22,7 @@ from tinystories.engine.trace.model import TraceModel
 from tinystories.errors import UserError, check_integer, quoted
 from tinystories.explain.text_trace import TextTrace, trace_text
 from tinystories.generate.batching import Request, Story, check_text, collect_stories, stream_all, truncate_context
-from tinystories.generate.next_token import NextToken, analyze_next_token
+from tinystories.generate.next_token import NextToken, analyze_next_token, trace_next_token
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -159,18 +159,21 @@ class Storyteller:
             check_text(text, "the text")
         return trace_text(self.trace_model, self.tokenizer, text, window=window)
 
-    def next_token(self, prompt: str = "", **sampling: Unpack[SamplingOptions]) -> NextToken:
+    def next_token(self, prompt: str | TextTrace = "", **sampling: Unpack[SamplingOptions]) -> NextToken:
         """Return the probabilities of the token after a prompt, before and after each step of sampling: those with
         which `generate` samples its first token.
 
-        The storyteller is busy meanwhile: `UserError` while a story is being generated, and for unknown settings.
+        After a trace: those of its own logits, as the lab shows them, where no activations were rounded. After a text
+        the storyteller is busy meanwhile: `UserError` while a story is being generated, and for unknown settings.
         """
         for name in sampling:
             if name not in SamplingOptions.__annotations__:
                 raise UserError(f"unknown sampling setting {name}; use {', '.join(SamplingOptions.__annotations__)}")
-        check_text(prompt, "the prompt")
         overrides: dict[str, Any] = {name: value for name, value in sampling.items() if value is not None}
         settings = dataclasses.replace(self.settings, **overrides)
+        if isinstance(prompt, TextTrace):
+            return trace_next_token(prompt, settings)
+        check_text(prompt, "the prompt")
         prompt_ids = self.tokenizer.encode(prompt)
         context = [self.tokenizer.end_id, *prompt_ids]
         if len(context) > self.engine.config.n_ctx:

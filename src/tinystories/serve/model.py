@@ -6,7 +6,7 @@ import re
 import time
 from typing import Any
 
-from tinystories.checkpoint import ModelFiles
+from tinystories.checkpoint import BUNDLED_MODEL, ModelFiles
 from tinystories.config import SamplingConfig
 from tinystories.data.tokenizer import END, Tokenizer
 
@@ -22,6 +22,7 @@ class ServedModel:
     vocab_size: int
     fingerprint: str  # names weights, engine and precision
     meta: dict[str, Any]  # of /v1/models
+    load_options: dict[str, str] = dataclasses.field(default_factory=dict)  # with which `tinystories.load` loads it
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
     @classmethod
@@ -42,6 +43,9 @@ class ServedModel:
             vocab_size=files.config.vocab_size,
             fingerprint=f"fp_{files.weights_sha256[:12]}-{engine_name}-{precision}",
             meta=meta,
+            # The name of the folder, not where it is: clients see this.
+            load_options=({} if files.folder == BUNDLED_MODEL else {"model": files.folder.resolve().name})
+            | {"engine": engine_name, "precision": precision},
         )
 
     def as_dict(self) -> dict[str, Any]:

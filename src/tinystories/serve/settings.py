@@ -29,13 +29,18 @@ class ServerConfig:
     timeout_s: float = 120.0  # of a request, waiting included
     model_name: str | None = None  # in /v1/models; None: the directory's name
 
+    runs_folder: Path | None = None  # of training runs that the lab shows
+    compare_model: Path | None = None  # a model directory that the lab compares with the served one
+
     # What users need not set.
     drain_s: float = 10.0  # a shutdown lets running requests finish for this long
+    pace_s: float = 0.02  # text of a running story is sent at most this often; its first and its last text at once
     ping_s: float = 15.0  # a stream without text gets a comment this often
     send_timeout_s: float = 30.0  # a client that takes in nothing for this long is dropped
     receive_timeout_s: float = 10.0  # to send the header, and the body, of a request
     max_body_bytes: int = 1 << 20
     max_connections: int = 1000
+    poll_s: float = 0.5  # how often the lab looks for new lines of runs
 
     def __post_init__(self) -> None:
         check_integer("port", self.port)
@@ -58,6 +63,20 @@ class ServerConfig:
                 f"--host {self.host} can be reached from other machines: set a key with --api-key-file FILE or"
                 f" {KEY_VARIABLE}, or allow everybody with --no-key"
             )
+        if self.runs_folder is not None:
+            check_runs_folder(self.runs_folder)
+
+
+def check_runs_folder(folder: Path) -> None:
+    """Raise `UserError` unless a path is a folder, and not a run itself."""
+    with os_errors(f"--runs {folder}"):
+        if not folder.is_dir():
+            raise UserError(
+                f"--runs {folder}: there is no such folder; name the one that holds your runs, such as runs"
+            )
+        if (folder / "metrics.jsonl").exists():
+            parent = folder.resolve().parent
+            raise UserError(f"--runs {folder} is a run itself; name the folder that holds it: --runs {parent}")
 
 
 def check_key(key: str) -> None:

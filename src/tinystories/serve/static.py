@@ -16,8 +16,11 @@ MEDIA_TYPES = {
     ".svg": "image/svg+xml",
     ".txt": "text/plain; charset=utf-8",
 }
-# Nothing of another origin, no inline script or style, no frames.
-POLICY = "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'; object-src 'none'"
+# Nothing of another origin, no inline script or style, no frames. The page may make pictures itself, to save them.
+POLICY = (
+    "default-src 'self'; img-src 'self' blob: data:; base-uri 'none'; form-action 'self'; frame-ancestors 'none';"
+    " object-src 'none'"
+)
 HEADERS = {
     "Content-Security-Policy": POLICY,
     "Referrer-Policy": "no-referrer",
@@ -36,8 +39,10 @@ def build_page_routes() -> list[Route]:
 def build_route(url: str, path: Path) -> Route:
     """Return the route of one file."""
     data, media_type = path.read_bytes(), MEDIA_TYPES[path.suffix]
+    # Chromium asks for the icon again whenever the URL changes.
+    headers = HEADERS | {"Cache-Control": "max-age=3600"} if path.suffix == ".svg" else HEADERS
 
     async def answer(_request: Request) -> Response:
-        return Response(data, headers=HEADERS, media_type=media_type)
+        return Response(data, headers=headers, media_type=media_type)
 
     return Route(url, answer, methods=["GET"])

@@ -1,6 +1,7 @@
 """`tinystories serve`."""
 
 import dataclasses
+import functools
 import json
 import logging
 from collections.abc import Callable
@@ -9,14 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tinystories.cli.common import FILE, engine_options, model_argument
+from tinystories.cli.common import FILE, PATH, Command, engine_options, model_argument
 from tinystories.errors import UserError
 
 if TYPE_CHECKING:
+    from tinystories.checkpoint import ModelFiles
     from tinystories.engine.engine_config import EngineConfig
+    from tinystories.engine.protocol import Engine
+    from tinystories.serve.model import ServedModel
 
 SERVE_MODULES = ("starlette", "uvicorn", "msgspec", "prometheus_client")
 SLOTS_PER_CORE, MIN_AUTO_SLOTS, MAX_AUTO_SLOTS = 8, 16, 64
+DEFAULT_RUNS = Path("runs")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -29,6 +34,31 @@ class SlotCount(click.ParamType[int | None]):
         if value is None or value == "auto":
             return None
         return click.IntRange(min=1, max=1024).convert(value, param, ctx)
+
+
+def lab_options(command: Command) -> Command:
+    """Add --runs and --compare; the command receives the folders as `runs_folder` and `compare_model`."""
+
+    @click.option(
+        "--runs",
+        type=PATH,
+        metavar="DIR",
+        help="Folder of training runs that the lab shows.  [default: runs, if there is such a folder]",
+    )
+    @click.option("--compare", metavar="MODEL", help="A second model, which the lab compares with the first.")
+    @functools.wraps(command)
+    def wrapper(*, runs: Path | None, compare: str | None, **kwargs: Any) -> Any:
+        from tinystories.checkpoint import read_model
+        from tinystories.hub.client import resolve_model_folder
+
+        if runs is None and DEFAULT_RUNS.is_dir() and not (DEFAULT_RUNS / "metrics.jsonl").exists():
+            runs = DEFAULT_RUNS
+        compare_model = None if compare is None else resolve_model_folder(compare)
+        if compare_model is not None:
+            read_model(compare_model, verify_weights=False)  # a mistake is reported now
+        return command(runs_folder=runs, compare_model=compare_model, **kwargs)
+
+    return wrapper
 
 
 @click.command()
@@ -71,6 +101,7 @@ class SlotCount(click.ParamType[int | None]):
     help="Most seconds that a request may take.",
 )
 @click.option("--model-name", help="Name of the model for clients.  [default: that of its directory]")
+@lab_options
 @click.option("--log-level", type=click.Choice(LOG_LEVELS), default="info", help="What to report on stderr.")
 def serve(
     model: Path,
@@ -120,26 +151,15 @@ def run_server(
     announce: Callable[[str], None] | None = None,
 ) -> int:
     """Load the model and serve it; return the exit code. `announce` gets the URL; by default an example is printed."""
-    from tinystories.checkpoint import BUNDLED_MODEL
     from tinystories.engine.cpu.thread_pool import count_physical_cores
-    from tinystories.engine.select import load_engine, select_engine
-    from tinystories.serve.model import ServedModel
+    from tinystories.engine.select import load_engine
     from tinystories.serve.server import bind, install_log_levels, serve
 
     install_log_levels(log_level)
     n_slots = slots or min(MAX_AUTO_SLOTS, max(MIN_AUTO_SLOTS, SLOTS_PER_CORE * count_physical_cores()))
     listener = bind(config)  # before the model is loaded: whether the port is free is known at once
     files, engine = load_engine(model, dataclasses.replace(engine_config, n_slots=n_slots))
-    engine_name = select_engine(engine_config)
-    default_precision = "int8" if engine_name == "cpu" else "auto"
-    precision = default_precision if engine_config.precision == "auto" else engine_config.precision
-    default_name = "tinystories" if model == BUNDLED_MODEL else model.resolve().name
-    served = ServedModel.describe(
-        files,
-        name=config.model_name or default_name,
-        engine_name=engine_name,
-        precision=getattr(engine, "precision", precision),
-    )
+    served = describe_model(files, engine, model, engine_config, config.model_name)
 
     def show_example(url: str) -> None:
         click.echo(url)
@@ -153,3 +173,23 @@ def run_server(
         )
 
     return serve(engine, served, config, listener, announce or show_example)
+
+
+def describe_model(
+    files: "ModelFiles", engine: "Engine", model: Path, engine_config: "EngineConfig", name: str | None = None
+) -> "ServedModel":
+    """Return the description of a model directory that an engine has loaded; the default name is the directory's."""
+    from tinystories.checkpoint import BUNDLED_MODEL
+    from tinystories.engine.select import select_engine
+    from tinystories.serve.model import ServedModel
+
+    engine_name = select_engine(engine_config)
+    default_precision = "int8" if engine_name == "cpu" else "auto"
+    precision = default_precision if engine_config.precision == "auto" else engine_config.precision
+    default_name = "tinystories" if model == BUNDLED_MODEL else model.resolve().name
+    return ServedModel.describe(
+        files,
+        name=name or default_name,
+        engine_name=engine_name,
+        precision=getattr(engine, "precision", precision),
+    )

@@ -54,26 +54,27 @@ class TraceModel:
             return x + build_sinusoid_table(len(ids), config.n_embd)
         return x
 
-    def block(self, x: Floats, layer: int, ablated_heads: Collection[int] = ()) -> Floats:
-        """Return the hidden states (T, C) after a block from those before it.
+    def block(self, x: Floats, layer: int, ablated_heads: Collection[int] = (), first: int = 0) -> Floats:
+        """Return the hidden states (T - first, C) of the tokens from `first` on after a block, from those of all T
+        tokens before it.
 
         The outputs of `ablated_heads` are replaced by zeros.
         """
-        x = x + self.attention(x, layer, ablated_heads)
-        return x + self.feed_forward(x, layer)
+        new = x[first:] + self.attention(x, layer, ablated_heads, first)
+        return new + self.feed_forward(new, layer)
 
-    def attention(self, x: Floats, layer: int, ablated_heads: Collection[int] = ()) -> Floats:
-        """Return what the attention of a block adds to the hidden states x (T, C)."""
-        config, name = self.config, f"layers.{layer}.self_attn"
+    def attention(self, x: Floats, layer: int, ablated_heads: Collection[int] = (), first: int = 0) -> Floats:
+        """Return what the attention of a block adds to the hidden states x (T, C), for the tokens from `first` on."""
+        config, name, n_new = self.config, f"layers.{layer}.self_attn", len(x) - first
         normed = self.norm(x, f"layers.{layer}.input_layernorm")
-        q_HTD, k_HTD = self.queries_and_keys(normed, layer)
+        q_HTD, k_HTD = self.queries_and_keys(normed, layer, first)
         v_HTD = self.split_heads(self.linear(normed, f"{name}.v_proj"))
-        y_THD = np.zeros((len(x), config.n_head, config.head_dim), dtype=np.float32)
-        mask = causal_mask(len(x), config.layer_window(layer))
+        y_THD = np.zeros((n_new, config.n_head, config.head_dim), dtype=np.float32)
+        mask = causal_mask(len(x), config.layer_window(layer))[first:]
         for head in range(config.n_head):
             if head not in ablated_heads:
                 y_THD[:, head] = self.head_attention(q_HTD, k_HTD, head, mask) @ v_HTD[self.kv_head(head)]
-        return self.linear(y_THD.reshape(len(x), -1), f"{name}.o_proj")
+        return self.linear(y_THD.reshape(n_new, -1), f"{name}.o_proj")
 
     def attention_probs(self, x: Floats, layer: int) -> Floats:
         """Return the attention probabilities (H, T, T) of a block from the hidden states x (T, C) before it.
@@ -84,23 +85,24 @@ class TraceModel:
         mask = causal_mask(len(x), self.config.layer_window(layer))
         return np.stack([self.head_attention(q_HTD, k_HTD, head, mask) for head in range(self.config.n_head)])
 
-    def queries_and_keys(self, normed: Floats, layer: int) -> tuple[Floats, Floats]:
-        """Return the queries (H, T, D) and the keys (KV heads, T, D) of a block, with their norms and rotations.
+    def queries_and_keys(self, normed: Floats, layer: int, first: int = 0) -> tuple[Floats, Floats]:
+        """Return the queries (H, T - first, D) of the tokens from `first` on, and the keys (KV heads, T, D) of all T,
+        of a block, with their norms and rotations.
 
         `normed` (T, C): the hidden states before the block, after its first norm.
         """
         config, name = self.config, f"layers.{layer}.self_attn"
-        q = self.split_heads(self.linear(normed, f"{name}.q_proj"))
+        q = self.split_heads(self.linear(normed[first:], f"{name}.q_proj"))
         k = self.split_heads(self.linear(normed, f"{name}.k_proj"))
         if config.architecture == "modern":
             if config.qk_norm:
                 q, k = self.norm(q, f"{name}.q_norm"), self.norm(k, f"{name}.k_norm")
             cos, sin = build_rope_tables(len(normed), config.head_dim, config.rope_base)
-            q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+            q, k = apply_rope(q, cos[first:], sin[first:]), apply_rope(k, cos, sin)
         return q, k
 
     def head_attention(self, q_HTD: Floats, k_HTD: Floats, head: int, mask: Floats) -> Floats:
-        """Return the attention probabilities (T, T) of one head."""
+        """Return the attention probabilities (queries, T) of one head."""
         scale = self.config.head_dim**-0.5 if self.config.scaled_scores else 1.0
         scores: Floats = (q_HTD[head] * scale) @ k_HTD[self.kv_head(head)].T
         scores += mask

@@ -134,11 +134,14 @@ class Trace:
         return dataclasses.replace(self, hidden=hidden, ablated=ablated)
 
 
-def compute_hidden(model: TraceModel, ids: Ids, *, window: bool = False) -> tuple[Ints, Floats]:
+def compute_hidden(
+    model: TraceModel, ids: Ids, *, window: bool = False, known: Floats | None = None
+) -> tuple[Ints, Floats]:
     """Run ids through a model; return the ids used (T,) and the hidden states (n_layer + 1, T, C) of a `Trace`.
 
-    With `window`, the last n_ctx ids of a longer sequence are used, at positions from 0. Raises `UserError` if there
-    are none, too many, or one is not in the vocabulary. Besides the result, memory is needed for at most
+    With `window`, the last n_ctx ids of a longer sequence are used, at positions from 0. `known` (n_layer + 1, P, C)
+    are the hidden states of the first P < T ids, which are not computed again. Raises `UserError` if there are no ids,
+    too many, or one is not in the vocabulary. Besides the result, memory is needed for at most
     T * (6 * T + 2 * n_ff + 8 * C) numbers of 4 bytes, whatever the number of heads.
     """
     n_ctx = model.config.n_ctx
@@ -152,7 +155,11 @@ def compute_hidden(model: TraceModel, ids: Ids, *, window: bool = False) -> tupl
     id_array = validate_ids(ids, model.config.vocab_size)
     hidden = np.empty((model.config.n_layer + 1, len(id_array), model.config.n_embd), dtype=np.float32)
     hidden[0] = model.embed(id_array)
-    run_blocks(model, hidden)
+    n_known = 0 if known is None else known.shape[1]
+    assert n_known < len(id_array), "what is known must leave something to compute"
+    if known is not None:
+        hidden[:, :n_known] = known
+    run_blocks(model, hidden, first_token=n_known)
     return id_array, hidden
 
 
@@ -162,11 +169,13 @@ def compute_trace(model: TraceModel, ids: Ids, *, window: bool = False) -> Trace
     return Trace(model=model, ids=id_array, hidden=hidden)
 
 
-def run_blocks(model: TraceModel, hidden: Floats, ablated: Sequence[Head] = (), first: int = 0) -> None:
-    """Fill hidden[first + 1 :] from hidden[first]; the (layer, head) pairs in `ablated` are switched off."""
+def run_blocks(
+    model: TraceModel, hidden: Floats, ablated: Sequence[Head] = (), first: int = 0, first_token: int = 0
+) -> None:
+    """Fill hidden[first + 1 :, first_token:] from hidden[first]; `ablated` (layer, head) pairs are switched off."""
     for layer in range(first, model.config.n_layer):
         heads = [head for ablated_layer, head in ablated if ablated_layer == layer]
-        hidden[layer + 1] = model.block(hidden[layer], layer, heads)
+        hidden[layer + 1, first_token:] = model.block(hidden[layer], layer, heads, first_token)
 
 
 def read_hidden(trace: Trace, stages: Sequence[int], positions: Ints, top: int) -> LogitLens:

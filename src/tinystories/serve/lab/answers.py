@@ -1,5 +1,6 @@
 """From a trace to the numbers that the lab shows; every one is a number of the Python API."""
 
+import base64
 import codecs
 import dataclasses
 import struct
@@ -8,18 +9,33 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tinystories.config import SamplingConfig
+from tinystories.config import ModelConfig, SamplingConfig
 from tinystories.data.tokenizer import Tokenizer
-from tinystories.engine.sampling_state import SamplingState
 from tinystories.engine.trace.trace import check_layer
 from tinystories.errors import UserError
 from tinystories.explain.text_trace import TextTrace, finite, rounded, stage_name
 from tinystories.explain.token_text import token_label
-from tinystories.generate.next_token import NextToken, analyze_next_token
+from tinystories.generate.next_token import seen_mask, trace_next_token
 from tinystories.generate.sampling import UniformStream, sample
+from tinystories.serve.model import ServedModel
 
 TRIANGLES, THUMBNAILS = 1, 2  # kinds of matrices in the answer of `attention`
 THUMBNAIL_SIZE = 48
+
+
+def describe_model(config: ModelConfig, model: ServedModel) -> dict[str, Any]:
+    """Return what the page needs to know about a model."""
+    sizes = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "n_ctx", "vocab_size")}
+    return {
+        "name": model.name,
+        **sizes,
+        "architecture": config.architecture,
+        "n_params": config.n_params,
+        "bits_per_byte": model.meta.get("bits_per_byte"),
+        "end_id": model.tokenizer.end_id,
+        "sampling": dataclasses.asdict(model.sampling),
+        "load_options": model.load_options,
+    }
 
 
 def describe_tokens(tokenizer: Tokenizer, text: str, append: list[int], n_ctx: int) -> dict[str, Any]:
@@ -74,28 +90,23 @@ def labels(tokenizer: Tokenizer, ids: npt.NDArray[np.int64]) -> dict[str, str]:
     return {str(token): token_label(tokenizer, token) for token in np.unique(ids).tolist()}
 
 
-def next_token(trace: TextTrace, settings: SamplingConfig) -> NextToken:
-    """Return the distribution of the token after the last one."""
-    logits = trace.logits([len(trace.ids) - 1])[0]
-    return analyze_next_token(logits, settings, trace.tokenizer, seen_mask(trace, settings)[0])
+def describe_next(trace: TextTrace, settings: SamplingConfig, top: int, *, with_logits: bool = False) -> dict[str, Any]:
+    """Return the candidates for the next token, in descending order of the model's probability, and END.
 
-
-def seen_mask(trace: TextTrace, settings: SamplingConfig) -> npt.NDArray[np.bool_]:
-    """Return the ids (1, V) that the repetition penalty applies to, for a text that is a prompt."""
-    ids = trace.ids.tolist()
-    prompt = ids[1:] if ids[0] == trace.tokenizer.end_id else ids
-    state = SamplingState(1, trace.config.vocab_size)
-    state.begin(0, settings, prompt, trace.tokenizer.name_ids)
-    return np.asarray(state.seen_mask([0]))
-
-
-def describe_next(trace: TextTrace, settings: SamplingConfig, top: int) -> dict[str, Any]:
-    """Return the candidates for the next token, in descending order of the model's probability, and END."""
-    step = next_token(trace, settings)
+    With `with_logits` also what the page needs to apply other settings itself: `logits`, the fp32 numbers of all V ids,
+    little-endian, in Base64, and `seen`, the ids that a repetition penalty would apply to.
+    """
+    step = trace_next_token(trace, settings)
     answer = step.as_dict(top)
     for candidate in answer["candidates"]:
         candidate["label"] = token_label(trace.tokenizer, candidate["id"])
-    return answer | {"end_id": trace.tokenizer.end_id}
+    answer["end_id"] = trace.tokenizer.end_id
+    if with_logits:
+        penalized = dataclasses.replace(settings, repetition_penalty=2.0)  # without a penalty no ids are kept
+        answer["seen"] = np.flatnonzero(seen_mask(trace, penalized)).tolist()
+        logits = trace.logits([len(trace.ids) - 1])[0].astype("<f4")
+        answer["logits"] = base64.b64encode(logits.tobytes()).decode()
+    return answer
 
 
 def draw(trace: TextTrace, settings: SamplingConfig, seed: int, index: int) -> dict[str, Any]:
@@ -106,8 +117,8 @@ def draw(trace: TextTrace, settings: SamplingConfig, seed: int, index: int) -> d
         stream.next()
     u = stream.next()
     logits = trace.logits([len(trace.ids) - 1])
-    token = sample(logits, settings, np.array([u], np.float32), seen_mask(trace, settings))[0]
-    step = next_token(trace, settings)
+    token = sample(logits, settings, np.array([u], np.float32), seen_mask(trace, settings)[None])[0]
+    step = trace_next_token(trace, settings)
     below = float(step.final_probs[:token].sum(dtype=np.float64))
     label = token_label(trace.tokenizer, token)
     return dataclasses.asdict(step.candidate(token)) | {"label": label, "u": u, "below": below}

@@ -15,6 +15,7 @@ from tinystories.explain.text_trace import TextTrace
 from tinystories.serve.app import json_response, run
 from tinystories.serve.errors import invalid
 from tinystories.serve.lab import answers
+from tinystories.serve.lab.experiments import ExperimentEndpoints
 from tinystories.serve.lab.requests import (
     MAX_POSITIONS,
     AblateRequest,
@@ -26,6 +27,7 @@ from tinystories.serve.lab.requests import (
     TokensRequest,
 )
 from tinystories.serve.lab.traces import TraceWorker
+from tinystories.serve.lab.training import TrainingEndpoints
 from tinystories.serve.requests import SamplingNumbers, decode_request
 from tinystories.serve.service import Service
 
@@ -36,6 +38,7 @@ class LabEndpoints:
     """The endpoints of the lab page."""
 
     def __init__(self, service: Service) -> None:
+        self.service = service
         self.model, self.engine = service.model, service.scheduler.engine
         self.worker = TraceWorker(self.engine, self.model.tokenizer)
 
@@ -51,24 +54,15 @@ class LabEndpoints:
             Route("/lab/api/heads", self.heads, methods=["POST"]),
             Route("/lab/api/lens", self.lens, methods=["POST"]),
             Route("/lab/api/ablate", self.ablate, methods=["POST"]),
+            *TrainingEndpoints(self.service).routes(),
+            *ExperimentEndpoints(self.service, self.worker).routes(),
         ]
 
     async def show_model(self, _request: Request) -> Response:
         """GET /lab/api/model."""
-        config = self.engine.config
-        sizes = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "n_ctx", "vocab_size")}
-        return json_response(
-            {
-                "name": self.model.name,
-                **sizes,
-                "architecture": config.architecture,
-                "n_params": config.n_params,
-                "bits_per_byte": self.model.meta.get("bits_per_byte"),
-                "end_id": self.model.tokenizer.end_id,
-                "sampling": dataclasses.asdict(self.model.sampling),
-                "is_traceable": isinstance(self.engine, TraceableEngine),
-            }
-        )
+        self.worker.prepare()
+        facts = answers.describe_model(self.engine.config, self.model)
+        return json_response(facts | {"is_traceable": isinstance(self.engine, TraceableEngine)})
 
     async def tokens(self, request: Request) -> Response:
         """POST /lab/api/tokens."""
@@ -90,7 +84,9 @@ class LabEndpoints:
         return await self.answer(
             request,
             NextRequest,
-            lambda fields, trace: answers.describe_next(trace, self.sampling(fields), fields.top),
+            lambda fields, trace: answers.describe_next(
+                trace, self.sampling(fields), fields.top, with_logits=fields.logits
+            ),
         )
 
     async def step(self, request: Request) -> Response:

@@ -11,9 +11,12 @@ MAX_LAB_IDS = 32_768  # the number that a model takes, n_ctx, is checked afterwa
 MAX_TOP = 40
 MAX_POSITIONS = 64  # of the logit lens, at once
 MAX_HEADS = 4096  # switched off at once
+MAX_SPLIT_CHARS = 20_000  # of a text for several tokenizers
 
 Ids = Annotated[list[TokenId], Meta(min_length=1, max_length=MAX_LAB_IDS)]
 Index = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Name = Annotated[str, Meta(max_length=255)]
+Step = Annotated[int, Meta(ge=0, le=2**53 - 1)]
 Top = Annotated[int, Meta(ge=1, le=MAX_TOP)]
 
 
@@ -31,10 +34,11 @@ class IdsRequest(msgspec.Struct, kw_only=True):
 
 
 class NextRequest(SamplingNumbers, kw_only=True):
-    """The token after some ids."""
+    """The token after some ids. `logits`: send them all, so that the page can apply settings itself."""
 
     ids: Ids
     top: Top = 12
+    logits: bool = False
 
 
 class StepRequest(SamplingNumbers, kw_only=True):
@@ -67,3 +71,42 @@ class AblateRequest(msgspec.Struct, kw_only=True):
 
     ids: Ids
     heads: Annotated[list[tuple[Index, Index]], Meta(max_length=MAX_HEADS)]
+
+
+class Side(msgspec.Struct, kw_only=True):
+    """A text and the model that reads it: by default the served one, otherwise the newest or a certain checkpoint of a
+    run, or the model of --compare."""
+
+    text: str = ""
+    run: Name | None = None
+    step: Step | None = None
+    compare: bool = False
+
+
+class CompareRequest(msgspec.Struct, kw_only=True):
+    """Two sides, and how many of the likeliest next tokens of each."""
+
+    a: Side
+    b: Side
+    top: Top = 10
+
+
+class ScoreRunRequest(msgspec.Struct, kw_only=True):
+    """A text for a checkpoint of a run, by default the newest."""
+
+    text: str
+    step: Step | None = None
+    top: Top = 5
+
+
+class QuizRequest(msgspec.Struct, kw_only=True):
+    """A question of the quiz, from 0."""
+
+    item: Index
+
+
+class SplitRequest(msgspec.Struct, kw_only=True):
+    """A text for the tokenizers, and another model whose tokenizer is shown, too."""
+
+    text: Annotated[str, Meta(max_length=MAX_SPLIT_CHARS)]
+    model: Side | None = None

@@ -2,9 +2,13 @@
 import { ask, askBytes } from './api.js';
 import { useAnswer } from './answers.js';
 import { drawBytes, isDark, shade } from './colors.js';
+import { drawHeads, drawMatrix, drawReading } from './drawing.js';
+import { Tools } from './figures.js';
+import { readAppended } from './next.js';
+import { pythonAblation, pythonHead, pythonHeads, pythonTrace } from './python.js';
 import { LAB as T } from './texts.js';
 import { bits, Chips, percent } from './tokens.js';
-import { html, moveInGroup, useEffect, useLayoutEffect, useRef, useState } from './ui.js';
+import { html, moveInGroup, useEffect, useLayoutEffect, useRef, useState, WRITING } from './ui.js';
 
 const N_READ = 5; // words listed, and arcs drawn
 const MAX_LABELED = 40; // tokens up to which the matrix has labels
@@ -45,7 +49,7 @@ export function AttentionPane({ tokens, state, go, model, fail, attempt }) {
   state2.current = { layer, head };
   useEffect(() => {
     const onKey = (event) => {
-      if (event.target.matches('textarea, input') || event.ctrlKey || event.metaKey || event.altKey) return;
+      if (event.target.matches(WRITING) || event.ctrlKey || event.metaKey || event.altKey) return;
       const { layer, head } = state2.current;
       const step = { '[': [-1, 0], ']': [1, 0], ',': [0, -1], '.': [0, 1] }[event.key];
       if (!step) return;
@@ -69,6 +73,11 @@ export function AttentionPane({ tokens, state, go, model, fail, attempt }) {
     return { style: shade(row[i] / 255, dark), title: percent(probability(row[i])) };
   }
 
+  const trace = () => pythonTrace(model, tokens, readAppended(state));
+  const shares = () => pieces.map((_, i) => pieces.slice(0, i + 1).map((_, j) => probability(matrix.at(0, i, j))));
+  const listHeads = () => summary.previous.flatMap((row, l) => row.map((_, h) => ({
+    layer: l, head: h, first: summary.first[l][h], self: summary.self[l][h], previous: summary.previous[l][h], same: summary.same[l][h],
+  })));
   const tags = summary?.previous.length > 0 && ['previous', 'first', 'self', 'same'].map((name) => [name, summary[name][layer][head]]).filter(([, p]) => p >= 0.1);
   const cost = ablation && ablation.ablated_mean_bits - ablation.mean_bits;
   return html`<section class="pane" aria-label=${A.name}>
@@ -79,6 +88,10 @@ export function AttentionPane({ tokens, state, go, model, fail, attempt }) {
       <div class="arcbox"><${Chips} pieces=${pieces} selected=${query} look=${look} onPick=${(i) => go({ q: i })} onPoint=${setPointed} label=${A.chips}>
         <${Arcs} query=${query} read=${read} /></${Chips}></div>
       <p role="status">${A.readsLine(pieces[query].label)} ${read.length ? read.map(([byte, i]) => `${pieces[i].label} ${percent(probability(byte))}`).join(', ') : '…'}</p>
+      ${matrix && html`<${Tools} name=${`attention-of-word-${query}`} svg=${() => drawReading(pieces, row.map(probability), query, read.map(([byte, i]) => [probability(byte), i]), `${A.head(layer, head)}: ${A.readsLine(pieces[query].label)}`)}
+        data=${() => ({ layer, head, token: query, tokens: pieces.map(({ label }) => label), attention: row.map(probability) })}
+        rows=${() => [['place', 'token', 'attention'], ...pieces.slice(0, query + 1).map(({ label }, i) => [i, label, probability(row[i])])]}
+        python=${() => `${pythonHead(trace(), layer, head)}\nprint(attention[${query}])`} />`}
     </div>
     <div class="split">
       <div class="card"><h3>${A.all}</h3>
@@ -88,18 +101,25 @@ export function AttentionPane({ tokens, state, go, model, fail, attempt }) {
             <button type="button" data-item class=${isOff(l, h) ? 'off' : ''} tabindex=${l === layer && h === head ? 0 : -1} aria-pressed=${l === layer && h === head}
               aria-label=${A.head(l, h)} title=${A.head(l, h)} onClick=${() => go({ l, h })}>
               <${Matrix} matrices=${thumbnails} index=${l * model.n_head + h} dark=${dark} /></button>`)}`)}
-        </div><p class="soft">${A.gridHint}</p></div>
+        </div><p class="soft">${A.gridHint}</p>
+        ${thumbnails && html`<${Tools} name="all-heads" svg=${() => drawHeads(thumbnails, model.n_layer, model.n_head, A.all)}
+          data=${summary?.previous.length > 0 && listHeads} rows=${summary?.previous.length > 0 && (() => [['layer', 'head', 'first', 'self', 'previous', 'same'], ...listHeads().map(Object.values)])}
+          python=${() => pythonHeads(trace())} />`}</div>
       <aside class="card"><h3>${A.off}</h3><p class="soft">${A.offHint}</p>
         <button type="button" aria-pressed=${isOff(layer, head)} onClick=${toggle}>${isOff(layer, head) ? A.switchOn(layer, head) : A.switchOff(layer, head)}</button>
         ${off.length > 0 && html`<p>${A.offList(off)} <button type="button" onClick=${() => go({ off: '' })}>${A.allOn}</button></p>`}
         ${ablation && html`<dl class="facts"><dt>${A.before}</dt><dd>${bits(ablation.mean_bits)}</dd><dt>${A.after}</dt><dd>${bits(ablation.ablated_mean_bits)}</dd>
             <dt>${A.cost}</dt><dd><b>${cost >= 0 ? '+' : '−'}${bits(Math.abs(cost))}</b></dd></dl>
           <h3>${A.nextThen}</h3><ol>${ablation.ablated_top.slice(0, 4).map(([id, p], i) => html`<li>${ablation.labels[id]} ${percent(p)}
-            <span class="soft"> (${A.was} ${ablation.labels[ablation.top[i][0]]} ${percent(ablation.top[i][1])})</span></li>`)}</ol>`}
+            <span class="soft"> (${A.was} ${ablation.labels[ablation.top[i][0]]} ${percent(ablation.top[i][1])})</span></li>`)}</ol>
+          <${Tools} name="heads-off" data=${() => ({ heads_off: off, ...ablation })} rows=${() => [['place', 'token', 'surprise_bits', 'surprise_bits_without'], ...pieces.map(({ label }, i) => [i, label, ablation.surprise_bits[i], ablation.ablated_surprise_bits[i]])]}
+            python=${() => pythonAblation(trace(), off)} />`}
       </aside>
     </div>
     <div class="card matrix"><h3>${A.matrix(layer, head)}</h3><p class="soft">${A.matrixHint}</p>
-      ${matrix && html`<${LargeMatrix} matrix=${matrix} pieces=${pieces} dark=${dark} onPick=${(i) => go({ q: i })} />`}</div>
+      ${matrix && html`<${LargeMatrix} matrix=${matrix} pieces=${pieces} dark=${dark} onPick=${(i) => go({ q: i })} />
+        <${Tools} name=${`attention-${layer}-${head}`} svg=${() => drawMatrix(pieces, matrix, A.matrix(layer, head))} data=${() => ({ layer, head, tokens: pieces.map(({ label }) => label), attention: shares() })}
+          rows=${() => [['', ...pieces.map(({ label }) => label)], ...shares().map((row, i) => [pieces[i].label, ...pieces.map((_, j) => row[j] ?? '')])]} python=${() => pythonHead(trace(), layer, head)} />`}</div>
     ${row.length > 0 && html`<details><summary>${A.asTable}</summary><div class="scroll"><table><thead><tr><th>${A.word}</th><th>${A.share}</th></tr></thead><tbody>
       ${pieces.map((piece, i) => i <= query && html`<tr><td>${piece.label}</td><td>${percent(probability(row[i]))}</td></tr>`)}</tbody></table></div></details>`}
   </section>`;

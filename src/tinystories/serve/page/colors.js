@@ -21,10 +21,12 @@ export function scale(value, dark = isDark()) {
   });
 }
 
+// Background and text. Of black and white, the text has the one with more contrast, which is at least 4.5 (WCAG 2).
 export function shade(value, dark) {
   const [r, g, b] = scale(value, dark);
-  const isLight = 0.299 * r + 0.587 * g + 0.114 * b > 132;
-  return { background: `rgb(${r} ${g} ${b})`, color: isLight ? '#16181c' : '#ffffff' };
+  const [red, green, blue] = [r, g, b].map((c) => (c / 255 <= 0.04045 ? c / 255 / 12.92 : ((c / 255 + 0.055) / 1.055) ** 2.4));
+  const isLight = 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.179;
+  return { background: `rgb(${r} ${g} ${b})`, color: isLight ? '#000000' : '#ffffff' };
 }
 
 // Draw bytes (0 to 255), rows of `size`, one pixel a cell.

@@ -2,6 +2,10 @@
 import { ask } from './api.js';
 import { useAnswer } from './answers.js';
 import { isDark, shade } from './colors.js';
+import { drawLens, drawRanks } from './drawing.js';
+import { Tools } from './figures.js';
+import { readAppended } from './next.js';
+import { pythonLens, pythonTrace } from './python.js';
 import { LAB as T } from './texts.js';
 import { percent } from './tokens.js';
 import { html, useLayoutEffect, useRef, useState } from './ui.js';
@@ -25,6 +29,12 @@ export function InsidePane({ tokens, state, go, model, fail, attempt }) {
   const [stage, position] = pointed ?? (chosen && inTable(chosen) ? chosen : [nStages - 1, wanted - 1]);
   const column = position - start;
 
+  const trace = () => pythonTrace(model, tokens, readAppended(state));
+  const cells = () => lens.top.map((row) => row.map(([[id, p]], c) => ({ label: lens.labels[id], p, isFinal: id === lens.final_ids[c] })));
+  const labelsOf = (positions) => positions.map((i) => tokens.pieces[i].label);
+  const listCells = () => lens.stages.flatMap((name, s) => lens.positions.map((i, c) => [
+    name, i, tokens.pieces[i].label, lens.labels[lens.top[s][c][0][0]], lens.top[s][c][0][1], lens.final_ranks[s][c], lens.kl_bits[s][c],
+  ]));
   const table = useRef(null);
   useLayoutEffect(() => {
     if (table.current) table.current.scrollLeft = table.current.scrollWidth; // the end of the text is what matters
@@ -55,10 +65,16 @@ export function InsidePane({ tokens, state, go, model, fail, attempt }) {
             onFocus=${() => setPointed([s, i])} onMouseEnter=${() => setPointed([s, i])} onClick=${() => go({ cell: `${s}.${i}` }, { replace: true })}>
             ${lens.labels[id]}${isFinal && ' •'}</button></td>`;
         })}</tr>`)}</tbody></table></div>`}
-      <p class="soft">${I.legend}</p></div>
+      <p class="soft">${I.legend}</p>
+      ${lens && html`<${Tools} name="logit-lens" svg=${() => drawLens(lens.stages, labelsOf(lens.positions), cells(), I.figure)} data=${() => ({ ...lens, tokens: labelsOf(lens.positions) })}
+        rows=${() => [['stage', 'place', 'after', 'best', 'probability', 'final_rank', 'kl_bits'], ...listCells()]} python=${() => pythonLens(trace(), start, wanted)} />`}</div>
     ${lens && lens.top[stage]?.[column] && html`<div class="split">
       <div class="card"><h3>${I.chartTitle(lens.labels[lens.final_ids[column]], tokens.pieces[position].label)}</h3>
-        <${RankChart} ranks=${lens.final_ranks.map((row) => row[column])} stages=${lens.stages} /></div>
+        <${RankChart} ranks=${lens.final_ranks.map((row) => row[column])} stages=${lens.stages} />
+        <${Tools} name="rank-by-layer" svg=${() => drawRanks(lens.final_ranks.map((row) => row[column]), lens.stages, I.chartTitle(lens.labels[lens.final_ids[column]], tokens.pieces[position].label))}
+          data=${() => ({ after: tokens.pieces[position].label, final: lens.labels[lens.final_ids[column]], stages: lens.stages, ranks: lens.final_ranks.map((row) => row[column]) })}
+          rows=${() => [['stage', 'rank'], ...lens.stages.map((name, s) => [name, lens.final_ranks[s][column]])]}
+          python=${() => `${pythonLens(trace(), start, wanted)}\nprint(lens.final_ranks[:, ${column}])`} /></div>
       <aside class="card"><h3>${I.topTitle(I.stage(lens.stages[stage]), tokens.pieces[position].label)}</h3>
         <ol>${lens.top[stage][column].map(([id, p]) => html`<li>${lens.labels[id]} <span class="number">${percent(p)}</span></li>`)}</ol>
         <dl class="facts"><dt>${I.finalRank}</dt><dd>${lens.final_ranks[stage][column]}</dd>

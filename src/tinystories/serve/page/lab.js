@@ -2,14 +2,22 @@
 import { useAnswer } from './answers.js';
 import { ask, Failure, setKey } from './api.js';
 import { AttentionPane } from './attention.js';
+import { ExperimentsPane } from './experiments.js';
 import { makeFragment, readFragment } from './fragment.js';
 import { InsidePane } from './inside.js';
-import { NextPane } from './next.js';
+import { NextPane, readAppended } from './next.js';
+import { isRecording, recording } from './recording.js';
 import { LAB as T } from './texts.js';
-import { applyTheme, html, KeyForm, render, toggleTheme, useEffect, useRef, useState } from './ui.js';
+import { Tour, wasVisited } from './tour.js';
+import { TrainingPane } from './training.js';
+import { makeTree } from './tree.js';
+import { applyTheme, html, KeyForm, render, toggleTheme, useEffect, useRef, useState, WRITING } from './ui.js';
 import { WordsPane } from './words.js';
 
-const PANES = { words: WordsPane, next: NextPane, attention: AttentionPane, inside: InsidePane };
+const PANES = { words: WordsPane, next: NextPane, attention: AttentionPane, inside: InsidePane, training: TrainingPane, experiments: ExperimentsPane };
+
+const URL_DELAY_MS = 250; // browsers take few changes of the URL in a second, and typing makes many
+const RECORDED = ['words', 'next', 'attention', 'inside']; // panes that a recording has answers for
 
 function Lab() {
   const [model, setModel] = useState(null);
@@ -20,20 +28,40 @@ function Lab() {
   const latest = useRef(null); // the state, also for handlers of an earlier rendering
   const help = useRef(null);
   const writing = useRef(Promise.resolve());
+  const timer = useRef(null); // of a change that is not in the URL yet
+  const tree = useRef(makeTree()); // of the paths that Next word has followed
+  const [isTouring, setTouring] = useState(!wasVisited() && !location.hash); // a link shows what it was made for
+  const [hiddenPane, setHiddenPane] = useState(null); // by the tour: it would give the answer away
 
   // Change the state. `replace`: without a new entry for the back button.
   function go(changes, { replace = false } = {}) {
-    const next = (latest.current = { ...latest.current, ...changes });
+    const before = latest.current;
+    const next = (latest.current = { ...before, ...changes });
     setState(next);
+    const isWaiting = timer.current !== null;
+    clearTimeout(timer.current);
+    timer.current = null;
+    if (replace) {
+      timer.current = setTimeout(() => {
+        timer.current = null;
+        write(latest.current, 'replaceState');
+      }, URL_DELAY_MS);
+    } else {
+      if (isWaiting) write(before, 'replaceState'); // where the back button leads
+      write(next, 'pushState');
+    }
+  }
+
+  function write(state, method) {
     writing.current = writing.current.then(async () => {
-      const url = await makeFragment(next);
-      if (url === location.hash) return;
-      history[replace ? 'replaceState' : 'pushState'](null, '', url);
+      const url = await makeFragment(state);
+      if (url !== location.hash) history[method](null, '', url);
     });
   }
 
   async function restore() {
-    const { t = T.example, p, ...rest } = await readFragment();
+    const state = await readFragment();
+    const { t = T.example, p, ...rest } = isRecording ? { ...state, t: (await recording).text } : state;
     latest.current = { p: p in PANES ? p : 'words', t, ...rest };
     setState(latest.current);
   }
@@ -46,12 +74,12 @@ function Lab() {
   useEffect(() => {
     restore();
     const onTheme = () => setTheme((n) => n + 1);
-    const dark = matchMedia('(prefers-color-scheme: dark)');
+    const themes = ['(prefers-color-scheme: dark)', 'print'].map((query) => matchMedia(query));
     addEventListener('popstate', restore);
     addEventListener('themechange', onTheme);
-    dark.addEventListener('change', onTheme);
+    themes.forEach((theme) => theme.addEventListener('change', onTheme));
     const onKey = (event) => {
-      if (event.target.matches('textarea, input') || event.ctrlKey || event.metaKey || event.altKey) {
+      if (event.target.matches(WRITING) || event.ctrlKey || event.metaKey || event.altKey) {
         if (event.key === 'Escape') event.target.blur();
         return;
       }
@@ -69,15 +97,17 @@ function Lab() {
     ask('/lab/api/model').then((answer) => { setModel(answer); setProblem(null); }, fail);
   }, [attempt]);
 
-  const append = (state?.a ?? '').split(',').filter((id) => /^\d{1,7}$/.test(id)).map(Number);
+  const append = readAppended(state);
   const question = state && model && { text: state.t, append, attempt };
   const tokens = useAnswer(ask, '/lab/api/tokens', question, fail)?.data;
   const Pane = state && PANES[state.p];
+  const isMissing = isRecording && state && !RECORDED.includes(state.p);
   const retry = () => setAttempt((n) => n + 1);
   return html`<div class="lab">
     <header class="top"><h1>${T.title}</h1><nav>
       ${model && html`<span class="soft">${T.modelLine(model)}</span>`}
-      <a href="/">${T.toStory}</a>
+      ${!isRecording && html`<a href="/">${T.toStory}</a>`}
+      <button type="button" onClick=${() => setTouring(true)}>${T.tour.start}</button>
       <button type="button" class="plain" onClick=${() => help.current.showModal()} aria-label=${T.help} title=${T.help}>?</button>
       <button type="button" class="plain" onClick=${toggleTheme} aria-label=${T.theme} title=${T.theme}>◐</button></nav></header>
     <nav class="rail" aria-label=${T.panes}>${state && Object.keys(PANES).map(
@@ -89,15 +119,19 @@ function Lab() {
         ? html`<${KeyForm} texts=${T} onKey=${(key) => { setKey(key); retry(); }} />`
         : html`<div class="card notice" role="alert"><span>${T.problems[problem.kind]}
             ${problem.kind === 'refused' && html` <q>${problem.message}</q>`}</span>
-            <div class="row"><button type="button" onClick=${retry}>${T.tryAgain}</button></div></div>`)}
+            ${problem.kind !== 'recorded' && html`<div class="row"><button type="button" onClick=${retry}>${T.tryAgain}</button></div>`}</div>`)}
       ${state && html`<div><label class="soft" for="text">${T.text}</label>
-        <textarea id="text" rows="2" value=${tokens && append.length ? tokens.text : state.t} spellcheck="false"
+        <textarea id="text" rows="2" readonly=${isRecording} value=${tokens && append.length ? tokens.text : state.t} spellcheck="false"
           onInput=${(event) => go({ t: event.target.value, a: '', c: '' }, { replace: true })}></textarea>
+        ${isRecording && model && html`<p class="soft">${T.recorded(model.name)}</p>`}
         ${tokens?.n_dropped > 0 && html`<p class="soft">${T.dropped(tokens)}</p>`}</div>`}
-      ${Pane && tokens && model && html`<${Pane} key=${state.p} tokens=${tokens} state=${state} go=${go} model=${model}
-        fail=${fail} attempt=${attempt} latest=${latest} />`}
+      ${isTouring && tokens && model && html`<${Tour} tokens=${tokens} state=${state} go=${go} model=${model} onHide=${setHiddenPane} onEnd=${() => setTouring(false)} />`}
+      ${hiddenPane && state?.p === hiddenPane && html`<p class="card soft">${T.tour.hidden}</p>`}
+      ${isMissing && html`<p class="card notice">${T.problems.recorded}</p>`}
+      ${Pane && tokens && model && !isMissing && state.p !== hiddenPane && html`<${Pane} key=${state.p} tokens=${tokens} state=${state} go=${go} model=${model}
+        fail=${fail} attempt=${attempt} latest=${latest} tree=${tree} />`}
     </main>
-    <dialog ref=${help}><h2>${T.keysTitle}</h2><dl class="facts">${T.keys.map(
+    <dialog ref=${help} aria-label=${T.help}><p>${T.about}</p><h2>${T.keysTitle}</h2><dl class="facts">${T.keys.map(
       ([key, meaning]) => html`<dt><kbd>${key}</kbd></dt><dd>${meaning}</dd>`,
     )}</dl><form method="dialog"><button class="primary">${T.close}</button></form></dialog>
   </div>`;

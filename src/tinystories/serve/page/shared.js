@@ -33,17 +33,34 @@ export function percent(p) {
   return p >= 0.9995 ? '100 %' : `${(100 * p).toFixed(p < 0.1 ? 2 : 1)} %`;
 }
 
+// What the browser keeps for the next visit; nothing where it keeps nothing.
+export function recall(name) {
+  try {
+    return localStorage.getItem(name);
+  } catch {
+    return null;
+  }
+}
+
+export function keep(name, value) {
+  try {
+    localStorage.setItem(name, value);
+  } catch {
+    // It is forgotten when the page is closed.
+  }
+}
+
 // Light or dark: as the system says, until the reader chooses.
-export function applyTheme() {
-  const theme = localStorage.getItem('theme');
+export function applyTheme(theme = recall('theme')) {
   if (theme) document.documentElement.style.colorScheme = theme;
 }
 
 export function toggleTheme() {
-  const chosen = localStorage.getItem('theme');
+  const chosen = document.documentElement.style.colorScheme;
   const isDark = chosen ? chosen === 'dark' : matchMedia('(prefers-color-scheme: dark)').matches;
-  localStorage.setItem('theme', isDark ? 'light' : 'dark');
-  applyTheme();
+  const theme = isDark ? 'light' : 'dark';
+  keep('theme', theme);
+  applyTheme(theme);
   dispatchEvent(new Event('themechange'));
 }
 

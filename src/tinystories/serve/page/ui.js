@@ -3,10 +3,13 @@ import { h, render } from './vendor/preact.mjs';
 import { useCallback, useEffect, useLayoutEffect, useMemo, useRef, useState } from './vendor/hooks.mjs';
 import htm from './vendor/htm.mjs';
 
-export { applyTheme, moveInGroup, toggleTheme } from './shared.js';
+export { applyTheme, keep, moveInGroup, recall, toggleTheme } from './shared.js';
 
 export const html = htm.bind(h);
 export { render, useCallback, useEffect, useLayoutEffect, useMemo, useRef, useState };
+
+// Where keys write, instead of being commands.
+export const WRITING = 'textarea, input:not([type=range])';
 
 // A form for the key of a server that has one. It is kept until this tab is closed.
 export function KeyForm({ texts, onKey }) {

@@ -2,6 +2,10 @@
 import { ask } from './api.js';
 import { useAnswer } from './answers.js';
 import { isDark, scale, shade } from './colors.js';
+import { drawWords } from './drawing.js';
+import { Tools } from './figures.js';
+import { readAppended } from './next.js';
+import { pythonTrace, pythonWords } from './python.js';
 import { LAB as T } from './texts.js';
 import { bits, Chips, percent } from './tokens.js';
 import { html, useEffect, useRef, useState } from './ui.js';
@@ -9,7 +13,7 @@ import { html, useEffect, useRef, useState } from './ui.js';
 const MAX_BITS = 10; // from here on, the darkest shade
 const RARE_RANK = 10;
 
-export function WordsPane({ tokens, state, go, fail, attempt }) {
+export function WordsPane({ tokens, state, go, model, fail, attempt }) {
   const [pointed, setPointed] = useState(null);
   const answer = useAnswer(ask, '/lab/api/score', { ids: tokens.ids, attempt }, fail);
   const score = answer && answer.body.ids.join() === tokens.ids.join() ? answer.data : null;
@@ -34,6 +38,7 @@ export function WordsPane({ tokens, state, go, fail, attempt }) {
     };
   }
 
+  const listTokens = () => pieces.map(({ id, label }, i) => ({ place: i, id, token: label, surprise_bits: score.surprise_bits[i], rank: score.ranks[i] }));
   const worst = score && score.surprise_bits.map((b, i) => [b ?? -1, i]).sort((a, b) => b[0] - a[0]).slice(0, 5).filter(([b]) => b > 0);
   return html`<section class="pane" aria-label=${W.name}>
     <h2>${W.question}</h2><p>${W.explanation}</p>
@@ -42,7 +47,10 @@ export function WordsPane({ tokens, state, go, fail, attempt }) {
         <span>${W.meanBits} <b>${score.mean_bits.toFixed(2)}</b></span>`}</div>
     <div class="split">
       <div class="card"><${Chips} pieces=${pieces} selected=${selected} look=${look} onPick=${select} onPoint=${setPointed} label=${W.chips} />
-        <br /><${Legend} dark=${dark} /></div>
+        <br /><${Legend} dark=${dark} />
+        ${score && html`<${Tools} name="words" svg=${() => drawWords(pieces, score.surprise_bits, MAX_BITS, W.figure(score))} data=${listTokens}
+          rows=${() => [['place', 'id', 'token', 'surprise_bits', 'rank'], ...listTokens().map(Object.values)]}
+          python=${() => pythonWords(pythonTrace(model, tokens, readAppended(state)))} />`}</div>
       <aside class="card">${shown > 0 && score
         ? html`<h3>${pieces[shown].label}</h3><dl class="facts">
             <dt>${W.id}</dt><dd>${pieces[shown].id}</dd>
