@@ -245,6 +245,7 @@ def test_next_word_shows_the_probabilities_of_the_python_api(
     page.keyboard.press(" ")  # draws one
     page.locator(".strip").wait_for()
     assert page.locator(".strip i").evaluate("bar => bar.style.width").endswith("%")
+    assert page.locator(".strip i").bounding_box()["height"] > 10
     page.keyboard.press("r")
     wait_for_text(page, text + candidates[0].text)
     page.get_by_role("slider", name="Min-p").fill("0.5")
