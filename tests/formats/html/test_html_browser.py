@@ -264,6 +264,7 @@ def test_a_phone_in_light_and_dark(open_file: Callable[..., Any], bundled_page: 
     page.locator(".about summary").tap()
     page.locator(".next summary").tap()
     page.locator("button.bar").first.wait_for()
+    assert page.locator(".tail").is_visible()
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     for button in page.locator("button:visible").all():
         assert button.bounding_box()["height"] >= 32
