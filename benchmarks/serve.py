@@ -4,8 +4,9 @@
 
 The server runs in a process of its own with 16 slots, all clients in this one, both on the same cores.
 
-* throughput: 64 stories over 16 streams, against the same stories by the Python API with 16 slots, which is what
-  `tinystories generate --num 64` does; the two take turns, the texts must be equal;
+* throughput: 64 stories over 16 streams, and as 16 whole answers at a time, against the same stories by the Python API
+  with 16 slots, which is what `tinystories generate --num 64` does; they take turns, the texts must be equal. The
+  processor time of each side is shown: that of the clients is not the server's, but takes its cores;
 * first token: one client alone; one more than 16 that tell story after story;
 * cancel: from closing a connection to the free slot, as /health says it;
 * start: from the command to the first connection;
@@ -41,6 +42,7 @@ from http_load import (
     Fields,
     Reply,
     ServerProcess,
+    check_whole,
     endless_streams,
     free_port,
     post,
@@ -60,6 +62,7 @@ N_STREAMS = 16
 N_STORIES = 64
 N_PROBES = 10
 MAX_TOKENS = 400  # as `tinystories generate`
+WHOLE = {"stream": False, "stream_options": None}  # instead of a stream
 PEER_TOKENS = 200  # of a stream beside llama.cpp
 LEAVING, SLOW = 0.20, 0.05  # shares of the clients
 PARTS = ("throughput", "latency", "start", "load", "peer")
@@ -81,7 +84,7 @@ def main() -> None:
     storyteller = Storyteller.load(options.model, EngineConfig(engine="cpu", n_slots=N_STREAMS))
     results: dict[str, Any] = {}
     with running(serve_command(options.model)) as server:
-        asyncio.run(stream_all(server.port, story_requests(N_STREAMS, seed=0), N_STREAMS))  # warms up
+        stream_all(server.port, story_requests(N_STREAMS, seed=0), N_STREAMS)  # warms up
         measurements: dict[str, Callable[[], dict[str, Any]]] = {
             "throughput": lambda: measure_throughput(server, storyteller, options.rounds),
             "latency": lambda: asyncio.run(measure_latency(server)),
@@ -128,27 +131,48 @@ def tell(storyteller: Storyteller, requests: list[Fields]) -> tuple[list[str], i
 
 
 def measure_throughput(server: ServerProcess, storyteller: Storyteller, n_rounds: int) -> dict[str, Any]:
-    """Return tokens per second of both, and the median of the ratios."""
-    served, generated = [], []
+    """Return tokens per second of generate, of streams and of whole answers, and the medians of their ratios.
+
+    The clients' processor time is part of what is measured: `client_us_per_token` says how much it is, beside
+    `server_us_per_token` and `generate_us_per_token`.
+    """
+    rates: dict[str, list[float]] = {"generate": [], "serve": [], "whole": []}
+    cpu: dict[str, list[float]] = {"generate": [], "server": [], "client": []}
     for seed in range(1, n_rounds + 1):
         requests = story_requests(N_STORIES, seed=seed)
-        started_at = time.perf_counter()
+        started_at, cpu_before = time.perf_counter(), time.process_time()
         texts, n_tokens = tell(storyteller, requests)
-        generated.append(n_tokens / (time.perf_counter() - started_at))
+        rates["generate"].append(n_tokens / (time.perf_counter() - started_at))
+        cpu["generate"].append((time.process_time() - cpu_before) / n_tokens)
+        started_at, cpu_before, server_before = time.perf_counter(), time.process_time(), server.cpu_seconds
+        replies = stream_all(server.port, requests, N_STREAMS)
+        rates["serve"].append(n_tokens / (time.perf_counter() - started_at))
+        cpu["client"].append((time.process_time() - cpu_before) / n_tokens)
+        cpu["server"].append((server.cpu_seconds - server_before) / n_tokens)
+        check_whole(replies)
+        check_texts([reply.text for reply in replies], texts)
+        if (n_served := sum(reply.n_tokens for reply in replies)) != n_tokens:
+            raise UserError(f"the server counts {n_served} tokens, the Python API {n_tokens}")
         started_at = time.perf_counter()
-        replies = asyncio.run(stream_all(server.port, requests, N_STREAMS))
-        served.append(sum(reply.n_tokens for reply in replies) / (time.perf_counter() - started_at))
-        check_texts(replies, texts)
+        replies = stream_all(server.port, [fields | WHOLE for fields in requests], N_STREAMS)
+        rates["whole"].append(n_tokens / (time.perf_counter() - started_at))
+        check_texts([json.loads(reply.body)["choices"][0]["text"] for reply in replies], texts)
     return {
-        "generate_tokens_per_s": statistics.median(generated),
-        "serve_tokens_per_s": statistics.median(served),
-        "serve_to_generate": statistics.median(a / b for a, b in zip(served, generated, strict=True)),
+        **{f"{name}_tokens_per_s": statistics.median(values) for name, values in rates.items()},
+        **{f"{name}_us_per_token": 1e6 * statistics.median(values) for name, values in cpu.items()},
+        "serve_to_generate": median_ratio(rates["serve"], rates["generate"]),
+        "whole_to_generate": median_ratio(rates["whole"], rates["generate"]),
     }
 
 
-def check_texts(replies: list[Reply], texts: list[str]) -> None:
+def median_ratio(numerators: list[float], denominators: list[float]) -> float:
+    """Return the median of the ratios of interleaved runs."""
+    return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
+
+
+def check_texts(served: list[str], texts: list[str]) -> None:
     """Raise `UserError` unless the server has told the same stories as the Python API."""
-    n_different = sum(reply.text != text for reply, text in zip(replies, texts, strict=True))
+    n_different = sum(a != b for a, b in zip(served, texts, strict=True))
     if n_different:
         raise UserError(f"{n_different} of {len(texts)} stories differ from those of the Python API")
 
@@ -240,7 +264,7 @@ def measure_load(server: ServerProcess, storyteller: Storyteller, n_clients: int
     whole = [v.reply for v in patient if v.reply is not None and v.reply.is_whole]
     if len(whole) != len(patient):
         raise UserError(f"{len(patient) - len(whole)} of {len(patient)} patient clients did not get a whole story")
-    check_texts(whole, tell(storyteller, [visitor.fields for visitor in patient])[0])
+    check_texts([reply.text for reply in whole], tell(storyteller, [visitor.fields for visitor in patient])[0])
     # A slow reader's time is its own choice; of a very short story the rate says little.
     per_token = [
         (reply.ended_at - (reply.first_at or 0)) / reply.n_tokens
@@ -292,8 +316,8 @@ def measure_peer(server: ServerProcess, options: argparse.Namespace) -> dict[str
                 break
     medians = {name: statistics.median(values) for name, values in rates.items()}
     best = max((name for name in rates if name != "ours"), key=lambda name: medians[name])
-    ratios = [a / b for a, b in zip(rates["ours"], rates[best], strict=True)]
-    return {"peer_tokens_per_s": medians, "peer_best": best, "ours_to_peer": statistics.median(ratios)}
+    ratio = median_ratio(rates["ours"], rates[best])
+    return {"peer_tokens_per_s": medians, "peer_best": best, "ours_to_peer": ratio}
 
 
 def server_context(server: ServerProcess) -> int:
@@ -311,8 +335,9 @@ def peer_rate(port: int, fields: Fields, *, seed: int) -> float:
         for number in range(N_STREAMS)
     ]
     started_at = time.perf_counter()
-    replies = asyncio.run(stream_all(port, requests, N_STREAMS))
+    replies = stream_all(port, requests, N_STREAMS)
     seconds = time.perf_counter() - started_at
+    check_whole(replies)
     if any(reply.n_tokens != PEER_TOKENS for reply in replies):
         raise UserError("a stream has not the tokens that were asked for")
     return N_STREAMS * PEER_TOKENS / seconds
@@ -320,6 +345,7 @@ def peer_rate(port: int, fields: Fields, *, seed: int) -> float:
 
 GOALS = (
     ("serve_to_generate", "16 streams, share of generate", ">=", 0.9),
+    ("whole_to_generate", "16 whole answers, share of generate", ">=", 0.9),
     ("first_token_idle_s", "first token, idle (s)", "<=", 0.15),
     ("first_token_busy_s", "first token, all slots busy (s)", "<=", 1.5),
     ("cancel_to_free_s", "cancel to free slot (s)", "<=", 0.05),
@@ -332,6 +358,9 @@ GOALS = (
 
 def print_table(results: dict[str, Any]) -> None:
     """Print what has been measured beside its goal."""
+    for name in ("generate_us_per_token", "server_us_per_token", "client_us_per_token"):
+        if name in results:
+            print(f"{name:36} {results[name]:8.3f}", flush=True)
     for name in ("clients", "refusals", "peer_tokens_per_s"):
         if name in results:
             print(f"{name:36} {results[name]}", flush=True)

@@ -1,5 +1,6 @@
 """The CPU engine against the torch engine, packed weights against what they stand for, and files that are not whole."""
 
+import importlib.metadata
 import logging
 import os
 import subprocess
@@ -506,6 +507,16 @@ def test_a_container_has_the_cores_it_was_given(tmp_path: Path, files: dict[str,
         (tmp_path / name).write_text(text)
     assert thread_pool.cgroup_cpu_quota(tmp_path) == expected
     assert 1 <= thread_pool.count_physical_cores() <= 16
+
+
+@pytest.mark.parametrize("package", ["numba", "llvmlite", "numpy"])
+def test_versions_are_those_of_the_metadata(package: str) -> None:
+    assert jit.installed_version(package) == importlib.metadata.version(package)
+
+
+def test_a_package_that_is_not_installed_has_no_version() -> None:
+    with pytest.raises(importlib.metadata.PackageNotFoundError):
+        jit.installed_version("no-such-package")
 
 
 def test_damaged_machine_code_is_made_again(

@@ -92,7 +92,9 @@ def test_a_file_that_says_something_else_is_not_kept(
 
 
 def test_the_command_line_offers_every_export_format() -> None:
-    (choice,) = [option.type for option in cli.commands["export"].params if option.name == "name"]
+    command = cli.get_command(None, "export")
+    assert command is not None
+    (choice,) = [option.type for option in command.params if option.name == "name"]
     assert sorted(choice.choices) == sorted(EXPORT_NAMES)
 
 

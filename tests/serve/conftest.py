@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from serve_helpers import GatedEngine, Running, Serve, Watch, describe, serving
 
 import tinystories
@@ -22,6 +23,7 @@ from tinystories.serve.model import ServedModel
 from tinystories.train.run import train
 
 TEXT = "Once upon a time there was a cat. The cat sat on a mat and was happy. “Hello”, said the 🐈 to the naïve dog."
+CERTAINTY = 30  # what the logits of a random model are multiplied by
 
 
 @pytest.fixture(scope="session")
@@ -83,13 +85,34 @@ def model_folder(
 
 
 @pytest.fixture(scope="session")
-def serve_model(model_folder: Path) -> Serve:
-    """An engine on the small model."""
+def certain_folder(
+    awake: Callable[[ModelConfig], GPT], sample_data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A small random model that is often nearly certain of the next token."""
+    model = awake(ModelConfig(vocab_size=400, n_ctx=96, n_layer=2, n_head=4, n_embd=32, n_ff=48, tied=False))
+    with torch.no_grad():
+        model.lm_head.weight *= CERTAINTY
+    folder = tmp_path_factory.mktemp("serve") / "certain"
+    with atomic_directory(folder) as draft:
+        checkpoint.write_model(draft, model, Tokenizer.load(sample_data), SamplingConfig(), {})
+    return folder
 
-    def start(*, engine: str = "cpu", precision: str = "int8", n_slots: int = 4, **settings: Any) -> Any:
+
+@pytest.fixture(scope="session")
+def serve_model(model_folder: Path) -> Serve:
+    """An engine on the small model, or on another one."""
+
+    def start(
+        *,
+        engine: str = "cpu",
+        precision: str = "int8",
+        n_slots: int = 4,
+        folder: Path = model_folder,
+        **settings: Any,
+    ) -> Any:
         threads = 1 if engine == "cpu" else None
         config = EngineConfig(engine=engine, device="cpu", precision=precision, n_slots=n_slots, threads=threads)
-        files, loaded = load_engine(model_folder, config)
+        files, loaded = load_engine(folder, config)
         model = ServedModel.describe(files, name="small", engine_name=config.engine, precision=precision)
         return serving(loaded, model, **settings)
 

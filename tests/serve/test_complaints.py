@@ -298,6 +298,22 @@ def test_12_echoed_log_probabilities_are_those_of_score(serve_model: Serve, mode
         assert logprob <= max(top.values())
 
 
+def test_12_log_probabilities_near_0_are_those_of_score(serve_model: Serve, certain_folder: Path) -> None:
+    """Of a token that is nearly certain: the sum of all others, which fp32 loses beside it."""
+    storyteller = Storyteller.load(certain_folder, EngineConfig(engine="cpu", precision="fp32", threads=1))
+    story = storyteller.generate("Once", temperature=0, repetition_penalty=1.0, max_tokens=60, ignore_end=True)
+    ids = [storyteller.tokenizer.end_id, *storyteller.tokenizer.encode("Once"), *story.ids]
+    (scores,) = storyteller.engine.logprobs([ids])
+    logits = np.array(storyteller.engine.extend(0, ids[:-1], start=0, all_logits=True), dtype=np.float64)
+    exact = logits[np.arange(len(ids) - 1), ids[1:]] - np.logaddexp.reduce(logits, axis=1)
+    near_0 = (exact > -1e-4) & (exact < -1e-8)
+    assert near_0.sum() >= 3, "the model must be nearly certain of some tokens"
+    with serve_model(precision="fp32", folder=certain_folder) as running:
+        choice = running.client.complete(prompt=ids, echo=True, max_tokens=0, logprobs=1)
+    np.testing.assert_allclose(scores, exact, rtol=1e-4, atol=1e-14)
+    np.testing.assert_allclose(choice["logprobs"]["token_logprobs"][1:], scores, rtol=1e-4, atol=1e-14)
+
+
 @pytest.mark.parametrize("form", ["text", "ids"])
 @pytest.mark.parametrize("max_tokens", [0, 1, 30])
 def test_13_the_texts_of_tokens_join_to_the_text(

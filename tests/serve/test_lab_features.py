@@ -179,6 +179,17 @@ def test_space_shows_where_the_number_fell(lab_server: Running, open_page: Open)
     assert page.locator(".line i").count() >= 2
 
 
+def test_another_draw_at_the_same_place_is_another_number(lab_server: Running, open_page: Open) -> None:
+    page = open_page(lab_server, f"/lab#p=next&{HASH}")
+    numbers = set()
+    for _ in range(4):
+        wait_for_bars(page, TEXT)
+        page.keyboard.press(" ")
+        numbers.add(page.get_by_text("of the line from 0 to 1").inner_text().partition(" fell")[0])
+        page.keyboard.press("r")
+    assert len(numbers) == 4
+
+
 def test_eight_endings_are_those_of_python(
     lab_server: Running, storyteller: tinystories.Storyteller, open_page: Open
 ) -> None:

@@ -81,7 +81,9 @@ def test_a_recording_has_the_answers_of_the_server(recorded: dict[str, Any], ser
         settings = {name: answers["model"]["sampling"][name] for name in ("temperature", "top_k", "top_p", "min_p")}
         for index in range(3):
             step = post("step", ids=ids, seed=answers["seed"], index=index, **settings)
-            assert step["u"] == answers["uniforms"][index]
+            assert step["u"] == answers["uniforms"][0][index]
+        step = post("step", ids=ids, seed=answers["seed"] + 5, index=2, **settings)
+        assert step["u"] == answers["uniforms"][5][2]
 
 
 def test_paths_can_be_followed_for_two_tokens(recorded: dict[str, Any], storyteller: tinystories.Storyteller) -> None:

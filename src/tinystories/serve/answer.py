@@ -4,8 +4,7 @@ Pure ASGI. Whatever happens, the job ends with the answer: nothing is computed f
 """
 
 import asyncio
-import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -22,6 +21,7 @@ STREAM_HEADERS = {
     "X-Accel-Buffering": "no",  # nginx: do not collect the stream
 }
 PING = b": waiting\n\n"  # a comment, which clients skip
+END_REASONS: dict[int, EndReason] = {503: "shutdown", 504: "deadline"}
 
 
 class ClientGoneError(Exception):
@@ -33,18 +33,28 @@ class SlowClientError(Exception):
 
 
 class Answer:
-    """An ASGI response that runs a job. Raises `ApiError` if the job is refused, before anything has been sent."""
+    """An ASGI response that runs a job. Raises `ApiError` if the job is refused, before anything has been sent.
+
+    Most of what it does is done for every chunk of every stream, so it sets few timers: one for the deadline, one for
+    pings, and for a send only if it has to wait.
+    """
 
     def __init__(self, service: Service, response_format: ResponseFormat, *, client: str, request_id: str) -> None:
         self.service, self.format, self.plan = service, response_format, response_format.plan
-        self.inbox = Inbox()
+        self.inbox = Inbox(n_ends=0 if self.plan.is_stream else len(self.plan.generations))
         self.job = Job(id=request_id, client=client, generations=self.plan.generations, inbox=self.inbox)
         self.end_reason: EndReason = "error"
+        self.timers: dict[str, asyncio.TimerHandle] = {}
+        self.sent_at = 0.0  # when a stream has last sent something, by the loop's clock
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        config = self.service.config
+        config, state = self.service.config, scope.get("state", {})
+        must_wait: Callable[[], bool] = state.get("must_wait", lambda: True)  # whether `send` would not return at once
 
         async def send_in_time(message: Message) -> None:
+            if not must_wait():
+                await send(message)
+                return
             try:
                 async with asyncio.timeout(config.send_timeout_s):
                     await send(message)
@@ -53,16 +63,19 @@ class Answer:
 
         self.service.submit(self.job)
         watcher = asyncio.create_task(self._watch(receive))
+        self._set_timer("deadline", config.timeout_s, lambda: self.inbox.fail(timed_out(config.timeout_s)))
         try:
             await (self._stream(send_in_time) if self.plan.is_stream else self._send_whole(send_in_time))
         except ClientGoneError:
             self.end_reason = "client_gone"
         except SlowClientError:
             self.end_reason = "slow_client"
-            scope.get("state", {}).get("abort", lambda: None)()  # what it has not taken in would be kept forever
+            state.get("abort", lambda: None)()  # what it has not taken in would be kept forever
             await asyncio.sleep(0)  # uvicorn learns of it
         finally:
             watcher.cancel()
+            for timer in self.timers.values():
+                timer.cancel()
             self.service.end(self.job, self.end_reason)
 
     async def _watch(self, receive: Receive) -> None:
@@ -71,58 +84,51 @@ class Answer:
             pass
         self.inbox.fail(ClientGoneError())
 
-    async def _take(self, send_ping: Callable[[], Awaitable[None]] | None = None) -> list[Piece]:
-        """Return the next pieces; ping now and then until they come. Raises `ApiError` at the deadline."""
-        config = self.service.config
-        deadline = self.job.submitted_at + config.timeout_s
-        while True:
-            remaining = deadline - time.monotonic()
-            try:
-                async with asyncio.timeout(min(remaining, config.ping_s) if send_ping else remaining):
-                    return await self.inbox.take()
-            except TimeoutError:
-                if time.monotonic() >= deadline:
-                    self.end_reason = "deadline"
-                    raise timed_out(config.timeout_s) from None
-            except ApiError as error:
-                self.end_reason = "shutdown" if error.status == 503 else "error"
-                raise
-            if send_ping:
-                await send_ping()
+    def _set_timer(self, name: str, seconds: float, callback: Callable[[], None]) -> None:
+        self.timers[name] = asyncio.get_running_loop().call_later(seconds, callback)
+
+    def _ping(self) -> None:
+        """Wake a stream that has sent nothing for `ping_s`, and come back when the next ping may be due."""
+        ping_s = self.service.config.ping_s
+        seconds_left = self.sent_at + ping_s - asyncio.get_running_loop().time()
+        if seconds_left <= 0:
+            self.inbox.wake()
+        self._set_timer("ping", seconds_left if seconds_left > 0 else ping_s, self._ping)
+
+    async def _take(self) -> list[Piece]:
+        """Return the next pieces; none if a ping is due. Raises `ApiError` at the deadline."""
+        try:
+            return await self.inbox.take()
+        except ApiError as error:
+            self.end_reason = END_REASONS.get(error.status, "error")
+            raise
 
     async def _send_whole(self, send: Send) -> None:
-        whole = [Piece(index=i) for i in range(len(self.plan.generations))]
-        texts: list[list[str]] = [[] for _ in whole]
-        while not all(piece.stop_reason for piece in whole):
-            for piece in await self._take():
-                mine = whole[piece.index]
-                texts[piece.index].append(piece.text)
-                mine.tokens += piece.tokens
-                mine.n_generated, mine.stop_reason = piece.n_generated, piece.stop_reason
-                mine.mean_logprob = piece.mean_logprob
-        for piece, parts in zip(whole, texts, strict=True):
-            piece.text = "".join(parts)
+        whole = sorted(await self._take(), key=lambda piece: piece.index)
         body = msgspec.json.encode(self.format.whole(whole))
         await send_response(send, 200, {"Content-Type": "application/json"}, body)
 
     async def _stream(self, send: Send) -> None:
         headers = [(name.lower().encode(), value.encode()) for name, value in STREAM_HEADERS.items()]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        try:
-            for chunk in self.format.first_chunks():
-                await send_part(send, encode_event(chunk))
-            n_open = len(self.plan.generations)
-            while n_open:
-                pieces = await self._take(lambda: send_part(send, PING))
-                n_open -= sum(piece.stop_reason is not None for piece in pieces)
-                await send_part(send, b"".join([encode_event(self.format.chunk(piece)) for piece in pieces]))
-            if self.plan.with_usage:
-                await send_part(send, encode_event(self.format.usage_chunk()))
-            await send_part(send, DONE)
-        except ApiError as error:
-            # The status has been sent: an event tells it. No [DONE] follows, since the text is not whole.
-            await send_part(send, encode_event(error.as_dict()))
-        await send({"type": "http.response.body", "body": b""})
+        if first_chunks := self.format.first_chunks():
+            await send_part(send, b"".join(map(encode_event, first_chunks)))
+        loop, n_open = asyncio.get_running_loop(), len(self.plan.generations)
+        self.sent_at = loop.time()
+        self._set_timer("ping", self.service.config.ping_s, self._ping)
+        while n_open:
+            try:
+                pieces = await self._take()
+            except ApiError as error:
+                # The status has been sent: an event tells it. No [DONE] follows, since the text is not whole.
+                await send_part(send, encode_event(error.as_dict()), is_last=True)
+                return
+            n_open -= sum(piece.stop_reason is not None for piece in pieces)
+            events = [encode_event(self.format.chunk(piece)) for piece in pieces] or [PING]
+            if not n_open:
+                events += [encode_event(self.format.usage_chunk())] * self.plan.with_usage + [DONE]
+            await send_part(send, b"".join(events), is_last=not n_open)
+            self.sent_at = loop.time()
 
 
 def timed_out(seconds: float) -> ApiError:
@@ -131,9 +137,9 @@ def timed_out(seconds: float) -> ApiError:
     return ApiError(504, message, code="timeout", headers={"x-should-retry": "false"})
 
 
-async def send_part(send: Send, data: bytes) -> None:
+async def send_part(send: Send, data: bytes, *, is_last: bool = False) -> None:
     """Send a part of a body."""
-    await send({"type": "http.response.body", "body": data, "more_body": True})
+    await send({"type": "http.response.body", "body": data, "more_body": not is_last})
 
 
 async def send_response(send: Send, status: int, headers: dict[str, str], body: bytes) -> None:

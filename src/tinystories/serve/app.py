@@ -16,7 +16,6 @@ from tinystories.data.tokenizer import END
 from tinystories.serve.access import BodyGuard, HostGuard, KeyGuard, OriginGuard, RequestLog
 from tinystories.serve.answer import Answer
 from tinystories.serve.errors import ApiError, invalid
-from tinystories.serve.openapi import build_schema
 from tinystories.serve.planning import Plan, plan_chat, plan_completion
 from tinystories.serve.requests import (
     ChatRequest,
@@ -168,6 +167,8 @@ class Endpoints:
 
     async def openapi(self, _request: Request) -> Response:
         """GET /openapi.json."""
+        from tinystories.serve.openapi import build_schema  # few ask for it, and it takes 8 ms
+
         return json_response(build_schema())
 
 

@@ -12,7 +12,8 @@ CLOSE_TIMEOUT_S = 30.0  # to take in what is left of the last answer
 class TimedProtocol(H11Protocol):
     """Drops a connection that does not complete a header in time, or does not take in the end of an answer.
 
-    The state of each request has `abort`, which drops the connection at once with what has not been sent.
+    The state of each request has `abort`, which drops the connection at once with what has not been sent, and
+    `must_wait`, which says whether `send` would wait because the client has not taken in what came before.
     """
 
     header_timer: asyncio.TimerHandle | None = None
@@ -20,7 +21,8 @@ class TimedProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.access_log = False  # it would show the query of a URL; `access.RequestLog` has a line for each request
-        self.app_state = self.app_state | {"abort": transport.abort}
+        flow = self.flow
+        self.app_state = self.app_state | {"abort": transport.abort, "must_wait": lambda: flow.write_paused}
         self.header_timer = self.loop.call_later(HEADER_TIMEOUT_S, transport.abort)
 
     def data_received(self, data: bytes) -> None:

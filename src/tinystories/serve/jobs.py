@@ -4,12 +4,10 @@ import asyncio
 import collections
 import dataclasses
 import time
-from collections.abc import Callable
 from typing import Literal
 
 from tinystories.generate.batching import Request, StopReason
 from tinystories.generate.logit_adjustment import LogitAdjustment
-from tinystories.serve.errors import ApiError
 from tinystories.serve.scoring import TokenLogprob
 
 EndReason = StopReason | Literal["client_gone", "slow_client", "deadline", "shutdown", "error"]
@@ -49,20 +47,28 @@ class Piece:
 class Inbox:
     """Pieces for one client, in the event loop. Those that it has not taken yet are merged, so memory is bounded."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, n_ends: int = 0) -> None:
+        """`n_ends`: `take` waits until this many sequences have ended, for an answer that is not a stream."""
+        self._n_ends = n_ends
         self._changed = asyncio.Event()
         self._pieces: dict[int, Piece] = {}
+        self._texts: dict[int, list[str]] = {}  # those of the pieces, joined by `take`: adding them up is quadratic
         self._error: BaseException | None = None
 
     def add(self, piece: Piece) -> None:
-        """Append a piece to what waits for the client."""
+        """Append a piece to what waits for the client, who learns of it by `wake`."""
         waiting = self._pieces.setdefault(piece.index, piece)
+        self._texts.setdefault(piece.index, []).append(piece.text)
         if waiting is not piece:
-            waiting.text += piece.text
             waiting.tokens += piece.tokens
             waiting.n_generated = piece.n_generated
             waiting.stop_reason, waiting.mean_logprob = piece.stop_reason, piece.mean_logprob
-        self._changed.set()
+        self._n_ends -= piece.stop_reason is not None
+
+    def wake(self) -> None:
+        """Let `take` return what has been added."""
+        if self._n_ends <= 0:
+            self._changed.set()
 
     def fail(self, error: BaseException) -> None:
         """End the job: the next `take` raises this error; the first one counts."""
@@ -76,6 +82,8 @@ class Inbox:
         if self._error is not None:
             raise self._error
         pieces, self._pieces = list(self._pieces.values()), {}
+        for piece in pieces:
+            piece.text = "".join(self._texts.pop(piece.index))
         return pieces
 
 
@@ -145,15 +153,3 @@ class FairQueue:
         self.n_sequences += sign
         self.n_tokens += sign * generation.n_tokens
         self.n_prompt_tokens += sign * len(generation.context)
-
-
-Post = Callable[[Callable[[], None]], object]  # run a callback in the event loop; callable from any thread
-
-
-def deliver(events: list[tuple[Inbox, Piece | ApiError]]) -> None:
-    """Hand the pieces of one engine step to their clients; runs in the event loop."""
-    for inbox, event in events:
-        if isinstance(event, Piece):
-            inbox.add(event)
-        else:
-            inbox.fail(event)

@@ -1,8 +1,8 @@
 """The thread that owns the engine: continuous batching, in which requests join and leave between two steps.
 
 Each round ends what clients have canceled, gives free slots to waiting sequences, computes at most PREFILL_TOKENS of
-prompts, decodes one token of all others in one step, and hands all new text to the event loop by one call. One long
-prompt therefore delays nobody by more than one piece of it.
+prompts, decodes one token of all others in one step, and leaves the new text to the outbox. One long prompt therefore
+delays nobody by more than one piece of it.
 """
 
 import logging
@@ -17,8 +17,9 @@ from tinystories.errors import UserError
 from tinystories.generate.logit_adjustment import adjust_logits
 from tinystories.generate.sampling import SlotSampler
 from tinystories.serve.errors import ApiError, invalid, shutting_down
-from tinystories.serve.jobs import EndReason, FairQueue, Generation, Inbox, Job, Piece, Post, deliver
+from tinystories.serve.jobs import EndReason, FairQueue, Generation, Job, Piece
 from tinystories.serve.metrics import Metrics
+from tinystories.serve.outbox import Outbox
 from tinystories.serve.running import Running
 from tinystories.serve.scoring import as_numpy
 from tinystories.serve.slots import SlotCache
@@ -41,13 +42,12 @@ class Scheduler:
         engine: Engine,
         tokenizer: Tokenizer,
         metrics: Metrics,
-        post: Post,
+        outbox: Outbox,
         *,
         n_queued: int | None = None,
     ) -> None:
-        """`post` runs a callback in the event loop."""
         self.engine, self.tokenizer, self.metrics = engine, tokenizer, metrics
-        self.post = post
+        self.outbox = outbox
         self.on_death: Callable[[], None] = lambda: None  # called by the thread if it ends by an exception
         self.n_queued = 4 * engine.n_slots if n_queued is None else n_queued
         self.heartbeat = time.monotonic()
@@ -62,7 +62,6 @@ class Scheduler:
         self.running: list[Running] = []
         self.slots = SlotCache(engine.n_slots)
         self.sampler = SlotSampler(engine)
-        self.events: list[tuple[Inbox, Piece | ApiError]] = []
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -121,7 +120,7 @@ class Scheduler:
             self.changed.notify()
 
     def close(self) -> None:
-        """End the thread after the round that runs. What is still open is left as it is."""
+        """End the thread after the round that runs. What is still open and not canceled is left as it is."""
         with self.changed:
             self.is_closing = True
             self.changed.notify()
@@ -136,6 +135,7 @@ class Scheduler:
         try:
             while self._wait_for_work():
                 self._round()
+            self._end_canceled()
         except BaseException:
             log.exception("the engine's thread has ended by an error")
             self.on_death()
@@ -156,10 +156,9 @@ class Scheduler:
         self._end_canceled()
         self._admit()
         self._prefill()
+        self.outbox.flush()  # the first text of a story does not wait for the step of the others
         n_decoded = self._decode()
-        if self.events:
-            events, self.events = self.events, []
-            self.post(lambda: deliver(events))
+        self.outbox.flush()
         seconds = time.monotonic() - started_at
         if n_decoded and seconds > 0:
             self.tokens_per_s += 0.05 * (n_decoded / seconds - self.tokens_per_s)
@@ -258,10 +257,11 @@ class Scheduler:
         if piece is None:
             return
         job, now = running.job, time.monotonic()
-        if piece.text and job.first_text_at is None:
+        is_first = bool(piece.text) and job.first_text_at is None
+        if is_first:
             job.first_text_at = now
             self.metrics.first_token_seconds.observe(now - job.submitted_at)
-        self.events.append((job.inbox, piece))
+        self.outbox.add(job.inbox, piece, is_urgent=is_first or piece.stop_reason is not None)
         if piece.stop_reason:
             if piece.n_generated > 1:
                 self.metrics.token_seconds.observe((now - running.started_at) / piece.n_generated)
@@ -288,4 +288,4 @@ class Scheduler:
             self._count_ended(job, self.queue.remove(job), "error")
         self._end_job(job, "error")
         message = str(error) if isinstance(error, UserError) else "the server failed to answer this request"
-        self.events.append((job.inbox, ApiError(500, message, code="internal_error")))
+        self.outbox.add(job.inbox, ApiError(500, message, code="internal_error"), is_urgent=True)

@@ -3,13 +3,13 @@
 import asyncio
 import threading
 import time
-from collections.abc import Callable
 
 from tinystories.engine.protocol import Engine
 from tinystories.serve.errors import ApiError, shutting_down
 from tinystories.serve.jobs import EndReason, Inbox, Job
 from tinystories.serve.metrics import Metrics
 from tinystories.serve.model import ServedModel
+from tinystories.serve.outbox import Outbox
 from tinystories.serve.scheduler import Scheduler
 from tinystories.serve.settings import ServerConfig
 
@@ -24,8 +24,8 @@ class Service:
         self.metrics = Metrics()
         self.inboxes: set[Inbox] = set()  # of the answers in progress
         self.is_draining = False
-        self.loop: asyncio.AbstractEventLoop | None = None
-        self.scheduler = Scheduler(engine, model.tokenizer, self.metrics, self._post, n_queued=config.n_queued)
+        self.outbox = Outbox(config.pace_s)
+        self.scheduler = Scheduler(engine, model.tokenizer, self.metrics, self.outbox, n_queued=config.n_queued)
         scheduler = self.scheduler
         self.metrics.watch("requests_processing", "Sequences that have a slot", lambda: scheduler.n_busy)
         self.metrics.watch("requests_deferred", "Sequences that wait for a slot", lambda: len(scheduler.queue))
@@ -37,13 +37,8 @@ class Service:
 
     def start(self) -> None:
         """Start the scheduler; call this in the event loop."""
-        self.loop = asyncio.get_running_loop()
+        self.outbox.start()
         self.scheduler.start()
-
-    def _post(self, callback: Callable[[], None]) -> None:
-        assert self.loop is not None, "the service has not been started"
-        if not self.loop.is_closed():
-            self.loop.call_soon_threadsafe(callback)
 
     def submit(self, job: Job) -> None:
         """Start a job. `ApiError` if the server is full or shutting down."""

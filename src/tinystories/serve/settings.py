@@ -34,6 +34,7 @@ class ServerConfig:
 
     # What users need not set.
     drain_s: float = 10.0  # a shutdown lets running requests finish for this long
+    pace_s: float = 0.02  # text of a running story is sent at most this often; its first and its last text at once
     ping_s: float = 15.0  # a stream without text gets a comment this often
     send_timeout_s: float = 30.0  # a client that takes in nothing for this long is dropped
     receive_timeout_s: float = 10.0  # to send the header, and the body, of a request

@@ -48,7 +48,7 @@ def test_lm_eval_finds_the_likelihoods_that_we_find(
     monkeypatch.chdir(ROOT)
     found: Any = lm_eval.simple_evaluate(
         model="hf",
-        model_args={"pretrained": str(folder), "device": "cpu", "dtype": "float32"},
+        model_args={"pretrained": str(folder), "device": "cpu", "dtype": "float32", "add_bos_token": False},
         tasks=["story_endings"],
         task_manager=TaskManager(include_path=str(ROOT / "benchmarks" / "endings"), include_defaults=False),
         limit=3,

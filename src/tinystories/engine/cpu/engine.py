@@ -150,13 +150,15 @@ class CpuEngine:
         with self.scoring_cache() as cache:
             return [self._score(ids, cache) for ids in validate_sequences(sequences, self.config)]
 
-    def _score(self, ids: npt.NDArray[np.int64], cache: "CpuKVCache") -> npt.NDArray[np.float32]:
-        token_logprobs = np.empty(len(ids) - 1, dtype=np.float32)
+    def _score(self, ids: npt.NDArray[np.int64], cache: "CpuKVCache") -> npt.NDArray[np.float64]:
+        token_logprobs = np.empty(len(ids) - 1, dtype=np.float64)
         for start, logits in self.forward_chunks(cache, 0, ids[:-1], all_logits=True):
             logits -= logits.max(axis=1, keepdims=True)
             targets = ids[start + 1 : start + 1 + len(logits)]
             target_logits = np.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
-            token_logprobs[start : start + len(logits)] = target_logits - np.log(np.exp(logits).sum(axis=1))
+            # In fp64: beside a token that is nearly certain, fp32 loses the sum of all others, which is its surprise.
+            log_totals = np.log(np.exp(logits).sum(axis=1, dtype=np.float64))
+            token_logprobs[start : start + len(logits)] = target_logits - log_totals
         return token_logprobs
 
     def forward_chunks(

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -57,10 +58,21 @@ def cache_path(entry_point: str) -> Path:
     key_parts = [target.level or "", target.processor, target.features, platform.machine(), sys.platform]
     key_parts += sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith("NUMBA_"))
     with contextlib.suppress(metadata.PackageNotFoundError):
-        key_parts += [metadata.version("numba")]
-    key_parts += [metadata.version("llvmlite"), sys.version.split()[0], hash_sources()]
+        key_parts += [installed_version("numba")]
+    key_parts += [installed_version("llvmlite"), sys.version.split()[0], hash_sources()]
     digest = hashlib.sha256("\n".join(key_parts).encode())
     return cache_folder() / f"forward-{entry_point}-{digest.hexdigest()[:32]}.o"
+
+
+@functools.cache
+def installed_version(package: str) -> str:
+    """Return what `metadata.version` does, which takes 8 ms: it parses the whole description as an e-mail.
+
+    Raises PackageNotFoundError if the package is not installed.
+    """
+    distribution = metadata.distribution(package)
+    match = re.search(r"^Version: (\S+)$", distribution.read_text("METADATA") or "", re.MULTILINE)
+    return match[1] if match else distribution.version
 
 
 def compile_object(entry_point: str) -> bytes:

@@ -13,8 +13,9 @@ from tinystories.generate.storyteller import Storyteller
 from tinystories.serve.lab import answers
 from tinystories.serve.model import ServedModel
 
-SEED = 1  # of draws and endings: the page's own default
-N_CANDIDATES, N_UNIFORMS = 40, 64
+SEED = 1  # of draws and endings: the page's own default; draws at one place use this seed and those after it
+N_CANDIDATES = 40
+N_SEEDS, N_UNIFORMS = 40, 4
 N_FIRST, N_SECOND = 12, 3  # paths that can be followed: after the text, and after the likeliest of these
 N_ENDINGS, ENDING_TOKENS = 8, 400
 MAX_ABLATED_HEADS = 64  # each costs a pass through the model; with more heads there are no recorded ablations
@@ -52,7 +53,7 @@ def record(storyteller: Storyteller, model: ServedModel, text: str) -> dict[str,
             for layer, head in (heads if len(heads) <= MAX_ABLATED_HEADS else [])
         },
         "seed": SEED,
-        "uniforms": list_uniforms(),
+        "uniforms": [list_uniforms(seed) for seed in range(SEED, SEED + N_SEEDS)],
         "endings": tell_endings(storyteller, text, tokens["n_dropped"]),
     }
 
@@ -90,9 +91,9 @@ def tell_endings(storyteller: Storyteller, text: str, n_dropped: int) -> list[st
     return [story.continuation for story in stories]
 
 
-def list_uniforms() -> list[float]:
-    """Return the numbers with which the seed of the page draws."""
-    stream = UniformStream(SEED, 0)
+def list_uniforms(seed: int) -> list[float]:
+    """Return the numbers with which a seed draws the first tokens."""
+    stream = UniformStream(seed, 0)
     return np.array([stream.next() for _ in range(N_UNIFORMS)], dtype=np.float64).tolist()
 
 

@@ -59,7 +59,7 @@ export function Endings({ prompt, sampling, seed, isPlain, python, fail }) {
 
   const firsts = new Map(); // how often each first word occurs
   for (const word of endings.map((text) => text.trim().split(/\s+/)[0]).filter(Boolean)) firsts.set(word, (firsts.get(word) ?? 0) + 1);
-  return html`<div class="card"><h3>${E.title}</h3><p class="soft">${E.hint}</p>
+  return html`<div class="card telling"><h3>${E.title}</h3><p class="soft">${E.hint}</p>
     <div class="row">${isTelling
       ? html`<button key="stop" type="button" onClick=${stop}>${E.stop}</button>`
       : html`<button key="tell" type="button" onClick=${start}>${E.tell}</button>`}

@@ -22,6 +22,7 @@ export function NextPane({ tokens, state, go, model, fail, attempt, latest, tree
   const [spoken, setSpoken] = useState('');
   const current = useRef(null); // what key handlers see
   const isDrawing = useRef(false);
+  const nDraws = useRef(new Map()); // at each place: the first draw there is that of the seed, others are of seeds after it
   const N = T.next;
 
   function valueOf({ name, key, min, max }) {
@@ -59,7 +60,10 @@ export function NextPane({ tokens, state, go, model, fail, attempt, latest, tree
     isDrawing.current = true;
     const { ids, sampling, nAppended, step, labels } = current.current;
     try {
-      const result = await ask('/lab/api/step', { ids, ...sampling, seed, index: nAppended });
+      const place = ids.join();
+      const n = nDraws.current.get(place) ?? 0;
+      const result = await ask('/lab/api/step', { ids, ...sampling, seed: seed + n, index: nAppended });
+      nDraws.current.set(place, n + 1);
       current.current.choose({ id: result.id, label: result.label, model: result.model_prob });
       setDrawn({ ...result, segments: cutLine(step.final, labels, result) });
       fail(null);

@@ -48,8 +48,8 @@ function findPath(data, ids) {
 
 function drawRecorded(data, { ids, seed, index, ...settings }) {
   const { next } = findPath(data, ids) ?? {};
-  const u = data.uniforms[index];
-  if (!next || seed !== data.seed || u === undefined) return undefined;
+  const u = data.uniforms[seed - data.seed]?.[index];
+  if (!next || u === undefined) return undefined;
   const step = analyze(decodeLogits(next.logits), next.seen, settings);
   const { id, below } = draw(step.final, u);
   const label = next.candidates.find((candidate) => candidate.id === id)?.label ?? `(${id})`;

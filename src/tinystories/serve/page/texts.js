@@ -113,7 +113,7 @@ export const LAB = {
     ablation: {
       question: 'Now this head is switched off. How hard is the text for the model without it?',
       choices: { harder: 'harder', same: 'the same', easier: 'easier' },
-      because: (before, after) => `The surprise per token went from ${before} to ${after}. Switch others off, one by one: some matter, many hardly do.`,
+      because: (before, after) => `The surprise per token went from ${before} to ${after}. Switch others off, one by one: some matter, many hardly do, and on one short text a head may even do harm.`,
     },
     inside: {
       question: (final) => `In the end the model bets on “${final}”. The text passes through one layer after another: where is that the best guess for the first time?`,
