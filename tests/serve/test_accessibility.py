@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from browser_helpers import is_missing
+from conftest import Serve
 from serve_helpers import Running, wait_for_script
 
 pytestmark = pytest.mark.browser
@@ -20,6 +21,13 @@ PLACES = {
     "inside": (f"/lab#p=inside&{HASH}", ".lens td >> nth=9"),
     "training": (f"/lab#p=training&{HASH}", "section.pane p >> nth=1"),
     "experiments": (f"/lab#p=experiments&{HASH}", ".duel li >> nth=3"),
+}
+# The experiments by name, and what shows that one is complete.
+EXPERIMENTS = {
+    "Two texts": ".duel li",
+    "Two models": ".duel li",
+    "Which of two?": ".answers button:enabled",
+    "Tokenizers": ".piece",
 }
 LOOKS: dict[str, dict[str, Any]] = {
     "light": {},
@@ -78,6 +86,27 @@ def test_panes(
         page.get_by_role("button", name="Copy as Python").first.click()
         page.locator(".tools pre").first.wait_for()
     assert findings(page) == []
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_a_run_and_all_experiments(
+    serve_model: Serve,
+    trained_run: Path,
+    open_page: Callable[..., Any],
+    findings: Callable[[Any], list[str]],
+    look: str,
+) -> None:
+    with serve_model(runs_folder=trained_run.parent, compare_model=trained_run) as running:
+        page = open_page(running, "/lab#p=training", **LOOKS[look])
+        page.locator(".plot canvas").first.wait_for()
+        page.locator(".reading .token").first.wait_for()
+        assert findings(page) == []
+        page.get_by_role("button", name="Experiments").click()
+        for name, ready in EXPERIMENTS.items():
+            page.get_by_role("radio", name=name, exact=True).check()
+            page.locator(ready).first.wait_for()
+            assert findings(page) == [], name
+        page.goto("about:blank")  # the page would go on asking
 
 
 @pytest.mark.parametrize("look", LOOKS)
