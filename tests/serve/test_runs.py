@@ -517,6 +517,22 @@ def test_a_stream_ends_whole_when_the_server_drains(tmp_path: Path) -> None:
     assert messages[-1] == {"type": "http.response.body", "body": b""}
 
 
+def test_a_second_ctrl_c_ends_a_stream_quietly(
+    serve_chaotic: Serve, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_run(tmp_path, "a", step(1))
+    with (
+        serve_chaotic(runs_folder=tmp_path, poll_s=1000.0) as running,  # it does not end by itself
+        watching(running, "runs/a/metrics") as read,
+    ):
+        read()
+        running.signal()
+        running.signal()
+        running.thread.join(PATIENCE_S)
+        assert not running.thread.is_alive()
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
+
+
 def test_a_page_that_leaves_frees_its_place(
     serve_chaotic: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -50,7 +50,10 @@ class CommandGroup(click.Group):
         if name not in COMMANDS:
             return None
         module, attribute = COMMANDS[name]
-        command: click.Command = getattr(importlib.import_module(f"tinystories.cli.{module}"), attribute)
+        try:
+            command: click.Command = getattr(importlib.import_module(f"tinystories.cli.{module}"), attribute)
+        except KeyboardInterrupt:
+            raise click.Abort from None  # before which click does not print an empty line
         return command
 
 

@@ -120,7 +120,7 @@ class Scheduler:
             self.changed.notify()
 
     def close(self) -> None:
-        """End the thread after the round that runs. What is still open is left as it is."""
+        """End the thread after the round that runs. What is still open and not canceled is left as it is."""
         with self.changed:
             self.is_closing = True
             self.changed.notify()
@@ -135,6 +135,7 @@ class Scheduler:
         try:
             while self._wait_for_work():
                 self._round()
+            self._end_canceled()
         except BaseException:
             log.exception("the engine's thread has ended by an error")
             self.on_death()

@@ -90,6 +90,10 @@ class LiveMetrics:
             except SlowClientError:
                 scope.get("state", {}).get("abort", lambda: None)()
                 await asyncio.sleep(0)
+            except asyncio.CancelledError:
+                if not self.service.is_draining:
+                    raise
+                await send({"type": "http.response.body", "body": b""})  # the server ends at once; nothing is wrong
             finally:
                 watcher.cancel()
 

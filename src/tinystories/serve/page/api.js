@@ -54,34 +54,17 @@ export async function* tell(body, signal) {
 
 // Yield [number of the story, piece] of several stories as they are told.
 export async function* tellMany(body, signal) {
-  const response = await request('/v1/completions', { ...body, stream: true }, signal);
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let waiting = '';
-  try {
-    for (;;) {
-      const { done, value } = await reader.read().catch((error) => {
-        if (error.name === 'AbortError') throw error;
-        throw new Failure('gone', error.message);
-      });
-      if (done) throw new Failure('gone', 'the answer ended early');
-      const lines = (waiting + value).split('\n');
-      waiting = lines.pop();
-      for (const line of lines) {
-        if (!line.startsWith('data: ')) continue;
-        if (line === 'data: [DONE]') return;
-        const event = JSON.parse(line.slice(6));
-        if (event.error) throw new Failure(event.error.code === 'shutting_down' ? 'gone' : 'refused', event.error.message);
-        for (const { index, text } of event.choices) if (text) yield [index, text];
-      }
-    }
-  } finally {
-    reader.cancel().catch(() => {});
+  for await (const data of watch('/v1/completions', signal, { ...body, stream: true })) {
+    if (data === '[DONE]') return;
+    const event = JSON.parse(data);
+    if (event.error) throw new Failure(event.error.code === 'shutting_down' ? 'gone' : 'refused', event.error.message);
+    for (const { index, text } of event.choices) if (text) yield [index, text];
   }
 }
 
-// Yield the events of a stream until it ends or breaks, which is a Failure.
-export async function* watch(path, signal) {
-  const response = await request(path, null, signal);
+// Yield the data of the events of a stream. Its end or break is a Failure.
+export async function* watch(path, signal, body = null) {
+  const response = await request(path, body, signal);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let waiting = '';
   try {
@@ -93,7 +76,7 @@ export async function* watch(path, signal) {
       if (done) throw new Failure('gone', 'the stream has ended');
       const lines = (waiting + value).split('\n');
       waiting = lines.pop();
-      for (const line of lines) if (line.startsWith('data: ')) yield JSON.parse(line.slice(6));
+      for (const line of lines) if (line.startsWith('data: ')) yield line.slice(6);
     }
   } finally {
     reader.cancel().catch(() => {});

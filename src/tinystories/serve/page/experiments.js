@@ -83,7 +83,7 @@ function ModelsTab({ state, go, fail, attempt, tokens }) {
       ${details?.checkpoints.length > 0 && html`<label for="second-step">${X.step}</label><select id="second-step" onChange=${(event) => go({ m2s: event.target.value })}>
         <option value="" selected=${step === null}>${X.newest}</option>
         ${details.checkpoints.map((one) => html`<option value=${one} selected=${one === step}>${one}</option>`)}</select>`}</div>
-    ${data && html`<div class="card"><div class="scroll"><table class="facts-table"><thead><tr><th>${X.model}</th><th>${T.words.nTokens}</th><th>${T.words.bitsPerByte}</th><th>${T.words.meanBits}</th></tr></thead>
+    ${data && html`<div class="card"><div class="scroll" tabindex="0"><table class="facts-table"><thead><tr><th>${X.model}</th><th>${T.words.nTokens}</th><th>${T.words.bitsPerByte}</th><th>${T.words.meanBits}</th></tr></thead>
         <tbody>${['a', 'b'].map((side, i) => html`<tr><th scope="row">${T.experiments.side(i)}: ${data[side].name}</th><td>${data[side].pieces.length}</td>
           <td>${data[side].bits_per_byte?.toFixed(3) ?? '–'}</td><td>${data[side].mean_bits?.toFixed(2) ?? '–'}</td></tr>`)}</tbody></table></div>
       <p>${X.verdict(data)}</p></div>
@@ -121,6 +121,6 @@ function TokensTab({ state, fail, attempt, tokens }) {
         return html`<span role="listitem" class=${`piece ${kind}`} title=${X.piece(piece)}>${kind === 'spaced' && text !== '␣' ? html`<i aria-hidden="true">·</i>` : ''}${text}</span>${text.includes('↵') && html`<span class="break"></span>`}`;
       })}</p></div>`)}
     ${!hasGpt2 && html`<p class="card soft">${X.noGpt2}</p>`}
-    <div class="card"><div class="scroll"><table class="facts-table"><thead><tr><th>${X.tokenizer}</th><th>${X.vocabulary}</th><th>${X.nTokens}</th><th>${X.bytesPerToken}</th></tr></thead><tbody>
+    <div class="card"><div class="scroll" tabindex="0"><table class="facts-table"><thead><tr><th>${X.tokenizer}</th><th>${X.vocabulary}</th><th>${X.nTokens}</th><th>${X.bytesPerToken}</th></tr></thead><tbody>
       ${tokenizers.map((one) => html`<tr><th scope="row">${one.name}</th><td>${one.vocab_size}</td><td>${one.n_tokens}</td><td>${one.n_tokens ? (one.n_bytes / one.n_tokens).toFixed(2) : '–'}</td></tr>`)}</tbody></table></div></div>`;
 }

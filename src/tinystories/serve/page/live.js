@@ -59,8 +59,9 @@ export function useLive(names, fail, attempt) {
         const query = new URLSearchParams([['after', current.current[first].after]]);
         others.forEach((name) => { query.append('also', name); query.append('also_after', current.current[name].after); });
         try {
-          for await (const event of watch(`/lab/api/runs/${encodeURIComponent(first)}/metrics?${query}`, abort.signal)) {
+          for await (const data of watch(`/lab/api/runs/${encodeURIComponent(first)}/metrics?${query}`, abort.signal)) {
             if (abort.signal.aborted) return;
+            const event = JSON.parse(data);
             current.current = { ...current.current, [event.run]: takeIn(current.current[event.run], event) };
             setFeeds(current.current);
             setOpen(true);

@@ -132,7 +132,7 @@ function Curves({ names, feeds, isOpen, state, go, facts }) {
       <input id="at" type="range" min="0" max=${n - 1} value=${here} aria-valuetext=${L.point(record)}
         onInput=${(event) => go({ at: Number(event.target.value) === n - 1 ? '' : feed.train[event.target.value].step }, { replace: true })} />
       <output for="at">${L.point(record)}</output></div>`}
-    <div class="scroll"><table class="facts-table"><thead><tr><th>${L.run}</th>${L.columns.map((column) => html`<th scope="col">${column}</th>`)}</tr></thead>
+    <div class="scroll" tabindex="0"><table class="facts-table"><thead><tr><th>${L.run}</th>${L.columns.map((column) => html`<th scope="col">${column}</th>`)}</tr></thead>
       <tbody>${names.map((name) => html`<tr><th scope="row">${name}</th>${summarize(feeds[name]).map((cell) => html`<td>${cell}</td>`)}</tr>`)}</tbody></table></div>
     <p class="soft">${names.length > 1 ? L.compared(names, all) : L.howToRead}</p>
     <details><summary>${L.asTable}</summary><div class="scroll"><table><thead><tr>${L.tableColumns.map((column) => html`<th scope="col">${column}</th>`)}</tr></thead>
