@@ -186,6 +186,7 @@ def test_another_draw_at_the_same_place_is_another_number(lab_server: Running, o
         wait_for_bars(page, TEXT)
         page.keyboard.press(" ")
         numbers.add(page.get_by_text("of the line from 0 to 1").inner_text().partition(" fell")[0])
+        wait_for_script(page, "text => !['', text].includes(document.querySelector('.bars').dataset.text)", arg=TEXT)
         page.keyboard.press("r")
     assert len(numbers) == 4
 

@@ -142,7 +142,7 @@ def test_the_page_holds_everything_and_may_ask_for_nothing(recorded: dict[str, A
 
 def test_modules_are_joined_in_the_order_of_their_use() -> None:
     script = join_modules("lab.js")
-    assert not re.search(r"^\s*(?:import|export)\b", script, re.MULTILINE)
+    assert not re.search(r"^\s*(?:import|export)\b|\bfrom\s*[\"']\.", script, re.MULTILINE)
     joined = re.findall(r'^modules\["([^"]+)"\] = ', script, re.MULTILINE)
     assert joined[-1] == "lab.js"
     assert len(joined) == len(set(joined))
@@ -172,6 +172,12 @@ def test_imports_and_exports_become_constants(source: str, result: str) -> None:
 def test_exports_are_kept_by_their_names_outside() -> None:
     wrapped = single_file.wrap_module("x.js", "const a = 1;\nexport class B {}\nexport{a as c};export default a;")
     assert 'modules["x.js"] = { c: a, default: default_export, B: B };' in wrapped
+
+
+def test_what_is_exported_from_another_module_is_that_of_the_other() -> None:
+    wrapped = single_file.wrap_module("x.js", "export { a, b as c } from './y.js';\nexport const d = 1;")
+    assert 'modules["x.js"] = { a: modules["y.js"].a, c: modules["y.js"].b, d: d };' in wrapped
+    assert "from" not in wrapped
 
 
 @pytest.mark.parametrize("source", ["export * from './x.js';", "import './x.js';", "const x = import('./x.js');"])

@@ -13,7 +13,7 @@ from typing import Any
 PAGE = Path(__file__).parents[1] / "page"
 # The forms of `import` and `export` that the modules of the page use.
 IMPORT = re.compile(r"""\bimport\s*(?:(?P<default>\w+)|\{(?P<names>[^}]*)\})\s*from\s*["'](?P<path>[^"']+)["'];?""")
-EXPORT_LIST = re.compile(r"\bexport\s*\{(?P<names>[^}]*)\};?")
+EXPORT_LIST = re.compile(r"""\bexport\s*\{(?P<names>[^}]*)\}(?:\s*from\s*["'](?P<path>[^"']+)["'])?;?""")
 EXPORT_DEFAULT = re.compile(r"\bexport\s+default\s+")
 EXPORT = re.compile(r"^export\s+(?:const|class|(?:async )?function\*?)\s+(?P<name>\w+)", re.MULTILINE)
 STYLE_SHEET = re.compile(r'<link rel="stylesheet" href="/page/([^"]+)">')
@@ -73,8 +73,9 @@ def join_modules(entry: str) -> str:
             return
         parts[path] = ""  # a cycle would meet the name before its code; the modules have none
         source = (PAGE / path).read_text(encoding="utf-8")
-        for match in IMPORT.finditer(source):
-            add(resolve(path, match["path"]))
+        for match in (*IMPORT.finditer(source), *EXPORT_LIST.finditer(source)):
+            if match["path"]:
+                add(resolve(path, match["path"]))
         del parts[path]
         parts[path] = wrap_module(path, source)
 
@@ -89,7 +90,7 @@ def resolve(importer: str, path: str) -> str:
 
 def wrap_module(path: str, source: str) -> str:
     """Return a module as a function that is called once; its exports are kept in `modules`."""
-    exports: dict[str, str] = {}  # by their names outside
+    exports: dict[str, str] = {}  # what is exported, by its name outside
 
     def import_names(match: re.Match[str]) -> str:
         names = f"{{ default: {match['default']} }}" if match["default"] else f"{{{rename(match['names'], ': ')}}}"
@@ -98,7 +99,8 @@ def wrap_module(path: str, source: str) -> str:
     def export_names(match: re.Match[str]) -> str:
         for item in filter(None, (part.strip() for part in match["names"].split(","))):
             inside, _, outside = item.partition(" as ")
-            exports[outside.strip() or inside] = inside.strip()
+            origin = f"modules[{json.dumps(resolve(path, match['path']))}]." if match["path"] else ""
+            exports[outside.strip() or inside] = origin + inside.strip()
         return ""
 
     def export_one(match: re.Match[str]) -> str:

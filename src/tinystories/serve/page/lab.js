@@ -99,7 +99,9 @@ function Lab() {
 
   const append = readAppended(state);
   const question = state && model && { text: state.t, append, attempt };
-  const tokens = useAnswer(ask, '/lab/api/tokens', question, fail)?.data;
+  const answered = useAnswer(ask, '/lab/api/tokens', question, fail);
+  const tokens = answered?.data;
+  const isFresh = Boolean(answered) && answered.body.text === state.t && answered.body.append.join() === append.join();
   const Pane = state && PANES[state.p];
   const isMissing = isRecording && state && !RECORDED.includes(state.p);
   const retry = () => setAttempt((n) => n + 1);
@@ -129,7 +131,7 @@ function Lab() {
       ${hiddenPane && state?.p === hiddenPane && html`<p class="card soft">${T.tour.hidden}</p>`}
       ${isMissing && html`<p class="card notice">${T.problems.recorded}</p>`}
       ${Pane && tokens && model && !isMissing && state.p !== hiddenPane && html`<${Pane} key=${state.p} tokens=${tokens} state=${state} go=${go} model=${model}
-        fail=${fail} attempt=${attempt} latest=${latest} tree=${tree} />`}
+        fail=${fail} attempt=${attempt} latest=${latest} tree=${tree} isFresh=${isFresh} />`}
     </main>
     <dialog ref=${help} aria-label=${T.help}><p>${T.about}</p><h2>${T.keysTitle}</h2><dl class="facts">${T.keys.map(
       ([key, meaning]) => html`<dt><kbd>${key}</kbd></dt><dd>${meaning}</dd>`,

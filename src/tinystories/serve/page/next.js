@@ -17,7 +17,7 @@ const MIN_SEGMENT = 0.01; // smaller ones are not drawn on the line from 0 to 1
 
 export const readAppended = (state) => (state?.a ?? '').split(',').filter((id) => /^\d{1,7}$/.test(id)).map(Number);
 
-export function NextPane({ tokens, state, go, model, fail, attempt, latest, tree }) {
+export function NextPane({ tokens, state, go, model, fail, attempt, latest, tree, isFresh }) {
   const [drawn, setDrawn] = useState(null);
   const [spoken, setSpoken] = useState('');
   const current = useRef(null); // what key handlers see
@@ -43,20 +43,23 @@ export function NextPane({ tokens, state, go, model, fail, attempt, latest, tree
   const nKept = step ? step.final.filter((p) => p > 0).length : 0;
   const appended = readAppended(state);
   const chosen = tokens.pieces.slice(tokens.pieces.length - appended.length).map(({ id, label }) => ({ id, label }));
-  const isFollowed = chosen.map(({ id }) => id).join() === appended.join(); // not while the tokens are on their way
-  useMemo(() => isFollowed && remember(tree.current, state.t, chosen), [tokens, isFollowed]);
+  useMemo(() => isFresh && remember(tree.current, state.t, chosen), [tokens, isFresh]);
+
+  // Whether the tokens are those of the newest state; until then, the bars are of the past.
+  const isSettled = () => isFresh && latest.current.t === state.t && readAppended(latest.current).join() === appended.join();
 
   function choose({ id, label, model: p }) {
     const before = readAppended(latest.current);
-    if (!isFollowed || before.join() !== appended.join()) return; // these bars are already of the past
+    if (!isSettled()) return false;
     remember(tree.current, state.t, [...chosen, { id, label, p }]);
     setSpoken(label);
     setDrawn(null);
     go({ a: [...before, id].join(','), c: '' });
+    return true;
   }
 
   async function draw() {
-    if (isDrawing.current || !current.current.isCurrent) return;
+    if (isDrawing.current || !current.current.isCurrent || !current.current.isSettled()) return;
     isDrawing.current = true;
     const { ids, sampling, nAppended, step, labels } = current.current;
     try {
@@ -64,8 +67,8 @@ export function NextPane({ tokens, state, go, model, fail, attempt, latest, tree
       const n = nDraws.current.get(place) ?? 0;
       const result = await ask('/lab/api/step', { ids, ...sampling, seed: seed + n, index: nAppended });
       nDraws.current.set(place, n + 1);
-      current.current.choose({ id: result.id, label: result.label, model: result.model_prob });
-      setDrawn({ ...result, segments: cutLine(step.final, labels, result) });
+      const isChosen = current.current.choose({ id: result.id, label: result.label, model: result.model_prob });
+      if (isChosen) setDrawn({ ...result, segments: cutLine(step.final, labels, result) });
       fail(null);
     } catch (error) {
       fail(error);
@@ -79,13 +82,13 @@ export function NextPane({ tokens, state, go, model, fail, attempt, latest, tree
     setDrawn(null);
     if (before.length) {
       go({ a: before.slice(0, -1).join(','), c: '' });
-    } else {
+    } else if (current.current.isSettled()) {
       const last = current.current.pieces.at(-1);
       if (current.current.pieces.length > 1) go({ t: current.current.text.slice(0, last.start), a: '', c: '' });
     }
   }
 
-  current.current = { isCurrent, candidates, sampling, step, labels, ids: tokens.ids, pieces: tokens.pieces, text: tokens.text, nAppended: appended.length, choose, draw, rewind };
+  current.current = { isCurrent, candidates, sampling, step, labels, ids: tokens.ids, pieces: tokens.pieces, text: tokens.text, nAppended: appended.length, isSettled, choose, draw, rewind };
   useEffect(() => {
     const onKey = (event) => {
       if (event.target.matches(WRITING) || event.ctrlKey || event.metaKey || event.altKey || document.querySelector('dialog[open]')) return;
@@ -108,7 +111,7 @@ export function NextPane({ tokens, state, go, model, fail, attempt, latest, tree
     <h2>${N.question}</h2><p>${N.explanation}</p>
     <p class="card tail"><span class="soft">… </span>${tokens.text.slice(-160)}<b> ▁</b></p>
     <div class="split">
-      <div class="card"><div class="bars" role="group" aria-label=${N.bars} data-text=${isCurrent ? tokens.text : ''} onKeyDown=${moveInGroup}>${candidates.map(
+      <div class="card"><div class="bars" role="group" aria-label=${N.bars} data-text=${isCurrent && isFresh ? tokens.text : ''} onKeyDown=${moveInGroup}>${candidates.map(
         (c, i) => html`<button type="button" class=${c.cut ? 'bar cut' : 'bar'} data-item tabindex=${i ? -1 : 0} data-id=${c.id}
             aria-label=${`${c.label}: ${N.model} ${percent(c.model)}, ${c.cut ? N.cutBy(c.cut) : `${N.final} ${percent(c.final)}`}`}
             onClick=${() => isCurrent && choose(c)}>
@@ -133,7 +136,7 @@ export function NextPane({ tokens, state, go, model, fail, attempt, latest, tree
     ${drawn && html`<div class="card"><p>${N.drawn(drawn)}</p><${Line} drawn=${drawn} /></div>`}
     ${tree.current.root.children.length > 0 && tree.current.text === state.t && html`<div class="card"><h3>${N.tree}</h3><p class="soft">${N.treeHint}</p>
       <${Tree} tree=${tree.current} current=${appended} label=${N.tree} onGo=${(ids) => go({ a: ids.join(','), c: '' })} />
-      <${TreeTools} tree=${tree.current} current=${appended} start=${isFollowed ? tokens.ids.slice(0, tokens.ids.length - appended.length) : []} model=${model} /></div>`}
+      <${TreeTools} tree=${tree.current} current=${appended} start=${isFresh ? tokens.ids.slice(0, tokens.ids.length - appended.length) : []} model=${model} /></div>`}
     <${Endings} prompt=${isPlain ? tokens.text : tokens.ids} sampling=${sampling} seed=${seed} fail=${fail}
       isPlain=${isPlain && seed === 1 && Object.entries(sampling).every(([name, value]) => value === model.sampling[name])}
       python=${(options) => pythonEndings(pythonLoad(model), tokens.text, options)} />
