@@ -25,6 +25,7 @@ from tinystories.serve.model import ServedModel
 Serve = Callable[..., contextlib.AbstractContextManager[Running]]
 ROOT = Path(__file__).parents[2]
 SCRIPTS = Path(__file__).parent / "clients"
+LM_EVAL_SECONDS = 1200  # half a minute on quiet cores
 FOLDER = Path(os.environ.get("TINYSTORIES_CLIENTS", ROOT / ".venv-clients")) / "bin"
 
 pytestmark = [
@@ -172,6 +173,7 @@ def test_schemathesis_finds_nothing(serve_chaotic: Serve) -> None:
 
 
 @pytest.mark.interop
+@pytest.mark.timeout(2 * LM_EVAL_SECONDS)
 def test_lm_eval_finds_the_likelihoods_that_transformers_finds(tmp_path: Path) -> None:
     """`local-completions` with the tokenizer of the server against `hf` on the export, for some stories."""
     if not (FOLDER / "lm_eval").exists():
@@ -198,7 +200,7 @@ def evaluate(model: str, options: str, out: Path) -> dict[str, Any]:
     command = [FOLDER / "lm_eval", "--model", model, "--model_args", options, "--tasks", "story_endings"]
     command += ["--include_path", ROOT / "benchmarks" / "endings", "--limit", "6", "--log_samples"]
     command += ["--output_path", out, "--device", "cpu"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=ROOT)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=LM_EVAL_SECONDS, cwd=ROOT)
     assert result.returncode == 0, result.stderr[-3000:]
     (samples,) = out.rglob("samples_*.jsonl")
     lines = sorted(map(json.loads, samples.read_text().splitlines()), key=lambda line: line["doc_id"])
