@@ -149,19 +149,25 @@ def measure_round(path: Path, storyteller: Storyteller, options: argparse.Namesp
 
 
 def find_renderer(browser: Any) -> int:
-    """Return the process of the page: the busiest renderer."""
+    """Return the process of the page: the renderer with a worker or, without any, the busiest one."""
     processes = browser.new_browser_cdp_session().send("SystemInfo.getProcessInfo")["processInfo"]
     renderers = [process for process in processes if process["type"] == "renderer"]
-    return int(max(renderers, key=lambda process: process["cpuTime"])["id"])
+    best = max(renderers, key=lambda process: (find_worker(process["id"]) is not None, process["cpuTime"]))
+    return int(best["id"])
+
+
+def find_worker(pid: int) -> Path | None:
+    """Return the folder of the worker's thread in /proc."""
+    threads = Path(f"/proc/{pid}/task").iterdir()
+    return next((one for one in threads if (one / "comm").read_text().startswith("DedicatedWorker")), None)
 
 
 def read_worker_seconds(pid: int) -> float:
     """Return the processor time of the worker's thread, from its start on."""
-    for thread in Path(f"/proc/{pid}/task").iterdir():
-        if (thread / "comm").read_text().startswith("DedicatedWorker"):
-            fields = (thread / "stat").read_text().rpartition(")")[2].split()
-            return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    raise UserError("the page has no worker")
+    thread = find_worker(pid)
+    assert thread is not None
+    fields = (thread / "stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def read_memory(pid: int) -> dict[str, float]:

@@ -20,7 +20,7 @@ PLACES = {
     "attention": (f"/lab#p=attention&{HASH}&off=2.3", "aside ol li >> nth=3"),
     "inside": (f"/lab#p=inside&{HASH}", ".lens td >> nth=9"),
     "training": (f"/lab#p=training&{HASH}", "section.pane p >> nth=1"),
-    "experiments": (f"/lab#p=experiments&{HASH}", "section.pane table, section.pane .bar"),
+    "experiments": (f"/lab#p=experiments&{HASH}", ".duel li >> nth=3"),
 }
 # The experiments by name, and what shows that one is complete.
 EXPERIMENTS = {

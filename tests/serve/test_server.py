@@ -17,6 +17,7 @@ import pytest
 from serve_helpers import GatedEngine, Running, wait_until
 
 import tinystories.cli.write.serve as serve_command
+from tinystories.checkpoint import BUNDLED_MODEL
 from tinystories.cli import cli
 from tinystories.cli.common import run
 from tinystories.data.tokenizer import END, Tokenizer
@@ -397,6 +398,20 @@ def test_keys_come_from_a_file_or_the_environment(tmp_path: Path) -> None:
     ]:
         with pytest.raises(UserError, match=message):
             ServerConfig(**settings)  # type: ignore[arg-type]
+
+
+def test_the_server_imports_only_what_it_starts_with() -> None:
+    """Imports are most of its start; these are for single requests or other commands."""
+    late = ["rich", "numba", "torch", "tinystories.cli.measure.bench", "tinystories.evaluate.tasks"]
+    late += ["tinystories.serve.openapi", "tinystories.serve.lab.quiz", "tinystories.data.build_tokenizer"]
+    program = f"""
+import sys, tinystories.cli.write.serve, tinystories.serve.server
+from tinystories.engine.select import load_engine
+from tinystories.engine.engine_config import EngineConfig
+load_engine({str(BUNDLED_MODEL)!r}, EngineConfig(engine="cpu"))
+print(*[name for name in {late!r} if name in sys.modules])
+"""
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "\n"
 
 
 def test_the_command_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ MAX_GROWTH_MB = 5
 @pytest.mark.timeout(0)
 def test_a_soak_loses_nothing() -> None:
     command = [sys.executable, "-m", "tinystories", "serve", "--port", "0", "--engine", "cpu", "--log-level", "warning"]
-    command += ["--slots", str(N_SLOTS), "--queue", str(N_QUEUED)]
+    command += ["--slots", str(N_SLOTS), "--queue", str(N_QUEUED), "--timeout", "3600"]  # however busy the machine is
     with http_load.running(command) as server:
         warmup_s = min(300.0, 60 * SOAK_MINUTES / 3)
         asyncio.run(http_load.soak(server, seconds=warmup_s, n_clients=N_CLIENTS, seed=1))

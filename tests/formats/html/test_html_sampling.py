@@ -78,6 +78,22 @@ def random_rows(n: int) -> list[dict[str, Any]]:
         u = np.float32(rng.choice([0.0, 1 - 2.0**-24, rng.integers(2**24) / 2**24]))
         seen = np.flatnonzero(rng.random(size) < 0.2).tolist()
         rows.append({"logits": logits, "settings": settings, "u": float(u), "seen": seen})
+    return rows + exact_rows()
+
+
+def exact_rows() -> list[dict[str, Any]]:
+    """Rows that are decided by equality: a sum that is just top-p of all, and a number that falls between tokens."""
+    rng = np.random.default_rng(7)
+    plain = {"temperature": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+    rows = []
+    for _ in range(40):
+        logits = np.sort(rng.standard_normal(50).astype(np.float32))[::-1]
+        weights = exp(logits - logits[0]).astype(np.float64)
+        top_p = float(weights[:20].sum() / weights.sum())
+        rows.append({"logits": logits, "settings": plain | {"top_p": top_p}, "u": 1 - 2.0**-24, "seen": []})
+    for n in range(8):
+        settings = plain | {"top_p": 1.0}
+        rows.append({"logits": np.zeros(8, np.float32), "settings": settings, "u": n / 8, "seen": []})
     return rows
 
 

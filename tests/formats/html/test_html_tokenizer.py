@@ -78,6 +78,7 @@ def test_ids_and_texts_are_those_of_the_program(sample_data: Path, name: str) ->
     texts = TEXTS + random_texts(200)
     rng = np.random.default_rng(6)
     streams = [rng.integers(0, tokenizer.vocab_size, 30).tolist() for _ in range(200)]
+    streams += [tokenizer.encode(text) for text in TEXTS]
     answer = run_script(SCRIPT, {"tokenizer": describe_tokenizer(tokenizer), "texts": texts, "streams": streams})
     for text, ids in zip(texts, answer["ids"], strict=True):
         assert ids == tokenizer.encode(text), text
@@ -86,6 +87,22 @@ def test_ids_and_texts_are_those_of_the_program(sample_data: Path, name: str) ->
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         pieces = [decoder.decode(tokenizer.token_bytes[i]) for i in ids]
         assert text == "".join(pieces) + decoder.decode(b"", final=True)
+
+
+@needs_node
+def test_words_and_ties_are_those_of_the_original_library() -> None:
+    """A merge that crosses the border of words shows it: U+0085 is white space there and U+FEFF is not, unlike in
+    JavaScript. Of equal pairs that overlap, the left one is merged."""
+    parts: dict[str, Any] = json.loads(Tokenizer.load(BUNDLED_MODEL).json_text)
+    for i, (left, right) in enumerate((("Ġ", "Â"), ("!", "ï"), ("q", "q"))):
+        parts["model"]["vocab"][left + right] = 4096 + i
+        parts["model"]["merges"].append([left, right])
+    tokenizer = Tokenizer(json.dumps(parts))
+    texts = ["a \x85b", "a \xa0b", "a \xa9b", "a!\ufeffb", "a!\u3000b", "!\u180e", "qqq", "aqqqqqb"]
+    for token, text in ((4096, "a \xa9b"), (4097, "a!\ufeffb"), (4098, "qqq")):
+        assert token in tokenizer.encode(text)
+    data = {"tokenizer": describe_tokenizer(tokenizer), "texts": texts, "streams": []}
+    assert run_script(SCRIPT, data)["ids"] == [tokenizer.encode(text) for text in texts]
 
 
 @needs_node

@@ -1,19 +1,21 @@
-"""What the experiments pane asks, and the checkpoints of the training pane: other texts, models and tokenizers."""
+"""What the experiments pane asks, and the checkpoints of the training pane: other texts, models and tokenizers.
+
+What only the quiz and GPT-2's tokenizer need is imported when they are asked for, in the worker's thread: a fifth of
+the server's start.
+"""
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from tinystories.data.gpt2_cache import load_cached_gpt2
 from tinystories.data.tokenizer import Tokenizer
-from tinystories.evaluate.items import Item
 from tinystories.serve.app import json_response
 from tinystories.serve.errors import invalid
-from tinystories.serve.lab import comparisons, quiz
+from tinystories.serve.lab import comparisons
 from tinystories.serve.lab.other_models import OtherModels, TracedModel
 from tinystories.serve.lab.requests import CompareRequest, QuizRequest, ScoreRunRequest, Side, SplitRequest
 from tinystories.serve.lab.run_metrics import RunProblemError
@@ -21,6 +23,9 @@ from tinystories.serve.lab.runs import find_run
 from tinystories.serve.lab.traces import TraceWorker
 from tinystories.serve.requests import decode_request
 from tinystories.serve.service import Service
+
+if TYPE_CHECKING:
+    from tinystories.evaluate.items import Item
 
 Result = TypeVar("Result")
 
@@ -74,7 +79,13 @@ class ExperimentEndpoints:
 
     async def list_quiz(self, _request: Request) -> Response:
         """GET /lab/api/quiz."""
-        return json_response({"items": await self.compute(lambda: quiz.list_items(self.quiz_items))})
+
+        def answer() -> list[dict[str, Any]]:
+            from tinystories.serve.lab.quiz import list_items
+
+            return list_items(self.quiz_items)
+
+        return json_response({"items": await self.compute(answer)})
 
     async def answer_quiz(self, request: Request) -> Response:
         """POST /lab/api/quiz."""
@@ -84,7 +95,9 @@ class ExperimentEndpoints:
         def answer() -> dict[str, Any]:
             if fields.item >= len(self.quiz_items):
                 raise invalid(f"item: the quiz has {len(self.quiz_items)} items, numbered from 0", "item")
-            return quiz.answer_item(self.engine, self.served.tokenizer, self.quiz_items[fields.item][1])
+            from tinystories.serve.lab.quiz import answer_item
+
+            return answer_item(self.engine, self.served.tokenizer, self.quiz_items[fields.item][1])
 
         return json_response(await self.compute(answer))
 
@@ -107,12 +120,16 @@ class ExperimentEndpoints:
     @functools.cached_property
     def gpt2(self) -> Tokenizer | None:
         """GPT-2's tokenizer, if another program has downloaded it."""
+        from tinystories.data.gpt2_cache import load_cached_gpt2
+
         return load_cached_gpt2()
 
     @functools.cached_property
-    def quiz_items(self) -> list[tuple[str, Item]]:
+    def quiz_items(self) -> list[tuple[str, "Item"]]:
         """The questions of the quiz, made when they are first asked for."""
-        return quiz.build_quiz()
+        from tinystories.serve.lab.quiz import build_quiz
+
+        return build_quiz()
 
     def load(self, side: Side) -> TracedModel:
         """Return the model of a side. Call it in the worker's thread only."""

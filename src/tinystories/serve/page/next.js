@@ -117,7 +117,7 @@ export function NextPane({ tokens, state, go, model, fail, attempt, latest, tree
       )}${rest && html`<div class="bar"><kbd></kbd><span class="label soft">${rest.label}</span><${Track} model=${rest.model / longest} final=${rest.final / longest} />
         <span class="number">${percent(rest.model)} → ${percent(rest.final)}</span></div>`}</div>
         <p class="soft">${N.legend}</p>
-        ${step && html`<${Tools} name="next-word" svg=${() => drawBars(bars.map((bar) => ({ ...bar, cut: bar.cut && N.cutBy(bar.cut) })), title(), N.legend)}
+        ${step && html`<${Tools} name="next-word" svg=${() => drawBars(bars.map((bar) => ({ ...bar, cut: bar.cut && N.cutBy(bar.cut) })), title(), N.figureLegend)}
           data=${() => ({ text: tokens.text, ids: tokens.ids, settings: sampling, n_kept: nKept, entropy_bits: entropy, candidates: bars })}
           rows=${() => [['id', 'token', 'model', 'final', 'cut_by'], ...bars.map((bar) => [bar.id, bar.label, bar.model, bar.final, bar.cut])]}
           python=${() => pythonNext(trace(), sampling, N_BARS)} />`}</div>

@@ -182,6 +182,7 @@ export const LAB = {
     draw: 'Draw (space)',
     rewind: 'Take back (R)',
     drawn: (step) => `The number ${step.u.toFixed(3)} fell on “${step.label}”, which holds ${(100 * step.final_prob).toFixed(1)} % of the line from 0 to 1:`,
+    figureLegend: 'Thin bar and first number: what the model says. Thick bar and second number: after the settings.',
     figure: (tail) => `Next token after “…${tail}”`,
     tree: 'Where you have been',
     treeHint: 'The last three paths, with the probability that the model gave each token. Choose a token to go back there.',

@@ -13,6 +13,7 @@ const TEXTS = {
   sameStory: 'The whole story on the command line:',
 };
 const MAX_TOKENS = 900;
+const PARTS_ON_THEIR_WAY = 4; // of the weights, 4 MB each: more would only take memory
 const SEED = /^\d{1,20}$/;
 
 // The worker runs the program of this page, which is in the element with that id. Its policy lets it load nothing else.
@@ -36,7 +37,8 @@ function buildPage(header) {
   const temperatures = temperaturesOf(header.sampling);
   const waiting = new Map(); // questions for the pane, by number: {resolve, reject}
   let worker = null;
-  let outbox = []; // messages that wait until the worker has all weights; then null
+  let nPosted = 0; // parts of the weights that the worker has not read yet
+  let outbox = []; // messages that wait until all parts are on their way; then null
   let number = 0; // of the newest message to the worker
   let telling = null; // the story that is coming: {id, text, length, temperature, seed, beginning}
   let story = null; // the story that is shown
@@ -103,23 +105,26 @@ function buildPage(header) {
     actions.replaceChildren(telling ? stopButton : tellButton, ...(story && !telling ? [againButton] : []));
   }
 
-  // The weights go to the worker part by part, and each leaves the memory of the page.
+  // The weights go to the worker in parts, of which only a few are on their way, and each leaves the memory of the page.
   function sendWeights() {
-    const part = document.querySelector('.weights');
-    if (part) {
+    const parts = [...document.querySelectorAll('.weights')];
+    for (const part of parts.slice(0, PARTS_ON_THEIR_WAY - nPosted)) {
       worker.postMessage({ kind: 'weights', base64: part.textContent });
+      nPosted += 1;
+      part.textContent = ''; // sooner than by the garbage collector
       part.remove();
-    } else {
-      for (const message of outbox) worker.postMessage(message);
-      outbox = null;
-      opening.remove();
     }
+    if (document.querySelector('.weights')) return;
+    for (const message of outbox) worker.postMessage(message); // they arrive after the weights
+    outbox = null;
+    opening.remove();
   }
 
   // Messages of the worker.
   function receive({ data }) {
     if (data.isLoaded) {
-      sendWeights();
+      nPosted -= 1;
+      if (outbox) sendWeights();
     } else if (data.failure) {
       waiting.get(data.id)?.reject(new Error(data.failure));
       if (!waiting.delete(data.id)) {
