@@ -44,7 +44,7 @@ function planMemory(config, weightBytes) {
 
 // Sinusoids of position * frequency. `fixes` has the few numbers that lie so close to the middle between two 32-bit numbers
 // that another browser's sine might round them to the other one.
-function fillSinusoid(table, nPositions, frequencies, f, fixes) {
+export function fillSinusoid(table, nPositions, frequencies, f, fixes) {
   const width = frequencies.length;
   for (let position = 0; position < nPositions; position++) {
     for (let i = 0; i < width; i++) table[position * width + i] = f(position * frequencies[i]);

@@ -5,7 +5,7 @@ import { POWERS, fround, nearestPower, polynomial, remainder } from './numbers.j
 
 const MIN_TEMPERATURE = 1e-30; // others would overflow, and sample the same tokens
 const MAX_TEMPERATURE = 1e30;
-const NO_WEIGHT = fround(-22); // 2^30 e^-22 is rounded to 0
+export const NO_WEIGHT = fround(-22); // 2^30 e^-22 is rounded to 0
 
 // Half an integer is rounded to the even one.
 export function roundHalfToEven(y) {
