@@ -17,7 +17,7 @@ import tinystories
 from tinystories.checkpoint import BUNDLED_MODEL, read_model
 from tinystories.config import SamplingConfig
 from tinystories.generate.next_token import STEPS, analyze_next_token
-from tinystories.generate.sampling import inverse_cdf_sample
+from tinystories.generate.sampling import apply_repetition_penalty, compute_weights, sample_unchecked
 from tinystories.serve.lab.recording import record
 from tinystories.serve.lab.single_file import build_page
 from tinystories.serve.model import ServedModel
@@ -73,19 +73,27 @@ def test_the_page_samples_as_python_does(
     answer = page.evaluate(
         """async ([logits, seen, settings, us]) => {
             const sampling = await import('/page/sampling.js');
-            const step = sampling.analyze(Float64Array.from(logits), seen, settings);
+            const flags = Uint8Array.from(logits, (_, id) => seen.includes(id));
+            const step = sampling.analyze(Float32Array.from(logits), settings, flags);
             const after = Object.fromEntries(Object.entries(step.after).map(([name, probs]) => [name, [...probs]]));
             return { model: [...step.model], after, cut: logits.map((_, id) => sampling.cutBy(step, id)),
-                drawn: us.map((u) => sampling.draw(step.final, u).id), entropy: sampling.entropyBits(step.model) };
+                weights: [...step.weights], drawn: us.map((u) => sampling.draw(step, u)),
+                entropy: sampling.entropyBits(step.model) };
         }""",
         [logits.tolist(), np.flatnonzero(seen).tolist(), values, us.tolist()],
     )
     np.testing.assert_allclose(answer["model"], expected.model_probs, atol=1e-6)
     for name in STEPS:
-        np.testing.assert_allclose(answer["after"][name], expected.after[name], atol=2e-6, err_msg=name)
+        np.testing.assert_allclose(answer["after"][name], expected.after[name], rtol=2e-6, err_msg=name)
+    penalized = apply_repetition_penalty(logits[None], config.repetition_penalty, seen[None])
+    weights = compute_weights(penalized, config)
+    assert answer["weights"] == weights[0].tolist()  # bit for bit
     assert answer["cut"] == [expected.cut_by(token) for token in range(300)]
     assert answer["entropy"] == pytest.approx(expected.entropy_bits, abs=1e-4)
-    assert answer["drawn"] == inverse_cdf_sample(np.repeat(expected.final_probs[None], 50, axis=0), us).tolist()
+    rows, seen_rows = np.repeat(logits[None], 50, axis=0), np.repeat(seen[None], 50, axis=0)
+    assert [one["id"] for one in answer["drawn"]] == sample_unchecked(rows, config, us, seen_rows)
+    for u, one in zip(us.tolist(), answer["drawn"], strict=True):
+        assert one["below"] <= u < one["below"] + answer["after"]["min_p"][one["id"]]
 
 
 def test_sliders_ask_the_server_nothing(

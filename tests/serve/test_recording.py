@@ -17,10 +17,11 @@ from serve_helpers import Serve
 import tinystories
 from tinystories import UserError
 from tinystories.checkpoint import read_model
-from tinystories.serve.lab import recording, single_file
+from tinystories.serve.lab import recording
 from tinystories.serve.lab.recording import record
-from tinystories.serve.lab.single_file import PAGE, build_page, join_modules
+from tinystories.serve.lab.single_file import PAGE, build_page
 from tinystories.serve.model import ServedModel
+from tinystories.single_page import join_modules
 
 TEXT = 'Once upon a time "there" was <a> cat & a naïve 🐈.'
 
@@ -141,7 +142,7 @@ def test_the_page_holds_everything_and_may_ask_for_nothing(recorded: dict[str, A
 
 
 def test_modules_are_joined_in_the_order_of_their_use() -> None:
-    script = join_modules("lab.js")
+    script = join_modules(PAGE, "lab.js")
     assert not re.search(r"^\s*(?:import|export)\b|\bfrom\s*[\"']\.", script, re.MULTILINE)
     joined = re.findall(r'^modules\["([^"]+)"\] = ', script, re.MULTILINE)
     assert joined[-1] == "lab.js"
@@ -151,39 +152,6 @@ def test_modules_are_joined_in_the_order_of_their_use() -> None:
     }
     for name, user in re.findall(r'= modules\["([^"]+)"\];(?=(.*))', script):
         assert name in joined, user
-
-
-@pytest.mark.parametrize(
-    ("source", "result"),
-    [
-        ("import { a, b as c } from './x.js';\nc(a);", 'const { a, b: c } = modules["sub/x.js"];\nc(a);'),
-        ("import x from '../y.mjs';\nx();", 'const { default: x } = modules["y.mjs"];\nx();'),
-        ('import{a as b}from"./x.js";b()', 'const {a: b} = modules["sub/x.js"];b()'),
-        ("export const a = 1;\nexport function b() {}", "const a = 1;\nfunction b() {}"),
-        ("export async function* a() {}", "async function* a() {}"),
-        ("const a = 1;export{a as b, a};", "const a = 1;"),
-        ("export default function () {}", "const default_export = function () {}"),
-    ],
-)
-def test_imports_and_exports_become_constants(source: str, result: str) -> None:
-    assert result in single_file.wrap_module("sub/main.js", source)
-
-
-def test_exports_are_kept_by_their_names_outside() -> None:
-    wrapped = single_file.wrap_module("x.js", "const a = 1;\nexport class B {}\nexport{a as c};export default a;")
-    assert 'modules["x.js"] = { c: a, default: default_export, B: B };' in wrapped
-
-
-def test_what_is_exported_from_another_module_is_that_of_the_other() -> None:
-    wrapped = single_file.wrap_module("x.js", "export { a, b as c } from './y.js';\nexport const d = 1;")
-    assert 'modules["x.js"] = { a: modules["y.js"].a, c: modules["y.js"].b, d: d };' in wrapped
-    assert "from" not in wrapped
-
-
-@pytest.mark.parametrize("source", ["export * from './x.js';", "import './x.js';", "const x = import('./x.js');"])
-def test_other_forms_of_import_are_refused(source: str) -> None:
-    with pytest.raises(AssertionError, match="imports or exports"):
-        single_file.wrap_module("x.js", source)
 
 
 def test_the_command_writes_the_page(model_folder: Path, tmp_path: Path) -> None:

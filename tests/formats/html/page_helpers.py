@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 
 from tinystories.formats.bundle import ModelBundle
-from tinystories.formats.html.document import PROGRAM, join_modules
+from tinystories.formats.html.document import PACKAGE, PROGRAM
 from tinystories.formats.html.model_data import build_page_data
+from tinystories.single_page import join_modules
 
+# All that the program's modules export can be used by its name.
+PROGRAM_AND_NAMES = f"{join_modules(PACKAGE, PROGRAM)}\nObject.assign(globalThis, ...Object.values(modules));"
 NODE = shutil.which("node")
 needs_node = pytest.mark.skipif(NODE is None, reason="Node.js is missing (apt-get install nodejs)")
 
@@ -28,7 +31,7 @@ def run_script(script: str, data: Any = None) -> Any:
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "program.js"
-        path.write_text(f"{join_modules(PROGRAM)}\n{script}\n{tail}\n", encoding="utf-8")
+        path.write_text(f"{PROGRAM_AND_NAMES}\n{script}\n{tail}\n", encoding="utf-8")
         process = subprocess.run(
             [NODE, str(path)], input=json.dumps(data), capture_output=True, encoding="utf-8", check=False, timeout=250
         )

@@ -25,11 +25,11 @@ from tinystories.formats.exports import export
 from tinystories.formats.html import document
 from tinystories.formats.html import format as html_format
 from tinystories.formats.html.check import run_page
-from tinystories.formats.html.document import PAGE_SCRIPT, PROGRAM, find_license, join_modules, render_card
+from tinystories.formats.html.document import PACKAGE, PAGE_SCRIPT, PROGRAM, find_license, render_card
 from tinystories.formats.html.model_data import load_int8
 from tinystories.generate.batching import Request
 from tinystories.generate.storyteller import Storyteller
-from tinystories.serve.static import PAGE as SERVER_PAGE
+from tinystories.single_page import join_modules
 
 OWN_SETTINGS = SamplingConfig(
     temperature=0.9, min_p=0.02, repetition_penalty=1.3, repetition_window=20, penalize_names=False
@@ -113,7 +113,7 @@ def test_a_page_is_whole_and_loads_nothing(model: ModelBundle, tmp_path: Path) -
     assert policy is not None
     assert policy.startswith("default-src 'none';")
     assert not re.search(r"unsafe-(inline|eval\b(?<!wasm-unsafe-eval))|https?:|\*|'self'|connect-src", policy)
-    running = [text for attributes, text in scripts if attributes.get("type") is None]
+    running = [text for attributes, text in scripts if attributes.get("type") in (None, "module")]
     hashes = {base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in running}
     assert hashes == set(re.findall(r"'sha256-([^']+)'", policy.split("script-src")[1].split(";")[0]))
     ((_, style),) = page.of("style")
@@ -263,25 +263,19 @@ def test_the_bundled_page_is_at_most_1_4_times_the_weights(tmp_path: Path) -> No
     assert (tmp_path / "story.html").stat().st_size <= 1.4 * weights + 300_000
 
 
-def test_modules_import_what_others_export_and_share_no_names() -> None:
-    """The modules become two scripts in one scope, so that names must differ; their imports are for readers."""
-    exported: dict[str, set[str]] = {}
-    names: list[str] = []
-    for path in (*PROGRAM, *PAGE_SCRIPT):
-        text = path.read_text(encoding="utf-8")
-        declared = re.findall(r"^(export )?(?:async )?(?:const|let|function\*?|class) (\w+)", text, re.MULTILINE)
-        exported[path.name] = {name for is_exported, name in declared if is_exported}
-        names += [name for _, name in declared]
-        for imported, source in re.findall(r"^import \{ (.+) \} from '(.+)';$", text, re.MULTILINE):
-            assert (path.parent / source).resolve() in (*PROGRAM, *PAGE_SCRIPT)
-            assert set(imported.split(", ")) <= exported[Path(source).name], path
-        assert text.count("import ") == len(re.findall(r"^import \{ ", text, re.MULTILINE)), path
-    assert sorted(names) == sorted(set(names))
-    assert not re.search(
-        r"\beval\(|new Function|\bfetch\(|XMLHttpRequest|WebSocket|importScripts|innerHTML",
-        "".join(join_modules(paths) for paths in (PROGRAM, PAGE_SCRIPT)),
-    )
-    assert {path.parent for path in PAGE_SCRIPT} == {document.PAGE, SERVER_PAGE}
+def test_modules_import_what_others_export_and_ask_for_nothing() -> None:
+    for entry in (PROGRAM, PAGE_SCRIPT):
+        script = join_modules(PACKAGE, entry)
+        exported = {
+            path: {pair.split(":")[0].strip() for pair in pairs.split(",")}
+            for path, pairs in re.findall(r'^modules\["([^"]+)"\] = \{(.*)\};$', script, re.MULTILINE)
+        }
+        for names, path in re.findall(r'^const \{(.+)\} = modules\["([^"]+)"\];$', script, re.MULTILINE):
+            assert {name.split(":")[0].strip() for name in names.split(",")} <= exported[path], path
+        assert list(exported)[-1] == entry
+        assert not re.search(
+            r"\beval\(|new Function|\bfetch\(|XMLHttpRequest|WebSocket|importScripts|innerHTML", script
+        )
 
 
 NEXT = """

@@ -1,7 +1,6 @@
 """The one file of a page: its parts put together, each at its place, with hashes of everything that may run."""
 
 import base64
-import hashlib
 import html
 import json
 import re
@@ -22,36 +21,16 @@ from tinystories.formats.model_facts import (
     describe_training,
     find_dataset_repo,
 )
+from tinystories.single_page import hash_source, join_modules
 
-PAGE = Path(__file__).parent / "page"
-SERVER_PAGE = Path(tinystories.__file__).parent / "serve" / "page"  # whose style and texts this page shares
-# The files of a script, each after those it imports from.
-PROGRAM = [
-    PAGE / f"{name}.js"
-    for name in ("numbers", "kernels", "random", "sampling", "engine", "tokenizer", "story", "worker")
-]
-SHARED = [SERVER_PAGE / f"{name}.js" for name in ("texts", "fragment", "shared")]
-PAGE_SCRIPT = [*SHARED, PAGE / "next.js", PAGE / "page.js"]
+PACKAGE = Path(tinystories.__file__).parent
+PAGE = PACKAGE / "formats" / "html" / "page"
+SERVER_PAGE = PACKAGE / "serve" / "page"  # whose style, texts and sampling this page shares
+PROGRAM, PAGE_SCRIPT = "formats/html/page/worker.js", "formats/html/page/page.js"  # what the two scripts begin with
 STYLE = [SERVER_PAGE / "style.css", PAGE / "page.css"]
 CHUNK_BYTES = 3 << 20  # of weights in one element; a multiple of 3, so that its base64 needs no padding
 DEFAULT_TITLE = "The storyteller"
 LICENSE_LINE = re.compile(r"\A---\n(?:.*\n)*?license:[ \t]*([^\n]+)\n(?:.*\n)*?---\n")
-
-
-def join_modules(paths: list[Path]) -> str:
-    """Return JavaScript modules as one script: without `import` lines, and without `export` before a declaration."""
-    text = "\n".join(path.read_text(encoding="utf-8") for path in paths)
-    text = re.sub(r"^import .*;\n", "", text, flags=re.MULTILINE)
-    script = "'use strict';\n" + re.sub(
-        r"^export (?=const|function|class|async function)", "", text, flags=re.MULTILINE
-    )
-    assert not re.search(r"</script|<!--|^(?:import|export)\b", script, re.MULTILINE | re.IGNORECASE)
-    return script
-
-
-def hash_source(text: str) -> str:
-    """Return the source expression of an inline script or style in a content security policy."""
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 def build_policy(scripts: list[str], style: str) -> str:
@@ -66,7 +45,7 @@ def build_policy(scripts: list[str], style: str) -> str:
 def write_document(path: Path, model: ModelBundle, header: dict[str, Any], weights: bytearray) -> None:
     """Write the page with a model: `header` and `weights` as `model_data` makes them."""
     title, style = model.title or DEFAULT_TITLE, "\n".join(file.read_text(encoding="utf-8") for file in STYLE)
-    program, page_script = join_modules(PROGRAM), join_modules(PAGE_SCRIPT)
+    program, page_script = join_modules(PACKAGE, PROGRAM), join_modules(PACKAGE, PAGE_SCRIPT)
     template = (PAGE / "page.html").read_text(encoding="utf-8")
     parts = {
         "policy": build_policy([program, page_script], style),

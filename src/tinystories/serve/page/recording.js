@@ -1,5 +1,5 @@
 // A page that `tinystories lab --out` has written holds answers about one text, and asks no server.
-import { analyze, cutBy, decodeLogits, draw } from './sampling.js';
+import { analyze, cutBy, decodeNext, draw } from './sampling.js';
 
 const element = document.getElementById('recording');
 export const isRecording = element !== null;
@@ -50,8 +50,9 @@ function drawRecorded(data, { ids, seed, index, ...settings }) {
   const { next } = findPath(data, ids) ?? {};
   const u = data.uniforms[seed - data.seed]?.[index];
   if (!next || u === undefined) return undefined;
-  const step = analyze(decodeLogits(next.logits), next.seen, settings);
-  const { id, below } = draw(step.final, u);
+  const { logits, seen } = decodeNext(next);
+  const step = analyze(logits, settings, seen);
+  const { id, below } = draw(step, u);
   const label = next.candidates.find((candidate) => candidate.id === id)?.label ?? `(${id})`;
   return { id, label, u, below, model_prob: step.model[id], final_prob: step.final[id], cut_by: cutBy(step, id) };
 }

@@ -1,6 +1,6 @@
 // The tour: seven questions about the text, each to be guessed before a pane shows the answer.
 import { ask, Failure } from './api.js';
-import { analyze, decodeLogits } from './sampling.js';
+import { analyze, decodeNext } from './sampling.js';
 import { LAB as T } from './texts.js';
 import { bits, percent } from './tokens.js';
 import { html, keep, recall, useEffect, useRef, useState, WRITING } from './ui.js';
@@ -50,9 +50,10 @@ async function askLikeliest({ tokens }) {
 }
 
 async function askTemperature({ tokens, state, model }) {
-  const { candidates, logits, seen } = await askNext(tokens);
+  const answer = await askNext(tokens);
+  const { logits, seen } = decodeNext(answer);
   const temperature = Number(state.temp) || model.sampling.temperature;
-  const shareAt = (value) => analyze(decodeLogits(logits), seen, { ...model.sampling, temperature: value }).final[candidates[0].id];
+  const shareAt = (value) => analyze(logits, { ...model.sampling, temperature: value }, seen).final[answer.candidates[0].id];
   const shares = [shareAt(temperature), shareAt(COLD)];
   const change = Math.sign(Math.round(1000 * (shares[1] - shares[0])));
   const because = R.temperature.because(...shares.map(percent));

@@ -3,7 +3,8 @@
 // This is the CPU engine's int8 arithmetic, bit for bit (docs/cpu-engine.md of the project defines it), one token at a time.
 // Shapes: C = n_embd, H heads of D = head_dim numbers, F = n_ff, V vocabulary. Two architectures: "classic" (LayerNorm,
 // position embeddings, an MLP with ReLU or GELU) and "modern" (RMSNorm, RoPE, SwiGLU; as Llama and Qwen3).
-import { exp, fround, geluErf, geluTanh, relu, roundToHalf, roundToInteger, silu, sum, sumOfSquares } from './numbers.js';
+import { fround, roundToInteger } from '../../../serve/page/float32.js';
+import { exp, geluErf, geluTanh, relu, roundToHalf, silu, sum, sumOfSquares } from './numbers.js';
 import { BLOCK_ROWS, makeKernels } from './kernels.js';
 
 const ALIGNMENT = 64; // bytes
@@ -44,7 +45,7 @@ function planMemory(config, weightBytes) {
 
 // Sinusoids of position * frequency. `fixes` has the few numbers that lie so close to the middle between two 32-bit numbers
 // that another browser's sine might round them to the other one.
-function fillSinusoid(table, nPositions, frequencies, f, fixes) {
+export function fillSinusoid(table, nPositions, frequencies, f, fixes) {
   const width = frequencies.length;
   for (let position = 0; position < nPositions; position++) {
     for (let i = 0; i < width; i++) table[position * width + i] = f(position * frequencies[i]);

@@ -11,7 +11,7 @@
 //   out[s] = q . keys[s] for n keys of D numbers: 8 partial sums over the dimensions, whose halves are added three times.
 // mix(weights, values, out, n, D)
 //   out[d] = sum over s of weights[s] * values[s, d], one position after the other.
-import { fround } from './numbers.js';
+import { fround } from '../../../serve/page/float32.js';
 
 export const BLOCK_ROWS = 16;
 const STEP_BYTES = 64;

@@ -2,7 +2,8 @@
 import { Engine } from './engine.js';
 import { Detokenizer, Tokenizer } from './tokenizer.js';
 import { UniformStream } from './random.js';
-import { SeenIds, explain, sampleToken } from './sampling.js';
+import { SeenIds } from './seen.js';
+import { analyze, cutBy, draw as drawFrom, entropyBits, sampleToken } from '../../../serve/page/sampling.js';
 
 const NOT_FINITE = 'the numbers of this model are damaged';
 
@@ -74,30 +75,29 @@ export class Storyteller {
     const ids = [this.tokenizer.endId, ...this.tokenizer.encode(text), ...appended];
     const logits = this.readContext(this.fit(ids));
     const seen = this.startSeen(settings, ids);
-    const answer = explain(logits, settings, seen.flags);
-    if (!answer) throw new Error(NOT_FINITE);
-    const { model, steps, final } = answer;
+    const step = analyze(logits, settings, seen.flags);
+    if (!step) throw new Error(NOT_FINITE);
+    const { model, final } = step;
     const likeliest = Array.from(model.keys()).sort((a, b) => model[b] - model[a] || a - b).slice(0, top);
     const candidate = (id) => ({
       id,
       label: this.tokenizer.label(id),
       modelProb: model[id],
       finalProb: final[id],
-      cutBy: Object.keys(steps).slice(1).find((name) => steps[name][id] === 0) ?? null,
+      cutBy: cutBy(step, id),
     });
-    const entropy = model.reduce((bits, p) => (p > 0 ? bits - p * Math.log2(p) : bits), 0);
     const result = {
       candidates: [...new Set([...likeliest, this.tokenizer.endId])].map(candidate),
       nKept: final.reduce((n, p) => n + (p > 0), 0),
-      entropy,
+      entropy: entropyBits(model),
       tail: this.decode(appended),
     };
     if (draw) {
       const uniforms = new UniformStream(draw.seed);
       for (let i = 0; i < draw.index; i++) uniforms.next();
       const u = uniforms.next();
-      const id = sampleToken(logits, settings, u, seen.flags);
-      result.drawn = { ...candidate(id), u, below: final.subarray(0, id).reduce((a, b) => a + b, 0) };
+      const { id, below } = drawFrom(step, u);
+      result.drawn = { ...candidate(id), u, below };
     }
     return result;
   }

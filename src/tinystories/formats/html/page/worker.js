@@ -60,4 +60,6 @@ export function runStories(header, chunks, requests, options) {
   });
 }
 
+// The page's other script and Node.js look for this name.
+globalThis.runStories = runStories;
 if (typeof WorkerGlobalScope === 'function' && self instanceof WorkerGlobalScope) serveWorker(self);
