@@ -21,10 +21,10 @@ DESK = {"viewport": {"width": 1200, "height": 800}}
 PICTURES: dict[str, tuple[str, dict[str, Any], str, int]] = {
     "lab-words": ("p=words&c=35", DESK, "aside .choices button >> nth=3", 0),
     "lab-next": ("p=next", DESK, "button.bar >> nth=9", 1420),
-    "lab-attention": ("p=attention&l=3&h=3", DESK, ".arcs path", 0),
+    "lab-attention": ("p=attention&l=4&h=1", DESK, ".arcs path", 0),
     "lab-inside-dark": ("p=inside", DESK | {"color_scheme": "dark"}, ".chart circle", 0),
     "lab-next-phone": ("p=next", PHONE, "button.bar >> nth=9", 0),
-    "lab-attention-phone": ("p=attention&l=3&h=3", PHONE | {"color_scheme": "dark"}, ".arcs path", 0),
+    "lab-attention-phone": ("p=attention&l=4&h=1", PHONE | {"color_scheme": "dark"}, ".arcs path", 0),
     "lab-tour": ("", DESK | {"viewport": {"width": 1200, "height": 540}}, ".guesses button", 0),
 }
 
