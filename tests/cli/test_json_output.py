@@ -39,7 +39,10 @@ CALLS = {
 
 
 def commands_with_json(group: click.Group, prefix: str = "") -> Iterator[str]:
-    for name, command in group.commands.items():
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        assert command is not None
         if isinstance(command, click.Group):
             yield from commands_with_json(command, f"{prefix}{name} ")
         elif any("--json" in option.opts for option in command.params):
