@@ -227,6 +227,18 @@ class Running:
 Serve = Callable[..., contextlib.AbstractContextManager[Running]]
 
 
+def post(running: Running, path: str, **fields: object) -> Any:
+    """Return the answer to a request that succeeds."""
+    status, answer, _ = running.client.request("POST", path, fields)
+    assert status == 200, answer
+    return answer
+
+
+def post_to_lab(running: Running, name: str, **fields: object) -> Any:
+    """Return the answer of an endpoint of the lab."""
+    return post(running, f"/lab/api/{name}", **fields)
+
+
 @contextlib.contextmanager
 def serving(engine: Engine, model: ServedModel, **settings: Any) -> Iterator[Running]:
     """Run a server on a free port inside the block."""

@@ -3,11 +3,10 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from serve_helpers import Running, Serve
+from serve_helpers import Running, Serve, post_to_lab
 
 import tinystories
 from tinystories.data import gpt2_cache
@@ -33,14 +32,8 @@ def storyteller(model_folder: Path) -> tinystories.Storyteller:
     return tinystories.load(model_folder, engine="cpu", precision="fp32", threads=1)
 
 
-def post(running: Running, name: str, **fields: object) -> Any:
-    status, answer, _ = running.client.request("POST", f"/lab/api/{name}", fields)
-    assert status == 200, answer
-    return answer
-
-
 def test_two_texts_side_by_side(server: Running, storyteller: tinystories.Storyteller) -> None:
-    answer = post(server, "compare", a={"text": BOY}, b={"text": GIRL}, top=6)
+    answer = post_to_lab(server, "compare", a={"text": BOY}, b={"text": GIRL}, top=6)
     assert answer["same_tokens"]
     steps = [storyteller.next_token(text) for text in (BOY, GIRL)]
     best = {token for step in steps for token in np.argsort(-step.model_probs)[:6].tolist()}
@@ -55,7 +48,7 @@ def test_two_texts_side_by_side(server: Running, storyteller: tinystories.Storyt
     )
     assert answer["a"]["text"] == BOY
     assert answer["b"]["next_entropy_bits"] == pytest.approx(steps[1].entropy_bits, abs=1e-3)
-    same = post(server, "compare", a={"text": BOY}, b={"text": BOY})
+    same = post_to_lab(server, "compare", a={"text": BOY}, b={"text": BOY})
     assert same["overlap"] == pytest.approx(1, abs=1e-3)
 
 
@@ -63,7 +56,7 @@ def test_two_texts_side_by_side(server: Running, storyteller: tinystories.Storyt
 def test_two_models_side_by_side(
     server: Running, storyteller: tinystories.Storyteller, trained_run: Path, other: dict[str, object]
 ) -> None:
-    answer = post(server, "compare", a={"text": BOY}, b={"text": BOY} | other)
+    answer = post_to_lab(server, "compare", a={"text": BOY}, b={"text": BOY} | other)
     second = tinystories.load(trained_run, engine="cpu", precision="fp32", threads=1)
     for side, reader in (("a", storyteller), ("b", second)):
         trace = reader.trace(BOY)
@@ -79,14 +72,14 @@ def test_models_with_other_tokens_have_no_common_list(serve_model: Serve) -> Non
 
     with serve_model(precision="fp32", compare_model=BUNDLED_MODEL) as running:
         assert running.client.request("GET", "/lab/api/compare")[1] == {"name": "bundled"}
-        answer = post(running, "compare", a={"text": BOY}, b={"text": BOY, "compare": True})
+        answer = post_to_lab(running, "compare", a={"text": BOY}, b={"text": BOY, "compare": True})
     assert (answer["same_tokens"], answer["next"]) == (False, None)
     assert len(answer["a"]["ids"]) > len(answer["b"]["ids"])
     assert answer["a"]["next"][0][1]
 
 
 def test_a_text_beyond_the_context_and_none_at_all(server: Running) -> None:
-    answer = post(server, "compare", a={"text": BOY * 40}, b={"text": ""})
+    answer = post_to_lab(server, "compare", a={"text": BOY * 40}, b={"text": ""})
     assert answer["a"]["n_dropped"] > 0
     assert len(answer["a"]["surprise_bits"]) == len(answer["a"]["pieces"]) == 96
     assert answer["b"]["surprise_bits"] == [None]
@@ -128,7 +121,7 @@ def test_an_engine_without_weights_is_told_apart(serve_chaotic: Serve) -> None:
     with serve_chaotic() as running:
         for name, fields in (("compare", {"a": {"text": "x"}, "b": {"text": "x"}}), ("quiz", {"item": 0})):
             assert running.client.request("POST", f"/lab/api/{name}", fields)[0] == 501
-        assert post(running, "split", text="The cat")["tokenizers"]
+        assert post_to_lab(running, "split", text="The cat")["tokenizers"]
 
 
 def test_the_quiz_asks_without_its_answers(server: Running) -> None:
@@ -146,7 +139,7 @@ def test_the_quiz_has_the_scores_of_the_tasks(server: Running, storyteller: tiny
     items = [item for _, item in build_quiz()]
     scores = score_items(storyteller.engine, storyteller.tokenizer, items)
     for number in (0, 7, len(items) - 1):
-        answer = post(server, "quiz", item=number)
+        answer = post_to_lab(server, "quiz", item=number)
         assert (answer["answer"], answer["distractor"]) == (items[number].answer, items[number].distractor)
         log_odds = float(scores.in_story[number])
         assert answer["log_odds"] == pytest.approx(log_odds, abs=1e-3)
@@ -157,14 +150,14 @@ def test_the_quiz_has_the_scores_of_the_tasks(server: Running, storyteller: tiny
 
 def test_a_text_is_split_as_each_tokenizer_splits_it(server: Running, storyteller: tinystories.Storyteller) -> None:
     text = "The naïve 🐈 sat.\nUnbelievable!"
-    answer = post(server, "split", text=text, model={"compare": True})
+    answer = post_to_lab(server, "split", text=text, model={"compare": True})
     own, second, *_ = answer["tokenizers"]
     assert own["n_tokens"] == len(storyteller.tokenizer.encode(text)) == second["n_tokens"]
     assert (own["name"], own["vocab_size"], own["n_bytes"]) == ("small", 400, len(text.encode()))
     units = text.encode("utf-16-le")
     parts = [units[2 * piece["start"] : 2 * piece["end"]].decode("utf-16-le") for piece in own["pieces"]]
     assert "".join(parts) == text
-    assert len(post(server, "split", text="a b " * 4000)["tokenizers"][0]["pieces"]) == 4096
+    assert len(post_to_lab(server, "split", text="a b " * 4000)["tokenizers"][0]["pieces"]) == 4096
 
 
 def test_gpt2_is_read_only_from_files_that_are_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from serve_helpers import Client, Running, Serve
+from serve_helpers import Client, Running, Serve, post_to_lab
 
 import tinystories
 from tinystories.serve.lab import traces
@@ -38,12 +38,6 @@ def locked(serve_chaotic: Serve) -> Iterator[Running]:
 @pytest.fixture(scope="module")
 def storyteller(model_folder: Path) -> tinystories.Storyteller:
     return tinystories.load(model_folder, engine="cpu", precision="fp32", threads=1)
-
-
-def post(running: Running, name: str, **fields: object) -> Any:
-    status, answer, _ = running.client.request("POST", f"/lab/api/{name}", fields)
-    assert status == 200, answer
-    return answer
 
 
 def encode(storyteller: tinystories.Storyteller, text: str = TEXT) -> list[int]:
@@ -135,27 +129,27 @@ def test_model(server: Running, storyteller: tinystories.Storyteller) -> None:
 
 def test_tokens_join_to_the_text(server: Running, storyteller: tinystories.Storyteller) -> None:
     text = "The naïve 🐈 sat.\nIt was <|endoftext|> happy."
-    answer = post(server, "tokens", text=text)
+    answer = post_to_lab(server, "tokens", text=text)
     assert answer["ids"] == encode(storyteller, text)
     assert answer["text"] == text
     units = text.encode("utf-16-le")
     parts = [units[2 * piece["start"] : 2 * piece["end"]].decode("utf-16-le") for piece in answer["pieces"]]
     assert "".join(parts) == text
-    appended = post(server, "tokens", text=TEXT, append=[5, 6])
+    appended = post_to_lab(server, "tokens", text=TEXT, append=[5, 6])
     assert appended["ids"] == [*encode(storyteller), 5, 6]
 
 
 def test_a_long_text_keeps_its_end(server: Running, storyteller: tinystories.Storyteller) -> None:
-    answer = post(server, "tokens", text=TEXT * 60)
+    answer = post_to_lab(server, "tokens", text=TEXT * 60)
     n_ctx = storyteller.engine.config.n_ctx
     assert answer["ids"] == encode(storyteller, TEXT * 60)[-n_ctx:]
     assert answer["n_dropped"] == answer["n_tokens"] - n_ctx > 0
-    assert len(post(server, "score", ids=answer["ids"])["ranks"]) == n_ctx
+    assert len(post_to_lab(server, "score", ids=answer["ids"])["ranks"]) == n_ctx
 
 
 def test_score(server: Running, storyteller: tinystories.Storyteller) -> None:
     trace = storyteller.trace(TEXT)
-    answer = post(server, "score", ids=encode(storyteller))
+    answer = post_to_lab(server, "score", ids=encode(storyteller))
     np.testing.assert_allclose(answer["surprise_bits"][1:], trace.surprise_bits[1:], atol=1e-4)
     assert answer["surprise_bits"][0] is None
     assert answer["ranks"] == trace.ranks.tolist()
@@ -167,7 +161,7 @@ def test_score(server: Running, storyteller: tinystories.Storyteller) -> None:
 
 def test_next(server: Running, storyteller: tinystories.Storyteller) -> None:
     settings = {"temperature": 0.7, "top_k": 30, "top_p": 0.8, "min_p": 0.01, "repetition_penalty": 1.5}
-    answer = post(server, "next", ids=encode(storyteller), top=20, **settings)
+    answer = post_to_lab(server, "next", ids=encode(storyteller), top=20, **settings)
     step = storyteller.next_token(TEXT, **settings)
     for candidate in answer["candidates"]:
         assert candidate["model_prob"] == pytest.approx(float(step.model_probs[candidate["id"]]), abs=1e-5)
@@ -180,13 +174,13 @@ def test_next(server: Running, storyteller: tinystories.Storyteller) -> None:
 def test_next_sends_what_the_page_needs_to_apply_other_settings(
     server: Running, storyteller: tinystories.Storyteller
 ) -> None:
-    answer = post(server, "next", ids=encode(storyteller), logits=True)
+    answer = post_to_lab(server, "next", ids=encode(storyteller), logits=True)
     trace = storyteller.trace(TEXT)
     logits = np.frombuffer(base64.b64decode(answer["logits"]), "<f4")
     np.testing.assert_allclose(logits, trace.logits()[-1], atol=1e-4)
     seen = set(storyteller.tokenizer.encode(TEXT))
     assert set(answer["seen"]) == seen
-    assert "logits" not in post(server, "next", ids=encode(storyteller))
+    assert "logits" not in post_to_lab(server, "next", ids=encode(storyteller))
 
 
 def test_drawing_with_a_seed_tells_the_story_of_that_seed(
@@ -194,7 +188,7 @@ def test_drawing_with_a_seed_tells_the_story_of_that_seed(
 ) -> None:
     ids = encode(storyteller)
     for index in range(6):
-        step = post(server, "step", ids=ids, seed=7, index=index)
+        step = post_to_lab(server, "step", ids=ids, seed=7, index=index)
         assert step["below"] <= step["u"] + 1e-6
         assert step["u"] <= step["below"] + step["final_prob"] + 1e-6
         ids.append(step["id"])
@@ -206,19 +200,19 @@ def test_attention(server: Running, storyteller: tinystories.Storyteller) -> Non
     trace = storyteller.trace(TEXT)
     n = len(trace.ids)
     rows, columns = np.tril_indices(n)
-    data = post(server, "attention", ids=encode(storyteller), layer=1)
+    data = post_to_lab(server, "attention", ids=encode(storyteller), layer=1)
     assert struct.unpack("<III", data[:12]) == (1, 4, n)
     assert data[12:] == trace.attention_bytes(1)[:, rows, columns].tobytes()
-    one = post(server, "attention", ids=encode(storyteller), layer=1, head=2)
+    one = post_to_lab(server, "attention", ids=encode(storyteller), layer=1, head=2)
     assert one[12:] == trace.attention_bytes(1)[2, rows, columns].tobytes()
-    all_heads = post(server, "attention", ids=encode(storyteller))
+    all_heads = post_to_lab(server, "attention", ids=encode(storyteller))
     assert struct.unpack("<III", all_heads[:12]) == (2, 8, n)
     assert all_heads[12:] == np.concatenate([trace.attention_bytes(0), trace.attention_bytes(1)]).tobytes()
 
 
 def test_thumbnails_of_a_long_text_are_bounded(server: Running, storyteller: tinystories.Storyteller) -> None:
     ids = encode(storyteller, TEXT * 60)[-96:]
-    data = post(server, "attention", ids=ids)
+    data = post_to_lab(server, "attention", ids=ids)
     trace = storyteller.trace(ids)
     assert struct.unpack("<III", data[:12]) == (2, 8, 48)
     blocks = trace.attention_bytes(0)[0].reshape(48, 2, 48, 2).max(axis=(1, 3))
@@ -227,7 +221,7 @@ def test_thumbnails_of_a_long_text_are_bounded(server: Running, storyteller: tin
 
 def test_heads(server: Running, storyteller: tinystories.Storyteller) -> None:
     trace = storyteller.trace(TEXT)
-    answer = post(server, "heads", ids=encode(storyteller))
+    answer = post_to_lab(server, "heads", ids=encode(storyteller))
     probs, n = trace.attention[1, 2], len(trace.ids)
     expected = {
         "first": np.mean([probs[i, 0] for i in range(2, n)]),
@@ -240,7 +234,7 @@ def test_heads(server: Running, storyteller: tinystories.Storyteller) -> None:
 
 def test_lens(server: Running, storyteller: tinystories.Storyteller) -> None:
     lens = storyteller.trace(TEXT).logit_lens(top=3, positions=range(2, 7))
-    answer = post(server, "lens", ids=encode(storyteller), start=2, stop=7, top=3)
+    answer = post_to_lab(server, "lens", ids=encode(storyteller), start=2, stop=7, top=3)
     assert answer["stages"] == ["embedding", "layer 0", "layer 1"]
     assert [[[token for token, _ in cell] for cell in row] for row in answer["top"]] == lens.top_ids.tolist()
     assert answer["final_ranks"] == lens.final_ranks.tolist()
@@ -250,7 +244,7 @@ def test_lens(server: Running, storyteller: tinystories.Storyteller) -> None:
 def test_ablate(server: Running, storyteller: tinystories.Storyteller) -> None:
     trace = storyteller.trace(TEXT)
     ablated = trace.ablate([(0, 1), (1, 3)])
-    answer = post(server, "ablate", ids=encode(storyteller), heads=[[0, 1], [1, 3]])
+    answer = post_to_lab(server, "ablate", ids=encode(storyteller), heads=[[0, 1], [1, 3]])
     assert answer["mean_bits"] == pytest.approx(trace.mean_bits, abs=1e-4)
     assert answer["ablated_mean_bits"] == pytest.approx(ablated.mean_bits, abs=1e-4)
     assert answer["ablated_top"][0][0] == ablated.predictions.top_ids[0, -1, 0]
@@ -292,11 +286,11 @@ def test_what_is_out_of_range_is_refused(server: Running, name: str, fields: dic
 
 
 def test_one_token_alone_has_answers_too(server: Running) -> None:
-    assert post(server, "score", ids=[1])["surprise_bits"] == [None]
-    assert post(server, "heads", ids=[1])["first"] == []
-    assert post(server, "ablate", ids=[1], heads=[[0, 0]])["mean_bits"] is None
-    assert len(post(server, "attention", ids=[1])) == 12 + 8
-    assert post(server, "tokens", text="")["text"] == ""
+    assert post_to_lab(server, "score", ids=[1])["surprise_bits"] == [None]
+    assert post_to_lab(server, "heads", ids=[1])["first"] == []
+    assert post_to_lab(server, "ablate", ids=[1], heads=[[0, 0]])["mean_bits"] is None
+    assert len(post_to_lab(server, "attention", ids=[1])) == 12 + 8
+    assert post_to_lab(server, "tokens", text="")["text"] == ""
 
 
 def test_other_origins_and_forms_are_refused(server: Running) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from serve_helpers import GatedEngine, Running, wait_until
+from serve_helpers import GatedEngine, Running, post, wait_until
 
 import tinystories.cli.write.serve as serve_command
 from tinystories.checkpoint import BUNDLED_MODEL
@@ -31,12 +31,6 @@ from tinystories.serve.settings import ServerConfig, read_keys
 from tinystories.serve.slots import SlotCache
 
 Serve = Callable[..., contextlib.AbstractContextManager[Running]]
-
-
-def post(running: Running, path: str, **fields: object) -> Any:
-    status, answer, _ = running.client.request("POST", path, fields)
-    assert status == 200, answer
-    return answer
 
 
 def engine_of(running: Running) -> GatedEngine:
