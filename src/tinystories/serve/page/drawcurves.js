@@ -39,8 +39,8 @@ function drawChart({ lines, xLabel, yLabel, title }, left, top, width, height) {
   const [right, bottom] = [left + width, top + height];
   const frame = [title && text(left, top - 10, clip(title, width, 12), SMALL), make('path', { d: `M${left} ${top}V${bottom}H${right}`, fill: 'none', stroke: SOFT })];
   if (!known.length) return frame;
-  const x = makeScale(known.map(([value]) => value), [left, right], Math.max(2, Math.floor(width / 90)));
-  const y = makeScale(known.map(([, value]) => value), [bottom - 6, top + 6], Math.max(2, Math.floor(height / 45)));
+  const x = makeScale(known.map(([value]) => value), [left, right], Math.max(4, Math.floor(width / 90)));
+  const y = makeScale(known.map(([, value]) => value), [bottom - 6, top + 6], Math.max(4, Math.floor(height / 45)));
   return [frame,
     y.ticks.map((value) => [make('line', { x1: left, x2: right, y1: round(y.place(value)), y2: round(y.place(value)), stroke: LINE }),
       text(left - 6, y.place(value) + 4, axisText(value), { ...SMALL, text_anchor: 'end' })]),

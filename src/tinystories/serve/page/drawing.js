@@ -1,6 +1,6 @@
 // The figures about one text as SVG files.
 import { drawBytes, scale, shade } from './colors.js';
-import { ACCENT, box, chip, escape, LINE, make, MARGIN, round, SHADE, sheet, SOFT, text, WIDTH, wrap } from './paper.js';
+import { ACCENT, box, chip, drawSurprise, escape, LINE, make, MARGIN, round, SHADE, sheet, SOFT, text, WIDTH, wrap } from './paper.js';
 import { percent } from './tokens.js';
 import { isOnPath, linkBetween } from './tree.js';
 
@@ -9,10 +9,7 @@ const MAX_LABELED = 40; // tokens up to which a matrix has labels
 
 // Words: `bits` of each token, null for the first.
 export function drawWords(pieces, bits, maxBits, title) {
-  const [places, height] = wrap(pieces, 50, 44);
-  const parts = places.map((place, i) => (bits[i] === null
-    ? chip(place, {}, { stroke: LINE })
-    : chip(place, shade(bits[i] / maxBits, false)) + text(place.x + place.width / 2, place.y + 34, bits[i].toFixed(1), { font_size: 9, fill: SOFT, text_anchor: 'middle' })));
+  const [parts, height] = drawSurprise(pieces, bits, maxBits, 50);
   return sheet(WIDTH, height + 8, title, parts);
 }
 

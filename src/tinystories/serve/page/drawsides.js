@@ -1,6 +1,5 @@
 // Two sides of an experiment, and the cuts of a tokenizer, as SVG files.
-import { shade } from './colors.js';
-import { box, chip, clip, LINE, MARGIN, SHADE, sheet, SOFT, text, WIDTH, wrap } from './paper.js';
+import { box, chip, clip, drawSurprise, LINE, MARGIN, SHADE, sheet, SOFT, text, WIDTH, wrap } from './paper.js';
 import { sideColors } from './runs.js';
 import { percent } from './tokens.js';
 
@@ -21,16 +20,14 @@ export function drawDuel(rows, names, overlap, difference, title) {
   return sheet(WIDTH, bottom + 34, title, [legend, parts, text(MARGIN, bottom + 18, overlap, { font_size: 12, fill: SOFT })]);
 }
 
-// A text as two models read it: sides {name, pieces, surprise_bits}.
+// A text as two models read it: sides {heading, pieces, surprise_bits}.
 export function drawSides(sides, maxBits, title) {
   let top = 66;
-  const parts = sides.map(({ name, pieces, surprise_bits: bits }) => {
-    const heading = text(MARGIN, top - 12, clip(name, WIDTH - 2 * MARGIN), { font_weight: 'bold' });
-    const [places, height] = wrap(pieces, top, 44);
+  const parts = sides.map(({ heading, pieces, surprise_bits: bits }) => {
+    const [tokens, height] = drawSurprise(pieces, bits, maxBits, top);
+    const part = [text(MARGIN, top - 12, clip(heading, WIDTH - 2 * MARGIN)), tokens];
     top = height + 34;
-    return [heading, places.map((place, i) => (bits[i] === null
-      ? chip(place, {}, { stroke: LINE })
-      : chip(place, shade(bits[i] / maxBits, false)) + text(place.x + place.width / 2, place.y + 34, bits[i].toFixed(1), { font_size: 9, fill: SOFT, text_anchor: 'middle' })))];
+    return part;
   });
   return sheet(WIDTH, top - 24, title, parts);
 }

@@ -105,7 +105,7 @@ function ModelsTab({ state, go, model, fail, attempt, tokens }) {
         <${ShadedChips} side=${data[side]} other=${data.same_tokens ? data[side === 'a' ? 'b' : 'a'] : null} label=${X.chips(data[side].name)}
           onPoint=${(place) => setPointed(place === null ? null : [side, place])} />`)}
       <p class="total" aria-live="polite">${pointed && data[pointed[0]].pieces[pointed[1]] ? X.token(data, ...pointed) : X.pointAt}</p>
-      <${Tools} name="two-models" svg=${() => drawSides([data.a, data.b], MAX_BITS, X.figure)} data=${() => ({ a: listSide(data.a), b: listSide(data.b) })}
+      <${Tools} name="two-models" svg=${() => drawSides([data.a, data.b].map((side, i) => ({ ...side, heading: X.figureSide(i, side) })), MAX_BITS, X.figure)} data=${() => ({ a: listSide(data.a), b: listSide(data.b) })}
         rows=${() => [['model', 'place', 'id', 'token', 'surprise_bits', 'rank'], ...listTokens()]} python=${() => pythonReadings(traces())} /></div>
     ${data.next ? html`<${Duel} rows=${data.next.slice(0, N_ROWS)} names=${[data.a.name, data.b.name]} overlap=${data.overlap} data=${data} traces=${traces} />`
       : html`<div class="card"><h3>${T.experiments.nextTitle}</h3><p class="soft">${X.otherTokens}</p><div class="halves">${['a', 'b'].map((side) => html`<div><h4>${data[side].name}</h4>

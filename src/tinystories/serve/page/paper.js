@@ -1,4 +1,5 @@
 // The paper that figures are drawn on, as SVG: white, with its text as text. Nothing here needs the page.
+import { shade } from './colors.js';
 import { readLabel } from './tokens.js';
 
 export const INK = '#2b2622';
@@ -50,12 +51,12 @@ export function clip(content, width, size = 14) {
   return `${letters.slice(0, low).join('')}…`;
 }
 
-// Where each token of a text is drawn: [{x, y, width, text}] and the height.
-export function wrap(pieces, top, lineHeight) {
+// Where each token of a text is drawn: [{x, y, width, text}] and the height. `least`: width of the narrowest one.
+export function wrap(pieces, top, lineHeight, least = 0) {
   let [x, y] = [MARGIN, top];
   const places = pieces.map(({ label }) => {
     const { text: content, kind } = readLabel(label);
-    const width = measure(content) + 8;
+    const width = Math.max(least, measure(content) + 8);
     if (kind === 'spaced') x += 5;
     if (x + width > WIDTH - MARGIN) [x, y] = [MARGIN, y + lineHeight];
     const place = { x, y, width, text: content };
@@ -67,5 +68,13 @@ export function wrap(pieces, top, lineHeight) {
 }
 
 export function chip({ x, y, width, text: content }, { background, color } = {}, attributes = {}) {
-  return box(x, y, width, 22, { rx: 4, fill: background ?? 'none', ...attributes }) + text(x + 4, y + 16, content, { fill: color ?? INK });
+  return box(x, y, width, 22, { rx: 4, fill: background ?? 'none', ...attributes }) + text(x + width / 2, y + 16, content, { fill: color ?? INK, text_anchor: 'middle' });
+}
+
+// A text with the surprise of each token below it (null: none): the elements, and the height.
+export function drawSurprise(pieces, bits, maxBits, top) {
+  const [places, height] = wrap(pieces, top, 44, 22); // a number has its place below the narrowest token
+  return [places.map((place, i) => (bits[i] === null
+    ? chip(place, {}, { stroke: LINE })
+    : [chip(place, shade(bits[i] / maxBits, false)), text(place.x + place.width / 2, place.y + 34, bits[i].toFixed(1), { font_size: 9, fill: SOFT, text_anchor: 'middle' })])), height];
 }

@@ -357,6 +357,7 @@ export const LAB = {
       },
       chips: (name) => `The text as ${name} reads it`,
       figure: 'Surprise of each token in bits, as two models read the text',
+      figureSide: (i, side) => `${i ? 'B' : 'A'}: ${side.name}${side.bits_per_byte === null ? '' : `, ${side.bits_per_byte.toFixed(3)} bits per byte`}`,
       elsewhere: (text) => `the other model: ${text}`,
       pointAt: 'Point at a token to see both surprises.',
       token: (data, side, i) => {
