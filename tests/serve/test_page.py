@@ -119,9 +119,7 @@ def list_loaded(document: str, entry: str, *, later: bool = False) -> set[str]:
         ("lab.html", "lab.js", True, 300_000, 115_000),
     ],
 )
-def test_pages_are_small(
-    server: Running, document: str, entry: str, later: bool, n_plain: int, n_sent: int
-) -> None:
+def test_pages_are_small(server: Running, document: str, entry: str, later: bool, n_plain: int, n_sent: int) -> None:
     names = list_loaded(document, entry, later=later)
     sizes = []
     for name in names:

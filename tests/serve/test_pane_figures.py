@@ -13,6 +13,7 @@ import pytest
 from figure_helpers import SVG, save_figure, saved
 from serve_helpers import Running, Serve
 
+from tinystories.checkpoint import BUNDLED_MODEL
 from tinystories.serve.lab.quiz import build_quiz
 from tinystories.serve.lab.runs import parse_samples
 
@@ -26,7 +27,7 @@ Open = Callable[..., Any]
 
 @pytest.fixture(scope="module")
 def folder(model_folder: Path, trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the Python of the figures runs: the served model, a second one, and runs, under the names they are shown by."""
+    """Where the Python of the figures runs: the served model, another one, and runs, under the names shown."""
     root = tmp_path_factory.mktemp("figures")
     shutil.copytree(model_folder, root / "model")
     for name in ("first", "second"):
@@ -62,7 +63,7 @@ def open_figure(
         page.goto("about:blank")  # Training would go on asking
 
 
-def test_curves(open_figure: Callable[..., Any], folder: Path, tmp_path: Path) -> None:
+def test_curves(open_figure: Callable[..., Any], tmp_path: Path) -> None:
     page = open_figure("p=training&run=first&with=second&y=bits&x=tokens")
     numbers, rows, python = save_figure(page, "curves", tmp_path)
     assert [run["run"] for run in numbers] == ["first", "second"]
@@ -70,7 +71,7 @@ def test_curves(open_figure: Callable[..., Any], folder: Path, tmp_path: Path) -
         assert path == f"runs/{run['run']}"
         train = [record for record in records if "loss" in record]
         evaluations = [record for record in records if record.get("evaluated") and not record.get("final")]
-        for shown, record in [*zip(run["training"], train, strict=True), *zip(run["evaluations"], evaluations, strict=True)]:
+        for shown, record in zip([*run["training"], *run["evaluations"]], [*train, *evaluations], strict=True):
             assert {name: shown[name] for name in shown.keys() & record.keys()}.items() <= record.items()
     header, *lines = rows
     for run in numbers:
@@ -106,7 +107,8 @@ def test_a_text_at_checkpoints(open_figure: Callable[..., Any], tmp_path: Path) 
     assert (numbers["run"], numbers["step"], numbers["text"]) == ("first", 4, TEXT)
     assert numbers["bits_per_byte"] == pytest.approx(trace.bits_per_byte, abs=1e-3)
     assert [row["id"] for row in numbers["tokens"]] == trace.ids.tolist()
-    np.testing.assert_allclose([row["surprise_bits"] for row in numbers["tokens"][1:]], trace.surprise_bits[1:], atol=1e-3)
+    bits = [row["surprise_bits"] for row in numbers["tokens"][1:]]
+    np.testing.assert_allclose(bits, trace.surprise_bits[1:], atol=1e-3)
     candidates = python["storyteller"].next_token(trace).candidates(5)[:5]  # and END
     assert [row["id"] for row in numbers["next"]] == [candidate.id for candidate in candidates]
     probs = [row["probability"] for row in numbers["next"]]
@@ -134,7 +136,6 @@ def test_two_texts(open_figure: Callable[..., Any], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("chosen", ["m2=run+second&m2s=4", "m2=run+second", "m2=compare"])
 def test_two_models(open_figure: Callable[..., Any], tmp_path: Path, chosen: str) -> None:
-    """The served model has other tokens than the runs."""
     page = open_figure(f"p=experiments&e=models&{chosen}")
     numbers, rows, python = save_figure(page, "two-models", tmp_path)
     traces = python["traces"]
@@ -143,11 +144,29 @@ def test_two_models(open_figure: Callable[..., Any], tmp_path: Path, chosen: str
         assert numbers[side]["bits_per_byte"] == pytest.approx(trace.bits_per_byte, abs=1e-3)
         bits = [row["surprise_bits"] for row in numbers[side]["tokens"][1:]]
         np.testing.assert_allclose(bits, trace.surprise_bits[1:], atol=1e-3)
-    name = "two-sides"
-    numbers, _, python = save_figure(page, name, tmp_path)
+    numbers, _, python = save_figure(page, "two-sides", tmp_path)
     for row in numbers["next"]:
         assert row["a"] == pytest.approx(float(python["a"][row["id"]]), abs=1e-5)
         assert row["b"] == pytest.approx(float(python["b"][row["id"]]), abs=1e-5)
+
+
+def test_two_models_with_other_tokens(
+    serve_model: Serve, folder: Path, open_page: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not (folder / "bundled").exists():
+        shutil.copytree(BUNDLED_MODEL, folder / "bundled")  # has int8 weights only
+    monkeypatch.chdir(folder)
+    with serve_model(precision="fp32", folder=folder / "model", compare_model=folder / "bundled") as running:
+        page = open_page(running, f"/lab#p=experiments&e=models&m2=compare&t={quote_plus(TEXT)}", permissions=CLIPBOARD)
+        numbers, rows, python = save_figure(page, "next-of-each", tmp_path, has_picture=False)
+        assert len(rows) == 1 + 2 * 10
+        for side, trace in zip(("a", "b"), python["traces"], strict=True):
+            candidates = python["storyteller"].next_token(trace).candidates(10)[:10]
+            assert [row["id"] for row in numbers[side]["next"]] == [candidate.id for candidate in candidates]
+            probs = [row["probability"] for row in numbers[side]["next"]]
+            np.testing.assert_allclose(probs, [candidate.model_prob for candidate in candidates], atol=1e-5)
+            assert all(f" {candidate.model_prob}\n" in python["printed"] for candidate in candidates)
+        page.goto("about:blank")
 
 
 def test_a_text_beyond_the_context_is_made_again_from_where_it_was_cut(

@@ -17,10 +17,11 @@ function Storyteller() {
   const [problem, setProblem] = useState(null);
   const [notice, setNotice] = useState('');
   const running = useRef(null);
+  const newest = useRef(null); // what `running` was last, also when it has ended
 
   async function start(changes = {}) {
     running.current?.abort();
-    const abort = (running.current = new AbortController());
+    const abort = (newest.current = running.current = new AbortController());
     const now = { ...wish, seed: newSeed(), ...changes };
     setWish(now);
     setProblem(null);
@@ -32,7 +33,7 @@ function Storyteller() {
     setGiven(beginning.length);
     setSpoken('');
     const url = await makeFragment({ b: beginning, len: now.length, bold: now.boldness, s: now.seed });
-    if (running.current && running.current !== abort) return; // a newer story has begun
+    if (newest.current !== abort) return; // another story has begun meanwhile
     history.replaceState(null, '', url);
     const request = { prompt: beginning, seed: now.seed, temperature: BOLDNESS[now.boldness], max_tokens: MAX_TOKENS };
     try {
