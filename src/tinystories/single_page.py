@@ -28,8 +28,8 @@ def hash_source(text: str) -> str:
 def join_modules(root: Path, entry: str) -> str:
     """Return a module below a folder, and all that it imports, as one script: a function for each, in order of use.
 
-    `entry` is its path below `root`, as are the names of all modules in the script's table `modules`. The script runs
-    as a module, as a classic script and in a worker.
+    What it imports later, by `import()`, is in the script, too. `entry` is its path below `root`, as are the names of
+    all modules in the script's table `modules`. The script runs as a module, as a classic script and in a worker.
     """
     parts: dict[str, str] = {}
 

@@ -60,10 +60,10 @@ export function QuizTab({ state, go, model, fail, attempt, latest }) {
     <div aria-live="polite">${isAnswered && truth && html`<p><b>${isReaderRight ? Q.youRight : Q.youWrong(truth.answer)}</b></p>
       <p><b>${truth.is_model_right ? Q.modelRight : Q.modelWrong}</b> ${Q.modelSays(truth.answer, percent(truth.prob), truth.distractor, percent(1 - truth.prob))}</p>
       <p class="soft">${Q.alone(truth.answer, percent(truth.prob_alone))}</p>`}</div>
-    ${isAnswered && truth && html`<${Tools} name=${`question-${number + 1}`} data=${() => ({ question: number + 1, task: item.task, ...truth, is_reader_right: Boolean(isReaderRight) })}
-      rows=${() => [['question', 'is_reader_right', 'is_model_right'], ...[...results].map((digit, i) => [i + 1, ...[1, 2].map((bit) => Boolean(Number(digit) & bit))])]}
-      python=${() => pythonQuiz(model, item, truth)} />`}
     ${isAnswered && html`<div class="row"><button type="button" class="primary" ref=${next} onClick=${advance}>${number + 1 < items.length ? Q.next : Q.finish}</button>
       <button type="button" onClick=${restart}>${Q.restart}</button></div>`}
-    ${score}</div>`;
+    ${score}
+    ${isAnswered && truth && html`<${Tools} name=${`question-${number + 1}`} data=${() => ({ question: number + 1, task: item.task, ...truth, is_reader_right: Boolean(isReaderRight) })}
+      rows=${() => [['question', 'is_reader_right', 'is_model_right'], ...[...results].map((digit, i) => [i + 1, ...[1, 2].map((bit) => Boolean(Number(digit) & bit))])]}
+      python=${() => pythonQuiz(model, item, truth)} />`}</div>`;
 }
