@@ -22,14 +22,19 @@ const LATER = {
 const URL_DELAY_MS = 250; // browsers take few changes of the URL in a second, and typing makes many
 const RECORDED = ['words', 'next', 'attention', 'inside']; // panes that a recording has answers for
 
-// The component of this name in LATER, once it is loaded; null before, and for no name.
-function useLater(name, attempt, fail) {
+// What has this name in LATER: [component, failure], null before it is loaded and for no name.
+function useLater(name, attempt) {
   const [loaded, setLoaded] = useState({});
+  const [failure, setFailure] = useState(null);
   useEffect(() => {
-    if (!name || loaded[name]) return;
-    LATER[name]().then((component) => setLoaded((before) => ({ ...before, [name]: component })), (error) => fail(new Failure('gone', error.message)));
+    setFailure(null);
+    if (!name || loaded[name]) return undefined;
+    let isLate = false;
+    LATER[name]().then((component) => setLoaded((before) => ({ ...before, [name]: component })),
+      (error) => isLate || setFailure(new Failure('gone', error.message)));
+    return () => { isLate = true; };
   }, [name, attempt]);
-  return (name && loaded[name]) ?? null;
+  return [(name && loaded[name]) ?? null, failure];
 }
 
 function Lab() {
@@ -123,9 +128,10 @@ function Lab() {
   // Whether token `i` is in the newest text, too: while somebody types, what is shown is the text before.
   const isThere = (i) => isFresh || latest.current.t.startsWith(tokens.text.slice(0, tokens.pieces[i].end));
   const isMissing = isRecording && state && !RECORDED.includes(state.p);
-  const laterPane = useLater(state && !isMissing && state.p in LATER ? state.p : null, attempt, fail);
+  const [laterPane, paneFailure] = useLater(state && !isMissing && state.p in LATER ? state.p : null, attempt);
   const Pane = state && (PANES[state.p] ?? laterPane);
-  const Tour = useLater(isTouring ? 'tour' : null, attempt, fail);
+  const [Tour, tourFailure] = useLater(isTouring ? 'tour' : null, attempt);
+  const trouble = problem ?? paneFailure ?? tourFailure;
   const retry = () => setAttempt((n) => n + 1);
   return html`<div class="lab">
     <header class="top"><h1>${T.title}</h1><nav>
@@ -139,11 +145,11 @@ function Lab() {
         ${T[name].name}<small>${T[name].question}</small></button>`,
     )}</nav>
     <main class="bench">
-      ${problem && (problem.kind === 'key'
+      ${trouble && (trouble.kind === 'key'
         ? html`<${KeyForm} texts=${T} onKey=${(key) => { setKey(key); retry(); }} />`
-        : html`<div class="card notice" role="alert"><span>${T.problems[problem.kind]}
-            ${problem.kind === 'refused' && html` <q>${problem.message}</q>`}</span>
-            ${problem.kind !== 'recorded' && html`<div class="row"><button type="button" onClick=${retry}>${T.tryAgain}</button></div>`}</div>`)}
+        : html`<div class="card notice" role="alert"><span>${T.problems[trouble.kind]}
+            ${trouble.kind === 'refused' && html` <q>${trouble.message}</q>`}</span>
+            ${trouble.kind !== 'recorded' && html`<div class="row"><button type="button" onClick=${retry}>${T.tryAgain}</button></div>`}</div>`)}
       ${state && html`<div><label class="soft" for="text">${T.text}</label>
         <textarea id="text" rows="2" readonly=${isRecording} value=${tokens && append.length ? tokens.text : state.t} spellcheck="false"
           onInput=${(event) => go({ t: event.target.value, a: '', c: '' }, { replace: true })}></textarea>

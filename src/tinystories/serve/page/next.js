@@ -132,12 +132,13 @@ export function NextPane({ tokens, state, go, model, fail, attempt, latest, tree
   useEffect(() => {
     const onKey = (event) => {
       if (event.target.matches(WRITING) || event.ctrlKey || event.metaKey || event.altKey || document.querySelector('dialog[open]')) return;
-      const now = current.current;
-      if (/^[1-9]$/.test(event.key)) now.act(event.key);
-      else if (event.key === ' ' && !event.target.matches('button, a, summary')) now.act('draw');
-      else if (event.key.toLowerCase() === 'r') now.takeBack();
-      else return;
+      const isDraw = event.key === ' ' && !event.target.matches('button, a, summary');
+      const isRewind = event.key.toLowerCase() === 'r';
+      if (!isDraw && !isRewind && !/^[1-9]$/.test(event.key)) return;
       event.preventDefault();
+      if (event.repeat && queue.current.actions.length) return; // a key that is held down does not outrun the bars
+      if (isRewind) current.current.takeBack();
+      else current.current.act(isDraw ? 'draw' : event.key);
     };
     addEventListener('keydown', onKey);
     return () => {
