@@ -115,6 +115,7 @@ def make_matmul_measurement(options: argparse.Namespace) -> Callable[[str, str],
     """Compile the matmul of this tree and return a function that measures a shape with a number of rows."""
     import numba
 
+    from tinystories.engine.cpu.kernels import matmul
     from tinystories.engine.cpu.kernels.layout import CALL, KINDS, MATRIX, MODEL
     from tinystories.engine.cpu.kernels.matmul import matmul_rows, quantize_rows
     from tinystories.engine.cpu.kernels.memory import make_context
@@ -134,9 +135,22 @@ def make_matmul_measurement(options: argparse.Namespace) -> Callable[[str, str],
         def quantize_x(m, c, ctx):  # type: ignore[no-untyped-def]
             quantize_rows(m, c, base, ctx)
 
+    if hasattr(matmul, "KERNELS"):
+        kernels = matmul.KERNELS[options.precision]
+
+        @numba.njit(error_model="numpy")
+        def make_ctx(c):  # type: ignore[no-untyped-def]
+            return make_context(c, kernels, np.float32(0), 0, 1, 0)
+
+    else:  # until commit e04229a
+
+        @numba.njit(error_model="numpy")
+        def make_ctx(c):  # type: ignore[no-untyped-def]
+            return make_context(c, np.float32(0), 0, 1, 0)
+
     @numba.njit(error_model="numpy")
     def run(m, c, y, n_copies, n_bytes, n_calls):  # type: ignore[no-untyped-def]
-        ctx = make_context(c, np.float32(0), 0, 1, 0)
+        ctx = make_ctx(c)
         quantize_x(m, c, ctx)
         first = m[base + MATRIX.weights]
         for i in range(n_calls):

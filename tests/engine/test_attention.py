@@ -11,7 +11,7 @@ from engines import Build, fp32, opened, saved
 
 from tinystories.config import ModelConfig
 from tinystories.engine.cpu.engine import CpuEngine, CpuKVCache
-from tinystories.engine.cpu.kernels import elementwise
+from tinystories.engine.cpu.kernels import attention_simd, elementwise
 from tinystories.engine.cpu.kernels.lanes import make_elementwise
 
 IDS = np.random.default_rng(5).integers(0, 61, 150).tolist()
@@ -69,11 +69,12 @@ def test_memory_grows_with_what_is_written(build: Build) -> None:
 
 
 def test_quantized_weights_have_a_cache_of_16_bits(build: Build, sample_data: Path, tmp_path: Path) -> None:
-    folder = saved(tmp_path / "model", build(vocab_size=400), sample_data)
+    folder = saved(tmp_path / "model", build(vocab_size=400, n_ctx=32), sample_data)
     n_bytes = {precision: opened(folder, precision).kv_cache.keys.nbytes for precision in ("fp32", "int8", "int4")}
     assert n_bytes["int8"] == n_bytes["int4"] == n_bytes["fp32"] // 2
     config = ModelConfig(vocab_size=61, n_ctx=24, n_layer=2, n_head=4, n_embd=32, n_ff=48)
     assert CpuKVCache(config, 3).keys.nbytes == 4 * 3 * 2 * 24 * 32
+    assert CpuKVCache(config, 3, np.float16).keys.nbytes == 2 * 3 * 2 * 32 * 32  # two blocks of positions
 
 
 def apply(kernel: Any, x: np.ndarray, dtype: type) -> np.ndarray:
@@ -88,7 +89,13 @@ def apply(kernel: Any, x: np.ndarray, dtype: type) -> np.ndarray:
     return y
 
 
-def test_fp16_is_rounded_as_in_numpy() -> None:
+@numba.njit
+def narrow(target: int, source: int, n: int) -> None:
+    attention_simd.narrow_to_f16(source, target, n)
+
+
+@pytest.mark.parametrize("by", ["instructions", "arithmetic"])
+def test_fp16_is_rounded_as_in_numpy(by: str) -> None:
     rng = np.random.default_rng(0)
     every_f16 = np.arange(2**16, dtype=np.uint16).view(np.float16)
     finite = every_f16[np.isfinite(every_f16)].astype(np.float32)
@@ -99,7 +106,11 @@ def test_fp16_is_rounded_as_in_numpy() -> None:
         x = np.concatenate([every_f16.astype(np.float32), between, ties, random, [65519, 65520, 65536, -1e38]])
         x = x.astype(np.float32)
         expected = x.astype(np.float16)
-    result = apply(elementwise.convert_to_f16, x, np.uint16).view(np.float16)
+    if by == "instructions":  # if this processor has them
+        result = np.zeros(len(x), np.float16)
+        narrow(result.ctypes.data, x.ctypes.data, len(x))
+    else:
+        result = apply(make_elementwise(elementwise.to_f16), x, np.uint16).view(np.float16)
     assert (np.isnan(result) == np.isnan(expected)).all()
     is_number = ~np.isnan(expected)
     assert (result.view(np.uint16) == expected.view(np.uint16))[is_number].all()
@@ -113,6 +124,29 @@ def test_fp16_is_widened_exactly_without_instructions_for_it() -> None:
     expected = bits.astype(np.uint16).view(np.float16).astype(np.float32)
     assert (np.isnan(result) == np.isnan(expected)).all()
     assert (result.view(np.uint32) == expected.view(np.uint32))[~np.isnan(expected)].all()
+
+
+def test_the_softmax_is_the_exponentials_and_their_sum_in_sixteen_lanes() -> None:
+    """What is outside the bounds becomes 0, even what is not a number."""
+
+    @numba.njit
+    def run(x: int, n_blocks: int, lo: int, hi: int, maximum: float, scale: float) -> float:
+        return attention_simd.exp_and_sum(x, n_blocks, lo, hi, np.float32(maximum), np.float32(scale))
+
+    rng = np.random.default_rng(3)
+    for lo, hi in [(0, 1), (0, 16), (3, 48), (15, 33), (17, 18), (40, 41)]:
+        x = rng.standard_normal(48).astype(np.float32)
+        maximum = x[lo:hi].max()
+        expected = np.zeros(48, np.float32)
+        expected[lo:hi] = apply(make_elementwise(elementwise.exp), (x[lo:hi] - maximum) * np.float32(0.5), np.float32)
+        x[:lo], x[hi:] = np.nan, np.inf
+        total = run(x.ctypes.data, 3, lo, hi, maximum, 0.5)
+        assert (x == expected).all()
+        lanes = expected.reshape(3, 16)
+        lanes = lanes[0] + lanes[1] + lanes[2]
+        while len(lanes) > 1:
+            lanes = lanes[: len(lanes) // 2] + lanes[len(lanes) // 2 :]
+        assert np.float32(total) == lanes[0]
 
 
 def test_exp_is_accurate_and_passes_nan_on() -> None:

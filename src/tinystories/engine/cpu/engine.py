@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from tinystories.checkpoint import ModelFiles
 from tinystories.config import ModelConfig
+from tinystories.engine.cpu.kernels.layout import KEY_BLOCK
 from tinystories.engine.cpu.runtime import MAX_ROWS, MIN_SHARED_BYTES, KVCacheAddress, Runtime
 from tinystories.engine.cpu.sampler import Sampler
 from tinystories.engine.cpu.thread_pool import count_physical_cores
@@ -30,6 +31,7 @@ from tinystories.engine.protocol import (
 from tinystories.engine.sampling_state import SamplingState
 from tinystories.errors import UserError
 from tinystories.weights.load import dequantize_weights, load_fp32, load_or_quantize
+from tinystories.weights.quantize import round_up
 
 Array = npt.NDArray[Any]
 
@@ -178,7 +180,7 @@ class CpuEngine:
 
 
 class CpuKVCache:
-    """KV cache: keys and values, each (layers, slots, KV heads, S, D) in fp32 or fp16.
+    """KV cache: keys and values in fp32 or fp16, in the layouts of `layout.CallLayout`.
 
     The operating system commits its memory in small pages as they are written, so unused slots and positions cost
     nothing.
@@ -196,7 +198,8 @@ class CpuKVCache:
 
 def kv_bytes(config: ModelConfig, dtype: type) -> int:
     """Return the bytes of the keys, or of the values, of a slot."""
-    return config.n_layer * config.kv_heads * config.n_ctx * config.head_dim * np.dtype(dtype).itemsize
+    n_positions = round_up(config.n_ctx, KEY_BLOCK) if dtype is np.float16 else config.n_ctx
+    return config.n_layer * config.kv_heads * n_positions * config.head_dim * np.dtype(dtype).itemsize
 
 
 def allocate_untouched(n_bytes: int) -> npt.NDArray[np.uint8]:

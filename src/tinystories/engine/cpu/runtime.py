@@ -11,11 +11,11 @@ from tinystories.config import ModelConfig
 from tinystories.engine.cpu import jit
 from tinystories.engine.cpu.kernels.layout import (
     CALL,
+    KEY_BLOCK,
     LAYER,
     MAX_PHASES,
     MODEL,
     PHASES_PER_LAYER,
-    SCORE_CHUNK,
     TILE_ROWS,
 )
 from tinystories.engine.cpu.thread_pool import shared_pool
@@ -31,7 +31,7 @@ MIN_SHARED_BYTES = 20_000_000
 
 
 class KVCacheAddress(NamedTuple):
-    """Where a KV cache is: addresses of its keys and values, each (layers, n_slots, KV heads, S, D) in fp32 or fp16."""
+    """Where a KV cache is: addresses of its keys and values, in the layouts of `CallLayout`."""
 
     keys: int
     values: int
@@ -125,12 +125,14 @@ class Workspace:
             self.allocate(field, (MAX_ROWS, weight_table.padded_out(MODEL.layers + writer)))
         # Scratch of each thread. Its memory map is at `ThreadContext` in kernels/memory.py, where `make_context`
         # computes the same offsets: change both together. Per row: x (4 bytes a column), quantized x (2 bytes a
-        # column), its scale (4 bytes), and for each group the sum and the scale (4 bytes each). n_ctx matters because
-        # attention keeps the weights of whole contexts, and their sums, in x. Rounding up to pages keeps threads off
-        # each other's cache lines.
-        score_floats = TILE_ROWS * (round_up(config.n_ctx, SCORE_CHUNK) + 1)
+        # column), its scale (4 bytes), and for each group the sum and the scale (4 bytes each); then the keys and the
+        # values of a head in fp32. n_ctx matters because attention keeps the weights of whole contexts, and their sums,
+        # in x. Rounding up to pages keeps threads off each other's cache lines.
+        n_positions = round_up(config.n_ctx, KEY_BLOCK)
+        score_floats = TILE_ROWS * (n_positions + 1)
         width = round_up(max(C, attn_width, config.n_ff, -(-score_floats // MAX_ROWS)), GROUP_SIZE)
-        scratch_bytes = round_up(MAX_ROWS * (4 * width + 2 * width + 4 + 2 * 4 * width // GROUP_SIZE), 4096)
+        row_bytes = 4 * width + 2 * width + 4 + 2 * 4 * width // GROUP_SIZE
+        scratch_bytes = round_up(MAX_ROWS * row_bytes + 2 * 4 * n_positions * config.head_dim, 4096)
         self.allocate(CALL.scratch, (n_threads, scratch_bytes), np.uint8)
         self.table[CALL.scratch_stride], self.table[CALL.scratch_width] = scratch_bytes, width
         self.table[CALL.max_rows] = MAX_ROWS

@@ -106,7 +106,6 @@ add_f32 = make_elementwise(add)
 divide_f32 = make_elementwise(lambda x, divisor: x / divisor)
 quantize_i16 = make_elementwise(lambda x, inverse_scale: round_to_int(x, inverse_scale).truncate(I16))
 quantize_i8 = make_elementwise(lambda x, inverse_scale: round_to_int(x, inverse_scale).truncate(I8))
-convert_to_f16 = make_elementwise(to_f16)
 scale_by_weight = make_elementwise(lambda x, weight, scale: x * scale * weight)
 scale_and_shift = make_elementwise(lambda x, weight, bias, mean, scale: (x - mean) * scale * weight + bias)
 rotate_pairs = make_elementwise(lambda x, y, cos, sin: (x * cos - y * sin, y * cos + x * sin))
@@ -114,5 +113,3 @@ multiply_by_silu = make_elementwise(lambda x, gate: x * (gate / (exp(-gate) + 1.
 apply_gelu_tanh = make_elementwise(gelu_tanh)
 apply_gelu_erf = make_elementwise(gelu_erf)
 apply_relu = make_elementwise(lambda x: select(x < 0.0, 0.0, x))
-# e^((x - maximum) scale): the softmax, not yet divided by the sum.
-exp_of_scores = make_elementwise(lambda x, maximum, scale: exp((x - maximum) * scale))

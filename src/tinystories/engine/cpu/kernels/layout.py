@@ -83,8 +83,8 @@ class CallLayout(NamedTuple):
     x: int = 2  # (B, C): the embedded tokens, then the residual stream
     positions: int = 3  # (B,) int64
     slots: int = 4  # (B,) int64
-    keys: int = 5  # KV cache, (layers, slots, KV heads, S, D) in fp32 or fp16
-    values: int = 6
+    keys: int = 5  # KV cache, (layers, slots, KV heads, S, D) in fp32; in fp16 S is rounded up to whole blocks, and
+    values: int = 6  # keys are (layers, slots, KV heads, S / KEY_BLOCK, D, KEY_BLOCK)
     n_slots: int = 7
     logits: int = 8  # (B, padded_out of the LM head)
     q: int = 9
@@ -128,7 +128,7 @@ SAMPLING_BLOCK = 64  # ids that sampling passes over at once; rows of scratch an
 LOGIT_MARGIN = 1e-5
 PHASES_PER_LAYER = 6  # beside these, a call has a phase for the embedding and one for the logits
 TILE_ROWS = 4  # adjacent positions of a slot whose attention uses keys and values while they are in registers
-SCORE_CHUNK = 16  # the scores of a row are padded to a multiple of this
+KEY_BLOCK = 16  # adjacent positions in a block of keys; the scores of a row are padded to whole blocks
 # Bits of `WorkQueueLayout.state`: the next piece, the phase above it, the epoch above both.
 PHASE_SHIFT, EPOCH_SHIFT = 16, 32
 MAX_PIECES, MAX_PHASES, MAX_EPOCHS = 1 << 16, (1 << 16) - 1, 1 << 31

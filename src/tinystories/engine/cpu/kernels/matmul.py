@@ -15,7 +15,8 @@ from tinystories.engine.cpu.kernels.elementwise import (
 )
 from tinystories.engine.cpu.kernels.layout import CALL, MATRIX, MODEL
 from tinystories.engine.cpu.kernels.memory import njit, view_f32, view_i8, view_i16, view_i32
-from tinystories.engine.cpu.kernels.simd import bitcast_f32, make_fp32_kernel, make_int4_kernel
+from tinystories.engine.cpu.kernels.simd import bitcast_f32, make_fp32_kernel
+from tinystories.engine.cpu.kernels.simd_int4 import BLOCK_BYTES, SCALE_BYTES, make_int4_kernel
 from tinystories.engine.cpu.kernels.simd_int8 import STEP_BYTES, int8_row_kernel, make_int8_kernel
 from tinystories.weights.quantize import BLOCK_ROWS, GROUP_SIZE, INT8_BLOCK_ROWS
 
@@ -26,7 +27,8 @@ FP32_BLOCK_ROWS, FP32_GROUP_ROWS = 64, 8
 # Inner loops of the matmuls. The suffix is (weight rows)x(rows of x) that one call multiplies.
 int8_kernel_32x8, int8_kernel_32x4, int8_kernel_32x2 = (make_int8_kernel(n_rows, 2) for n_rows in (8, 4, 2))
 int8_kernel_16x8, int8_kernel_16x4, int8_kernel_16x2 = (make_int8_kernel(n_rows, 1) for n_rows in (8, 4, 2))
-int4_kernel_8x1, int4_kernel_8x4 = make_int4_kernel(1), make_int4_kernel(4)
+int4_kernel_16x8, int4_kernel_16x4 = (make_int4_kernel(n_rows, 2) for n_rows in (8, 4))
+int4_kernel_8x4, int4_kernel_8x1 = (make_int4_kernel(n_rows, 1) for n_rows in (4, 1))
 fp32_kernel_1x1, fp32_kernel_4x1 = make_fp32_kernel(1, 1), make_fp32_kernel(4, 1)
 fp32_kernel_4x2, fp32_kernel_4x4 = make_fp32_kernel(4, 2), make_fp32_kernel(4, 4)
 
@@ -94,12 +96,12 @@ def quantize_row_i16(x, in_features, b, ctx):
 def quantize_row_i8(x, in_features, b, ctx):
     """Quantize a row of floats at x, row b of the input, to 8-bit integers, for int4 weights.
 
-    Each group of GROUP_SIZE columns gets a scale and the sum of its integers; the kernel uses the sum to correct for
-    the offset of 8 in the stored weights.
+    Each group of GROUP_SIZE columns gets a scale, and -8 times the sum of its integers, with which the kernel corrects
+    for the offset of 8 in the stored weights.
     """
     n_groups = (in_features + GROUP_SIZE - 1) // GROUP_SIZE
     quantized = ctx.quantized + GROUP_SIZE * n_groups * b
-    group_sums = view_i32(ctx.group_sums + 4 * n_groups * b, n_groups)
+    offsets = view_i32(ctx.group_offsets + 4 * n_groups * b, n_groups)
     scales = view_f32(ctx.group_scales + 4 * n_groups * b, n_groups)
     for g in range(n_groups):
         n = min(GROUP_SIZE, in_features - g * GROUP_SIZE)
@@ -109,7 +111,7 @@ def quantize_row_i8(x, in_features, b, ctx):
         padding = view_i8(integers + n, GROUP_SIZE - n)
         for j in range(GROUP_SIZE - n):
             padding[j] = 0
-        group_sums[g] = sum_i8(integers, GROUP_SIZE, ())
+        offsets[g] = -8 * sum_i8(integers, GROUP_SIZE, ())
 
 
 @njit
@@ -200,22 +202,37 @@ def matmul_int8(m, base, lo, hi, first_row, n_rows, y_address, ctx):
 @njit
 def matmul_int4(m, base, lo, hi, first_row, n_rows, y_address, ctx):
     """Multiply rows lo..hi-1 of an int4 matrix by rows first_row..n_rows-1 of the quantized x, as in `matmul_rows`."""
-    weights, scales = m[base + MATRIX.weights], m[base + MATRIX.scales]
     n_groups = (m[base + MATRIX.in_features] + GROUP_SIZE - 1) // GROUP_SIZE
-    # Bytes between rows of the quantized x (padded to whole groups), of y, and of the scales and sums of the groups.
+    # Bytes between rows of the quantized x (padded to whole groups), of y, and of the scales and offsets of the groups.
     x_stride, y_stride, g_stride = GROUP_SIZE * n_groups, 4 * m[base + MATRIX.padded_out], 4 * n_groups
-    for i in range(lo, hi, BLOCK_ROWS):
-        w_ptr, w_scales = weights + GROUP_SIZE // 2 * n_groups * i, scales + 2 * n_groups * i
+    i, many = lo, n_rows - first_row >= 4
+    while i < hi:
+        n_blocks, block = 2 if many and i + 2 * BLOCK_ROWS <= hi else 1, i // BLOCK_ROWS * n_groups
+        w, w_scales = m[base + MATRIX.weights] + BLOCK_BYTES * block, m[base + MATRIX.scales] + SCALE_BYTES * block
         b = first_row
         while b < n_rows:
-            x_ptr, y_ptr = ctx.quantized + x_stride * b, y_address + y_stride * b + 4 * i
-            x_scales, x_sums = ctx.group_scales + g_stride * b, ctx.group_sums + g_stride * b
-            if b + 4 <= n_rows:
-                int4_kernel_8x4(w_ptr, x_ptr, x_stride, n_groups, y_ptr, y_stride, w_scales, x_scales, x_sums, g_stride)
+            x, y = ctx.quantized + x_stride * b, y_address + y_stride * b + 4 * i
+            x_scales, x_offsets = ctx.group_scales + g_stride * b, ctx.group_offsets + g_stride * b
+            if b + 4 > n_rows:
+                for k in range(n_blocks):
+                    w_k, scales_k = w + BLOCK_BYTES * n_groups * k, w_scales + SCALE_BYTES * n_groups * k
+                    y_k = y + 4 * BLOCK_ROWS * k
+                    int4_kernel_8x1(
+                        w_k, n_groups, x, x_stride, y_k, y_stride, scales_k, x_scales, x_offsets, g_stride, 1
+                    )
+                b += 1
+            elif n_blocks == 1:
+                n = (n_rows - b) // 4
+                int4_kernel_8x4(w, n_groups, x, x_stride, y, y_stride, w_scales, x_scales, x_offsets, g_stride, n)
+                b += 4 * n
+            elif b + 8 > n_rows:
+                int4_kernel_16x4(w, n_groups, x, x_stride, y, y_stride, w_scales, x_scales, x_offsets, g_stride, 1)
                 b += 4
             else:
-                int4_kernel_8x1(w_ptr, x_ptr, x_stride, n_groups, y_ptr, y_stride, w_scales, x_scales, x_sums, g_stride)
-                b += 1
+                n = (n_rows - b) // 8
+                int4_kernel_16x8(w, n_groups, x, x_stride, y, y_stride, w_scales, x_scales, x_offsets, g_stride, n)
+                b += 8 * n
+        i += n_blocks * BLOCK_ROWS
 
 
 FP32_KERNELS = PrecisionKernels(copy_row_f32, matmul_fp32, BLOCK_ROWS)

@@ -31,14 +31,6 @@ view_i16, view_i8 = make_view(types.int16), make_view(types.int8)
 view_u16, view_u8 = make_view(types.uint16), make_view(types.uint8)
 
 
-@njit
-def fill_zeros(address, n):
-    """Write n zeros (fp32) to an address."""
-    values = view_f32(address, n)
-    for i in range(n):
-        values[i] = 0
-
-
 class ThreadContext(NamedTuple):
     """A piece of a phase, and the scratch (private memory) of the thread that computes it. `make_context` makes it.
 
@@ -49,12 +41,13 @@ class ThreadContext(NamedTuple):
         0                     fp32           R W        x
         4 R W                 int16 or int8  R W        quantized: int16 for int8 weights, int8 for int4 weights
         6 R W                 fp32           R          scales: one per row (int8 weights)
-        6 R W + 4 R           int32          R W / G    group_sums: sum of the quantized values (int4 weights)
+        6 R W + 4 R           int32          R W / G    group_offsets: -8 times the sum of a group (int4 weights)
         6 R W + 4 R + 4 R W/G fp32           R W / G    group_scales: one per group (int4 weights)
+        6 R W + 4 R + 8 R W/G fp32           2 S D      wide_kv: keys and values of a head (fp16 KV cache)
 
-    `Workspace` in runtime.py allocates the memory, R (4 W + 2 W + 4 + 2 * 4 W / G) bytes per thread: change both
-    together. Rows are stored back to back at the width of the current matrix, not at W. `attention` uses `x` for the
-    attention weights of a tile of rows.
+    `Workspace` in runtime.py allocates the memory: change both together. Rows are stored back to back at the width of
+    the current matrix, not at W. `attention` uses `x` for the attention weights of a tile of rows. S is the context,
+    rounded up to whole blocks of keys.
     """
 
     precision: Any  # `matmul.PrecisionKernels`
@@ -64,8 +57,9 @@ class ThreadContext(NamedTuple):
     x: int  # address, as are the following
     quantized: int
     scales: int
-    group_sums: int
+    group_offsets: int
     group_scales: int
+    wide_kv: int
 
 
 @njit
@@ -74,6 +68,8 @@ def make_context(c, precision, eps, piece, n_pieces, thread):
     scratch_base = c[CALL.scratch] + thread * c[CALL.scratch_stride]
     scratch_floats = c[CALL.scratch_width] * c[CALL.max_rows]
     quantized, scales = scratch_base + 4 * scratch_floats, scratch_base + 6 * scratch_floats
-    group_sums = scales + 4 * c[CALL.max_rows]
-    group_scales = group_sums + 4 * scratch_floats // GROUP_SIZE
-    return ThreadContext(precision, piece, n_pieces, eps, scratch_base, quantized, scales, group_sums, group_scales)
+    group_offsets = scales + 4 * c[CALL.max_rows]
+    group_scales = group_offsets + 4 * scratch_floats // GROUP_SIZE
+    wide_kv = group_scales + 4 * scratch_floats // GROUP_SIZE
+    addresses = (scratch_base, quantized, scales, group_offsets, group_scales, wide_kv)
+    return ThreadContext(precision, piece, n_pieces, eps, *addresses)

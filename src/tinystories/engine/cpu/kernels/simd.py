@@ -1,12 +1,11 @@
 """SIMD inner loops of the matmuls as LLVM IR, and other things Numba cannot express: raw pointers and atomics.
 
-LLVM maps the vectors to the instructions of the CPU (`vpmaddwd` on x86, `smlal` on ARM). It does not find `vpmaddubsw`,
-so that one is called by name if the target has AVX2. The layout of quantized matrices is that of `weights.quantize`.
-The loops of int8 matrices are in `simd_int8`.
+LLVM maps the vectors to the instructions of the CPU (`vpmaddwd` on x86, `smlal` on ARM). The loops of quantized
+matrices are in `simd_int8` and `simd_int4`.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -15,8 +14,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
-I8X32, I16X16, I32X16 = ir.VectorType(I8, 32), ir.VectorType(I16, 16), ir.VectorType(I32, 16)
-I32X8, F32X8, I16X8 = (ir.VectorType(kind, 8) for kind in (I32, F32, I16))
+F32X8 = ir.VectorType(F32, 8)
 
 Value = Any  # llvmlite has no type annotations
 Builder = Any
@@ -39,10 +37,10 @@ def load(b: Builder, base: Value, offset: Value, kind: Value, align: int) -> Val
     return b.load(b.inttoptr(b.add(base, offset), kind.as_pointer()), align=align)
 
 
-def prefetch(b: Builder, address: Value) -> None:
+def prefetch(b: Builder, address: Value, *, to_write: bool = False) -> None:
     """Fetch the cache line at an address, which need not be valid."""
     pointer = b.inttoptr(address, I8.as_pointer())
-    flags = [ir.Constant(I32, value) for value in (0, 3, 1)]  # to read; into all caches; data
+    flags = [ir.Constant(I32, value) for value in (int(to_write), 3, 1)]  # into all caches; data
     call_intrinsic(b, "llvm.prefetch.p0", ir.VoidType(), pointer, *flags)
 
 
@@ -65,53 +63,36 @@ def madd_i16(b: Builder, weights: Value, x: Value) -> Value:
     return b.add(first, second)
 
 
-def has_byte_dot(context: Any) -> bool:
-    """Return whether the target multiplies 4 adjacent bytes and adds the products in one instruction (`dot_bytes`)."""
-    if has_feature(context, "avx512vnni") and has_feature(context, "avx512vl"):
-        return True
-    return has_feature(context, "avxvnni") or has_feature(context, "dotprod")
-
-
-def dot_bytes(b: Builder, totals: Value, weights: Value, x: Value) -> Value:
-    """Add to 8 totals the dot products of 4 unsigned bytes, at most 127, with 4 signed bytes each."""
-    if is_x86(b):
-        return call_intrinsic(b, "llvm.x86.avx512.vpdpbusd.256", I32X8, totals, weights, x)
-    halves = []
-    for first in (0, 16):
-        mask = ir.Constant(I32X16, list(range(first, first + 16)))
-        w, values = b.shuffle_vector(weights, weights, mask), b.shuffle_vector(x, x, mask)
-        mask = ir.Constant(ir.VectorType(I32, 4), list(range(first // 4, first // 4 + 4)))
-        half = b.shuffle_vector(totals, totals, mask)
-        halves.append(call_intrinsic(b, "llvm.aarch64.neon.sdot.v4i32.v16i8", half.type, half, w, values))
-    return b.shuffle_vector(*halves, ir.Constant(I32X8, list(range(8))))
-
-
-def maddubs(b: Builder, weights: Value, x: Value, *, avx2: bool) -> Value:
-    """Multiply 32 unsigned by 32 signed bytes and add adjacent products to 16 sums, which must fit 16 bits.
-
-    One instruction with AVX2 (`vpmaddubsw`).
-    """
-    if avx2:
-        return call_intrinsic(b, "llvm.x86.avx2.pmadd.ub.sw", I16X16, weights, x)
-    wide = ir.VectorType(I16, 32)
-    products = b.mul(b.zext(weights, wide), b.sext(x, wide))
-    undefined = ir.Constant(wide, ir.Undefined)
-    even, odd = (ir.Constant(I32X16, list(range(first, 32, 2))) for first in (0, 1))
-    return b.add(b.shuffle_vector(products, undefined, even), b.shuffle_vector(products, undefined, odd))
-
-
-def madd_ones(b: Builder, words: Value, *, avx2: bool) -> Value:
-    """Add adjacent 16-bit integers to 8 32-bit sums."""
-    ones = ir.Constant(I16X16, [1] * 16)
-    if avx2:  # LLVM does not find the instruction by itself
-        return call_intrinsic(b, "llvm.x86.avx2.pmadd.wd", I32X8, words, ones)
-    return madd_i16(b, words, ones)
-
-
 def call_intrinsic(b: Builder, name: str, result: Value, *operands: Value) -> Value:
     """Call an LLVM intrinsic by name; `result` is the type it returns."""
     kind = ir.FunctionType(result, [operand.type for operand in operands])
     return b.call(cgutils.get_or_insert_function(b.module, kind, name), operands)
+
+
+def call_separately(
+    b: Builder,
+    name: str,
+    args: Sequence[Value],
+    result: Value,
+    emit: Callable[[Builder, Sequence[Value]], Value | None],
+) -> Value:
+    """Call a function of its own, which `emit` fills, so that its loops do not share registers with those around it.
+
+    `emit` gets a builder and the arguments, and returns the result (None if `result` is void). A module has one
+    function of a name.
+    """
+    function = b.module.globals.get(name)
+    if function is None:
+        function = ir.Function(b.module, ir.FunctionType(result, [arg.type for arg in args]), name)
+        function.linkage = "internal"
+        function.attributes.add("noinline")
+        inner = ir.IRBuilder(function.append_basic_block())
+        value = emit(inner, function.args)
+        if value is None:
+            inner.ret_void()
+        else:
+            inner.ret(value)
+    return b.call(function, args)
 
 
 def has_feature(context: Any, name: str) -> bool:
@@ -136,63 +117,6 @@ def is_arm64(context: Any) -> bool:
 
 def is_x86(b: Builder) -> bool:
     return "x86" in b.module.triple or "amd64" in b.module.triple
-
-
-def store_f32x8(b: Builder, y: Value, offset: Value, values: Value) -> None:
-    """Store 8 fp32 values at the address y + offset (bytes)."""
-    b.store(values, b.inttoptr(b.add(y, offset), F32X8.as_pointer()), align=4)
-
-
-def make_int4_kernel(n_rows: int) -> Callable[..., None]:
-    """Make the int4 matmul kernel: one block of 8 weight rows times n_rows rows of x.
-
-    It computes y[i, :8] = sum over groups g of scales[g] * x_scales[i, g] * (w[g] . x[i, g] - 8 * x_sums[i, g]) with
-    the stored weights w in 0..15 (value + 8). Arguments, addresses unless noted: block w, quantized x (8 bits), row
-    stride of x (bytes), groups (number), y (fp32), row stride of y (bytes), scales (8 bf16 per group), x_scales (fp32
-    per group), x_sums (int32 per group), row stride of both (bytes).
-    The products of a group are summed in 16 bits without overflow: 15 * 127 * 2 * 8 < 2^15.
-    """
-
-    @intrinsic
-    def kernel(context, w, x, x_stride, n_groups, y, y_stride, scales, x_scales, x_sums, group_stride):  # type: ignore[no-untyped-def]  # noqa: ARG001
-        def codegen(context: Any, b: Builder, _: Any, args: Any) -> Value:
-            weights, x, x_stride, n_groups, y, y_stride, scales, x_scales, x_sums, group_stride = args
-            avx2, byte_dot = has_feature(context, "avx2"), has_byte_dot(context)
-            rows = [b.add(x, b.mul(x_stride, const_i64(i))) for i in range(n_rows)]
-            totals = [cgutils.alloca_once_value(b, ir.Constant(F32X8, None)) for _ in rows]
-            # Per group: load 4 x 32 bytes of weights, multiply the low and the high nibbles by 4 columns of x each.
-            low_nibble_mask, nibble_shift = (ir.Constant(I8X32, [value] * 32) for value in (15, 4))
-            with cgutils.for_range(b, n_groups) as loop:
-                w_offset, x_offset, group_offset = (b.mul(loop.index, const_i64(n)) for n in (128, 32, 4))
-                # The weights are stored plus 8: subtract 8 times the sum of x.
-                offsets = [b.add(b.mul(group_stride, const_i64(i)), group_offset) for i in range(n_rows)]
-                corrections = [b.mul(load(b, x_sums, offset, I32, 4), ir.Constant(I32, -8)) for offset in offsets]
-                totals_32 = [splat(b, correction, I32X8) for correction in corrections]
-                sums_16 = [ir.Constant(I16X16, None) for _ in rows]
-                for step in range(4):
-                    nibbles = load(b, weights, b.add(w_offset, const_i64(32 * step)), I8X32, 1)
-                    for half, w in enumerate((b.and_(nibbles, low_nibble_mask), b.lshr(nibbles, nibble_shift))):
-                        for i, row in enumerate(rows):
-                            offset = b.add(x_offset, const_i64(16 * half + 4 * step))
-                            x_quad = b.bitcast(splat(b, load(b, row, offset, I32, 1), I32X8), I8X32)
-                            if byte_dot:
-                                totals_32[i] = dot_bytes(b, totals_32[i], w, x_quad)
-                            else:
-                                sums_16[i] = b.add(sums_16[i], maddubs(b, w, x_quad, avx2=avx2))
-                scale_bits = b.zext(load(b, scales, b.mul(loop.index, const_i64(16)), I16X8, 2), I32X8)
-                scale = b.bitcast(b.shl(scale_bits, ir.Constant(I32X8, [16] * 8)), F32X8)
-                for i, (pointer, offset) in enumerate(zip(totals, offsets, strict=True)):
-                    group_sum = totals_32[i] if byte_dot else b.add(madd_ones(b, sums_16[i], avx2=avx2), totals_32[i])
-                    combined_scale = b.fmul(scale, splat(b, load(b, x_scales, offset, F32, 4), F32X8))
-                    scaled = b.fmul(b.sitofp(group_sum, F32X8), combined_scale, flags=["contract"])
-                    b.store(b.fadd(b.load(pointer), scaled, flags=["contract"]), pointer)
-            for i, pointer in enumerate(totals):
-                store_f32x8(b, y, b.mul(y_stride, const_i64(i)), b.load(pointer))
-            return context.get_dummy_value()
-
-        return types.void(*[types.int64] * 10), codegen
-
-    return kernel
 
 
 def make_fp32_kernel(n_weights: int, n_rows: int) -> Callable[..., None]:
