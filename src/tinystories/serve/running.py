@@ -25,6 +25,7 @@ class Running:
         self.tokenizer, self.n_ctx = tokenizer, n_ctx
         self.started_at = time.monotonic()
         self.sequence = ActiveSequence(generation.index, generation.request, slot, tokenizer, n_ctx, generation.context)
+        self.has_slot = True
         self.stop_reason: StopReason | None = None
         self.log = None if generation.n_top is None else TokenLog(len(generation.echo))
         # A prompt that is scored is computed from the beginning: the cache has no logits. Otherwise the last id is

@@ -164,6 +164,8 @@ class Scheduler:
             self.tokens_per_s += 0.05 * (n_decoded / seconds - self.tokens_per_s)
 
     def _end_canceled(self) -> None:
+        if not self.canceled:  # needs no lock: what comes just now is for the next round
+            return
         with self.changed:
             canceled, self.canceled = self.canceled, []
         for job, reason in canceled:
@@ -200,7 +202,7 @@ class Scheduler:
         for running in [one for one in self.running if one.needs_prefill]:
             if n_left <= 0:
                 return
-            if running not in self.running:  # another sequence of its job has failed
+            if not running.has_slot:  # another sequence of its job has failed
                 continue
             limit = n_left
             if running.is_scoring:
@@ -244,7 +246,7 @@ class Scheduler:
         tokens = self.sampler.sample_unchecked(adjusted, [one.slot for one in group], u)
         self.metrics.predicted_tokens.inc(len(tokens))
         for row, (running, token) in enumerate(zip(group, tokens, strict=True)):
-            if running not in self.running:
+            if not running.has_slot:
                 continue
             try:
                 if token < 0:
@@ -278,6 +280,7 @@ class Scheduler:
 
     def _release(self, running: Running) -> None:
         self.running.remove(running)
+        running.has_slot = False
         self.slots.give_back(running.slot, running.cached_ids())
 
     def _end_job(self, job: Job, reason: EndReason) -> None:
