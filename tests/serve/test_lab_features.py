@@ -4,6 +4,7 @@ import contextlib
 import csv
 import io
 import json
+import threading
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -345,6 +346,23 @@ def test_every_figure_can_be_saved_and_made_by_python(
     code = page.evaluate("navigator.clipboard.readText()")
     assert tools.locator("pre").inner_text().strip() == code.strip()
     compare(numbers, run_python(code))
+
+
+def test_endings_begin_when_the_drawn_token_is_known(lab_server: Running, open_page: Open) -> None:
+    page = open_page(lab_server, f"/lab#p=next&{HASH}")
+    wait_for_bars(page, TEXT)
+    tell = page.get_by_role("button", name="Tell 8 endings from here")
+    held: list[Any] = []
+    is_open = threading.Event()
+    page.route("**/lab/api/tokens", lambda route: route.continue_() if is_open.is_set() else held.append(route))
+    page.keyboard.press(" ")
+    page.get_by_text("of the line from 0 to 1").wait_for()
+    assert tell.is_disabled()  # endings from the old text would be thrown away with it
+    is_open.set()
+    for route in held:
+        route.continue_()
+    tell.click()  # waits until it is enabled
+    page.locator(".endings details").nth(7).wait_for(timeout=120_000)
 
 
 def test_python_of_endings_tells_them(lab_server: Running, open_page: Open) -> None:

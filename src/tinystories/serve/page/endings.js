@@ -14,8 +14,8 @@ function shorten(text) {
   return words.length <= 36 ? text.trim() : `${words.slice(0, 18).join(' ')} … ${words.slice(-14).join(' ')}`;
 }
 
-// `prompt`: a text or ids; `python(options)`: the lines that tell the same endings.
-export function Endings({ prompt, sampling, seed, isPlain, python, fail }) {
+// `prompt`: a text or ids, which is about to change unless `isFresh`; `python(options)`: the lines that tell the same endings.
+export function Endings({ prompt, isFresh, sampling, seed, isPlain, python, fail }) {
   const [endings, setEndings] = useState([]);
   const [isTelling, setTelling] = useState(false);
   const running = useRef(null);
@@ -62,7 +62,7 @@ export function Endings({ prompt, sampling, seed, isPlain, python, fail }) {
   return html`<div class="card telling"><h3>${E.title}</h3><p class="soft">${E.hint}</p>
     <div class="row">${isTelling
       ? html`<button key="stop" type="button" onClick=${stop}>${E.stop}</button>`
-      : html`<button key="tell" type="button" onClick=${start}>${E.tell}</button>`}
+      : html`<button key="tell" type="button" disabled=${!isFresh} onClick=${start}>${E.tell}</button>`}
       ${firsts.size > 0 && html`<span class="soft">${E.firsts} ${[...firsts].sort((a, b) => b[1] - a[1]).map(([word, n]) => `${word} ${n}×`).join(', ')}</span>`}</div>
     ${endings.length > 0 && html`<ol class="endings">${endings.map((text) => html`<li>${isTelling ? shorten(text) : html`<details><summary>${shorten(text)}</summary>${text}</details>`}</li>`)}</ol>
       <${Tools} name="endings" data=${() => ({ prompt, sampling, seed, endings })} rows=${() => [['ending'], ...endings.map((text) => [text])]}

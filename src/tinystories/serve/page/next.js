@@ -137,7 +137,7 @@ export function NextPane({ tokens, state, go, model, fail, attempt, latest, tree
     ${tree.current.root.children.length > 0 && tree.current.text === state.t && html`<div class="card"><h3>${N.tree}</h3><p class="soft">${N.treeHint}</p>
       <${Tree} tree=${tree.current} current=${appended} label=${N.tree} onGo=${(ids) => go({ a: ids.join(','), c: '' })} />
       <${TreeTools} tree=${tree.current} current=${appended} start=${isFresh ? tokens.ids.slice(0, tokens.ids.length - appended.length) : []} model=${model} /></div>`}
-    <${Endings} prompt=${isPlain ? tokens.text : tokens.ids} sampling=${sampling} seed=${seed} fail=${fail}
+    <${Endings} prompt=${isPlain ? tokens.text : tokens.ids} isFresh=${isFresh} sampling=${sampling} seed=${seed} fail=${fail}
       isPlain=${isPlain && seed === 1 && Object.entries(sampling).every(([name, value]) => value === model.sampling[name])}
       python=${(options) => pythonEndings(pythonLoad(model), tokens.text, options)} />
     <div class="sr-only" aria-live="polite">${spoken}</div>
