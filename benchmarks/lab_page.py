@@ -68,7 +68,7 @@ def main() -> None:
         results: dict[str, list[float]] = {}
         for path in ("/lab", "/"):
             results[f"first paint of {path}"] = [load_page(browser, url + path)[0] for _ in range(options.loads)]
-        n_bytes = load_page(browser, url + "/lab")[1]
+        sizes = {path: load_page(browser, url + path)[1:] for path in ("/lab", "/")}
         text = text_of(options.tokens)
         results["key to bars"], requests = type_keys(browser, url, "next", ".bars", text, options.keys)
         results |= {f"  of it: {name}": times for name, times in requests.items()}
@@ -81,8 +81,12 @@ def main() -> None:
         low, _, high = quantiles(times, n=4)
         budget = f"  (at most {BUDGETS[name]} ms)" if name in BUDGETS else ""
         print(f"{name:28} {median(times):7.1f} ms   {low:.1f} to {high:.1f}{budget}")
-    print(f"{'/lab with all it loads':28} {n_bytes / 1000:7.1f} kB  (at most 250 kB)")
-    print(json.dumps({name.strip(): round(median(times), 1) for name, times in results.items()} | {"bytes": n_bytes}))
+    for path, (n_bytes, n_sent) in sizes.items():
+        print(
+            f"{path + ' with all it loads':28} {n_bytes / 1000:7.1f} kB  (at most 250 kB), {n_sent / 1000:.1f} kB sent"
+        )
+    medians = {name.strip(): round(median(times), 1) for name, times in results.items()}
+    print(json.dumps(medians | {"bytes": sizes["/lab"][0], "bytes_sent": sizes["/lab"][1]}))
 
 
 @contextlib.contextmanager
@@ -108,20 +112,21 @@ def text_of(n_tokens: int) -> str:
     return tokenizer.decode(ids[: n_tokens - 1])
 
 
-def load_page(browser: Any, url: str) -> tuple[float, int]:
-    """First contentful paint (ms) of a page without anything in the cache, and the bytes of all that it loaded."""
+def load_page(browser: Any, url: str) -> tuple[float, int, int]:
+    """First contentful paint (ms) of a page without anything in the cache; bytes of all that it loaded, and as sent."""
     context = browser.new_context()
     page = context.new_page()
     page.goto(url)
     page.locator("h1").wait_for()
     page.wait_for_load_state("networkidle")
-    paint, n_bytes = page.evaluate(
+    paint, n_bytes, n_sent = page.evaluate(
         """() => [performance.getEntriesByName('first-contentful-paint')[0].startTime,
-            [...performance.getEntriesByType('navigation'), ...performance.getEntriesByType('resource')]
-                .filter((one) => !one.name.includes('/lab/api')).reduce((sum, one) => sum + one.decodedBodySize, 0)]"""
+            ...['decodedBodySize', 'encodedBodySize'].map((size) =>
+                [...performance.getEntriesByType('navigation'), ...performance.getEntriesByType('resource')]
+                    .filter((one) => !one.name.includes('/lab/api')).reduce((sum, one) => sum + one[size], 0))]"""
     )
     context.close()
-    return paint, n_bytes
+    return paint, n_bytes, n_sent
 
 
 def open_pane(browser: Any, url: str, pane: str, text: str, selector: str) -> Any:

@@ -23,6 +23,16 @@ def test_each_module_comes_once_and_after_those_that_it_imports(tmp_path: Path) 
     assert script.count("const c = 1;") == 1
 
 
+def test_what_is_imported_later_is_in_the_script_too(tmp_path: Path) -> None:
+    (tmp_path / "a.js").write_text("const load = () => import('./b.js');")
+    (tmp_path / "b.js").write_text("import { c } from './c.js';\nexport const b = c;")
+    (tmp_path / "c.js").write_text("export const c = 1;")
+    script = join_modules(tmp_path, "a.js")
+    places = [script.index(f'modules["{path}"] = ') for path in ("c.js", "b.js", "a.js")]
+    assert places == sorted(places)
+    assert 'const load = () => Promise.resolve(modules["b.js"]);' in script
+
+
 @pytest.mark.parametrize("text", ["</SCRIPT>", "<!--"])
 def test_what_would_end_the_element_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.js").write_text(f"const text = '{text}';")
@@ -39,6 +49,7 @@ def test_what_would_end_the_element_is_refused(tmp_path: Path, text: str) -> Non
         ("export const a = 1;\nexport function b() {}", "const a = 1;\nfunction b() {}"),
         ("export async function* a() {}", "async function* a() {}"),
         ("const a = 1;export{a as b, a};", "const a = 1;"),
+        ("const x = await import('./x.js');", 'const x = await Promise.resolve(modules["sub/x.js"]);'),
         ("export default function () {}", "const default_export = function () {}"),
     ],
 )
@@ -57,7 +68,7 @@ def test_what_is_exported_from_another_module_is_that_of_the_other() -> None:
     assert "from" not in wrapped
 
 
-@pytest.mark.parametrize("source", ["export * from './x.js';", "import './x.js';", "const x = import('./x.js');"])
+@pytest.mark.parametrize("source", ["export * from './x.js';", "import './x.js';", "const x = import(name);"])
 def test_other_forms_of_import_are_refused(source: str) -> None:
     with pytest.raises(AssertionError, match="imports or exports"):
         wrap_module("x.js", source)

@@ -15,6 +15,7 @@ IMPORT = re.compile(r"""\bimport\s*(?:(?P<default>\w+)|\{(?P<names>[^}]*)\})\s*f
 EXPORT_LIST = re.compile(r"""\bexport\s*\{(?P<names>[^}]*)\}(?:\s*from\s*["'](?P<path>[^"']+)["'])?;?""")
 EXPORT_DEFAULT = re.compile(r"\bexport\s+default\s+")
 EXPORT = re.compile(r"^export\s+(?:const|class|(?:async )?function\*?)\s+(?P<name>\w+)", re.MULTILINE)
+IMPORT_LATER = re.compile(r"""\bimport\(["'](?P<path>[^"']+)["']\)""")
 RESIDUE = re.compile(r"^\s*(?:import|export)\b|\bimport\(", re.MULTILINE)
 TAG = re.compile(r"</script|<!--", re.IGNORECASE)  # would end the script element, or change how it ends
 
@@ -27,8 +28,8 @@ def hash_source(text: str) -> str:
 def join_modules(root: Path, entry: str) -> str:
     """Return a module below a folder, and all that it imports, as one script: a function for each, in order of use.
 
-    `entry` is its path below `root`, as are the names of all modules in the script's table `modules`. The script runs
-    as a module, as a classic script and in a worker.
+    What it imports later, by `import()`, is in the script, too. `entry` is its path below `root`, as are the names of
+    all modules in the script's table `modules`. The script runs as a module, as a classic script and in a worker.
     """
     parts: dict[str, str] = {}
 
@@ -37,7 +38,7 @@ def join_modules(root: Path, entry: str) -> str:
             return
         parts[path] = ""  # a cycle would meet the name before its code; the modules have none
         source = (root / path).read_text(encoding="utf-8")
-        for match in (*IMPORT.finditer(source), *EXPORT_LIST.finditer(source)):
+        for match in (*IMPORT.finditer(source), *IMPORT_LATER.finditer(source), *EXPORT_LIST.finditer(source)):
             if match["path"]:
                 add(resolve(path, match["path"]))
         del parts[path]
@@ -62,6 +63,9 @@ def wrap_module(path: str, source: str) -> str:
         names = f"{{ default: {match['default']} }}" if match["default"] else f"{{{rename(match['names'], ': ')}}}"
         return f"const {names} = modules[{json.dumps(resolve(path, match['path']))}];"
 
+    def import_later(match: re.Match[str]) -> str:
+        return f"Promise.resolve(modules[{json.dumps(resolve(path, match['path']))}])"
+
     def export_names(match: re.Match[str]) -> str:
         for item in filter(None, (part.strip() for part in match["names"].split(","))):
             inside, _, outside = item.partition(" as ")
@@ -78,6 +82,7 @@ def wrap_module(path: str, source: str) -> str:
         return "const default_export = "
 
     source = IMPORT.sub(import_names, source)
+    source = IMPORT_LATER.sub(import_later, source)
     source = EXPORT_LIST.sub(export_names, source)
     source = EXPORT_DEFAULT.sub(export_default, source)
     source = EXPORT.sub(export_one, source)

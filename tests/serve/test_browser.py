@@ -91,7 +91,7 @@ def test_a_link_tells_the_same_story(lab_server: Running, open_page: Callable[..
     wait_for_end(second)
     assert story_of(second) == text
     second.get_by_role("button", name="Again").click()
-    wait_until(lambda: second.url != url)
+    wait_for_script(second, "url => location.href !== url", arg=url)
 
 
 def test_the_storyteller_by_keyboard_alone(serve_script: Serve, open_page: Callable[..., Any]) -> None:
@@ -276,8 +276,7 @@ def test_the_lab_by_keyboard_on_phones_in_the_dark_and_with_long_texts(
     page.keyboard.press("Enter")
     ready = {"words": ".total b >> nth=2", "next": ".bars button", "attention": ".thumbs button", "inside": ".lens td"}
     page.locator(ready[pane]).first.wait_for()
-    page.wait_for_timeout(300)
-    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    wait_for_script(page, "document.documentElement.scrollWidth <= innerWidth")
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert all(int(part) < 60 for part in background.removeprefix("rgb(").removesuffix(")").split(","))
     wait_for_script(page, "location.hash.includes('z.')")  # the text is compressed

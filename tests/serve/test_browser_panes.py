@@ -24,6 +24,8 @@ pytestmark = pytest.mark.browser
 KEY = "a-long-enough-key"
 TEXT = "Once upon a time there was a cat."
 EXPERIMENTS = {"prompts": "Two texts", "models": "Two models", "quiz": "Which of two?", "tokens": "Tokenizers"}
+# What shows that a pane or an experiment is complete.
+READY = {"training": ".reading .token", "prompts": ".duel", "models": ".duel", "quiz": ".passage", "tokens": ".piece"}
 PHONE = {"viewport": {"width": 390, "height": 844}, "color_scheme": "dark", "reduced_motion": "reduce"}
 
 
@@ -146,7 +148,7 @@ def test_curves_by_mouse(runs_server: Running, trained_run: Path, open_page: Cal
     scores = [record for record in records if "val_bits_per_byte" in record and not record.get("final")]
     plot = page.locator(".plot").first
     plot.locator("canvas").wait_for()
-    assert plot.get_attribute("data-points") == f"{len(train)},{len(scores)}"
+    wait_until(lambda: plot.get_attribute("data-points") == f"{len(train)},{len(scores)}")
     output = page.locator("output[for=at]")
     assert output.inner_text().startswith(f"step 12: {train[-1]['bits_per_byte']:.3f} bits per byte")
     page.get_by_role("radio", name="loss", exact=True).check()
@@ -225,9 +227,8 @@ def test_training_by_keyboard_alone(runs_server: Running, open_page: Callable[..
 @pytest.mark.parametrize("pane", ["training", *EXPERIMENTS])
 def test_panes_on_phones_in_the_dark(runs_server: Running, open_page: Callable[..., Any], pane: str) -> None:
     path = "/lab#p=training&with=second" if pane == "training" else f"/lab#p=experiments&e={pane}"
-    ready = {"training": ".reading", "prompts": ".duel", "models": ".duel", "quiz": ".passage", "tokens": ".piece"}
     page = open_page(runs_server, path, **PHONE)
-    page.locator(ready[pane]).first.wait_for()
+    page.locator(READY[pane]).first.wait_for()
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     names = page.locator(".rail button").all_inner_texts()
     assert [name.strip() for name in names][-2:] == ["Training", "Experiments"]
@@ -236,7 +237,7 @@ def test_panes_on_phones_in_the_dark(runs_server: Running, open_page: Callable[.
     page.locator(".rail button").first.click()
     page.locator(".total b").first.wait_for()
     page.go_back()
-    page.locator(ready[pane]).first.wait_for()
+    page.locator(READY[pane]).first.wait_for()
 
 
 def test_hostile_and_damaged_runs_are_shown_as_text(
@@ -426,9 +427,10 @@ def test_screen_readers_get_names_and_tables(runs_server: Running, open_page: Ca
     page = open_page(runs_server, "/lab#p=training")
     page.locator(".plot canvas").first.wait_for()
     wait_for_script(page, "document.querySelector('.plot').ariaLabel.includes('points up to step 12')")
-    for path in ("#p=training&with=second", *(f"#p=experiments&e={name}" for name in EXPERIMENTS)):
+    for name, ready in READY.items():
+        path = "#p=training&with=second" if name == "training" else f"#p=experiments&e={name}"
         page.goto(f"http://127.0.0.1:{runs_server.port}/lab{path}")
-        page.locator("section.pane .card").first.wait_for()
+        page.locator(ready).first.wait_for()
         unnamed = page.evaluate(
             """[...document.querySelectorAll('button, input, select, textarea')].filter((e) =>
                 !(e.ariaLabel || e.innerText?.trim() || e.labels?.length)).map((e) => e.outerHTML)"""

@@ -1,17 +1,14 @@
 """The lab in Debian's chromium: sliders, paths, endings, the tour, figures and their Python, a page from disk."""
 
-import contextlib
-import csv
-import io
 import json
 import threading
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from figure_helpers import run_python, save_figure, saved
 from serve_helpers import Running, Serve, Watch, wait_for_script
 
 import tinystories
@@ -27,7 +24,6 @@ pytestmark = pytest.mark.browser
 
 TEXT = 'Lily had a red ball. She said: "Give me the'
 HASH = "t=Lily+had+a+red+ball.+She+said%3A+%22Give+me+the"
-SVG = "{http://www.w3.org/2000/svg}"
 Open = Callable[..., Any]
 
 
@@ -219,23 +215,6 @@ def test_eight_endings_are_those_of_python(
 # ---- Figures
 
 
-@contextlib.contextmanager
-def saved(page: Any, tools: Any, name: str, tmp_path: Path) -> Iterator[Path]:
-    with page.expect_download() as download:
-        tools.get_by_role("button", name=name, exact=True).click()
-    path = tmp_path / download.value.suggested_filename
-    download.value.save_as(path)
-    yield path
-
-
-def run_python(code: str) -> dict[str, Any]:
-    """Run the lines that a figure copies; return their variables."""
-    variables: dict[str, Any] = {}
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        exec(code, variables)  # noqa: S102
-    return variables | {"printed": printed.getvalue()}
-
-
 def compare_words(data: Any, python: dict[str, Any]) -> None:
     np.testing.assert_allclose([row["surprise_bits"] for row in data[1:]], python["trace"].surprise_bits[1:], atol=1e-4)
     assert [row["rank"] for row in data] == python["trace"].ranks.tolist()
@@ -320,32 +299,8 @@ def test_every_figure_can_be_saved_and_made_by_python(
             text += wait_for_bars(page, text).first.locator(".label").inner_text().replace("·", " ")
             page.keyboard.press("1")
         wait_for_bars(page, text)
-    tools = page.locator(f"[data-figure='{name}']")
-    tools.wait_for()
-    has_picture = name != "heads-off"
-    if has_picture:
-        with saved(page, tools, "SVG", tmp_path) as path:
-            root = ElementTree.parse(path).getroot()
-            assert root.tag == f"{SVG}svg"
-            n_texts = len(root.findall(f".//{SVG}text"))
-            assert n_texts >= 5, "the tokens are text"
-            width, height = int(root.attrib["width"]), int(root.attrib["height"])
-        with saved(page, tools, "PNG", tmp_path) as path:
-            data = path.read_bytes()
-            assert data.startswith(b"\x89PNG")
-            assert [int.from_bytes(data[i : i + 4], "big") for i in (16, 20)] == [2 * width, 2 * height]
-            assert len(data) > 3000, "not an empty picture"
-    with saved(page, tools, "CSV", tmp_path) as path:
-        rows = list(csv.reader(io.StringIO(path.read_text(encoding="utf-8"))))
-        assert len(rows) > 2
-        assert {len(row) for row in rows[:2]} == {len(rows[0])}
-    with saved(page, tools, "JSON", tmp_path) as path:
-        numbers = json.loads(path.read_text(encoding="utf-8"))
-    tools.get_by_role("button", name="Copy as Python").click()
-    tools.get_by_text("Copied.").wait_for()
-    code = page.evaluate("navigator.clipboard.readText()")
-    assert tools.locator("pre").inner_text().strip() == code.strip()
-    compare(numbers, run_python(code))
+    numbers, _, variables = save_figure(page, name, tmp_path, has_picture=name != "heads-off")
+    compare(numbers, variables)
 
 
 def test_endings_begin_when_the_drawn_token_is_known(lab_server: Running, open_page: Open) -> None:

@@ -1,6 +1,7 @@
 """The pages and the lab's endpoints: what is served to whom, and that every number is one of the Python API."""
 
 import base64
+import gzip
 import hashlib
 import re
 import struct
@@ -15,7 +16,7 @@ from serve_helpers import Client, Running, Serve, post_to_lab
 
 import tinystories
 from tinystories.serve.lab import traces
-from tinystories.serve.static import MEDIA_TYPES, PAGE, build_page_routes
+from tinystories.serve.static import MEDIA_TYPES, PAGE, StaticFile, build_page_routes
 
 KEY = "a-long-enough-key"
 TEXT = "Once upon a time there was a cat."
@@ -64,7 +65,7 @@ def test_files_load_nothing_from_elsewhere_and_nothing_inline() -> None:
         text = text.removeprefix("/*! https://github.com/leeoniya/uPlot (v1.6.32) */")
         assert not re.search(r"https?://", text), path
         assert not re.search(r"<script(?![^>]*\bsrc=)|<style|\bon\w+=\"|\beval\(|new Function", text), path
-        for name in re.findall(r"(?:from|import) '(\./[^']+)'|(?:src|href)=\"(/page/[^\"]+)\"", text):
+        for name in re.findall(r"(?:from |import |import\()'(\./[^']+)'|(?:src|href)=\"(/page/[^\"]+)\"", text):
             file = path.parent / name[0] if name[0] else PAGE / name[1].removeprefix("/page/")
             assert file.is_file(), f"{path}: {name}"
 
@@ -95,11 +96,101 @@ def test_libraries_are_those_of_the_table() -> None:
         assert hashlib.sha256(original).hexdigest() == published
 
 
-@pytest.mark.parametrize("document", ["index.html", "lab.html"])
-def test_pages_are_small(document: str) -> None:
-    names = re.findall(r'(?:href|src)="/page/([^"]+)"', (PAGE / document).read_text(encoding="utf-8"))
-    assert "vendor/uplot.js" not in names  # comes with the first curve
-    assert sum((PAGE / name).stat().st_size for name in [document, *names]) < 220_000
+def list_loaded(document: str, entry: str, *, later: bool = False) -> set[str]:
+    """The files that a page loads; with `later`, also those of all that can be opened in it."""
+
+    def list_imports(path: str) -> set[str]:
+        text = (PAGE / path).read_text(encoding="utf-8")
+        pattern = r"""(?:from\s*|import\()["']\./([^"']+)["']""" if later else r"""from\s*["']\./([^"']+)["']"""
+        names = {f"{Path(path).parent / name}" for name in re.findall(pattern, text)}
+        return names.union(*(list_imports(name) for name in names))
+
+    text = (PAGE / document).read_text(encoding="utf-8")
+    linked = re.findall(r'(?:href|src)="/page/([^"]+)"', text)
+    return {document, *linked, *list_imports(entry), *(["vendor/uplot.js"] if later and document == "lab.html" else [])}
+
+
+# Bytes of the files, and bytes that travel to a browser. `later`: with every pane, the tour and the curves.
+@pytest.mark.parametrize(
+    ("document", "entry", "later", "n_plain", "n_sent"),
+    [
+        ("index.html", "story.js", False, 100_000, 37_000),
+        ("lab.html", "lab.js", False, 190_000, 70_000),
+        ("lab.html", "lab.js", True, 300_000, 115_000),
+    ],
+)
+def test_pages_are_small(server: Running, document: str, entry: str, later: bool, n_plain: int, n_sent: int) -> None:
+    names = list_loaded(document, entry, later=later)
+    sizes = []
+    for name in names:
+        url = {"index.html": "/", "lab.html": "/lab"}.get(name, f"/page/{name}")
+        _, _, headers = server.client.request("GET", url, headers={"Accept-Encoding": "gzip"})
+        sizes.append(((PAGE / name).stat().st_size, int(headers["content-length"])))
+    plain, sent = map(sum, zip(*sizes, strict=True))
+    assert plain < n_plain
+    assert sent < n_sent
+    if not later:
+        assert not names & {"vendor/uplot.js", "training.js", "experiments.js", "quiz.js", "tour.js"}
+
+
+def test_files_are_compressed_for_those_who_can_read_that(server: Running) -> None:
+    for path in FILES:
+        _, plain, plain_headers = server.client.request("GET", path)
+        status, data, headers = server.client.request("GET", path, headers={"Accept-Encoding": "gzip, deflate, br"})
+        assert status == 200
+        assert int(headers["content-length"]) == len(data) <= len(plain)
+        is_compressed = headers.get("content-encoding") == "gzip"
+        assert is_compressed == (data != plain)
+        assert (gzip.decompress(data) if is_compressed else data) == plain
+        assert is_compressed or len(gzip.compress(plain, 9, mtime=0)) >= len(plain)
+        assert "content-encoding" not in plain_headers
+        assert headers["vary"] == plain_headers["vary"] == "Accept-Encoding"
+        assert (headers["etag"] == plain_headers["etag"]) == (data == plain)
+        assert headers["content-type"] == plain_headers["content-type"]
+
+
+@pytest.mark.parametrize(
+    ("accepted", "is_compressed"),
+    [
+        ("gzip", True),
+        ("GZIP;Q=0.5", True),
+        ("deflate, gzip;q=1.0, *;q=0.5", True),
+        ("*", True),
+        ("identity", False),
+        ("", False),
+        ("gzip;q=0", False),
+        ("gzip; q=0.0, *", False),
+        ("*;q=0", False),
+        ("gzip;q=nonsense", False),
+        ("x-gzip-like", False),
+    ],
+)
+def test_a_client_says_what_it_can_read(server: Running, accepted: str, is_compressed: bool) -> None:
+    _, data, headers = server.client.request("GET", "/page/lab.js", headers={"Accept-Encoding": accepted})
+    assert (headers.get("content-encoding") == "gzip") == is_compressed
+    assert (gzip.decompress(data) if is_compressed else data) == (PAGE / "lab.js").read_bytes()
+
+
+def test_what_a_browser_has_is_not_sent_again(server: Running) -> None:
+    zipped = {"Accept-Encoding": "gzip"}
+    tags = [server.client.request("GET", "/lab", headers=kind)[2]["etag"] for kind in ({}, zipped)]
+    assert len(set(tags)) == 2
+    for kind, tag, other in (({}, *tags), (zipped, *tags[::-1])):
+        for known in (tag, f'"x", W/{tag}', "*"):
+            status, data, headers = server.client.request("GET", "/lab", headers=kind | {"If-None-Match": known})
+            assert (status, data, headers["etag"], headers["vary"]) == (304, b"", tag, "Accept-Encoding")
+        for unknown in (other, '"x"', ""):
+            assert server.client.request("GET", "/lab", headers=kind | {"If-None-Match": unknown})[0] == 200
+    status, data, headers = server.client.request("HEAD", "/lab", headers=zipped)
+    assert (status, data, headers["etag"]) == (200, b"", tags[1])
+
+
+def test_only_files_are_compressed_and_once(server: Running) -> None:
+    for path in ("/lab/api/model", "/v1/models", "/health"):
+        status, _, headers = server.client.request("GET", path, headers={"Accept-Encoding": "gzip"})
+        assert (status, headers.get("content-encoding")) == (200, None)
+    file = StaticFile(PAGE / "lab.js")
+    assert file.compressed is file.compressed
 
 
 def test_with_a_key_files_are_open_and_data_is_not(locked: Running) -> None:

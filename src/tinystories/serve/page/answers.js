@@ -16,13 +16,14 @@ export function useAnswer(ask, path, body, fail) {
         while (current.newest) {
           const question = current.newest;
           current.newest = null;
-          const data = await ask(path, question);
-          setAnswer({ body: question, data });
-          fail(null);
+          try {
+            const data = await ask(path, question);
+            setAnswer({ body: question, data });
+            fail(null);
+          } catch (error) {
+            if (!current.newest) fail(error); // what a newer question has replaced may fail
+          }
         }
-      } catch (error) {
-        current.newest = null;
-        fail(error);
       } finally {
         current.isBusy = false;
       }

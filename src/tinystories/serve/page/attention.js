@@ -26,7 +26,7 @@ export async function askMatrices(path, body) {
 const probability = (byte) => (byte / 255) ** 2;
 const inRange = (value, n, otherwise) => (/^\d+$/.test(value ?? '') && Number(value) < n ? Number(value) : otherwise);
 
-export function AttentionPane({ tokens, state, go, model, fail, attempt }) {
+export function AttentionPane({ tokens, state, go, model, fail, attempt, isThere }) {
   const [pointed, setPointed] = useState(null);
   const { ids, pieces } = tokens;
   const A = T.attention;
@@ -35,13 +35,15 @@ export function AttentionPane({ tokens, state, go, model, fail, attempt }) {
   const off = (state.off ?? '').split('_').map((pair) => pair.split('.').map(Number)).filter(([l, h]) => l < model.n_layer && h < model.n_head);
   const isOff = (l, h) => off.some(([a, b]) => a === l && b === h);
   const fits = (answer) => (answer && answer.body.ids.join() === ids.join() ? answer.data : null);
-  const thumbnails = useAnswer(askMatrices, '/lab/api/attention', { ids, attempt }, fail)?.data;
+  const grid = useAnswer(askMatrices, '/lab/api/attention', { ids, attempt }, fail);
+  const thumbnails = grid?.data;
   const asked = useAnswer(askMatrices, '/lab/api/attention', { ids, layer, head, attempt }, fail);
   const matrix = asked?.data.size === ids.length ? asked.data : null;
+  const isCurrent = fits(asked) !== null && asked.body.layer === layer && asked.body.head === head; // else the matrix is still of the past
   const summary = fits(useAnswer(ask, '/lab/api/heads', { ids, attempt }, fail));
   const ablation = fits(useAnswer(ask, '/lab/api/ablate', off.length ? { ids, heads: off, attempt } : null, fail));
   const dark = isDark();
-  const query = pointed ?? inRange(state.q, pieces.length, pieces.length - 1);
+  const query = pointed !== null && pointed < pieces.length ? pointed : inRange(state.q, pieces.length, pieces.length - 1);
   const row = matrix ? pieces.map((_, i) => (i <= query ? matrix.at(0, query, i) : 0)) : [];
   const read = row.map((byte, i) => [byte, i]).filter(([byte]) => byte > 12).sort((a, b) => b[0] - a[0]).slice(0, N_READ);
 
@@ -85,10 +87,10 @@ export function AttentionPane({ tokens, state, go, model, fail, attempt }) {
     <div class="card">
       <h3>${A.head(layer, head)}</h3>
       ${tags && html`<div class="tags">${tags.length ? tags.map(([name, p]) => html`<span>${A.tags[name]} ${percent(p)}</span>`) : html`<span>${A.wide}</span>`}</div>`}
-      <div class="arcbox"><${Chips} pieces=${pieces} selected=${query} look=${look} onPick=${(i) => go({ q: i })} onPoint=${setPointed} label=${A.chips}>
+      <div class="arcbox"><${Chips} pieces=${pieces} selected=${query} look=${look} onPick=${(i) => isThere(i) && go({ q: i })} onPoint=${setPointed} label=${A.chips}>
         <${Arcs} query=${query} read=${read} /></${Chips}></div>
       <p role="status">${A.readsLine(pieces[query].label)} ${read.length ? read.map(([byte, i]) => `${pieces[i].label} ${percent(probability(byte))}`).join(', ') : '…'}</p>
-      ${matrix && html`<${Tools} name=${`attention-of-word-${query}`} svg=${() => drawReading(pieces, row.map(probability), query, read.map(([byte, i]) => [probability(byte), i]), `${A.head(layer, head)}: ${A.readsLine(pieces[query].label)}`)}
+      ${matrix && html`<${Tools} name=${`attention-of-word-${query}`} isReady=${isCurrent} svg=${() => drawReading(pieces, row.map(probability), query, read.map(([byte, i]) => [probability(byte), i]), `${A.head(layer, head)}: ${A.readsLine(pieces[query].label)}`)}
         data=${() => ({ layer, head, token: query, tokens: pieces.map(({ label }) => label), attention: row.map(probability) })}
         rows=${() => [['place', 'token', 'attention'], ...pieces.slice(0, query + 1).map(({ label }, i) => [i, label, probability(row[i])])]}
         python=${() => `${pythonHead(trace(), layer, head)}\nprint(attention[${query}])`} />`}
@@ -102,7 +104,7 @@ export function AttentionPane({ tokens, state, go, model, fail, attempt }) {
               aria-label=${A.head(l, h)} title=${A.head(l, h)} onClick=${() => go({ l, h })}>
               <${Matrix} matrices=${thumbnails} index=${l * model.n_head + h} dark=${dark} /></button>`)}`)}
         </div><p class="soft">${A.gridHint}</p>
-        ${thumbnails && html`<${Tools} name="all-heads" svg=${() => drawHeads(thumbnails, model.n_layer, model.n_head, A.all)}
+        ${thumbnails && html`<${Tools} name="all-heads" isReady=${fits(grid) !== null} svg=${() => drawHeads(thumbnails, model.n_layer, model.n_head, A.all)}
           data=${summary?.previous.length > 0 && listHeads} rows=${summary?.previous.length > 0 && (() => [['layer', 'head', 'first', 'self', 'previous', 'same'], ...listHeads().map(Object.values)])}
           python=${() => pythonHeads(trace())} />`}</div>
       <aside class="card"><h3>${A.off}</h3><p class="soft">${A.offHint}</p>
@@ -117,8 +119,8 @@ export function AttentionPane({ tokens, state, go, model, fail, attempt }) {
       </aside>
     </div>
     <div class="card matrix"><h3>${A.matrix(layer, head)}</h3><p class="soft">${A.matrixHint}</p>
-      ${matrix && html`<${LargeMatrix} matrix=${matrix} pieces=${pieces} dark=${dark} onPick=${(i) => go({ q: i })} />
-        <${Tools} name=${`attention-${layer}-${head}`} svg=${() => drawMatrix(pieces, matrix, A.matrix(layer, head))} data=${() => ({ layer, head, tokens: pieces.map(({ label }) => label), attention: shares() })}
+      ${matrix && html`<${LargeMatrix} matrix=${matrix} pieces=${pieces} dark=${dark} onPick=${(i) => isThere(i) && go({ q: i })} />
+        <${Tools} name=${`attention-${layer}-${head}`} isReady=${isCurrent} svg=${() => drawMatrix(pieces, matrix, A.matrix(layer, head))} data=${() => ({ layer, head, tokens: pieces.map(({ label }) => label), attention: shares() })}
           rows=${() => [['', ...pieces.map(({ label }) => label)], ...shares().map((row, i) => [pieces[i].label, ...pieces.map((_, j) => row[j] ?? '')])]} python=${() => pythonHead(trace(), layer, head)} />`}</div>
     ${row.length > 0 && html`<details><summary>${A.asTable}</summary><div class="scroll"><table><thead><tr><th>${A.word}</th><th>${A.share}</th></tr></thead><tbody>
       ${pieces.map((piece, i) => i <= query && html`<tr><td>${piece.label}</td><td>${percent(probability(row[i]))}</td></tr>`)}</tbody></table></div></details>`}

@@ -18,7 +18,7 @@ function loadLibrary() {
 
 export const shorten = (number) => (number === null || number === undefined ? '–' : String(Number(number.toPrecision(4))));
 
-function axisText(value) {
+export function axisText(value) {
   if (value === null) return '';
   const size = Math.abs(value);
   if (size >= 1e9) return `${shorten(value / 1e9)}G`;

@@ -1,71 +1,15 @@
-// The figures as SVG files, on white paper, with their text as text. Nothing here needs the page.
+// The figures about one text as SVG files.
 import { drawBytes, scale, shade } from './colors.js';
-import { percent, readLabel } from './tokens.js';
+import { ACCENT, box, chip, drawSurprise, escape, LINE, make, MARGIN, round, SHADE, sheet, SOFT, text, WIDTH, wrap } from './paper.js';
+import { percent } from './tokens.js';
 import { isOnPath, linkBetween } from './tree.js';
 
-const INK = '#2b2622';
-const SOFT = '#665d53';
-const LINE = '#ddd2bf';
-const ACCENT = '#2f5d8a';
 const MODEL = '#c07c17';
-const SHADE = '#efe7d8';
-const FONT = 'Georgia, "DejaVu Serif", serif';
-const MARGIN = 16;
-const WIDTH = 860;
 const MAX_LABELED = 40; // tokens up to which a matrix has labels
-
-const escape = (text) => String(text).replaceAll('&', '&amp;').replaceAll('<', '&lt;').replaceAll('>', '&gt;').replaceAll('"', '&quot;');
-
-// An element as text; attribute names have _ for -.
-function make(name, attributes, ...children) {
-  const list = Object.entries(attributes).filter(([, value]) => value !== undefined);
-  return `<${name}${list.map(([key, value]) => ` ${key.replaceAll('_', '-')}="${escape(value)}"`).join('')}>${children.flat().join('')}</${name}>`;
-}
-
-const text = (x, y, content, attributes = {}) => make('text', { x: round(x), y: round(y), ...attributes }, escape(content));
-const box = (x, y, width, height, attributes) => make('rect', { x: round(x), y: round(y), width: round(width), height: round(height), ...attributes });
-const round = (x) => Math.round(x * 100) / 100;
-
-function sheet(width, height, title, parts) {
-  const size = { width: Math.ceil(width), height: Math.ceil(height) };
-  const attributes = { xmlns: 'http://www.w3.org/2000/svg', ...size, viewBox: `0 0 ${size.width} ${size.height}`, font_family: FONT, font_size: 14, fill: INK };
-  return make('svg', attributes, make('title', {}, escape(title)), box(0, 0, size.width, size.height, { fill: '#ffffff' }),
-    text(MARGIN, 26, title, { font_size: 15, font_weight: 'bold' }), parts);
-}
-
-let pen = null;
-function measure(content, size = 14) {
-  pen ??= document.createElement('canvas').getContext('2d');
-  pen.font = `${size}px ${FONT}`;
-  return pen.measureText(content).width;
-}
-
-// Where each token of a text is drawn: [{x, y, width, text}] and the height.
-function wrap(pieces, top, lineHeight) {
-  let [x, y] = [MARGIN, top];
-  const places = pieces.map(({ label }) => {
-    const { text: content, kind } = readLabel(label);
-    const width = measure(content) + 8;
-    if (kind === 'spaced') x += 5;
-    if (x + width > WIDTH - MARGIN) [x, y] = [MARGIN, y + lineHeight];
-    const place = { x, y, width, text: content };
-    x += width + 1;
-    if (content.includes('↵')) [x, y] = [MARGIN, y + lineHeight];
-    return place;
-  });
-  return [places, y + lineHeight];
-}
-
-function chip({ x, y, width, text: content }, { background, color } = {}, attributes = {}) {
-  return box(x, y, width, 22, { rx: 4, fill: background ?? 'none', ...attributes }) + text(x + 4, y + 16, content, { fill: color ?? INK });
-}
 
 // Words: `bits` of each token, null for the first.
 export function drawWords(pieces, bits, maxBits, title) {
-  const [places, height] = wrap(pieces, 50, 44);
-  const parts = places.map((place, i) => (bits[i] === null
-    ? chip(place, {}, { stroke: LINE })
-    : chip(place, shade(bits[i] / maxBits, false)) + text(place.x + place.width / 2, place.y + 34, bits[i].toFixed(1), { font_size: 9, fill: SOFT, text_anchor: 'middle' })));
+  const [parts, height] = drawSurprise(pieces, bits, maxBits, 50);
   return sheet(WIDTH, height + 8, title, parts);
 }
 

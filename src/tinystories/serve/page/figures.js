@@ -5,8 +5,8 @@ import { html, useState } from './ui.js';
 const PNG_SCALE = 2;
 
 // Each of `svg` (text of an SVG file), `data` (for JSON), `rows` (for CSV, titles first) and `python` is a function that is
-// called when it is asked for; those that are missing have no button.
-export function Tools({ name, svg, data, rows, python }) {
+// called when it is asked for; those that are missing have no button. `isReady` false: the figure is still of the past.
+export function Tools({ name, svg, data, rows, python, isReady = true }) {
   const [notice, setNotice] = useState('');
   const [code, setCode] = useState(null);
   const F = T.figures;
@@ -28,13 +28,13 @@ export function Tools({ name, svg, data, rows, python }) {
   };
   const text = (content, type) => new Blob([content], { type });
   return html`<div class="tools" data-figure=${name}><div class="row" role="group" aria-label=${F.label}>
-    ${svg && html`<button type="button" onClick=${() => save(text(svg(), 'image/svg+xml'), 'svg')}>SVG</button>
-      <button type="button" onClick=${async () => save(await toPng(svg()), 'png')}>PNG</button>`}
-    ${data && html`<button type="button" onClick=${() => save(text(JSON.stringify(data(), null, 1), 'application/json'), 'json')}>JSON</button>`}
-    ${rows && html`<button type="button" onClick=${() => save(text(toCsv(rows()), 'text/csv'), 'csv')}>CSV</button>`}
-    ${python && html`<button type="button" onClick=${copy}>${F.python}</button>`}
+    ${svg && html`<button type="button" disabled=${!isReady} onClick=${() => save(text(svg(), 'image/svg+xml'), 'svg')}>SVG</button>
+      <button type="button" disabled=${!isReady} onClick=${async () => save(await toPng(svg()), 'png')}>PNG</button>`}
+    ${data && html`<button type="button" disabled=${!isReady} onClick=${() => save(text(JSON.stringify(data(), null, 1), 'application/json'), 'json')}>JSON</button>`}
+    ${rows && html`<button type="button" disabled=${!isReady} onClick=${() => save(text(toCsv(rows()), 'text/csv'), 'csv')}>CSV</button>`}
+    ${python && html`<button type="button" disabled=${!isReady} onClick=${copy}>${F.python}</button>`}
     <span role="status">${notice}</span></div>
-    ${code && html`<pre tabindex="0" aria-label=${F.code}>${code}</pre>`}</div>`;
+    ${code !== null && code === python() && html`<pre tabindex="0" aria-label=${F.code}>${code}</pre>`}</div>`;
 }
 
 function download(blob, name) {

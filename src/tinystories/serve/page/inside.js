@@ -26,7 +26,7 @@ export function InsidePane({ tokens, state, go, model, fail, attempt }) {
   const nStages = model.n_layer + 1;
   const chosen = /^\d+\.\d+$/.test(state.cell ?? '') ? state.cell.split('.').map(Number) : null;
   const inTable = ([s, position]) => s < nStages && position >= start && position < wanted;
-  const [stage, position] = pointed ?? (chosen && inTable(chosen) ? chosen : [nStages - 1, wanted - 1]);
+  const [stage, position] = pointed && inTable(pointed) ? pointed : (chosen && inTable(chosen) ? chosen : [nStages - 1, wanted - 1]);
   const column = position - start;
 
   const trace = () => pythonTrace(model, tokens, readAppended(state));

@@ -67,7 +67,7 @@ export function useLive(names, fail, attempt) {
             setOpen(true);
           }
         } catch (error) {
-          if (error.name === 'AbortError') return;
+          if (abort.signal.aborted) return;
           if (!(error instanceof Failure) || error.kind !== 'gone') {
             fail(error);
             return;

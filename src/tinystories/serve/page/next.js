@@ -14,6 +14,7 @@ import { html, moveInGroup, useEffect, useMemo, useRef, useState, WRITING } from
 const N_BARS = 12;
 const N_LABELS = 40; // tokens whose labels the server sends
 const MIN_SEGMENT = 0.01; // smaller ones are not drawn on the line from 0 to 1
+const MAX_QUEUED = 8; // keys
 
 export const readAppended = (state) => (state?.a ?? '').split(',').filter((id) => /^\d{1,7}$/.test(id)).map(Number);
 
@@ -22,6 +23,7 @@ export function NextPane({ tokens, state, go, model, fail, attempt, latest, tree
   const [spoken, setSpoken] = useState('');
   const current = useRef(null); // what key handlers see
   const isDrawing = useRef(false);
+  const queue = useRef({ actions: [], place: '' }); // keys that wait for the bars of their place
   const nDraws = useRef(new Map()); // at each place: the first draw there is that of the seed, others are of seeds after it
   const N = T.next;
 
@@ -47,19 +49,54 @@ export function NextPane({ tokens, state, go, model, fail, attempt, latest, tree
 
   // Whether the tokens are those of the newest state; until then, the bars are of the past.
   const isSettled = () => isFresh && latest.current.t === state.t && readAppended(latest.current).join() === appended.join();
+  const placeNow = () => JSON.stringify([latest.current.t, latest.current.a ?? '']);
+
+  // Do something with the bars ('draw', 'rewind', or the number of one): at once, or when those of the newest text are
+  // there. What waits is forgotten if the text is changed by other means.
+  function act(action) {
+    forgetOtherPlace();
+    if (queue.current.actions.length < MAX_QUEUED) queue.current.actions.push(action);
+    workOff();
+  }
+
+  function forgetOtherPlace() {
+    if (queue.current.place !== placeNow()) Object.assign(queue.current, { actions: [], place: placeNow() });
+  }
+
+  function workOff() {
+    forgetOtherPlace();
+    const now = current.current;
+    if (!queue.current.actions.length || isDrawing.current || !now.isCurrent || !now.isSettled()) return;
+    const action = queue.current.actions.shift();
+    if (action === 'draw') now.draw();
+    else if (action === 'rewind') now.rewind();
+    else if (now.candidates[action - 1]) now.choose(now.candidates[action - 1]);
+  }
+
+  // Take back a key that waits, or the last token.
+  function takeBack() {
+    forgetOtherPlace();
+    const { actions } = queue.current;
+    if (actions.length && actions.at(-1) !== 'rewind') actions.pop();
+    else if (!actions.length && !isDrawing.current && readAppended(latest.current).length) rewind();
+    else act('rewind');
+  }
+
+  function goOn(changes) {
+    go(changes);
+    queue.current.place = placeNow();
+  }
 
   function choose({ id, label, model: p }) {
-    const before = readAppended(latest.current);
     if (!isSettled()) return false;
     remember(tree.current, state.t, [...chosen, { id, label, p }]);
     setSpoken(label);
     setDrawn(null);
-    go({ a: [...before, id].join(','), c: '' });
+    goOn({ a: [...appended, id].join(','), c: '' });
     return true;
   }
 
   async function draw() {
-    if (isDrawing.current || !current.current.isCurrent || !current.current.isSettled()) return;
     isDrawing.current = true;
     const { ids, sampling, nAppended, step, labels } = current.current;
     try {
@@ -67,13 +104,16 @@ export function NextPane({ tokens, state, go, model, fail, attempt, latest, tree
       const n = nDraws.current.get(place) ?? 0;
       const result = await ask('/lab/api/step', { ids, ...sampling, seed: seed + n, index: nAppended });
       nDraws.current.set(place, n + 1);
+      if (current.current.ids.join() !== place) return; // the text was changed meanwhile
       const isChosen = current.current.choose({ id: result.id, label: result.label, model: result.model_prob });
       if (isChosen) setDrawn({ ...result, segments: cutLine(step.final, labels, result) });
       fail(null);
     } catch (error) {
+      queue.current.actions = [];
       fail(error);
     } finally {
       isDrawing.current = false;
+      workOff();
     }
   }
 
@@ -81,26 +121,30 @@ export function NextPane({ tokens, state, go, model, fail, attempt, latest, tree
     const before = readAppended(latest.current);
     setDrawn(null);
     if (before.length) {
-      go({ a: before.slice(0, -1).join(','), c: '' });
-    } else if (current.current.isSettled()) {
-      const last = current.current.pieces.at(-1);
-      if (current.current.pieces.length > 1) go({ t: current.current.text.slice(0, last.start), a: '', c: '' });
+      goOn({ a: before.slice(0, -1).join(','), c: '' });
+    } else if (tokens.pieces.length > 1) {
+      goOn({ t: tokens.text.slice(0, tokens.pieces.at(-1).start), a: '', c: '' });
     }
   }
 
-  current.current = { isCurrent, candidates, sampling, step, labels, ids: tokens.ids, pieces: tokens.pieces, text: tokens.text, nAppended: appended.length, isSettled, choose, draw, rewind };
+  current.current = { isCurrent, candidates, sampling, step, labels, ids: tokens.ids, nAppended: appended.length, isSettled, act, takeBack, choose, draw, rewind };
+  useEffect(workOff);
   useEffect(() => {
     const onKey = (event) => {
       if (event.target.matches(WRITING) || event.ctrlKey || event.metaKey || event.altKey || document.querySelector('dialog[open]')) return;
-      const now = current.current;
-      if (/^[1-9]$/.test(event.key) && now.isCurrent && now.candidates[event.key - 1]) now.choose(now.candidates[event.key - 1]);
-      else if (event.key === ' ' && !event.target.matches('button, a, summary')) now.draw();
-      else if (event.key.toLowerCase() === 'r') now.rewind();
-      else return;
+      const isDraw = event.key === ' ' && !event.target.matches('button, a, summary');
+      const isRewind = event.key.toLowerCase() === 'r';
+      if (!isDraw && !isRewind && !/^[1-9]$/.test(event.key)) return;
       event.preventDefault();
+      if (event.repeat && queue.current.actions.length) return; // a key that is held down does not outrun the bars
+      if (isRewind) current.current.takeBack();
+      else current.current.act(isDraw ? 'draw' : event.key);
     };
     addEventListener('keydown', onKey);
-    return () => removeEventListener('keydown', onKey);
+    return () => {
+      queue.current.actions = [];
+      removeEventListener('keydown', onKey);
+    };
   }, []);
 
   const bars = [...candidates, rest].filter(Boolean);
@@ -111,7 +155,7 @@ export function NextPane({ tokens, state, go, model, fail, attempt, latest, tree
     <h2>${N.question}</h2><p>${N.explanation}</p>
     <p class="card tail"><span class="soft">… </span>${tokens.text.slice(-160)}<b> ▁</b></p>
     <div class="split">
-      <div class="card"><div class="bars" role="group" aria-label=${N.bars} data-text=${isCurrent && isFresh ? tokens.text : ''} onKeyDown=${moveInGroup}>${candidates.map(
+      <div class="card"><div class="bars" role="group" aria-label=${N.bars} data-text=${isCurrent && isFresh ? tokens.text : ''} aria-busy=${!(isCurrent && isFresh)} onKeyDown=${moveInGroup}>${candidates.map(
         (c, i) => html`<button type="button" class=${c.cut ? 'bar cut' : 'bar'} data-item tabindex=${i ? -1 : 0} data-id=${c.id}
             aria-label=${`${c.label}: ${N.model} ${percent(c.model)}, ${c.cut ? N.cutBy(c.cut) : `${N.final} ${percent(c.final)}`}`}
             onClick=${() => isCurrent && choose(c)}>
@@ -120,7 +164,7 @@ export function NextPane({ tokens, state, go, model, fail, attempt, latest, tree
       )}${rest && html`<div class="bar"><kbd></kbd><span class="label soft">${rest.label}</span><${Track} model=${rest.model / longest} final=${rest.final / longest} />
         <span class="number">${percent(rest.model)} → ${percent(rest.final)}</span></div>`}</div>
         <p class="soft">${N.legend}</p>
-        ${step && html`<${Tools} name="next-word" svg=${() => drawBars(bars.map((bar) => ({ ...bar, cut: bar.cut && N.cutBy(bar.cut) })), title(), N.figureLegend)}
+        ${step && html`<${Tools} name="next-word" isReady=${isCurrent} svg=${() => drawBars(bars.map((bar) => ({ ...bar, cut: bar.cut && N.cutBy(bar.cut) })), title(), N.figureLegend)}
           data=${() => ({ text: tokens.text, ids: tokens.ids, settings: sampling, n_kept: nKept, entropy_bits: entropy, candidates: bars })}
           rows=${() => [['id', 'token', 'model', 'final', 'cut_by'], ...bars.map((bar) => [bar.id, bar.label, bar.model, bar.final, bar.cut])]}
           python=${() => pythonNext(trace(), sampling, N_BARS)} />`}</div>
@@ -129,8 +173,8 @@ export function NextPane({ tokens, state, go, model, fail, attempt, latest, tree
           <input id=${knob.key} type="range" min=${knob.min} max=${knob.max} step=${knob.step} value=${valueOf(knob)}
             onInput=${(event) => go({ [knob.key]: event.target.value }, { replace: true })} /></div>`)}
         ${step && html`<p class="soft">${N.kept(nKept, model.vocab_size, entropy)}</p>`}
-        <div class="row"><button type="button" class="primary" onClick=${draw}>${N.draw}</button>
-          <button type="button" onClick=${rewind}>${N.rewind}</button></div>
+        <div class="row"><button type="button" class="primary" onClick=${() => act('draw')}>${N.draw}</button>
+          <button type="button" onClick=${takeBack}>${N.rewind}</button></div>
       </aside>
     </div>
     ${drawn && html`<div class="card"><p>${N.drawn(drawn)}</p><${Line} drawn=${drawn} /></div>`}
@@ -184,7 +228,7 @@ function TreeTools({ tree, current, start, model }) {
   const places = layOut(tree, current);
   const nodes = places.map(({ ids, node }) => ({ ids, token: node.label, probability: node.p }));
   const leaves = places.filter(({ ids }) => !places.some((other) => other.ids.length > ids.length && ids.every((id, i) => id === other.ids[i])));
-  return html`<${Tools} name="paths" svg=${() => drawTree(places, current, T.next.tree)} data=${() => ({ text: tree.text, nodes })}
+  return html`<${Tools} name="paths" isReady=${start.length > 0} svg=${() => drawTree(places, current, T.next.tree)} data=${() => ({ text: tree.text, nodes })}
     rows=${() => [['path', 'token', 'probability'], ...nodes.map(({ ids, token, probability }) => [ids.join(' '), token, probability])]}
     python=${() => pythonTree(pythonLoad(model), leaves.map(({ ids }) => [[...start, ...ids], ids.length]))} />`;
 }

@@ -1,13 +1,15 @@
 // Which of two? The reader guesses first, then the model's answer is shown. Both scores are in the fragment.
 import { ask } from './api.js';
 import { useAnswer } from './answers.js';
+import { Tools } from './figures.js';
+import { pythonQuiz } from './python.js';
+import { useGet } from './runs.js';
 import { LAB as T } from './texts.js';
 import { percent } from './tokens.js';
-import { useGet } from './training.js';
 import { html, useEffect, useRef } from './ui.js';
 
 // `quiz` has a digit for each answered item: 1 if the reader was right, plus 2 if the model was. `qi`: the item shown.
-export function QuizTab({ state, go, fail, attempt, latest }) {
+export function QuizTab({ state, go, model, fail, attempt, latest }) {
   const Q = T.experiments.quiz;
   const items = useGet('/lab/api/quiz', attempt, fail)?.items;
   const results = (/^[0-3]{0,99}$/.test(state.quiz ?? '') ? (state.quiz ?? '') : '').slice(0, items?.length ?? 0);
@@ -60,5 +62,8 @@ export function QuizTab({ state, go, fail, attempt, latest }) {
       <p class="soft">${Q.alone(truth.answer, percent(truth.prob_alone))}</p>`}</div>
     ${isAnswered && html`<div class="row"><button type="button" class="primary" ref=${next} onClick=${advance}>${number + 1 < items.length ? Q.next : Q.finish}</button>
       <button type="button" onClick=${restart}>${Q.restart}</button></div>`}
-    ${score}</div>`;
+    ${score}
+    ${isAnswered && truth && html`<${Tools} name=${`question-${number + 1}`} data=${() => ({ question: number + 1, task: item.task, ...truth, is_reader_right: Boolean(isReaderRight) })}
+      rows=${() => [['question', 'is_reader_right', 'is_model_right'], ...[...results].map((digit, i) => [i + 1, ...[1, 2].map((bit) => Boolean(Number(digit) & bit))])]}
+      python=${() => pythonQuiz(model, item, truth)} />`}</div>`;
 }

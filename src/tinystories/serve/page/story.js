@@ -11,15 +11,17 @@ const BOLDNESS = [0.3, 0.55, 0.8, 1.0, 1.2]; // temperatures
 function Storyteller() {
   const [wish, setWish] = useState({ beginning: T.examples[0], length: 'medium', boldness: 2, seed: 0 });
   const [story, setStory] = useState('');
+  const [nGiven, setGiven] = useState(0); // characters of the story that were its beginning
   const [spoken, setSpoken] = useState(''); // whole sentences, for screen readers
   const [isTelling, setTelling] = useState(false);
   const [problem, setProblem] = useState(null);
   const [notice, setNotice] = useState('');
   const running = useRef(null);
+  const newest = useRef(null); // what `running` was last, also when it has ended
 
   async function start(changes = {}) {
     running.current?.abort();
-    const abort = (running.current = new AbortController());
+    const abort = (newest.current = running.current = new AbortController());
     const now = { ...wish, seed: newSeed(), ...changes };
     setWish(now);
     setProblem(null);
@@ -28,8 +30,11 @@ function Storyteller() {
     const beginning = now.beginning.trimEnd();
     let text = beginning;
     setStory(text);
+    setGiven(beginning.length);
     setSpoken('');
-    history.replaceState(null, '', await makeFragment({ b: beginning, len: now.length, bold: now.boldness, s: now.seed }));
+    const url = await makeFragment({ b: beginning, len: now.length, bold: now.boldness, s: now.seed });
+    if (newest.current !== abort) return; // another story has begun meanwhile
+    history.replaceState(null, '', url);
     const request = { prompt: beginning, seed: now.seed, temperature: BOLDNESS[now.boldness], max_tokens: MAX_TOKENS };
     try {
       for await (const piece of tell(request, abort.signal)) {
@@ -128,7 +133,7 @@ function Storyteller() {
       : html`<p class="card notice" role="alert">${T.problems[problem.kind]}
           ${problem.kind === 'refused' && html` <q>${problem.message}</q>`}</p>`)}
     ${story && problem?.kind !== 'key' && html`<article class="card story" aria-label=${T.storyLabel}>
-      <${Words} story=${story} told=${wish.beginning.trimEnd().length} isTelling=${isTelling} />
+      <${Words} story=${story} nGiven=${nGiven} isTelling=${isTelling} />
       ${!isTelling && html`<div class="row tools">
         <button type="button" onClick=${() => copy(story, T.copied)}>${T.copy}</button>
         <button type="button" onClick=${save}>${T.save}</button>
@@ -141,7 +146,7 @@ function Storyteller() {
 }
 
 // The story; every word leads to the lab.
-function Words({ story, told, isTelling }) {
+function Words({ story, nGiven, isTelling }) {
   const parts = [...story.matchAll(/(\n+)|[^\S\n]+|\S+/g)];
   const open = async (offset) => {
     location.href = `/lab${await makeFragment({ p: 'words', t: story, c: offset })}`;
@@ -149,7 +154,7 @@ function Words({ story, told, isTelling }) {
   return html`<p class="words" onKeyDown=${moveInGroup}>${parts.map((part, i) => {
     if (part[1]) return html`<br /><span class="paragraph"></span>`;
     if (!part[0].trim()) return ' ';
-    return html`<span class=${part.index < told ? 'word given' : 'word'} role="link" data-item tabindex=${i === 0 ? 0 : -1}
+    return html`<span class=${part.index < nGiven ? 'word given' : 'word'} role="link" data-item tabindex=${i === 0 ? 0 : -1}
       onClick=${() => open(part.index)} onKeyDown=${(event) => event.key === 'Enter' && open(part.index)}>${part[0]}</span>`;
   })}${isTelling && html`<span class="cursor" aria-hidden="true"></span>`}</p>`;
 }

@@ -87,6 +87,7 @@ export const LAB = {
     onward: 'Next question',
     finish: 'Finish',
     skip: 'Skip the tour',
+    tooShort: (n) => `The tour asks about texts of ${n} tokens or more. Write a little more.`,
     failed: 'The tour needs the server, which does not answer.',
     tokens: {
       question: 'The model does not read letters. It reads tokens: words and pieces of words, and one END before the text. Into how many tokens is this text cut?',
@@ -284,6 +285,9 @@ export const LAB = {
       const text = `So far ${names[x <= y ? 0 : 1]} is better, by ${Math.abs(x - y).toFixed(3)} bits per byte.`;
       return `${text} Compare runs only if their validation stories are the same.`;
     },
+    figure: (names) => `Training of ${names.join(' and ')}`,
+    samplesFigure: (name, step) => `What ${name} said after ${step} steps`,
+    readingFigure: (name, step, data) => `Surprise in bits after ${step} steps of ${name}${data.bits_per_byte === null ? '' : `; ${data.bits_per_byte.toFixed(3)} bits per byte`}`,
     howToRead: 'Thin: the training text it has just seen. Thick, with dots: validation stories, which it never trains on. When the thick line turns up while the thin one falls, it has begun to learn by heart.',
     asTable: 'As a table',
     tableColumns: ['run', 'step', 'tokens', 'minutes', 'loss', 'bits per byte', 'validation', 'learning rate', 'gradient norm'],
@@ -352,6 +356,8 @@ export const LAB = {
         return `${side} is less surprised by this text: ${(worse.bits_per_byte - better.bits_per_byte).toFixed(3)} bits per byte fewer.`;
       },
       chips: (name) => `The text as ${name} reads it`,
+      figure: 'Surprise of each token in bits, as two models read the text',
+      figureSide: (i, side) => `${i ? 'B' : 'A'}: ${side.name}${side.bits_per_byte === null ? '' : `, ${side.bits_per_byte.toFixed(3)} bits per byte`}`,
       elsewhere: (text) => `the other model: ${text}`,
       pointAt: 'Point at a token to see both surprises.',
       token: (data, side, i) => {

@@ -3,14 +3,12 @@ import { ask, Failure } from './api.js';
 import { analyze, decodeNext } from './sampling.js';
 import { LAB as T } from './texts.js';
 import { bits, percent } from './tokens.js';
-import { html, keep, recall, useEffect, useRef, useState, WRITING } from './ui.js';
+import { html, keep, useEffect, useRef, useState, WRITING } from './ui.js';
 
 const MIN_TOKENS = 8; // of a text that the tour can ask about
 const SAME_BITS = 0.01; // a change of surprise that is none
 const COLD = 0.3; // temperature
 const R = T.tour;
-
-export const wasVisited = () => recall('tour') === 'done';
 
 // The steps. `prepare` returns {question, choices, answer (index), because, before, after (changes of the page, with the
 // question and with the answer)}. The pane is hidden until the guess, unless it does not give the answer away (isOpen).
@@ -104,8 +102,8 @@ function pickDistinct(items, nameOf) {
   return items.filter((_, i) => names.indexOf(names[i]) === i).slice(0, 3);
 }
 
-// `onHide(pane)`: this pane would give the answer away; null: none does. `onEnd`: the tour is over.
-export function Tour({ tokens, state, model, go, onHide, onEnd }) {
+// `isFresh`: the tokens are those of the newest text. `onHide(pane)`: this pane would give the answer away; null: none does. `onEnd`: the tour is over.
+export function Tour({ tokens, state, model, go, isFresh, attempt, onHide, onEnd }) {
   const [number, setNumber] = useState(0);
   const [step, setStep] = useState(null);
   const [guess, setGuess] = useState(null);
@@ -113,17 +111,21 @@ export function Tour({ tokens, state, model, go, onHide, onEnd }) {
   const heading = useRef(null);
   const onward = useRef(null);
   const isShort = tokens.pieces.length < MIN_TOKENS;
+  const hasBegun = useRef(false);
 
   useEffect(() => {
+    setStep(null);
+    setGuess(null);
+    setFailed(null);
     if (isShort) {
-      go({ t: T.example, a: '', c: '' });
+      if (!hasBegun.current) go({ t: T.example, a: '', c: '' }); // later on, somebody is typing
+      hasBegun.current = true;
       return undefined;
     }
+    hasBegun.current = true;
     let isCurrent = true;
     const { pane, prepare, isOpen } = STEPS[number];
     onHide(isOpen ? null : pane);
-    setStep(null);
-    setGuess(null);
     prepare({ tokens, state, model }).then((prepared) => {
       if (!isCurrent) return;
       setStep(prepared);
@@ -135,7 +137,7 @@ export function Tour({ tokens, state, model, go, onHide, onEnd }) {
       else setFailed(error);
     });
     return () => { isCurrent = false; };
-  }, [number, tokens.ids.join()]);
+  }, [number, tokens.ids.join(), attempt]);
 
   useEffect(() => {
     const onKey = (event) => event.key === 'Escape' && !document.querySelector('dialog[open]') && !event.target.matches(WRITING) && end();
@@ -169,8 +171,8 @@ export function Tour({ tokens, state, model, go, onHide, onEnd }) {
   return html`<section class="card tour" aria-label=${R.label}>
     <div class="row"><h2 tabindex="-1" ref=${heading}>${R.step(number + 1, STEPS.length)}</h2>
       <button type="button" class="plain" onClick=${end}>${R.skip}</button></div>
-    ${failed ? html`<p role="alert">${R.failed}</p>` : !step ? html`<p class="soft">${R.waiting}</p>` : html`<p>${step.question}</p>
-      <div class="row guesses" role="group" aria-label=${R.guess}>${step.choices.map((choice, i) => html`<button type="button" disabled=${guess !== null}
+    ${failed ? html`<p role="alert">${R.failed}</p>` : isShort ? html`<p role="status">${R.tooShort(MIN_TOKENS)}</p>` : !step ? html`<p class="soft">${R.waiting}</p>` : html`<p>${step.question}</p>
+      <div class="row guesses" role="group" aria-label=${R.guess}>${step.choices.map((choice, i) => html`<button type="button" disabled=${guess !== null || !isFresh}
         class=${guess === null ? '' : i === step.answer ? 'answer' : i === guess ? 'guess' : ''} onClick=${() => choose(i)}>${choice}</button>`)}</div>
       ${guess === null
         ? html`<p class="soft">${R.guess}</p>`

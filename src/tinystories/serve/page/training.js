@@ -3,58 +3,33 @@ import { ask } from './api.js';
 import { useAnswer } from './answers.js';
 import { isDark, shade } from './colors.js';
 import { Chart, shorten } from './curves.js';
+import { drawCurves, drawSamples } from './drawcurves.js';
+import { drawWords } from './drawing.js';
+import { Tools } from './figures.js';
 import { useLive } from './live.js';
+import { pythonCheckpoints, pythonCurves, pythonSamples } from './python.js';
+import { runPath, Segments, sideColors, useGet, useRunList } from './runs.js';
 import { LAB as T } from './texts.js';
 import { bits, Chips, percent } from './tokens.js';
-import { html, useEffect, useMemo, useRef, useState } from './ui.js';
+import { html, useEffect, useMemo, useState } from './ui.js';
 
-const LIST_EVERY_MS = 5000;
 const MAX_BITS = 10;
 const N_ROWS = 30; // of the table
 const MEASURES = { bits: ['bits_per_byte', 'val_bits_per_byte'], loss: ['loss', 'val_nats_per_token'] };
+const FIELDS = ['step', 'tokens', 'seconds', 'loss', 'bits_per_byte', 'learning_rate', 'grad_norm', 'val_nats_per_token', 'val_bits_per_byte'];
 const AXES = { steps: (r) => r.step, tokens: (r) => r.tokens ?? 0, minutes: (r) => (r.seconds ?? 0) / 60 };
-// Blue and orange, which color-blind readers tell apart; the second run is dashed as well.
-export const sideColors = (dark) => (dark ? ['#8fbbe8', '#f0b04f'] : ['#2f5d8a', '#985900']);
-const runPath = (name) => `/lab/api/runs/${encodeURIComponent(name)}`;
-
-// What a GET of this path answers, asked again when `key` changes; null before.
-export function useGet(path, key, fail) {
-  const [answer, setAnswer] = useState({});
-  useEffect(() => {
-    let isLate = false;
-    if (path) {
-      ask(path).then((data) => { if (!isLate) { setAnswer({ path, data }); fail(null); } }, (error) => !isLate && fail(error));
-    }
-    return () => { isLate = true; };
-  }, [path, key]);
-  return answer.path === path ? answer.data : null;
-}
-
-export function useRunList(find, attempt, fail) {
-  const [tick, setTick] = useState(0);
-  useEffect(() => {
-    const timer = setInterval(() => document.hidden || setTick((n) => n + 1), LIST_EVERY_MS);
-    return () => clearInterval(timer);
-  }, []);
-  const [latest, setLatest] = useState(null);
-  const answer = useGet(`/lab/api/runs${find ? `?find=${encodeURIComponent(find)}` : ''}`, `${tick} ${attempt}`, fail);
-  useEffect(() => { if (answer) setLatest(answer); }, [answer]);
-  return answer ?? latest; // the list stays while a search is on its way
-}
-
-// A group of which one is chosen, as radio buttons.
-export function Segments({ label, name, options, value, onChange }) {
-  return html`<fieldset class="choice"><legend>${label}</legend><div class="segments">${Object.entries(options).map(
-    ([key, text]) => html`<label><input type="radio" name=${name} value=${key} checked=${key === value}
-      onChange=${() => onChange(key)} /><span>${text}</span></label>`,
-  )}</div></fieldset>`;
-}
 
 export function TrainingPane({ tokens, state, go, fail, attempt }) {
   const [find, setFind] = useState('');
   const list = useRunList(find, attempt, fail);
   const L = T.training;
   const name = state.run ?? list?.runs[0]?.name ?? null;
+  // What is chosen of a run names the run, so that it stays when another one becomes the first of the list.
+  const goInRun = (changes, options) => go({ run: name, ...changes }, options);
+  const search = (text) => {
+    if (name !== null) goInRun({}, { replace: true });
+    setFind(text);
+  };
   const other = state.with && state.with !== name ? state.with : null;
   const names = [name, other].filter((one) => one !== null);
   const { feeds, isOpen } = useLive(names, fail, attempt);
@@ -66,11 +41,11 @@ export function TrainingPane({ tokens, state, go, fail, attempt }) {
     ${list.problems.map((problem) => html`<p class="card notice" role="status">${problem}</p>`)}
     ${name === null && !find
       ? html`<p class="card notice" role="status">${list.has_folder ? L.noRuns : L.noFolder} <code>${L.trainCommand}</code></p>`
-      : html`<${RunList} list=${list} name=${name} other=${other} find=${find} setFind=${setFind} go=${go} />`}
-    ${feed && names.every((one) => feeds[one]) && html`<${Curves} names=${names} feeds=${feeds} isOpen=${isOpen} state=${state} go=${go}
+      : html`<${RunList} list=${list} name=${name} other=${other} find=${find} setFind=${search} go=${go} />`}
+    ${feed && names.every((one) => feeds[one]) && html`<${Curves} names=${names} feeds=${feeds} isOpen=${isOpen} state=${state} go=${goInRun}
       facts=${Object.fromEntries(list.runs.map((run) => [run.name, run]))} />`}
-    ${details && html`<${Samples} key=${`s ${name}`} details=${details} state=${state} go=${go} />
-      <${Reading} key=${`r ${name}`} details=${details} text=${tokens.text} state=${state} go=${go} fail=${fail} attempt=${attempt} />`}
+    ${details && html`<${Samples} key=${`s ${name}`} details=${details} state=${state} go=${goInRun} />
+      <${Reading} key=${`r ${name}`} details=${details} text=${tokens.text} state=${state} go=${goInRun} fail=${fail} attempt=${attempt} />`}
   </section>`;
 }
 
@@ -103,14 +78,22 @@ function Curves({ names, feeds, isOpen, state, go, facts }) {
   const record = feed.train[here];
   const x = AXES[axis];
   const all = names.map((name) => feeds[name]);
-  const draw = (keys) => all.flatMap((one, i) => [
+  const draw = (keys, colors) => all.flatMap((one, i) => [
     { points: one.train.map((r) => [x(r), r[keys[0]] ?? null]), color: colors[i], dash: i ? [6, 4] : null, width: keys[1] ? 1 : 1.5, dots: false },
     ...(keys[1] ? [{ points: one.evals.map((r) => [x(r), r[keys[1]] ?? null]), color: colors[i], dash: i ? [6, 4] : null, width: 2.5, dots: true }] : []),
   ]);
   const deps = [axis, measure, dark, ...all.flatMap((one) => [one.train, one.evals])];
-  const main = useMemo(() => draw(MEASURES[measure]), deps);
-  const rates = useMemo(() => draw(['learning_rate']), deps);
-  const norms = useMemo(() => draw(['grad_norm']), deps);
+  const main = useMemo(() => draw(MEASURES[measure], colors), deps);
+  const rates = useMemo(() => draw(['learning_rate'], colors), deps);
+  const norms = useMemo(() => draw(['grad_norm'], colors), deps);
+  const picture = () => {
+    const [paper, xLabel] = [sideColors(false), L.axes[axis]];
+    const legend = names.map((name, i) => ({ color: paper[i], dash: i ? [6, 4] : null, training: L.training(name), validation: L.validation }));
+    const others = [{ lines: draw(['learning_rate'], paper), xLabel, title: L.rate }, { lines: draw(['grad_norm'], paper), xLabel, title: L.norm }];
+    return drawCurves({ legend, main: { lines: draw(MEASURES[measure], paper), xLabel, yLabel: L.measureLabels[measure] }, others, title: L.figure(names) });
+  };
+  const records = () => names.map((name) => ({ run: name, stride: feeds[name].stride, training: feeds[name].train, evaluations: feeds[name].evals, final: feeds[name].final }));
+  const listRecords = () => records().flatMap(({ run, training, evaluations }) => [...training, ...evaluations].sort((a, b) => a.step - b.step).map((r) => [run, ...FIELDS.map((field) => r[field])]));
   const point = (value) => {
     if (!n) return;
     const nearest = feed.train.reduce((best, r, i) => (Math.abs(x(r) - value) < Math.abs(x(feed.train[best]) - value) ? i : best), 0);
@@ -131,7 +114,8 @@ function Curves({ names, feeds, isOpen, state, go, facts }) {
     ${record && html`<div class="slider wide"><label for="at">${L.at}</label>
       <input id="at" type="range" min="0" max=${n - 1} value=${here} aria-valuetext=${L.point(record)}
         onInput=${(event) => go({ at: Number(event.target.value) === n - 1 ? '' : feed.train[event.target.value].step }, { replace: true })} />
-      <output for="at">${L.point(record)}</output></div>`}
+      <output for="at">${L.point(record)}</output></div>
+    <${Tools} name="curves" svg=${picture} data=${records} rows=${() => [['run', ...FIELDS], ...listRecords()]} python=${() => pythonCurves(names)} />`}
     <div class="scroll" tabindex="0"><table class="facts-table"><thead><tr><th>${L.run}</th>${L.columns.map((column) => html`<th scope="col">${column}</th>`)}</tr></thead>
       <tbody>${names.map((name) => html`<tr><th scope="row">${name}</th>${summarize(feeds[name]).map((cell) => html`<td>${cell}</td>`)}</tr>`)}</tbody></table></div>
     <p class="soft">${names.length > 1 ? L.compared(names, all) : L.howToRead}</p>
@@ -165,6 +149,7 @@ function StepSlider({ id, label, steps, value, onPick, describe }) {
       onInput=${(event) => onPick(steps[event.target.value])} /><output for=${id}>${describe(steps[index])}</output></div>`;
 }
 
+const listNext = ({ next }) => next.map(([id, token, probability]) => ({ id, token, probability }));
 const chosenStep = (text, steps) => (steps.includes(Number(text)) && text !== '' ? Number(text) : steps.at(-1));
 
 function Samples({ details, state, go }) {
@@ -178,7 +163,9 @@ function Samples({ details, state, go }) {
     <${StepSlider} id="sample" label=${L.samplesHint} steps=${steps} value=${step} describe=${L.afterStep}
       onPick=${(s) => go({ s: s === steps.at(-1) ? '' : s }, { replace: true })} />
     <p class="soft">${section.score}</p>
-    <div class="samples" aria-live="polite">${section.stories.map((story) => html`<blockquote>${story}</blockquote>`)}</div></div>`;
+    <div class="samples" aria-live="polite">${section.stories.map((story) => html`<blockquote>${story}</blockquote>`)}</div>
+    <${Tools} name="samples" svg=${() => drawSamples(section.stories, L.samplesFigure(details.name, step))} data=${() => ({ run: details.name, ...section })}
+      rows=${() => [['run', 'step', 'story'], ...section.stories.map((story) => [details.name, step, story])]} python=${() => pythonSamples(details.name, step)} /></div>`;
 }
 
 function Reading({ details, text, state, go, fail, attempt }) {
@@ -202,6 +189,8 @@ function Reading({ details, text, state, go, fail, attempt }) {
     return surprise === null ? { title: T.words.first } : { style: shade(surprise / MAX_BITS, dark), title: `${bits(surprise)}, ${percent(2 ** -surprise)}` };
   };
   const scored = steps.filter((one) => kept.text === text && kept[one]);
+  const listTokens = () => data.pieces.map(({ id, label }, i) => ({ place: i, id, token: label, surprise_bits: data.surprise_bits[i], rank: data.ranks[i] }));
+  const python = (some) => pythonCheckpoints(details.name, some, text, data.n_dropped);
   return html`<div class="card"><h3>${L.reading}</h3><p>${L.readingHint}</p>
     <${StepSlider} id="checkpoint" label=${L.checkpoint} steps=${steps} value=${step} describe=${L.afterStep}
       onPick=${(ck) => go({ ck: ck === steps.at(-1) ? '' : ck }, { replace: true })} />
@@ -209,8 +198,14 @@ function Reading({ details, text, state, go, fail, attempt }) {
       <${Chips} pieces=${data.pieces} selected=${null} look=${look} onPick=${setPointed} onPoint=${setPointed} label=${L.chips} />
       <p class="total">${data.bits_per_byte !== null && html`${T.words.bitsPerByte} <b>${data.bits_per_byte.toFixed(3)}</b> · `}${pointed === null || !data.pieces[pointed] ? L.pointAt
         : html`<b>${data.pieces[pointed].label}</b> ${look(pointed).title}`}</p>
-      <p>${L.nextWords} ${data.next.map(([, label, p], i) => html`${i ? ', ' : ''}<b>${label}</b> ${percent(p)}`)}</p></div>`}
+      <p>${L.nextWords} ${data.next.map(([, label, p], i) => html`${i ? ', ' : ''}<b>${label}</b> ${percent(p)}`)}</p>
+      <${Tools} name="reading" isReady=${Boolean(known)} svg=${() => drawWords(data.pieces, data.surprise_bits, MAX_BITS, L.readingFigure(details.name, step, data))}
+        data=${() => ({ run: details.name, step, text, bits_per_byte: data.bits_per_byte, mean_bits: data.mean_bits, tokens: listTokens(), next: listNext(data) })}
+        rows=${() => [['place', 'id', 'token', 'surprise_bits', 'rank'], ...listTokens().map(Object.values)]} python=${() => python([step])} /></div>`}
     ${scored.length > 1 && html`<details><summary>${L.readingTable}</summary><table><thead><tr><th>${L.step}</th><th>${T.words.bitsPerByte}</th><th>${L.likeliest}</th></tr></thead><tbody>
-      ${scored.map((one) => html`<tr><td>${one}</td><td>${kept[one].bits_per_byte?.toFixed(3) ?? '–'}</td><td>${kept[one].next[0][1]} ${percent(kept[one].next[0][2])}</td></tr>`)}</tbody></table></details>`}
+      ${scored.map((one) => html`<tr><td>${one}</td><td>${kept[one].bits_per_byte?.toFixed(3) ?? '–'}</td><td>${kept[one].next[0][1]} ${percent(kept[one].next[0][2])}</td></tr>`)}</tbody></table>
+      <${Tools} name="checkpoints" data=${() => scored.map((one) => ({ step: one, bits_per_byte: kept[one].bits_per_byte, next: listNext(kept[one]) }))}
+        rows=${() => [['step', 'bits_per_byte', 'likeliest', 'probability'], ...scored.map((one) => [one, kept[one].bits_per_byte, ...kept[one].next[0].slice(1)])]}
+        python=${() => python(scored)} /></details>`}
     ${keep}</div>`;
 }

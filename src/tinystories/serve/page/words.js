@@ -13,7 +13,7 @@ import { html, useEffect, useRef, useState } from './ui.js';
 const MAX_BITS = 10; // from here on, the darkest shade
 const RARE_RANK = 10;
 
-export function WordsPane({ tokens, state, go, model, fail, attempt }) {
+export function WordsPane({ tokens, state, go, model, fail, attempt, isThere }) {
   const [pointed, setPointed] = useState(null);
   const answer = useAnswer(ask, '/lab/api/score', { ids: tokens.ids, attempt }, fail);
   const score = answer && answer.body.ids.join() === tokens.ids.join() ? answer.data : null;
@@ -23,10 +23,10 @@ export function WordsPane({ tokens, state, go, model, fail, attempt }) {
   const at = /^\d+$/.test(state.c ?? '') ? pieces.findIndex((piece) => piece.start <= Number(state.c) && Number(state.c) < piece.end) : -1;
   // The offset of a word is that of its first letter; in the token, a space may precede it.
   const selected = at > 0 ? at : null;
-  const shown = pointed ?? selected;
+  const shown = pointed !== null && pointed < pieces.length ? pointed : selected; // a shorter text may have come
   const dark = isDark();
-  const select = (i) => go({ c: pieces[i].end > pieces[i].start ? pieces[i].end - 1 : '' });
-  const branch = (i, id) => go({ t: tokens.text.slice(0, pieces[i].start), a: String(id), c: '' });
+  const select = (i) => isThere(i) && go({ c: pieces[i].end > pieces[i].start ? pieces[i].end - 1 : '' });
+  const branch = (i, id) => isThere(i) && go({ t: tokens.text.slice(0, pieces[i].start), a: String(id), c: '' });
 
   function look(i) {
     const surprise = score?.surprise_bits[i];
