@@ -160,14 +160,14 @@ def test_litellm_reads_stories_and_chats(lively: Running) -> None:
 
 
 @pytest.mark.interop
-def test_schemathesis_finds_nothing(serve_chaotic: Serve) -> None:
+def test_schemathesis_finds_nothing(serve_chaotic: Serve, tmp_path: Path) -> None:
     """Every operation of the schema, with right and wrong bodies: no 500, only documented answers."""
     with serve_chaotic(end=0.5, timeout_s=0.2, n_slots=4) as running:
         command = [FOLDER / "schemathesis", "--config-file", SCRIPTS / "schemathesis.toml", "run"]
         command += [f"http://127.0.0.1:{running.port}/openapi.json", "--no-color", "--continue-on-failure"]
         command += ["--phases", "examples,coverage,fuzzing", "--max-examples", "15", "--no-shrink"]
         command += ["--generation-deterministic"]  # a fixed seed, and more
-        result = subprocess.run(command, capture_output=True, text=True, timeout=280)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=tmp_path)  # for its cache
         assert result.returncode == 0, result.stdout[-6000:]
         wait_until(lambda: running.scheduler.n_busy == 0)
 

@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import functools
 import threading
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +12,11 @@ import pytest
 from serve_helpers import PATIENCE_S, GatedEngine, Running, wait_until
 
 from tinystories.data.tokenizer import Tokenizer
+from tinystories.generate.batching import StopReason
 from tinystories.serve import outbox as outbox_module
 from tinystories.serve.errors import ApiError
 from tinystories.serve.jobs import Inbox, Piece
-from tinystories.serve.outbox import MAX_EVENTS_PER_S, MAX_PACE_S, Outbox
+from tinystories.serve.outbox import MAX_CHUNKS_PER_S, MAX_PACE_S, Outbox
 
 Serve = Callable[..., contextlib.AbstractContextManager[Running]]
 NEVER_S = 3600.0
@@ -24,27 +27,42 @@ class ManualLoop:
 
     def __init__(self) -> None:
         self.soon: list[Callable[[], None]] = []
-        self.later: list[tuple[float, Callable[[], None]]] = []
-        self.n_wakes = 0
 
-    def call_soon_threadsafe(self, callback: Callable[[], None]) -> None:
-        self.n_wakes += 1
-        self.soon.append(callback)
+    def call_soon_threadsafe(self, callback: Callable[..., None], *arguments: Any) -> None:
+        self.soon.append(functools.partial(callback, *arguments))
 
-    def call_later(self, seconds: float, callback: Callable[[], None]) -> object:
-        self.later.append((seconds, callback))
-        return object()
-
-    def run_soon(self) -> None:
+    def run_soon(self) -> int:
+        """Run what waits; return how often the loop has been woken."""
+        n_wakes = len(self.soon)
         while self.soon:
             self.soon.pop(0)()
+        return n_wakes
 
-    def run_timer(self) -> float:
-        """Run the only timer; return after how many seconds it is due."""
-        ((seconds, callback),) = self.later
-        self.later = []
-        callback()
-        return seconds
+
+class Clock:
+    """A time that passes only when a test says so."""
+
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Speaker:
+    """A running sequence, of which the outbox needs the inbox and what it has newly to say."""
+
+    def __init__(self, *, n_ends: int = 0) -> None:
+        self.inbox = Inbox(n_ends=n_ends)
+        self.job = types.SimpleNamespace(inbox=self.inbox)
+        self.new_texts: list[str] = []
+
+    @property
+    def has_news(self) -> bool:
+        return bool(self.new_texts)
+
+    def take_piece(self, stop_reason: StopReason | None = None) -> Piece:
+        texts, self.new_texts = self.new_texts, []
+        return Piece(index=0, text="".join(texts), stop_reason=stop_reason)
 
 
 @pytest.fixture
@@ -53,15 +71,19 @@ def loop() -> ManualLoop:
 
 
 @pytest.fixture
-def outbox(loop: ManualLoop) -> Outbox:
-    result = Outbox(pace_s=0.02)
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def outbox(loop: ManualLoop, clock: Clock) -> Outbox:
+    result = Outbox(pace_s=0.02, clock=clock)
     result.loop = loop  # type: ignore[assignment]
     return result
 
 
-def say(outbox: Outbox, inbox: Inbox, text: str, *, is_urgent: bool = False, **fields: Any) -> None:
-    outbox.add(inbox, Piece(index=0, text=text, **fields), is_urgent=is_urgent)
-    outbox.flush()
+def flush(outbox: Outbox, *speakers: Speaker) -> None:
+    outbox.flush(speakers)  # type: ignore[arg-type]
 
 
 def texts_of(inbox: Inbox) -> list[str] | None:
@@ -72,82 +94,74 @@ def texts_of(inbox: Inbox) -> list[str] | None:
     return [piece.text for piece in asyncio.run(inbox.take())]
 
 
-def test_the_first_piece_goes_at_once_and_later_ones_together(loop: ManualLoop, outbox: Outbox) -> None:
-    inbox = Inbox()
-    say(outbox, inbox, "a")
-    loop.run_soon()
-    assert texts_of(inbox) == ["a"]
+def test_the_first_piece_goes_at_once_and_later_ones_together(loop: ManualLoop, clock: Clock, outbox: Outbox) -> None:
+    speaker = Speaker()
+    speaker.new_texts = ["a"]
+    flush(outbox, speaker)
+    assert loop.run_soon() == 1
+    assert texts_of(speaker.inbox) == ["a"]
     for text in "bcd":
-        say(outbox, inbox, text)
-    assert loop.n_wakes == 1  # it looks again by itself
-    assert texts_of(inbox) is None
-    assert loop.run_timer() == 0.02
-    assert texts_of(inbox) == ["bcd"]
-    loop.run_timer()  # nothing has come
-    assert not loop.later
-    say(outbox, inbox, "e")
-    assert loop.n_wakes == 2
-    loop.run_soon()
-    assert texts_of(inbox) == ["e"]
+        speaker.new_texts.append(text)
+        flush(outbox, speaker)
+    assert loop.run_soon() == 0
+    assert texts_of(speaker.inbox) is None
+    clock.now += 0.021
+    flush(outbox, speaker)
+    assert loop.run_soon() == 1
+    assert texts_of(speaker.inbox) == ["bcd"]
+    clock.now += 0.021
+    flush(outbox, speaker)  # nothing has come
+    assert loop.run_soon() == 0
+    speaker.new_texts = ["e"]
+    flush(outbox, speaker)  # it need not wait, since nothing has been sent for as long
+    assert loop.run_soon() == 1
+    assert texts_of(speaker.inbox) == ["e"]
 
 
 def test_what_is_urgent_wakes_its_own_client_only(loop: ManualLoop, outbox: Outbox) -> None:
-    one, other = Inbox(), Inbox()
-    say(outbox, one, "a", is_urgent=True)
+    one, other = Speaker(), Speaker()
+    one.new_texts = ["a"]
+    flush(outbox, one, other)
+    one.new_texts, other.new_texts = ["b"], ["x"]
+    outbox.add(other.inbox, other.take_piece())
+    flush(outbox, one, other)
     loop.run_soon()
-    assert texts_of(one) == ["a"]
-    say(outbox, one, "b")
-    say(outbox, other, "x", is_urgent=True)
+    assert (texts_of(one.inbox), texts_of(other.inbox)) == (["a"], ["x"])
+    one.new_texts.append("c")
+    outbox.add(one.inbox, one.take_piece("length"))
+    flush(outbox, other)
     loop.run_soon()
-    assert (texts_of(one), texts_of(other)) == (None, ["x"])
-    say(outbox, one, "c", is_urgent=True, stop_reason="length")
-    loop.run_soon()
-    assert texts_of(one) == ["bc"]
-    outbox.add(other, ApiError(500, "it failed"), is_urgent=True)
-    outbox.flush()
+    assert texts_of(one.inbox) == ["bc"]
+    outbox.add(other.inbox, ApiError(500, "it failed"))
+    flush(outbox, other)
     loop.run_soon()
     with pytest.raises(ApiError, match="it failed"):
-        texts_of(other)
+        texts_of(other.inbox)
 
 
-def test_many_streams_take_longer_turns(loop: ManualLoop, outbox: Outbox) -> None:
-    inboxes = [Inbox() for _ in range(64)]
-    say(outbox, inboxes[0], "a")
-    loop.run_soon()
-    paces = ((1, 0.02), (16, 16 / MAX_EVENTS_PER_S), (32, 32 / MAX_EVENTS_PER_S), (64, MAX_PACE_S), (1, 0.02))
+def test_many_streams_take_longer_turns(loop: ManualLoop, clock: Clock, outbox: Outbox) -> None:
+    speakers = [Speaker() for _ in range(64)]
+    paces = ((1, 0.02), (16, 16 / MAX_CHUNKS_PER_S), (8, 8 / MAX_CHUNKS_PER_S), (64, MAX_PACE_S), (1, 0.02))
     for n_streams, pace_s in paces:
-        for inbox in inboxes[:n_streams]:
-            say(outbox, inbox, "a")
-        loop.run_timer()
-        assert [seconds for seconds, _ in loop.later] == [pace_s]
+        for speaker in speakers[:n_streams]:
+            speaker.new_texts.append("a")
+        flush(outbox, *speakers)
+        assert loop.run_soon() == 1  # for all of them
+        assert [texts_of(speaker.inbox) for speaker in speakers[:n_streams]] == [["a"]] * n_streams
+        speakers[0].new_texts.append("b")
+        clock.now += pace_s - 0.001
+        flush(outbox, *speakers)
+        assert loop.run_soon() == 0
+        clock.now += 0.002
+        speakers[0].take_piece()
 
 
-def test_a_piece_that_comes_while_the_loop_looks_is_not_forgotten(loop: ManualLoop, outbox: Outbox) -> None:
-    inbox = Inbox()
-    say(outbox, inbox, "a")
-    loop.run_soon()
-    texts_of(inbox)
-
-    class InTheMiddle(type(outbox._events)):  # type: ignore[misc]
-        """The scheduler's thread gets its turn just after the loop has found nothing more."""
-
-        def __bool__(self) -> bool:
-            if not len(self) and not has_come:
-                has_come.append(True)
-                say(outbox, inbox, "b")
-                return False
-            return len(self) > 0
-
-    has_come: list[bool] = []
-    outbox._events = InTheMiddle()
-    loop.run_timer()
-    assert has_come
-    loop.run_soon()
-    texts = texts_of(inbox)
-    if texts is None:
-        loop.run_timer()
-        texts = texts_of(inbox)
-    assert texts == ["b"]
+def test_the_text_of_a_whole_answer_stays_where_it_is(loop: ManualLoop, outbox: Outbox) -> None:
+    speaker = Speaker(n_ends=1)
+    speaker.new_texts = ["a"]
+    flush(outbox, speaker)
+    assert loop.run_soon() == 0
+    assert speaker.has_news
 
 
 def test_threads_lose_nothing_and_keep_the_order() -> None:
@@ -156,15 +170,16 @@ def test_threads_lose_nothing_and_keep_the_order() -> None:
     async def read() -> list[str]:
         outbox = Outbox(pace_s=0)
         outbox.start()
-        inboxes = [Inbox() for _ in range(3)]
+        speakers = [Speaker() for _ in range(3)]
 
         def write() -> None:
             for number in range(n_pieces):
-                for inbox in inboxes:
-                    is_last = number == n_pieces - 1
-                    piece = Piece(index=0, text=f"{number} ", stop_reason="length" if is_last else None)
-                    outbox.add(inbox, piece, is_urgent=is_last or number % 100 == 0)
-                outbox.flush()
+                is_last = number == n_pieces - 1
+                for speaker in speakers:
+                    speaker.new_texts.append(f"{number} ")
+                    if is_last or number % 100 == 0:
+                        outbox.add(speaker.inbox, speaker.take_piece("length" if is_last else None))
+                flush(outbox, *speakers)
 
         async def collect(inbox: Inbox) -> str:
             parts: list[Piece] = []
@@ -175,7 +190,7 @@ def test_threads_lose_nothing_and_keep_the_order() -> None:
         thread = threading.Thread(target=write)
         thread.start()
         async with asyncio.timeout(PATIENCE_S):
-            texts = await asyncio.gather(*map(collect, inboxes))
+            texts = await asyncio.gather(*[collect(speaker.inbox) for speaker in speakers])
         thread.join()
         return texts
 
@@ -199,7 +214,9 @@ def test_an_outbox_whose_loop_has_ended_is_quiet() -> None:
         outbox.start()
         return outbox
 
-    say(asyncio.run(start()), object.__new__(Inbox), "a")
+    speaker = Speaker()
+    speaker.new_texts = ["a"]
+    flush(asyncio.run(start()), speaker)
 
 
 def test_a_stream_gets_its_first_text_at_once_and_the_rest_merged(

@@ -332,6 +332,14 @@ def test_a_header_that_does_not_come_closes_the_connection(
                 assert later.sock.recv(10) == b""
 
 
+def test_a_client_that_offers_http2_is_answered(chaotic: Running) -> None:
+    """Java's HttpClient does with every first request; the body follows as if it had not."""
+    offer = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAMAAABkAAQAoAAAAAIAAAAA"}
+    status, answer, _ = chaotic.client.request("POST", "/v1/completions", {"max_tokens": 2, "seed": 1}, offer)
+    assert status == 200
+    assert answer["choices"][0] == chaotic.client.complete(max_tokens=2, seed=1)
+
+
 def test_the_schema_describes_every_endpoint(chaotic: Running) -> None:
     schema = chaotic.client.request("GET", "/openapi.json")[1]
     assert schema == json.loads(json.dumps(build_schema()))

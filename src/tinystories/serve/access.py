@@ -66,9 +66,10 @@ class RequestLog:
             path = scope["path"]
             label = path if path in self.known_paths else "other"
             self.metrics.requests.labels(label, str(status or 499)).inc()
-            seconds = time.monotonic() - started_at
-            shown = one_line(path[:MAX_LOGGED_PATH])
-            log.info("%s %s %s %d %.3fs", request_id, scope["method"], shown, status or 499, seconds)
+            if log.isEnabledFor(logging.INFO):
+                seconds = time.monotonic() - started_at
+                shown = one_line(path[:MAX_LOGGED_PATH])
+                log.info("%s %s %s %d %.3fs", request_id, scope["method"], shown, status or 499, seconds)
 
 
 class HostGuard:

@@ -49,6 +49,7 @@ class Inbox:
 
     def __init__(self, *, n_ends: int = 0) -> None:
         """`n_ends`: `take` waits until this many sequences have ended, for an answer that is not a stream."""
+        self.is_stream = n_ends == 0
         self._n_ends = n_ends
         self._changed = asyncio.Event()
         self._pieces: dict[int, Piece] = {}

@@ -124,7 +124,8 @@ def build_generations(
     bias = read_bias(request.logit_bias or {}, model.vocab_size)
     presence, frequency = request.presence_penalty or 0.0, request.frequency_penalty or 0.0
     try:
-        settings = dataclasses.replace(model.sampling, **request.overrides())
+        overrides = request.overrides()
+        settings = dataclasses.replace(model.sampling, **overrides) if overrides else model.sampling
         for text in stop:
             check_text(text, "a stop string")
     except UserError as error:

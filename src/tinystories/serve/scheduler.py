@@ -17,7 +17,7 @@ from tinystories.errors import UserError
 from tinystories.generate.logit_adjustment import adjust_logits
 from tinystories.generate.sampling import SlotSampler
 from tinystories.serve.errors import ApiError, invalid, shutting_down
-from tinystories.serve.jobs import EndReason, FairQueue, Generation, Job, Piece
+from tinystories.serve.jobs import EndReason, FairQueue, Generation, Job
 from tinystories.serve.metrics import Metrics
 from tinystories.serve.outbox import Outbox
 from tinystories.serve.running import Running
@@ -156,14 +156,16 @@ class Scheduler:
         self._end_canceled()
         self._admit()
         self._prefill()
-        self.outbox.flush()  # the first text of a story does not wait for the step of the others
+        self.outbox.flush(self.running)  # the first text of a story does not wait for the step of the others
         n_decoded = self._decode()
-        self.outbox.flush()
+        self.outbox.flush(self.running)
         seconds = time.monotonic() - started_at
         if n_decoded and seconds > 0:
             self.tokens_per_s += 0.05 * (n_decoded / seconds - self.tokens_per_s)
 
     def _end_canceled(self) -> None:
+        if not self.canceled:  # needs no lock: what comes just now is for the next round
+            return
         with self.changed:
             canceled, self.canceled = self.canceled, []
         for job, reason in canceled:
@@ -189,7 +191,8 @@ class Scheduler:
         self.metrics.cached_tokens.inc(running.n_filled)
         try:
             running.sequence.begin_sampling(self.sampler)
-            self._emit(running, running.begin())
+            running.begin()
+            self._emit(running)
         except Exception as error:
             self._fail(job, error)
 
@@ -199,7 +202,7 @@ class Scheduler:
         for running in [one for one in self.running if one.needs_prefill]:
             if n_left <= 0:
                 return
-            if running not in self.running:  # another sequence of its job has failed
+            if not running.has_slot:  # another sequence of its job has failed
                 continue
             limit = n_left
             if running.is_scoring:
@@ -212,7 +215,8 @@ class Scheduler:
             self.heartbeat = time.monotonic()
             self.metrics.prefill_seconds.inc(self.heartbeat - started_at)
             try:
-                self._emit(running, running.add_prefilled(ids, logits))
+                running.add_prefilled(ids, logits)
+                self._emit(running)
             except Exception as error:
                 self._fail(running.job, error)
                 continue
@@ -242,35 +246,41 @@ class Scheduler:
         tokens = self.sampler.sample_unchecked(adjusted, [one.slot for one in group], u)
         self.metrics.predicted_tokens.inc(len(tokens))
         for row, (running, token) in enumerate(zip(group, tokens, strict=True)):
-            if running not in self.running:
+            if not running.has_slot:
                 continue
             try:
                 if token < 0:
                     raise UserError("the model's logits are not finite; its weights are damaged")
                 raw = as_numpy(logits[row]) if running.log is not None else None
-                self._emit(running, running.add_token(token, raw))
+                running.add_token(token, raw)
+                if running.stop_reason or running.job.first_text_at is None:
+                    self._emit(running)
             except Exception as error:  # of this request: the others go on
                 self._fail(running.job, error)
 
-    def _emit(self, running: Running, piece: Piece | None) -> None:
-        """Queue a piece for the client, and end the sequence if it is the last one."""
-        if piece is None:
-            return
+    def _emit(self, running: Running) -> None:
+        """Hand over what must not wait: the first text of a job, and the last of a sequence, which ends here.
+
+        The outbox takes other text when it is time.
+        """
         job, now = running.job, time.monotonic()
-        is_first = bool(piece.text) and job.first_text_at is None
+        is_first = bool(running.new_texts) and job.first_text_at is None
         if is_first:
             job.first_text_at = now
             self.metrics.first_token_seconds.observe(now - job.submitted_at)
-        self.outbox.add(job.inbox, piece, is_urgent=is_first or piece.stop_reason is not None)
-        if piece.stop_reason:
-            if piece.n_generated > 1:
-                self.metrics.token_seconds.observe((now - running.started_at) / piece.n_generated)
+        if running.stop_reason or (is_first and job.inbox.is_stream):
+            self.outbox.add(job.inbox, running.take_piece())
+        if running.stop_reason:
+            n_generated = len(running.sequence.generated_ids)
+            if n_generated > 1:
+                self.metrics.token_seconds.observe((now - running.started_at) / n_generated)
             self._release(running)
             with self.changed:
-                self._count_ended(job, 1, piece.stop_reason)
+                self._count_ended(job, 1, running.stop_reason)
 
     def _release(self, running: Running) -> None:
         self.running.remove(running)
+        running.has_slot = False
         self.slots.give_back(running.slot, running.cached_ids())
 
     def _end_job(self, job: Job, reason: EndReason) -> None:
@@ -288,4 +298,4 @@ class Scheduler:
             self._count_ended(job, self.queue.remove(job), "error")
         self._end_job(job, "error")
         message = str(error) if isinstance(error, UserError) else "the server failed to answer this request"
-        self.outbox.add(job.inbox, ApiError(500, message, code="internal_error"), is_urgent=True)
+        self.outbox.add(job.inbox, ApiError(500, message, code="internal_error"))
