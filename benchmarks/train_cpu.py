@@ -154,7 +154,7 @@ def make_step(config: Config, optim: OptimConfig, route: Route, batch: tuple[tor
     """Return a function that runs one optimizer step of ours on a route."""
     model = GPT(config.model)
     objective = build_objective(model, route)
-    optimizers = build_optimizers(model, optim, muon_in_bf16=route.has_bf16_kernels)
+    optimizers = build_optimizers(model, optim, cpu_kernels=route.has_bf16_kernels)
 
     def compute_loss(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         loss: torch.Tensor = objective(inputs, targets)

@@ -14,10 +14,10 @@ from tinystories.data.tokenizer import Tokenizer
 from tinystories.engine.device import select_device
 from tinystories.engine.torch_engine import TorchEngine
 from tinystories.model import GPT
+from tinystories.model.cpu_loss import cpu_linear_cross_entropy
 from tinystories.model.cpu_training import use_cpu_teacher_kernels, use_cpu_training_kernels
 from tinystories.model.distillation import DistillationObjective
 from tinystories.model.loss import Objective, fused_linear_cross_entropy
-from tinystories.model.tiled_loss import tiled_linear_cross_entropy
 from tinystories.train import distributed
 from tinystories.train.distributed import World
 from tinystories.train.estimate import auto_micro_batch
@@ -92,7 +92,7 @@ class TrainStep:
         self.model = GPT(config.model).to(self.device)
         objective: Any = build_objective(self.model, self.route)
         sharded = config.train.shard_optimizer and world.size > 1
-        self.optimizers = build_optimizers(self.model, config.optim, sharded, muon_in_bf16=self.route.has_bf16_kernels)
+        self.optimizers = build_optimizers(self.model, config.optim, sharded, cpu_kernels=self.route.has_bf16_kernels)
         if teachers and config.train.teacher_weight > 0:
             objective = DistillationObjective(
                 self.model, teachers, config.train.teacher_weight, config.train.teacher_temperature
@@ -170,7 +170,7 @@ def build_objective(model: GPT, route: Route) -> Objective:
     """Make the model train with the kernels of a route, and return its objective."""
     if route.cpu_kernels:
         use_cpu_training_kernels(model, bf16=route.has_bf16_kernels)
-    return Objective(model, tiled_linear_cross_entropy if route.has_bf16_kernels else fused_linear_cross_entropy)
+    return Objective(model, cpu_linear_cross_entropy if route.has_bf16_kernels else fused_linear_cross_entropy)
 
 
 def derive_seed(seed: int, step: int, rank: int) -> int:
