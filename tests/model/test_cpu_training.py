@@ -208,6 +208,7 @@ def test_kernels_round_to_bf16_as_pytorch_does() -> None:
 def test_the_number_of_threads_changes_no_bit(
     tiny: Callable[..., ModelConfig], awake: Callable[[ModelConfig], GPT], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(cpu_kernels, "MIN_NUMBERS_PER_THREAD", 1)
     tokens = torch.randint(61, (3, 24), generator=torch.Generator().manual_seed(3))
     results = []
     for n_threads in (1, 2, 3, 50):

@@ -23,6 +23,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 N_PARTS = 32
+MIN_NUMBERS_PER_THREAD = 2**16  # fewer are processed before another thread has woken up
 # With `reassoc` LLVM may vectorize sums; NaN and infinity keep their meaning.
 njit = numba.njit(error_model="numpy", fastmath={"reassoc", "contract", "nsz"}, nogil=True, cache=True)
 njit_exact = numba.njit(error_model="numpy", fastmath={"contract"}, nogil=True, cache=True)
@@ -46,9 +47,10 @@ def as_array(tensor: Tensor) -> Any:
 
 
 def run(kernel: Callable[..., None], *arguments: Any) -> None:
-    """Run a kernel on as many threads as PyTorch uses. Tensors among the arguments become arrays."""
+    """Run a kernel on at most as many threads as PyTorch uses. Tensors among the arguments become arrays."""
+    n_numbers = max(value.numel() for value in arguments if isinstance(value, Tensor))
     arguments = tuple(as_array(value) if isinstance(value, Tensor) else value for value in arguments)
-    n_threads = min(torch.get_num_threads(), N_PARTS)
+    n_threads = max(1, min(torch.get_num_threads(), N_PARTS, n_numbers // MIN_NUMBERS_PER_THREAD))
     bounds = [N_PARTS * i // n_threads for i in range(n_threads + 1)]
     others = [thread_pool(n_threads - 1).submit(kernel, *arguments, *bounds[i : i + 2]) for i in range(1, n_threads)]
     kernel(*arguments, *bounds[:2])
