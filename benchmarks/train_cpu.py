@@ -6,9 +6,10 @@ of a step of seed-89m. On a quiet machine with two cores this takes less than 20
 
 Each case is a process of its own. In it all variants run interleaved (A B A B ...) with the same batch and AdamW:
 nanoGPT in fp32, in fp32 through oneDNN, under autocast in bf16, and with --compile compiled; ours (`modern`) on every
-route that the processor has, and with Muon. 12 x 512, whose steps take ten times as long, leaves out what is never the
-fastest, and takes two rounds less. A ratio is the median over the rounds of the time of a nanoGPT variant divided by
-ours in the same round. oneDNN's fp32 matmuls are an option that nanoGPT's own training script does not set.
+route that the processor has, on some also with Muon. 12 x 512, whose steps take ten times as long, has only the
+variants that its goals need, and half the rounds. A ratio is the median over the rounds of the time of a nanoGPT
+variant divided by ours in the same round. oneDNN's fp32 matmuls are an option that nanoGPT's own training script does
+not set.
 
 The limit to AVX2 is set by environment variables (`LIMITS`): PyTorch's, oneDNN's, MKL's and Numba's.
 
@@ -59,8 +60,9 @@ LIMITS = {
         "NUMBA_CPU_FEATURES": LEVELS["avx2"].features,
     },
 }
-# Variants of 12 x 512.
-LARGE = re.compile(r"nanoGPT (fp32|bf16|bf16 compiled)|ours (fp32|fp32-cpu|bf16-cpu)")
+# The variants of 12 x 512 by limit.
+LARGE = {"native": r"nanoGPT (fp32|bf16|bf16 compiled)|ours bf16-cpu", "avx2": r"nanoGPT fp32|ours (fp32|fp32-cpu)"}
+WITH_MUON = ("fp32", "bf16-cpu")
 # (limit, shape, precision of ours, nanoGPT's) -> required ratio of our fastest route. "best": nanoGPT's fastest.
 BARS = {
     ("native", "6x240", "bf16", "fp32"): 2.5,
@@ -155,38 +157,40 @@ def run_case(options: argparse.Namespace, case: str) -> dict[str, Any]:
     tokens = torch.randint(vocab, (options.rows, CONTEXT + 1))
     batch = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     steps: dict[str, Step] = {}
+    is_large = shape == "12x512"
 
     def add(name: str, build: Callable[[], Step]) -> None:
-        if re.search(options.only, name) and (shape != "12x512" or LARGE.fullmatch(name)):
+        if re.search(options.only, name) and (not is_large or re.fullmatch(LARGE[limit], name)):
             steps[name] = build()
 
     sizes = {"n_layer": n_layer, "n_embd": n_embd, "n_head": heads, "vocab_size": vocab}
-    routes = [ROUTES[name] for name in ("fp32", "fp32-onednn", "bf16")]
-    for route in routes if limit == "native" else routes[:1]:
-        for compiled in (False, True) if options.compile else (False,):
-            name = f"nanoGPT {route.name}{' compiled' * compiled}"
-            add(name, lambda r=route, c=compiled: make_nanogpt_step(options.nanogpt, sizes, r, batch, c))
     n_ff = round(8 * n_embd / 3 / 8) * 8
     model_config = ModelConfig(**sizes, n_ff=n_ff, n_ctx=CONTEXT)  # type: ignore[arg-type]
     config = Config(model=model_config, train=TrainConfig(batch_size=options.rows, micro_batch=options.rows))
     names = list_possible_routes(config, torch.device("cpu"))
     if limit == "avx2":
         names = [name for name in names if name in ("fp32", "fp32-cpu")]
-    for kind in ("adamw", "muon"):
-        for route in (ROUTES[name] for name in names):
-            optim = OptimConfig(kind=kind, learning_rate=1e-3, muon_rate=0.02)
+    for name in names:
+        if name.endswith("-cpu"):  # our own kernels
+            continue
+        add(f"nanoGPT {name}", lambda r=ROUTES[name]: make_nanogpt_step(options.nanogpt, sizes, r, batch, False))
+        if options.compile and name != "fp32-onednn":
             add(
-                f"ours {route.name}{' Muon' * (kind == 'muon')}",
-                lambda r=route, o=optim: make_step(config, o, r, batch),
+                f"nanoGPT {name} compiled",
+                lambda r=ROUTES[name]: make_nanogpt_step(options.nanogpt, sizes, r, batch, True),
             )
+    for kind in ("adamw", "muon"):
+        optim = OptimConfig(kind=kind, learning_rate=1e-3, muon_rate=0.02)
+        for name in names if kind == "adamw" else [name for name in names if name in WITH_MUON]:
+            label = f"ours {name}{' Muon' * (kind == 'muon')}"
+            add(label, lambda r=ROUTES[name], o=optim: make_step(config, o, r, batch))
 
     clock = time.process_time if options.cpu_seconds else time.perf_counter
-    is_large = shape == "12x512"
     for step in steps.values():  # warm up; compile
         for _ in range(1 if is_large else 2):
             step()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(max(1, options.runs - 2 * is_large)):
+    for _ in range(options.runs // 2 if is_large else options.runs):
         for name, step in steps.items():
             started_at = clock()
             step()
