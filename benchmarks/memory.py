@@ -28,8 +28,7 @@ from tinystories.config_file import load_config
 from tinystories.model import GPT
 from tinystories.train.estimate import estimate_train_bytes
 from tinystories.train.optimizer.build import build_optimizers
-from tinystories.train.route import ROUTES
-from tinystories.train.step import build_objective
+from tinystories.train.route import ROUTES, build_objective
 
 
 def main() -> None:

@@ -117,6 +117,38 @@ def test_one_step_moves_every_singular_direction_by_the_rate() -> None:
     assert 0.65 < moved.min() <= moved.max() < 1.3
 
 
+@pytest.mark.parametrize("beta2", [0.0, 0.95])
+@pytest.mark.parametrize("shape", [(40, 40), (70, 24), (24, 70)], ids=str)
+def test_kernels_for_cpus_do_the_same_up_to_bf16(shape: tuple[int, int], beta2: float) -> None:
+    torch.manual_seed(7)
+    starts, gradients = torch.randn(3, *shape), torch.randn(4, 3, *shape)
+    gradients[:, 1] *= torch.logspace(0, -3, shape[0])[:, None]
+    moved, states = {}, {}
+    for cpu_kernels in (False, True):
+        weights = [nn.Parameter(start.clone()) for start in starts]
+        optimizer = Muon(weights, lr=0.1, momentum=0.9, weight_decay=0.5, beta2=beta2, cpu_kernels=cpu_kernels)
+        for step in gradients:
+            for weight, gradient in zip(weights, step, strict=True):
+                weight.grad = gradient.clone()
+            optimizer.step()
+        moved[cpu_kernels] = torch.stack([weight.detach() for weight in weights]) - starts
+        states[cpu_kernels] = [optimizer.state[weight] for weight in weights]
+    assert (moved[True] - moved[False]).norm() < 0.02 * moved[False].norm()
+    for plain, with_kernels in zip(states[False], states[True], strict=True):
+        assert plain.keys() == with_kernels.keys()
+        torch.testing.assert_close(with_kernels["momentum_buffer"], plain["momentum_buffer"], atol=1e-6, rtol=1e-5)
+        if beta2:
+            torch.testing.assert_close(with_kernels["row_squares"], plain["row_squares"], atol=1e-3, rtol=0.05)
+
+
+def test_kernels_leave_a_weight_with_a_gradient_of_zeros_where_it_is() -> None:
+    weight = nn.Parameter(torch.ones(6, 4))
+    optimizer = Muon([weight], lr=0.1, cpu_kernels=True)
+    weight.grad = torch.zeros(6, 4)
+    optimizer.step()
+    assert torch.equal(weight, torch.ones(6, 4))
+
+
 def test_rows_whose_gradients_are_small_for_long_move_as_far_as_the_others() -> None:
     torch.manual_seed(6)
     moved = {}

@@ -17,7 +17,16 @@ from tinystories.engine import device as device_module
 from tinystories.errors import UserError
 from tinystories.train import route as route_module
 from tinystories.train.loop import Interrupted, Trainer
-from tinystories.train.route import ROUTES, keeps_operands, list_routes, may_use_onednn, measure_routes, select_route
+from tinystories.train.route import (
+    ROUTES,
+    Probe,
+    build_probe,
+    keeps_operands,
+    list_routes,
+    may_use_onednn,
+    measure_routes,
+    select_route,
+)
 from tinystories.train.run import train
 
 CPU = torch.device("cpu")
@@ -55,14 +64,14 @@ def with_rates(monkeypatch: pytest.MonkeyPatch, **rates: float) -> None:
 @pytest.mark.parametrize(
     ("name", "auto", "bf16"),
     [
-        ("amd zen 5", ["fp32", "fp32-onednn"], ["bf16-cpu"]),
-        ("amd avx-512 without bf16", ["fp32", "fp32-onednn"], None),
-        ("amd avx2", ["fp32"], None),
-        ("amd with amx", ["fp32"], ["bf16-cpu"]),
-        ("intel with amx", ["fp32"], ["bf16-cpu"]),
-        ("intel avx-512", ["fp32"], None),
-        ("arm", ["fp32"], ["bf16-cpu"]),
-        ("unknown", ["fp32"], None),
+        ("amd zen 5", ["fp32", "fp32-cpu", "fp32-onednn"], ["bf16-cpu"]),
+        ("amd avx-512 without bf16", ["fp32", "fp32-cpu", "fp32-onednn"], None),
+        ("amd avx2", ["fp32", "fp32-cpu"], None),
+        ("amd with amx", ["fp32", "fp32-cpu"], ["bf16-cpu"]),
+        ("intel with amx", ["fp32", "fp32-cpu"], ["bf16-cpu"]),
+        ("intel avx-512", ["fp32", "fp32-cpu"], None),
+        ("arm", ["fp32", "fp32-cpu"], ["bf16-cpu"]),
+        ("unknown", ["fp32", "fp32-cpu"], None),
     ],
 )
 def test_the_processor_decides_what_is_possible(
@@ -84,7 +93,7 @@ def test_the_onednn_route_is_refused_if_it_rounds(
 ) -> None:
     processor("amd zen 5")
     monkeypatch.setattr(route_module, "is_onednn_exact", lambda _: False)
-    assert list_routes(changed(config, "train", precision="auto"), CPU) == ["fp32"]
+    assert list_routes(changed(config, "train", precision="auto"), CPU) == ["fp32", "fp32-cpu"]
 
 
 def test_compiled_steps_and_other_devices_use_the_plain_routes(
@@ -100,8 +109,9 @@ def test_compiled_steps_and_other_devices_use_the_plain_routes(
 @pytest.mark.parametrize(
     ("rates", "chosen"),
     [
-        ({"fp32": 100.0, "fp32_onednn": 250.0}, "fp32-onednn"),
-        ({"fp32": 100.0, "fp32_onednn": 109.0}, "fp32"),
+        ({"fp32": 100.0, "fp32_cpu": 110.0, "fp32_onednn": 250.0}, "fp32-onednn"),
+        ({"fp32": 100.0, "fp32_cpu": 110.0, "fp32_onednn": 90.0}, "fp32-cpu"),
+        ({"fp32": 100.0, "fp32_cpu": 104.0, "fp32_onednn": 104.0}, "fp32"),
     ],
 )
 def test_the_fastest_is_chosen_but_not_for_a_few_percent(
@@ -126,10 +136,10 @@ def test_the_fastest_is_chosen_but_not_for_a_few_percent(
         ("", "amd zen 5", "auto", ["fp32"]),
         ("fp32", "amd zen 5", "bf16", ["bf16-cpu"]),
         ("bf16-cpu", "amd zen 5", "fp32", ["fp32"]),
-        ("bf16-cpu", "amd avx2", "auto", ["fp32"]),
-        ("bf16-cpu", "amd avx2", "bf16", ["fp32"]),
-        ("bf16-cpu", "amd avx-512 without bf16", "auto", ["fp32", "fp32-onednn"]),
-        ("fp32-onednn", "intel with amx", "auto", ["fp32"]),
+        ("bf16-cpu", "amd avx2", "auto", ["fp32", "fp32-cpu"]),
+        ("bf16-cpu", "amd avx2", "bf16", ["fp32", "fp32-cpu"]),
+        ("bf16-cpu", "amd avx-512 without bf16", "auto", ["fp32", "fp32-cpu", "fp32-onednn"]),
+        ("fp32-onednn", "intel with amx", "auto", ["fp32", "fp32-cpu"]),
         ("fp32", "intel with amx", "auto", ["fp32"]),
     ],
 )
@@ -145,26 +155,38 @@ def test_a_route_of_a_later_version_is_an_error_of_one_line(config: Config) -> N
         select_route(config, CPU, "fp4")
 
 
-def test_the_measurement_is_of_this_model_and_takes_less_than_a_second(
+def test_the_measurement_is_of_this_model_and_ends_before_its_limit(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It stops before the turn that would take it over its limit."""
-    model = ModelConfig(n_embd=48, n_ff=80, n_head=4, n_kv_head=2, vocab_size=9000)
+    """It stops before the turn that would take it over its limit, and its first turn does not count."""
+    model = ModelConfig(n_embd=48, n_ff=80, n_head=4, n_kv_head=2, vocab_size=9000, n_layer=7, n_ctx=128)
     config = dataclasses.replace(config, model=model)
-    now, shapes = [0.0], []
+    now, turns = [0.0], []
 
-    def time_matmuls(route: route_module.Route, shape: tuple[int, int, int]) -> float:
-        now[0] += 0.02
-        shapes.append((route.name, *shape[1:]))
-        return 0.02 if route.name == "fp32" else 0.01
+    def time_probe(probe: Probe) -> float:
+        turns.append(probe.route.name)
+        seconds = 30.0 if len(turns) <= 2 else 0.04 if probe.route.name == "fp32" else 0.02
+        now[0] += seconds
+        return seconds
 
-    monkeypatch.setattr(route_module, "time_matmuls", time_matmuls)
+    monkeypatch.setattr(route_module, "time_probe", time_probe)
     monkeypatch.setattr(route_module.time, "perf_counter", lambda: now[0])
     rates = measure_routes(["fp32", "bf16-cpu"], config)
-    assert 0.4 < now[0] < 0.6
+    assert 60.9 < now[0] < 61
+    assert turns[:4] == ["fp32", "bf16-cpu"] * 2
     assert rates["bf16-cpu"] == pytest.approx(2 * rates["fp32"])
-    products = [(48, 96), (48, 80), (80, 48), (48, 4096)]
-    assert shapes[:8] == [(name, *product) for product in products for name in ("fp32", "bf16-cpu")]
+
+
+def test_what_is_measured_has_the_shapes_of_the_model(config: Config) -> None:
+    model = ModelConfig(n_embd=48, n_ff=80, n_head=4, n_kv_head=2, vocab_size=9000, n_layer=7, n_ctx=128)
+    probe = build_probe(changed(dataclasses.replace(config, model=model), "train", batch_size=4), ROUTES["fp32"])
+    shapes = {name: tuple(weight.shape) for name, weight in probe.objective.named_parameters()}
+    assert {name.split(".")[2] for name in shapes if ".layers." in name} == {"0"}
+    assert shapes["model.layers.0.mlp.up_proj.weight"] == (80, 48)
+    assert shapes["model.lm_head.weight" if not model.tied else "model.embed_tokens.weight"] == (4096, 48)
+    assert probe.tokens.shape == (4, 128)
+    small = changed(changed(config, "model", vocab_size=400), "train", batch_size=4 * 10**6)
+    assert build_probe(small, ROUTES["fp32"]).tokens.numel() < 10**6
 
 
 def test_a_measurement_on_this_processor_gives_a_rate_for_every_route(
@@ -173,7 +195,18 @@ def test_a_measurement_on_this_processor_gives_a_rate_for_every_route(
     monkeypatch.setattr(route_module, "PROBE_FLOPS", 1e6)
     monkeypatch.setattr(route_module, "MEASURE_SECONDS", 0.01)
     config = changed(config, "model", vocab_size=400)
-    assert all(0 < rate < 1e15 for rate in measure_routes(["fp32", "fp32-onednn"], config).values())
+    assert all(0 < rate < 1e12 for rate in measure_routes(["fp32", "fp32-cpu", "fp32-onednn"], config).values())
+
+
+def test_choosing_a_route_draws_no_random_numbers(
+    config: Config, processor: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processor("amd avx2")
+    monkeypatch.setattr(route_module, "PROBE_FLOPS", 1e6)
+    monkeypatch.setattr(route_module, "MEASURE_SECONDS", 0.01)
+    before = torch.random.get_rng_state()
+    select_route(changed(changed(config, "model", vocab_size=400), "train", precision="auto"), CPU)
+    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("kept_bits", [8, 11, 16])
@@ -268,7 +301,7 @@ def test_bf16_keeps_weights_moments_and_loss_in_fp32(
     assert not torch.equal(weight, weight.bfloat16().float())
 
 
-@pytest.mark.parametrize("name", ["bf16-cpu", "fp32-onednn"])
+@pytest.mark.parametrize("name", ["bf16-cpu", "fp32-cpu", "fp32-onednn"])
 def test_the_routes_train_the_same_model(
     name: str, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -296,6 +329,7 @@ def test_a_run_begun_in_bf16_continues_in_fp32_with_a_mark(
         train(config, tmp_path / "run")
     finished = read_records(tmp_path / "run")
     processor("amd avx2")
+    with_rates(monkeypatch, fp32=100.0, fp32_cpu=90.0)
     train(config, tmp_path / "run", resume=True)
     assert read_records(tmp_path / "run") == finished, "a finished run has nothing left to do on any processor"
     train(changed(config, "train", steps=6), tmp_path / "run", resume=True)
@@ -326,8 +360,10 @@ def test_a_run_of_a_version_without_routes_keeps_computing_as_it_did(
     config: Config,
     tmp_path: Path,
     processor: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     processor(name)
+    with_rates(monkeypatch, fp32=100.0, fp32_cpu=90.0)
     config = changed(config, "train", steps=2, checkpoint_every=2)
     train(config, tmp_path / "run")
     state_dir = tmp_path / "run" / "checkpoints" / "step-0000002" / "state"

@@ -1,6 +1,7 @@
 """Causal attention for training on a CPU, where it is faster than `F.scaled_dot_product_attention`.
 
-Each row of the batch is computed by batched matmuls over its heads, whose operands fit the CPU's caches. The attention
+Each row of the batch is computed by batched matmuls over its heads, whose operands fit the CPU's caches, and by kernels
+that skip what the mask excludes. The attention
 probabilities are recomputed in the backward pass, so nothing of size T x T is stored.
 
 Letters in shapes: B batch, T tokens, H heads, D = head_dim, L keys that a block of queries may see.
@@ -13,13 +14,19 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from tinystories.model import cpu_kernels
+from tinystories.model.cpu_kernels import f32, run
+
 # From this many tokens on, queries are processed in two blocks: the first one skips the second half of the keys, which
 # is a quarter of the arithmetic. In shorter rows the smaller matmuls would cost more than that.
 MIN_TOKENS_FOR_TWO_BLOCKS = 512
 
 
 class CausalAttentionFunction(torch.autograd.Function):
-    """softmax(scale * q k^T + causal mask) v, row by row. Scores have the dtype of q; softmax sums in fp32."""
+    """softmax(scale * q k^T + causal mask) v, row by row. Scores have the dtype of q; softmax sums in fp32.
+
+    The output is laid out as (B, T, H, D), which the output projection reads.
+    """
 
     @staticmethod
     def forward(
@@ -30,11 +37,11 @@ class CausalAttentionFunction(torch.autograd.Function):
         scale: float,
     ) -> Float[Tensor, "B H T D"]:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        y = torch.empty_like(q)
-        masks = build_masks(q)
-        for row in range(q.shape[0]):
-            for start, stop in query_blocks(q.shape[2]):
-                p = probabilities(q[row, :, start:stop], k[row, :, :stop], masks[start], scale)
+        n_batch, n_heads, n_tokens, size = q.shape
+        y = q.new_empty((n_batch, n_tokens, n_heads, size)).transpose(1, 2)
+        for row in range(n_batch):
+            for start, stop in query_blocks(n_tokens):
+                p = probabilities(q[row, :, start:stop], k[row, :, :stop], scale, start)
                 y[row, :, start:stop] = torch.bmm(p, v[row, :, :stop])
         ctx.save_for_backward(q, k, v)
         ctx.scale = scale  # type: ignore[attr-defined]
@@ -47,15 +54,15 @@ class CausalAttentionFunction(torch.autograd.Function):
         scale: float = ctx.scale  # type: ignore[attr-defined]
         grad = grad.contiguous()
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        n_tokens, masks = q.shape[2], build_masks(q)
+        n_tokens = q.shape[2]
         for row in range(q.shape[0]):
             # The last block comes first: it sees all keys, so it initializes all of their gradients.
             for start, stop in reversed(list(query_blocks(n_tokens))):
                 block_q, block_grad = q[row, :, start:stop], grad[row, :, start:stop]
                 seen_k, seen_v = k[row, :, :stop], v[row, :, :stop]
-                p = probabilities(block_q, seen_k, masks[start], scale)
-                grad_p = torch.bmm(block_grad, seen_v.mT)
-                grad_scores = torch._softmax_backward_data(grad_p, p, -1, p.dtype)
+                p = probabilities(block_q, seen_k, scale, start)
+                grad_scores = torch.bmm(block_grad, seen_v.mT)  # of the probabilities, for now
+                run(cpu_kernels.causal_softmax_backward, p, grad_scores, f32(scale), start)
                 grad_q[row, :, start:stop] = torch.bmm(grad_scores, seen_k)
                 if stop == n_tokens:
                     grad_k[row] = torch.bmm(grad_scores.mT, block_q)
@@ -63,7 +70,7 @@ class CausalAttentionFunction(torch.autograd.Function):
                 else:
                     grad_k[row, :, :stop] += torch.bmm(grad_scores.mT, block_q)
                     grad_v[row, :, :stop] += torch.bmm(p.mT, block_grad)
-        return grad_q.mul_(scale), grad_k.mul_(scale), grad_v, None
+        return grad_q, grad_k, grad_v, None
 
 
 def query_blocks(n_tokens: int) -> Iterator[tuple[int, int]]:
@@ -73,19 +80,13 @@ def query_blocks(n_tokens: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + size, n_tokens)
 
 
-def build_masks(q: Float[Tensor, "B H T D"]) -> dict[int, Float[Tensor, "1 t L"]]:
-    """Return by the start of each query block what is added to its scores: -inf for keys after the query, else 0."""
-    return {
-        start: q.new_full((1, stop - start, stop), -torch.inf).triu_(1 + start)
-        for start, stop in query_blocks(q.shape[2])
-    }
-
-
 def probabilities(
-    q: Float[Tensor, "H t D"], k: Float[Tensor, "H L D"], mask: Float[Tensor, "1 t L"], scale: float
+    q: Float[Tensor, "H t D"], k: Float[Tensor, "H L D"], scale: float, start: int
 ) -> Float[Tensor, "H t L"]:
-    """Return the attention probabilities of a block of queries of one row."""
-    return torch.softmax(torch.baddbmm(mask, q, k.mT, alpha=scale), dim=-1)
+    """Return the attention probabilities of a block of queries of one row, whose first one has `start` before it."""
+    scores = torch.bmm(q, k.mT)
+    run(cpu_kernels.causal_softmax, scores, f32(scale), start)
+    return scores
 
 
 def causal_attention(

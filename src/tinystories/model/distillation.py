@@ -13,7 +13,13 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from tinystories.model.gpt import GPT
 from tinystories.model.loss import IGNORE_INDEX, chunk_rows, prepare_rows
-from tinystories.model.tiled_loss import CHUNK_LOGITS, MIN_CHUNK_ROWS, MIN_TILE_ROWS, TILE_LOGITS
+
+# On a CPU: logits of one chunk, at most. Its rows share one matmul, which adds once to the gradient of the whole head.
+CHUNK_LOGITS = 2**24
+MIN_CHUNK_ROWS = 512
+# On a CPU: logits of one tile, at most. The softmax reads and writes them several times: they should stay in a cache.
+TILE_LOGITS = 2**19
+MIN_TILE_ROWS = 16
 
 # A chunk on CUDA needs this many buffers of the size of its logits, where the loss without teachers needs one.
 N_CHUNK_BUFFERS = 4

@@ -10,6 +10,7 @@ Letters in shapes: B batch, T tokens in this call, S tokens visible to them, C =
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -19,7 +20,6 @@ from torch.nn import functional as F
 
 from tinystories.config import ModelConfig
 from tinystories.model.cache import KVCache, causal_mask
-from tinystories.model.cpu_attention import causal_attention
 from tinystories.model.norm import RMSNorm
 from tinystories.model.positional_encoding import apply_rope, build_rope_tables, build_sinusoid_table
 from tinystories.model.recompute import gated_silu, gelu, recompute_in_backward, relu
@@ -34,15 +34,15 @@ def build_norm(config: ModelConfig, width: int) -> nn.Module:
     return RMSNorm(width, eps=config.norm_eps)
 
 
-def fused_linear(x: Float[Tensor, "B T C"], *projections: nn.Linear) -> tuple[Tensor, ...]:
-    """Apply several projections to x with a single matmul over their concatenated weights.
+def fused_linear(x: Float[Tensor, "B T C"], *projections: nn.Linear) -> Tensor:
+    """Apply several projections to x with a single matmul over their concatenated weights; do not split the result.
 
     Either all of them have a bias or none has.
     """
     weight = torch.cat([project.weight for project in projections])
     biases = tuple(project.bias for project in projections if project.bias is not None)
     bias = torch.cat(biases) if biases else None
-    return F.linear(x, weight, bias).split([project.out_features for project in projections], dim=-1)
+    return F.linear(x, weight, bias)
 
 
 class Attention(nn.Module):
@@ -61,7 +61,9 @@ class Attention(nn.Module):
         use_qk_norm = config.qk_norm and not is_classic
         self.q_norm = build_norm(config, config.head_dim) if use_qk_norm else nn.Identity()
         self.k_norm = build_norm(config, config.head_dim) if use_qk_norm else nn.Identity()
-        self.use_cpu_attention = False  # in training, where it applies; set by `use_cpu_training_kernels`
+        # In training: q, k and v from their joint projection, and attention. Set by `use_cpu_training_kernels`.
+        self.training_split: Callable[[Tensor, CosSin], tuple[Tensor, Tensor, Tensor]] | None = None
+        self.training_attention: Callable[..., Tensor] | None = None
 
     def forward(
         self,
@@ -73,19 +75,15 @@ class Attention(nn.Module):
         mask: Bool[Tensor, "#B 1 T S"] | None,
     ) -> Float[Tensor, "B T C"]:
         B, T, _ = x.shape
-        projections = self.q_proj, self.k_proj, self.v_proj
-        # Training and scoring (many tokens): one wide matmul is faster than three narrow ones. Decoding (few tokens):
-        # concatenating the weights would cost more than it saves.
-        q, k, v = fused_linear(x, *projections) if cache is None else [project(x) for project in projections]
-        q_BHTD = self.q_norm(q.view(B, T, -1, self.head_dim)).transpose(1, 2)
-        k_BHTD = self.k_norm(k.view(B, T, -1, self.head_dim)).transpose(1, 2)
-        v_BHTD = v.view(B, T, -1, self.head_dim).transpose(1, 2)
-        if cos_sin is not None:
-            q_BHTD, k_BHTD = apply_rope(q_BHTD, *cos_sin), apply_rope(k_BHTD, *cos_sin)
+        if self.training and self.training_split is not None and cos_sin is not None and cache is None:
+            qkv = fused_linear(x, self.q_proj, self.k_proj, self.v_proj)
+            q_BHTD, k_BHTD, v_BHTD = self.training_split(qkv, cos_sin)
+        else:
+            q_BHTD, k_BHTD, v_BHTD = self.project_heads(x, cos_sin, with_cache=cache is not None)
         if cache is not None and positions is not None:
             k_BHTD, v_BHTD = cache.write(layer, k_BHTD, v_BHTD, positions)
-        if self.use_cpu_attention and self.training and mask is None:
-            y_BHTD = causal_attention(q_BHTD, k_BHTD, v_BHTD, self.scale)
+        if self.training and self.training_attention is not None and mask is None:
+            y_BHTD = self.training_attention(q_BHTD, k_BHTD, v_BHTD, self.scale)
         else:
             y_BHTD = F.scaled_dot_product_attention(
                 q_BHTD,
@@ -97,6 +95,26 @@ class Attention(nn.Module):
                 enable_gqa=self.enable_gqa,
             )
         return self.o_proj(y_BHTD.transpose(1, 2).reshape(B, T, -1))
+
+    def project_heads(
+        self, x: Float[Tensor, "B T C"], cos_sin: CosSin | None, *, with_cache: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values (B, H, T, D); the first two normed and rotated."""
+        B, T, _ = x.shape
+        projections = self.q_proj, self.k_proj, self.v_proj
+        # Training and scoring (many tokens): one wide matmul is faster than three narrow ones. Decoding (few tokens):
+        # concatenating the weights would cost more than it saves.
+        if with_cache:
+            q, k, v = [project(x) for project in projections]
+        else:
+            sizes = [project.out_features for project in projections]
+            q, k, v = fused_linear(x, *projections).split(sizes, dim=-1)
+        q_BHTD = self.q_norm(q.view(B, T, -1, self.head_dim)).transpose(1, 2)
+        k_BHTD = self.k_norm(k.view(B, T, -1, self.head_dim)).transpose(1, 2)
+        v_BHTD = v.view(B, T, -1, self.head_dim).transpose(1, 2)
+        if cos_sin is not None:
+            q_BHTD, k_BHTD = apply_rope(q_BHTD, *cos_sin), apply_rope(k_BHTD, *cos_sin)
+        return q_BHTD, k_BHTD, v_BHTD
 
 
 class ClassicMLP(nn.Module):
@@ -125,11 +143,13 @@ class SwiGLU(nn.Module):
         self.gate_proj = nn.Linear(config.n_embd, config.n_ff, bias=False)
         self.up_proj = nn.Linear(config.n_embd, config.n_ff, bias=False)
         self.down_proj = nn.Linear(config.n_ff, config.n_embd, bias=False)
+        self.training_activation: Callable[[Tensor, Tensor], Tensor] | None = None  # see `use_cpu_training_kernels`
 
     def forward(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
         gate, up = self.gate_proj(x), self.up_proj(x)
-        hidden = gated_silu(gate, up)
-        with recompute_in_backward(hidden, partial(gated_silu, gate.detach(), up.detach())):
+        activation = self.training_activation if self.training and self.training_activation is not None else gated_silu
+        hidden = activation(gate, up)
+        with recompute_in_backward(hidden, partial(activation, gate.detach(), up.detach())):
             return self.down_proj(hidden)
 
 

@@ -1,5 +1,7 @@
 """RMSNorm with a hand-written gradient, because PyTorch has no fused CPU kernel for it."""
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -41,40 +43,17 @@ def rms_norm_backward(
     return (grad * weight).mul_(inv_rms).addcmul_(x, along_x), grad_weight
 
 
-class CastRMSNormFunction(torch.autograd.Function):
-    """RMSNorm of x in any dtype, computed in fp32 and returned as `dtype`."""
-
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx, x: Float[Tensor, "*rest C"], weight: Float[Tensor, " C"], eps: float, dtype: torch.dtype
-    ) -> Float[Tensor, "*rest C"]:
-        x_fp32 = x.float()
-        inv_rms = torch.linalg.vecdot(x_fp32, x_fp32).div_(x.shape[-1]).add_(eps).rsqrt_()[..., None]
-        ctx.save_for_backward(x, weight, inv_rms)
-        return (x_fp32 * inv_rms).mul_(weight).to(dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: FunctionCtx, grad: Float[Tensor, "*rest C"]
-    ) -> tuple[Float[Tensor, "*rest C"], Float[Tensor, " C"], None, None]:
-        x, weight, inv_rms = ctx.saved_tensors  # type: ignore[attr-defined]
-        grad_x, grad_weight = rms_norm_backward(grad.float(), x.float(), weight, inv_rms)
-        return grad_x.to(x.dtype), grad_weight, None, None
-
-
 class RMSNorm(nn.RMSNorm):
     """`nn.RMSNorm` that is faster on a CPU and stays fused for bf16 inputs with an fp32 weight (autocast).
 
-    `training_dtype` is the dtype of the output in training, on a CPU; None: that of the input.
+    `training_function` computes it in training, if set: a function of x, weight and eps.
     """
 
-    training_dtype: torch.dtype | None = None
+    training_function: Callable[[Tensor, Tensor, float], Tensor] | None = None
 
     def forward(self, x: Float[Tensor, "*rest C"]) -> Float[Tensor, "*rest C"]:
-        if self.training and self.training_dtype is not None:
-            cast: Tensor = CastRMSNormFunction.apply(x, self.weight, self.eps, self.training_dtype)
-            return cast
+        if self.training and self.training_function is not None:
+            return self.training_function(x, self.weight, self.eps or 0.0)
         if x.device.type == "cpu" and x.dtype == torch.float32:
             normed: Tensor = RMSNormFunction.apply(x, self.weight, self.eps)
             return normed

@@ -1,7 +1,7 @@
 """Routes: in which precision, and by which kernels, a run computes. Decided once, recorded, and kept on resuming.
 
-With `train.precision = "auto"` on a CPU, the processor says which routes are possible, and a measurement of the model's
-matmuls says which one is fastest. A run that is resumed stays on its route, so that it ends with the same bits.
+With `train.precision = "auto"` on a CPU, the processor says which routes are possible, and a measurement of one block
+of the model says which one is fastest. A run that is resumed stays on its route, so that it ends with the same bits.
 """
 
 import contextlib
@@ -16,6 +16,10 @@ from torch import Tensor
 from tinystories.config import Config
 from tinystories.engine.device import Precision, has_native_bf16, read_cpu_info, select_precision
 from tinystories.errors import UserError
+from tinystories.model import GPT
+from tinystories.model.cpu_loss import cpu_linear_cross_entropy
+from tinystories.model.cpu_training import use_cpu_training_kernels
+from tinystories.model.loss import Objective, fused_linear_cross_entropy
 from tinystories.train.distributed import SINGLE, World
 
 log = logging.getLogger(__name__)
@@ -24,12 +28,12 @@ log = logging.getLogger(__name__)
 AVX512_FLAGS = {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
 # With AMX, oneDNN would round fp32 operands to bf16 in the mode that the route fp32-onednn uses.
 AMX_PREFIX = "amx_"
-# Of the vocabulary, this many columns are measured, at most. The rows are as many as these operations allow.
+# Of the vocabulary, this many columns are measured, at most. The tokens are as many as these operations allow.
 MAX_PROBE_VOCAB = 4096
-PROBE_FLOPS = 5e9
-MEASURE_SECONDS = 0.6  # at most, unless the processor needs longer to do everything once
+PROBE_FLOPS = 2.5e9
+MEASURE_SECONDS = 1.0  # at most, unless the processor needs longer to do everything twice
 # A route must be this much faster than the plain one: it computes other bits, and the measurement is not exact.
-MIN_SPEEDUP = 1.1
+MIN_SPEEDUP = 1.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Route:
     """How the steps of a run are computed.
 
     `precision` is that of the matmuls. `onednn`: fp32 matmuls by oneDNN instead of PyTorch's default (MKL on x86).
-    `cpu_kernels`: our attention and dropout instead of PyTorch's, and what `has_bf16_kernels` says.
+    `cpu_kernels`: our kernels instead of PyTorch's for all but the matmuls, and what `has_bf16_kernels` says.
     """
 
     name: str
@@ -47,7 +51,7 @@ class Route:
 
     @property
     def has_bf16_kernels(self) -> bool:
-        """Whether norms return bf16, the loss is tiled and Muon orthogonalizes in bf16, on a CPU."""
+        """Whether norms return bf16, and loss and Muon have kernels for bf16, on a CPU."""
         return self.cpu_kernels and self.precision == "bf16"
 
     @contextlib.contextmanager
@@ -73,6 +77,7 @@ ROUTES = {
         Route("bf16-cpu", "bf16", cpu_kernels=True),
         Route("bf16", "bf16"),
         Route("fp32-onednn", "fp32", onednn=True, cpu_kernels=True),
+        Route("fp32-cpu", "fp32", cpu_kernels=True),
         Route("fp32", "fp32"),
     )
 }
@@ -90,11 +95,11 @@ def select_route(config: Config, device: torch.device, previous: str | None = No
     names = list_routes(config, device, previous)
     name = names[0]
     if len(names) > 1:
-        rates = measure_routes(names, config)
+        with torch.random.fork_rng(devices=[]):
+            rates = measure_routes(names, config)
         name = max(names, key=lambda name: rates[name] / (1.0 if name == "fp32" else MIN_SPEEDUP))
         log.info(
-            "matmuls of this model, in GFLOP/s: %s",
-            ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in rates.items()),
+            "one block of this model, in tokens/s: %s", ", ".join(f"{name} {rate:,.0f}" for name, rate in rates.items())
         )
     if world.size > 1:
         order = list(ROUTES)
@@ -128,7 +133,7 @@ def list_possible_routes(config: Config, device: torch.device) -> list[str]:
     """Return the names of all routes that compute what their name says on this device."""
     cpu_info, with_cpu_kernels = read_cpu_info(), has_cpu_kernels(config, device)
     is_bf16_native = has_native_bf16(cpu_info) if device.type == "cpu" else select_precision(device, "auto") == "bf16"
-    names = ["fp32"]
+    names = ["fp32", "fp32-cpu"] if with_cpu_kernels else ["fp32"]
     if with_cpu_kernels and may_use_onednn(cpu_info) and is_onednn_exact(config):
         names.append("fp32-onednn")
     if is_bf16_native:
@@ -194,32 +199,56 @@ def keeps_operands(multiply: Callable[[Tensor, Tensor], Tensor], rows: int, inne
 
 
 def measure_routes(names: Sequence[str], config: Config) -> dict[str, float]:
-    """Measure for less than a second: the floating-point operations per second of this model's matmuls on each route.
+    """Measure for about a second: the tokens per second of forward and backward passes of one block and the head.
 
-    The routes take turns, so that a change of the machine's speed affects all of them; the fastest turn of each matmul
-    counts. The matmuls are those of the forward pass and of both gradients.
+    The routes take turns, so that a change of the machine's speed affects all of them; the fastest turn of each counts.
+    The first turn is not counted: it may compile kernels.
     """
-    shapes = list_shapes(config)
-    flops = sum(6 * rows * inner * columns for rows, inner, columns in shapes)
-    best_seconds = {name: [float("inf")] * len(shapes) for name in names}
+    probes = {name: build_probe(config, ROUTES[name]) for name in names}
+    best_seconds = dict.fromkeys(names, float("inf"))
+    for probe in probes.values():
+        time_probe(probe)
     started_at, last_turn_seconds = time.perf_counter(), 0.0
-    while time.perf_counter() - started_at + last_turn_seconds < MEASURE_SECONDS:
+    while not last_turn_seconds or time.perf_counter() - started_at + last_turn_seconds < MEASURE_SECONDS:
         turn_started_at = time.perf_counter()
-        for i, shape in enumerate(shapes):
-            for name in names:
-                best_seconds[name][i] = min(best_seconds[name][i], time_matmuls(ROUTES[name], shape))
+        for name, probe in probes.items():
+            best_seconds[name] = min(best_seconds[name], time_probe(probe))
         last_turn_seconds = time.perf_counter() - turn_started_at
-    return {name: flops / sum(seconds) for name, seconds in best_seconds.items()}
+    return {name: probe.tokens.numel() / best_seconds[name] for name, probe in probes.items()}
 
 
-def time_matmuls(route: Route, shape: tuple[int, int, int]) -> float:
-    """Return the seconds of a product of shape (rows, inner, columns) and of both of its gradients."""
-    rows, inner, columns = shape
-    dtype = torch.bfloat16 if route.precision == "bf16" else torch.float32
-    x, weight, grad = (torch.ones(size, dtype=dtype) for size in ((rows, inner), (columns, inner), (rows, columns)))
-    with route.matmuls():
-        started_at = time.perf_counter()
-        torch.mm(x, weight.t())
-        torch.mm(grad, weight)
-        torch.mm(grad.t(), x)
-        return time.perf_counter() - started_at
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """What is measured of a route: the objective of a model with one block, and its inputs."""
+
+    route: Route
+    objective: Objective
+    tokens: Tensor
+
+
+def build_probe(config: Config, route: Route) -> Probe:
+    model = config.model
+    model = dataclasses.replace(model, n_layer=1, vocab_size=min(model.vocab_size, MAX_PROBE_VOCAB))
+    n_tokens = int(PROBE_FLOPS / (6 * model.n_params))
+    row_length = min(model.n_ctx, max(64, n_tokens))
+    n_rows = max(1, min(n_tokens // row_length, config.train.batch_size))
+    tokens = torch.randint(model.vocab_size, (n_rows, row_length))
+    return Probe(route, build_objective(GPT(model).train(), route), tokens)
+
+
+def time_probe(probe: Probe) -> float:
+    """Return the seconds of a forward and a backward pass."""
+    started_at = time.perf_counter()
+    with probe.route.matmuls():
+        with torch.autocast("cpu", torch.bfloat16, enabled=probe.route.precision == "bf16"):
+            loss = probe.objective(probe.tokens, probe.tokens)
+        loss.backward()
+    probe.objective.zero_grad(set_to_none=True)
+    return time.perf_counter() - started_at
+
+
+def build_objective(model: GPT, route: Route) -> Objective:
+    """Make the model train with the kernels of a route, and return its objective."""
+    if route.cpu_kernels:
+        use_cpu_training_kernels(model, bf16=route.has_bf16_kernels)
+    return Objective(model, cpu_linear_cross_entropy if route.has_bf16_kernels else fused_linear_cross_entropy)

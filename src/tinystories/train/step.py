@@ -14,17 +14,15 @@ from tinystories.data.tokenizer import Tokenizer
 from tinystories.engine.device import select_device
 from tinystories.engine.torch_engine import TorchEngine
 from tinystories.model import GPT
-from tinystories.model.cpu_training import use_cpu_teacher_kernels, use_cpu_training_kernels
+from tinystories.model.cpu_training import use_cpu_teacher_kernels
 from tinystories.model.distillation import DistillationObjective
-from tinystories.model.loss import Objective, fused_linear_cross_entropy
-from tinystories.model.tiled_loss import tiled_linear_cross_entropy
 from tinystories.train import distributed
 from tinystories.train.distributed import World
 from tinystories.train.estimate import auto_micro_batch
 from tinystories.train.optimizer.build import build_optimizers
 from tinystories.train.optimizer.learning_rate import get_learning_rate, get_momentum
 from tinystories.train.prefetch import Batch
-from tinystories.train.route import Route, select_route
+from tinystories.train.route import build_objective, select_route
 from tinystories.train.teacher import load_teachers
 
 
@@ -92,7 +90,7 @@ class TrainStep:
         self.model = GPT(config.model).to(self.device)
         objective: Any = build_objective(self.model, self.route)
         sharded = config.train.shard_optimizer and world.size > 1
-        self.optimizers = build_optimizers(self.model, config.optim, sharded, muon_in_bf16=self.route.has_bf16_kernels)
+        self.optimizers = build_optimizers(self.model, config.optim, sharded, cpu_kernels=self.route.has_bf16_kernels)
         if teachers and config.train.teacher_weight > 0:
             objective = DistillationObjective(
                 self.model, teachers, config.train.teacher_weight, config.train.teacher_temperature
@@ -164,13 +162,6 @@ class TrainStep:
                 (loss / n_targets * world.size).backward()
             loss_sum += cross_entropy.detach()
         return loss_sum
-
-
-def build_objective(model: GPT, route: Route) -> Objective:
-    """Make the model train with the kernels of a route, and return its objective."""
-    if route.cpu_kernels:
-        use_cpu_training_kernels(model, bf16=route.has_bf16_kernels)
-    return Objective(model, tiled_linear_cross_entropy if route.has_bf16_kernels else fused_linear_cross_entropy)
 
 
 def derive_seed(seed: int, step: int, rank: int) -> int:

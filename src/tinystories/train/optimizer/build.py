@@ -13,14 +13,14 @@ Optimizers = Sequence[torch.optim.Optimizer]
 
 
 def build_optimizers(
-    model: GPT, config: OptimConfig, sharded: bool = False, *, muon_in_bf16: bool = False
+    model: GPT, config: OptimConfig, sharded: bool = False, *, cpu_kernels: bool = False
 ) -> Optimizers:
     """Return optimizers that together hold every weight once; "peak" in each group is its peak learning rate.
 
     The training loop sets "lr" from "peak" before each step. Weight decay applies to matrices only. `config` must have
     numeric rates, not "auto". AdamW: Loshchilov and Hutter 2017, arXiv 1711.05101. `sharded`: each rank stores only the
     optimizer state of its share of the weights (ZeRO stage 1, Rajbhandari et al. 2019, arXiv 1910.02054).
-    `muon_in_bf16`: Muon orthogonalizes in bf16 on a CPU too.
+    `cpu_kernels`: Muon orthogonalizes in bf16 on a CPU too, and uses kernels for the rest.
     """
     assert isinstance(config.learning_rate, float), "call resolve_auto_rates first"
     assert isinstance(config.muon_rate, float), "call resolve_auto_rates first"
@@ -40,7 +40,7 @@ def build_optimizers(
     optimizers = [build_optimizer(torch.optim.AdamW, groups, sharded, **adamw_settings)]
     if block_matrices:
         muon_settings = {"lr": config.muon_rate, "momentum": config.momentum, "weight_decay": config.weight_decay}
-        optimizers.append(build_optimizer(Muon, block_matrices, sharded, bf16=muon_in_bf16, **muon_settings))
+        optimizers.append(build_optimizer(Muon, block_matrices, sharded, cpu_kernels=cpu_kernels, **muon_settings))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]
