@@ -23,7 +23,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 N_PARTS = 32
-MIN_NUMBERS_PER_THREAD = 2**16  # fewer are processed before another thread has woken up
+MIN_NUMBERS_PER_THREAD = 2**19  # for fewer, waking another thread costs more than it saves (docs/log.md)
 # With `reassoc` LLVM may vectorize sums; NaN and infinity keep their meaning.
 njit = numba.njit(error_model="numpy", fastmath={"reassoc", "contract", "nsz"}, nogil=True, cache=True)
 njit_exact = numba.njit(error_model="numpy", fastmath={"contract"}, nogil=True, cache=True)
