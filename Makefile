@@ -40,7 +40,7 @@ $(CLIENTS)/installed: tests/serve/clients/requirements.txt
 
 demo: install  ## read a story, then train a tiny model for half a minute (offline after the install)
 	@echo "== 1. A story by the bundled storyteller"
-	$(TS) generate --seed 44
+	$(TS) generate --seed 49
 	@echo; echo "== 2. Your own: tokenize the 172 bundled stories"
 	$(TS) prepare sample --tokenizer bpe:1024 --out data/demo
 	@echo; echo "== 3. Train for half a minute"
@@ -66,7 +66,11 @@ storyteller: install  ## retrain the bundled storyteller: TRAIN=train.txt VAL=va
 	$(TS) train --config storyteller --data data/storyteller --out runs/storyteller-taught --resume --model.n_ctx 512 \
 	  --model.dropout 0.05 --train.batch_size 4 --train.micro_batch 4 --train.steps 7800 --train.seed 3 \
 	  --train.teacher runs/storyteller-512 --train.teacher_weight 0.5
-	rm -rf runs/storyteller-packed && $(TS) quantize runs/storyteller-taught --out runs/storyteller-packed --repetition-penalty 1.2 \
+	$(TS) train --config storyteller --data data/storyteller --out runs/storyteller-two-teachers --resume --model.n_ctx 512 \
+	  --model.dropout 0.05 --train.batch_size 4 --train.micro_batch 4 --train.steps 3700 --train.seed 4 \
+	  --train.init runs/storyteller-taught --train.teacher "runs/storyteller-512|runs/storyteller-taught" \
+	  --train.teacher_weight 0.6 --optim.muon_rate 0.009 --optim.learning_rate 0.004
+	rm -rf runs/storyteller-packed && $(TS) quantize runs/storyteller-two-teachers --out runs/storyteller-packed --repetition-penalty 1.2 \
 	  --repetition-window 128 --spare-names
 	$(PY) benchmarks/storyteller.py runs/storyteller-packed --train "$(TRAIN)" --val "$(VAL)"
 
