@@ -110,7 +110,7 @@ def test_keys_wait_for_the_bars(lab_server: Running, open_page: Open) -> None:
 
 
 def test_draws_wait_for_the_draw_before(lab_server: Running, open_page: Open) -> None:
-    page = open_next(lab_server, open_page, state="&temp=0")
+    page = open_next(lab_server, open_page, state="&temp=0&rp=1")
     expected = first_labels(page, 2)
     held = Held(page, "/lab/api/step")
     page.keyboard.press(" ")
