@@ -19,7 +19,7 @@ def use_cpu_training_kernels(model: GPT, *, bf16: bool, attention: bool = True) 
     False keeps PyTorch's attention; grouped-query attention and sliding windows always do.
     """
     dtype = torch.bfloat16 if bf16 else torch.float32
-    model.training_dtype = dtype
+    model.training_rope_dtype = dtype
     for module in model.modules():
         if isinstance(module, RMSNorm):
             module.training_function = partial(rms_norm, dtype=dtype)
@@ -29,7 +29,7 @@ def use_cpu_training_kernels(model: GPT, *, bf16: bool, attention: bool = True) 
             module.training_attention = causal_attention
             if isinstance(module.q_norm, RMSNorm) and isinstance(module.k_norm, RMSNorm):
                 module.training_split = partial(norm_and_rotate, module.q_norm, module.k_norm)
-                model.training_dtype = torch.float32  # of cos and sin
+                model.training_rope_dtype = torch.float32  # as its kernel takes them
         if isinstance(module, GPT | Block) and isinstance(module.dropout, nn.Dropout):
             module.dropout = FastDropout(module.dropout.p).train(module.dropout.training)
 

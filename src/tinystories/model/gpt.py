@@ -191,8 +191,8 @@ class GPT(nn.Module):
     The two are separate so that logits are computed only for the positions that need them.
     """
 
-    # Dtype of queries and keys in training, where it differs from that of x; set by `use_cpu_training_kernels`.
-    training_dtype: torch.dtype | None = None
+    # Dtype of cos and sin in training, where it differs from that of x; set by `use_cpu_training_kernels`.
+    training_rope_dtype: torch.dtype | None = None
     sinusoid: Tensor
     rope_cos: Tensor
     rope_sin: Tensor
@@ -267,7 +267,7 @@ class GPT(nn.Module):
         else:
             cos_sin = (self.rope_cos[positions][:, None], self.rope_sin[positions][:, None])
         if cos_sin is not None:
-            rope_dtype = self.training_dtype if self.training and self.training_dtype is not None else x.dtype
+            rope_dtype = self.training_rope_dtype if self.training and self.training_rope_dtype is not None else x.dtype
             cos_sin = (cos_sin[0].to(rope_dtype), cos_sin[1].to(rope_dtype))
         x = self.dropout(x)
         for i, layer in enumerate(self.layers):
