@@ -11,7 +11,7 @@ import pytest
 SRC = Path(__file__).parents[1] / "src" / "tinystories"
 ORDER = [
     "errors",
-    "files progress single_page",
+    "files progress single_page training_kernels",
     "config position_tables figure",
     "config_file",
     "model data",

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tinystories import training_kernels
 from tinystories.config import ModelConfig
-from tinystories.model import GPT, cpu_attention, cpu_kernels, cpu_loss
+from tinystories.model import GPT, cpu_attention, cpu_loss
 from tinystories.model.cpu_attention import causal_attention
 from tinystories.model.cpu_functions import gated_silu, rms_norm, split_heads
 from tinystories.model.cpu_loss import cpu_linear_cross_entropy
@@ -199,20 +200,20 @@ def test_kernels_round_to_bf16_as_pytorch_does() -> None:
     @numba.njit
     def store(x, y):  # type: ignore[no-untyped-def]
         for i in range(len(x)):
-            y[i] = cpu_kernels.narrow(x[i], y)
+            y[i] = training_kernels.narrow(x[i], y)
 
-    store(cpu_kernels.as_array(x), cpu_kernels.as_array(y))
+    store(training_kernels.as_array(x), training_kernels.as_array(y))
     torch.testing.assert_close(y, x.bfloat16(), atol=0, rtol=0, equal_nan=True)
 
 
 def test_the_number_of_threads_changes_no_bit(
     tiny: Callable[..., ModelConfig], awake: Callable[[ModelConfig], GPT], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu_kernels, "MIN_NUMBERS_PER_THREAD", 1)
+    monkeypatch.setattr(training_kernels, "MIN_NUMBERS_PER_THREAD", 1)
     tokens = torch.randint(61, (3, 24), generator=torch.Generator().manual_seed(3))
     results = []
     for n_threads in (1, 2, 3, 50):
-        monkeypatch.setattr(cpu_kernels.torch, "get_num_threads", lambda n=n_threads: n)
+        monkeypatch.setattr(training_kernels.torch, "get_num_threads", lambda n=n_threads: n)
         model = awake(tiny()).train()
         use_cpu_training_kernels(model, bf16=True)
         with torch.autocast("cpu", torch.bfloat16):

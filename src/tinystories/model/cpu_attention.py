@@ -14,8 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from tinystories.model import cpu_kernels
-from tinystories.model.cpu_kernels import f32, run
+from tinystories import training_kernels
+from tinystories.training_kernels import f32, run
 
 # From this many tokens on, queries are processed in two blocks: the first one skips the second half of the keys, which
 # is a quarter of the arithmetic. In shorter rows the smaller matmuls would cost more than that.
@@ -62,7 +62,7 @@ class CausalAttentionFunction(torch.autograd.Function):
                 seen_k, seen_v = k[row, :, :stop], v[row, :, :stop]
                 p = probabilities(block_q, seen_k, scale, start)
                 grad_scores = torch.bmm(block_grad, seen_v.mT)  # of the probabilities, for now
-                run(cpu_kernels.causal_softmax_backward, p, grad_scores, f32(scale), start)
+                run(training_kernels.causal_softmax_backward, p, grad_scores, f32(scale), start)
                 grad_q[row, :, start:stop] = torch.bmm(grad_scores, seen_k)
                 if stop == n_tokens:
                     grad_k[row] = torch.bmm(grad_scores.mT, block_q)
@@ -85,7 +85,7 @@ def probabilities(
 ) -> Float[Tensor, "H t L"]:
     """Return the attention probabilities of a block of queries of one row, whose first one has `start` before it."""
     scores = torch.bmm(q, k.mT)
-    run(cpu_kernels.causal_softmax, scores, f32(scale), start)
+    run(training_kernels.causal_softmax, scores, f32(scale), start)
     return scores
 
 

@@ -1,6 +1,6 @@
-"""Parts of a transformer block that `cpu_kernels` computes in training on a CPU, with their gradients.
+"""Parts of a transformer block that `training_kernels` computes in training on a CPU, with their gradients.
 
-Letters in shapes: B batch, T tokens, H heads, D = head_dim, C = n_embd, F = n_ff.
+Letters in shapes: B batch, T tokens, H heads, D = head_dim, E = 3 H D, C = n_embd, F = n_ff.
 """
 
 import torch
@@ -8,8 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from tinystories.model import cpu_kernels
-from tinystories.model.cpu_kernels import N_PARTS, f32, run
+from tinystories import training_kernels
+from tinystories.training_kernels import N_PARTS, f32, run
 
 
 class RMSNormFunction(torch.autograd.Function):
@@ -22,7 +22,7 @@ class RMSNormFunction(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         y = torch.empty_like(rows, dtype=dtype)
         inv_rms = torch.empty(rows.shape[0])
-        run(cpu_kernels.rms_norm, rows, weight, f32(eps), y, inv_rms)
+        run(training_kernels.rms_norm, rows, weight, f32(eps), y, inv_rms)
         ctx.save_for_backward(rows, weight, inv_rms)
         return y.view(x.shape)
 
@@ -34,7 +34,7 @@ class RMSNormFunction(torch.autograd.Function):
         rows, weight, inv_rms = ctx.saved_tensors  # type: ignore[attr-defined]
         grad_rows = torch.empty_like(rows)
         grad_weight = torch.zeros(N_PARTS, rows.shape[1])
-        run(cpu_kernels.rms_norm_backward, grad.reshape(rows.shape), rows, weight, inv_rms, grad_rows, grad_weight)
+        run(training_kernels.rms_norm_backward, grad.reshape(rows.shape), rows, weight, inv_rms, grad_rows, grad_weight)
         return grad_rows.view(grad.shape), grad_weight.sum(0), None, None
 
 
@@ -44,7 +44,7 @@ class SplitHeadsFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: FunctionCtx,
-        qkv: Float[Tensor, "B T 3*H*D"],
+        qkv: Float[Tensor, "B T E"],
         q_weight: Float[Tensor, " D"],
         k_weight: Float[Tensor, " D"],
         eps: float,
@@ -56,7 +56,7 @@ class SplitHeadsFunction(torch.autograd.Function):
         n_heads, size = qkv.shape[3:]
         q, k, v = (qkv.new_empty((n_batch, n_heads, n_tokens, size)) for _ in range(3))
         inv_rms = torch.empty(n_batch, n_tokens, 2, n_heads)
-        run(cpu_kernels.split_heads, qkv, q_weight, k_weight, f32(eps), cos, sin, q, k, v, inv_rms)
+        run(training_kernels.split_heads, qkv, q_weight, k_weight, f32(eps), cos, sin, q, k, v, inv_rms)
         ctx.save_for_backward(qkv, q_weight, k_weight, cos, sin, inv_rms)
         return q, k, v
 
@@ -73,7 +73,7 @@ class SplitHeadsFunction(torch.autograd.Function):
         grad_qkv = torch.empty_like(qkv)
         grad_weights = torch.zeros(N_PARTS, 2, qkv.shape[-1])
         grads = (grad.contiguous() for grad in (grad_q, grad_k, grad_v))
-        run(cpu_kernels.split_heads_backward, *grads, *saved, grad_qkv, grad_weights)
+        run(training_kernels.split_heads_backward, *grads, *saved, grad_qkv, grad_weights)
         return grad_qkv.flatten(2), *grad_weights.sum(0), None, None, None
 
 
@@ -84,7 +84,7 @@ class GatedSiLUFunction(torch.autograd.Function):
     def forward(ctx: FunctionCtx, gate: Float[Tensor, "*rest F"], up: Float[Tensor, "*rest F"]) -> Tensor:
         ctx.save_for_backward(gate, up)
         y = torch.empty_like(gate)
-        run(cpu_kernels.gated_silu, *(value.view(-1, value.shape[-1]) for value in (gate, up, y)))
+        run(training_kernels.gated_silu, *(value.view(-1, value.shape[-1]) for value in (gate, up, y)))
         return y
 
     @staticmethod
@@ -92,7 +92,10 @@ class GatedSiLUFunction(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad: Float[Tensor, "*rest F"]) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors  # type: ignore[attr-defined]
         grads = torch.empty_like(gate), torch.empty_like(up)
-        run(cpu_kernels.gated_silu_backward, *(value.view(-1, value.shape[-1]) for value in (grad, gate, up, *grads)))
+        run(
+            training_kernels.gated_silu_backward,
+            *(value.view(-1, value.shape[-1]) for value in (grad, gate, up, *grads)),
+        )
         return grads
 
 
@@ -105,7 +108,7 @@ def rms_norm(
 
 
 def split_heads(
-    qkv: Float[Tensor, "B T 3*H*D"],
+    qkv: Float[Tensor, "B T E"],
     q_weight: Float[Tensor, " D"],
     k_weight: Float[Tensor, " D"],
     eps: float,

@@ -5,9 +5,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from tinystories.model import cpu_kernels
-from tinystories.model.cpu_kernels import run
+from tinystories import training_kernels
 from tinystories.model.loss import prepare_rows
+from tinystories.training_kernels import run
 
 # Logits of one chunk, at most: its rows share one matmul, which adds once to the gradient of the whole head.
 CHUNK_LOGITS = 2**24
@@ -38,7 +38,9 @@ class CPULinearCrossEntropy(torch.autograd.Function):
             chunk = slice(start, start + chunk_rows)
             h = hidden[chunk]
             z = torch.mm(h, weight_cast.t(), out=logits[: h.shape[0]])
-            run(cpu_kernels.cross_entropy, z, targets[chunk], losses[chunk])  # z turns into the gradient of the logits
+            run(
+                training_kernels.cross_entropy, z, targets[chunk], losses[chunk]
+            )  # z turns into the gradient of the logits
             torch.mm(z, weight_cast, out=grad_hidden[chunk])
             if chunk_grad_weight is None:
                 grad_weight.addmm_(z.t(), h)

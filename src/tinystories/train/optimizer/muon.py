@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tinystories.model.cpu_kernels import f32, run_each
 from tinystories.train.optimizer.muon_kernels import apply_update, update_momentum
+from tinystories.training_kernels import f32, run_each
 
 # Coefficients (a, b, c) of one quintic polynomial per iteration: Polar Express (Amsel et al. 2025, arXiv 2505.16932),
 # the greedily optimal three for singular values from 0.01. Five, for values from 0.001, train no better (docs/log.md).

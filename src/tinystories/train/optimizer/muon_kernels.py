@@ -2,7 +2,7 @@
 
 import math
 
-from tinystories.model.cpu_kernels import ONE, ZERO, f32, narrow, njit, widen
+from tinystories.training_kernels import ONE, ZERO, f32, narrow, njit, widen
 
 
 @njit
