@@ -12,6 +12,7 @@ SRC = Path(__file__).parents[1] / "src" / "tinystories"
 ORDER = [
     "errors",
     "files progress single_page training_kernels",
+    "loss_kernels",
     "config position_tables figure",
     "config_file",
     "model data",

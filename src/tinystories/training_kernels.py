@@ -318,30 +318,3 @@ def gated_silu_backward(grad, gate, up, grad_gate, grad_up, first, last):  # typ
             silu = x * sigmoid
             grad_up_row[i] = narrow(silu * grad_y, grad_up)
             grad_gate_row[i] = narrow(grad_y * widen(up_row[i]) * (sigmoid + silu * (ONE - sigmoid)), grad_gate)
-
-
-@njit
-def cross_entropy(logits, targets, losses, first, last):  # type: ignore[no-untyped-def]
-    """Turn logits (N, V) into the gradient of their summed cross-entropy in place, which is written to losses (N).
-
-    Rows with a negative target do not count.
-    """
-    n_rows, vocab_size = logits.shape
-    p = np.empty(vocab_size, np.float32)
-    for n in range(n_rows * first // N_PARTS, n_rows * last // N_PARTS):
-        row, target = logits[n], targets[n]
-        if target < 0:
-            losses[n] = ZERO
-            row[:] = 0
-            continue
-        largest = maximum(row, vocab_size)
-        for i in range(vocab_size):
-            p[i] = exp2((widen(row[i]) - largest) * LOG2_E)
-        total = ZERO
-        for i in range(vocab_size):
-            total += p[i]
-        losses[n] = f32(math.log(total)) + largest - widen(row[target])
-        inverse = ONE / total
-        p[target] -= total
-        for i in range(vocab_size):
-            row[i] = narrow(p[i] * inverse, logits)

@@ -123,11 +123,18 @@ def average_probabilities(
 class DistillationObjective(nn.Module):
     """`Objective` with teachers: models with the same vocabulary, without dropout, on the device of the student."""
 
-    def __init__(self, model: GPT, teachers: Sequence[GPT], kl_weight: float, temperature: float) -> None:
+    def __init__(
+        self,
+        model: GPT,
+        teachers: Sequence[GPT],
+        kl_weight: float,
+        temperature: float,
+        linear_distillation: type[torch.autograd.Function] = LinearDistillation,
+    ) -> None:
         super().__init__()
         self.model = model
         self.teachers = tuple(teachers)  # not submodules: they are neither trained nor saved
-        self.kl_weight, self.temperature = kl_weight, temperature
+        self.kl_weight, self.temperature, self.linear_distillation = kl_weight, temperature, linear_distillation
 
     def forward(self, inputs: Int[Tensor, "B T"], targets: Int[Tensor, "B T"]) -> DistillationLoss:
         """Return the loss, summed over the targets; positions with IGNORE_INDEX are excluded."""
@@ -145,5 +152,5 @@ class DistillationObjective(nn.Module):
         rows, weight, flat_targets = prepare_rows(hidden, self.model.lm_head.weight, targets)
         with torch.autocast(hidden.device.type, enabled=False):
             return DistillationLoss(
-                *LinearDistillation.apply(rows, weight, flat_targets, heads, self.kl_weight, self.temperature)
+                *self.linear_distillation.apply(rows, weight, flat_targets, heads, self.kl_weight, self.temperature)
             )

@@ -14,8 +14,9 @@ from tinystories.data.tokenizer import Tokenizer
 from tinystories.engine.device import select_device
 from tinystories.engine.torch_engine import TorchEngine
 from tinystories.model import GPT
+from tinystories.model.cpu_loss import CPULinearDistillation
 from tinystories.model.cpu_training import use_cpu_teacher_kernels
-from tinystories.model.distillation import DistillationObjective
+from tinystories.model.distillation import DistillationObjective, LinearDistillation
 from tinystories.train import distributed
 from tinystories.train.distributed import World
 from tinystories.train.estimate import auto_micro_batch
@@ -93,7 +94,11 @@ class TrainStep:
         self.optimizers = build_optimizers(self.model, config.optim, sharded, cpu_kernels=self.route.has_bf16_kernels)
         if teachers and config.train.teacher_weight > 0:
             objective = DistillationObjective(
-                self.model, teachers, config.train.teacher_weight, config.train.teacher_temperature
+                self.model,
+                teachers,
+                config.train.teacher_weight,
+                config.train.teacher_temperature,
+                CPULinearDistillation if self.route.cpu_kernels else LinearDistillation,
             )
         if config.train.compile == "on" or (config.train.compile == "auto" and self.device.type == "cuda"):
             objective = torch.compile(objective)
