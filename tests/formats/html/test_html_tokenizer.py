@@ -15,6 +15,7 @@ from tinystories.checkpoint import BUNDLED_MODEL
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.errors import UserError
 from tinystories.formats.html.model_data import describe_tokenizer
+from tinystories.formats.tokenizer_conversion import parse_merges
 
 SCRIPT = """
 function answer({ tokenizer: data, texts, streams }) {
@@ -26,6 +27,7 @@ function answer({ tokenizer: data, texts, streams }) {
   return {
     ids: texts.map((text) => tokenizer.encode(text)),
     bytes: data.tokens.map((_, id) => Array.from(tokenizer.tokenBytes(id))),
+    merges: Array.from(tokenizer.ranks, ([pair, [rank, id]]) => [...pair.split(' ').map(Number), id]),
     texts: streams.map(decode),
   };
 }
@@ -71,6 +73,13 @@ def tokenizers(sample_data: Path) -> dict[str, Tokenizer]:
     }
 
 
+def expected_merges(tokenizer: Tokenizer) -> list[list[int]]:
+    """Left, right and merged id of each merge, in order of rank."""
+    model = tokenizer.json_data["model"]
+    vocab = model["vocab"]
+    return [[vocab[left], vocab[right], vocab[left + right]] for left, right in parse_merges(model)]
+
+
 @needs_node
 @pytest.mark.parametrize("name", ["bundled", "bpe:400", "sentencepiece", "sentencepiece without prefix"])
 def test_ids_and_texts_are_those_of_the_program(sample_data: Path, name: str) -> None:
@@ -83,6 +92,7 @@ def test_ids_and_texts_are_those_of_the_program(sample_data: Path, name: str) ->
     for text, ids in zip(texts, answer["ids"], strict=True):
         assert ids == tokenizer.encode(text), text
     assert answer["bytes"] == [list(data) for data in tokenizer.token_bytes]
+    assert answer["merges"] == expected_merges(tokenizer)
     for ids, text in zip(streams, answer["texts"], strict=True):
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         pieces = [decoder.decode(tokenizer.token_bytes[i]) for i in ids]
@@ -128,6 +138,7 @@ def test_other_tokenizers_are_refused() -> None:
     with_added = parts | {"added_tokens": [*parts["added_tokens"], added]}
     pieces = json.loads(sentencepiece_tokenizer().json_text)
     split = pieces | {"pre_tokenizer": {"type": "Whitespace"}}
-    for changed in (no_regex, with_added, split):
+    with_suffix = pieces | {"model": pieces["model"] | {"end_of_word_suffix": "</w>"}}
+    for changed in (no_regex, with_added, split, with_suffix):
         with pytest.raises(UserError, match="neither byte-level BPE"):
             describe_tokenizer(Tokenizer(json.dumps(changed)))

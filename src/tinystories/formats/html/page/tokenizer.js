@@ -19,15 +19,20 @@ const SENTENCEPIECE_SPACE = '\u2581';
 const byteName = (byte) => `<0x${byte.toString(16).toUpperCase().padStart(2, '0')}>`;
 
 export class Tokenizer {
-  // `data`: kind ("bytes" or "characters"), tokens by id (null: unused), merges as pairs of ids in order of rank, and more.
+  // `data`: kind ("bytes" or "characters"), tokens by id (null: unused), merges in order of rank, and more. Merges come in runs
+  // whose tokens have consecutive ids: the id of the first token, then the length of each token's left part.
   constructor(data) {
     this.data = data;
     this.isBytes = data.kind === 'bytes';
     this.ids = new Map(data.tokens.map((token, id) => [token, id]).filter(([token]) => token !== null));
     this.ranks = new Map(); // "left right" (ids) to [rank, merged id]
-    for (let i = 0; i < data.merges.length; i += 2) {
-      const [left, right] = [data.merges[i], data.merges[i + 1]];
-      this.ranks.set(`${left} ${right}`, [i, this.ids.get(data.tokens[left] + data.tokens[right])]);
+    let rank = 0;
+    for (const [first, ...lengths] of data.merges) {
+      lengths.forEach((length, i) => {
+        const token = data.tokens[first + i];
+        const pair = `${this.ids.get(token.slice(0, length))} ${this.ids.get(token.slice(length))}`;
+        this.ranks.set(pair, [rank++, first + i]);
+      });
     }
     this.special = new Set(data.special_ids);
     this.characters = byteCharacters();
