@@ -10,15 +10,27 @@ from typing import Any
 
 import pytest
 
+from tinystories.config import SamplingConfig
+from tinystories.engine.cpu.engine import CpuEngine
+from tinystories.engine.engine_config import EngineConfig
 from tinystories.formats.bundle import ModelBundle
 from tinystories.formats.html.document import PACKAGE, PROGRAM
-from tinystories.formats.html.model_data import build_page_data
+from tinystories.formats.html.model_data import build_page_data, load_int8
+from tinystories.generate.storyteller import Storyteller
 from tinystories.single_page import join_modules
 
 # All that the program's modules export can be used by its name.
 PROGRAM_AND_NAMES = f"{join_modules(PACKAGE, PROGRAM)}\nObject.assign(globalThis, ...Object.values(modules));"
 NODE = shutil.which("node")
 needs_node = pytest.mark.skipif(NODE is None, reason="Node.js is missing (apt-get install nodejs)")
+OWN_SETTINGS = SamplingConfig(
+    temperature=0.9, min_p=0.02, repetition_penalty=1.3, repetition_window=20, penalize_names=False
+)
+
+
+def engine_storyteller(model: ModelBundle) -> Storyteller:
+    engine = CpuEngine(model.config, load_int8(model), EngineConfig(n_slots=4, threads=1))
+    return Storyteller(engine, model.tokenizer, model.sampling)
 
 
 def run_script(script: str, data: Any = None) -> Any:

@@ -2,118 +2,24 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from browser_page import bars_of, squeeze, story_of, tell, wait_for_text, write_page
 from command_line import tinystories as run_command
 
 import tinystories
 from tinystories.checkpoint import BUNDLED_MODEL
 from tinystories.formats.bundle import ModelBundle
 from tinystories.formats.html.check import describe_request, run_page
-from tinystories.formats.html.format import HTML
 from tinystories.generate.batching import Request
 
 pytestmark = pytest.mark.browser
 
 HOSTILE = "</title></script><script>window.isHacked = true</script><img src=x onerror=alert(1)>"
-TIMEOUT_MS = 120_000
-# Before the page's own program runs: count violations of the policy, and let a test hold the tokens of a story back.
-WATCH = """
-window.violations = [];
-addEventListener('securitypolicyviolation', ({ blockedURI, violatedDirective }) => {
-  window.violations.push(`${violatedDirective}: ${blockedURI}`);
-});
-window.sent = [];
-window.held = [];
-window.allowed = Infinity;
-const OriginalWorker = Worker;
-window.Worker = class extends OriginalWorker {
-  postMessage(message) {
-    window.sent.push(message.kind);
-    super.postMessage(message);
-  }
-  set onmessage(receive) {
-    super.onmessage = (event) => {
-      if (event.data.text === undefined) receive(event);
-      else if (window.allowed > 0) { window.allowed -= 1; receive(event); } else window.held.push(() => receive(event));
-    };
-  }
-};
-window.allow = (n) => {
-  window.allowed = n;
-  while (window.held.length && window.allowed > 0) { window.allowed -= 1; window.held.shift()(); }
-};
-"""
-
-
-def write_page(model: ModelBundle, path: Path) -> Path:
-    """An export that is not run before it is kept: the tests here run it."""
-    assert HTML.write is not None
-    HTML.write(model, path, "int8")
-    return path
-
-
-@pytest.fixture(scope="module")
-def bundled_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_page(ModelBundle.read(BUNDLED_MODEL), tmp_path_factory.mktemp("page") / "the story.html")
-
-
-@pytest.fixture(scope="module")
-def storyteller() -> tinystories.Storyteller:
-    return tinystories.load(engine="cpu", threads=1)
-
-
-@pytest.fixture
-def open_file(browser: Any) -> Iterator[Callable[..., Any]]:
-    """Open a file, with the network off. Afterwards it has asked for nothing but itself and its worker, not violated
-    its policy, and written no errors to the console."""
-    contexts, pages = [], []
-
-    def start(path: Path, fragment: str = "", **options: Any) -> Any:
-        context = browser.new_context(**({"viewport": {"width": 1000, "height": 900}, "offline": True} | options))
-        context.set_default_timeout(TIMEOUT_MS)
-        context.add_init_script(WATCH)
-        contexts.append(context)
-        page = context.new_page()
-        requests: list[str] = []
-        errors: list[str] = []
-        page.on("request", lambda request: requests.append(request.url))
-        page.on("console", lambda message: message.type in ("error", "warning") and errors.append(message.text))
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.on("dialog", lambda dialog: errors.append(dialog.message) or dialog.dismiss())
-        pages.append((page, path.as_uri(), requests, errors))
-        page.goto(path.as_uri() + fragment)
-        return page
-
-    yield start
-    for page, address, requests, errors in pages:
-        assert page.evaluate("window.violations") == []
-        assert [url for url in requests if not url.startswith((address, "blob:", "data:"))] == []
-        assert errors == []
-    for context in contexts:
-        context.close()
-
-
-def story_of(page: Any) -> str:
-    return page.evaluate("document.querySelector('.words').innerText.replace(/\\s+/g, ' ').trim()")
-
-
-def squeeze(text: str) -> str:
-    return " ".join(text.split())
-
-
-def tell(page: Any, seed: int | str = "", *, beginning: str = "", length: str = "long") -> str:
-    """Tell a whole story, and return it."""
-    page.get_by_label("How does the story begin?").fill(beginning)
-    page.get_by_text(length, exact=True).click()
-    page.get_by_label("Seed").fill(str(seed))
-    page.get_by_role("button", name="Tell").click()
-    page.get_by_role("button", name="Copy").wait_for()
-    return story_of(page)
 
 
 def test_fifty_seeds_have_the_ids_of_the_command_line(
@@ -212,15 +118,6 @@ def test_a_story_can_be_kept(open_file: Callable[..., Any], bundled_page: Path, 
     page.get_by_role("button", name="Link").click()
     page.get_by_text("The link is copied").wait_for()
     assert page.evaluate("navigator.clipboard.readText()") == page.url
-
-
-def bars_of(page: Any) -> list[int]:
-    return [int(bar.get_attribute("data-id")) for bar in page.locator("button.bar").all()]
-
-
-def wait_for_text(page: Any, text: str) -> None:
-    """Wait until the pane shows what could come after a text."""
-    page.locator(".tail", has_text=f"… {text} ▁").wait_for()
 
 
 def test_next_word_shows_the_probabilities_of_the_python_api(

@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 from command_line import one_line_error, tinystories
 from format_helpers import Build
-from page_helpers import NODE, OPEN, needs_node, page_data, run_script
+from page_helpers import NODE, OWN_SETTINGS, engine_storyteller, needs_node
 
 from tinystories.checkpoint import BUNDLED_MODEL, INT8_WEIGHTS
-from tinystories.config import ModelConfig, SamplingConfig
-from tinystories.engine.cpu.engine import CpuEngine
-from tinystories.engine.engine_config import EngineConfig
+from tinystories.config import ModelConfig
+from tinystories.data.tokenizer import Tokenizer
 from tinystories.errors import UserError
 from tinystories.formats.bundle import ModelBundle
 from tinystories.formats.exports import export
@@ -28,12 +27,9 @@ from tinystories.formats.html.check import run_page
 from tinystories.formats.html.document import PACKAGE, PAGE_SCRIPT, PROGRAM, find_license, render_card
 from tinystories.formats.html.model_data import load_int8
 from tinystories.generate.batching import Request
-from tinystories.generate.storyteller import Storyteller
 from tinystories.single_page import join_modules
+from tinystories.weights.names import expected_shapes
 
-OWN_SETTINGS = SamplingConfig(
-    temperature=0.9, min_p=0.02, repetition_penalty=1.3, repetition_window=20, penalize_names=False
-)
 HOSTILE = "</title></script><script>alert('1')</script><!-- {{weights}} {{program}} \" & \u2028 \N{GRINNING FACE}"
 
 
@@ -67,16 +63,6 @@ def no_runner(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A machine with neither Node.js nor a browser."""
     (tmp_path / "empty").mkdir()
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
-
-
-@pytest.fixture
-def model(portable: Build) -> ModelBundle:
-    return dataclasses.replace(portable("qwen3", True), sampling=OWN_SETTINGS)
-
-
-def engine_storyteller(model: ModelBundle) -> Storyteller:
-    engine = CpuEngine(model.config, load_int8(model), EngineConfig(n_slots=4, threads=1))
-    return Storyteller(engine, model.tokenizer, model.sampling)
 
 
 @needs_node
@@ -263,6 +249,28 @@ def test_the_bundled_page_is_at_most_1_4_times_the_weights(tmp_path: Path) -> No
     assert (tmp_path / "story.html").stat().st_size <= 1.4 * weights + 300_000
 
 
+@pytest.mark.usefixtures("no_runner")
+def test_a_large_vocabulary_takes_little_space(tmp_path: Path) -> None:
+    """50,257 ids of 6 characters, as GPT-2 has, in a model of the size of `nano`."""
+    parts = json.loads(Tokenizer.load(BUNDLED_MODEL).json_text)
+    vocab, merges = parts["model"]["vocab"], parts["model"]["merges"]
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    pieces = [a + b + c for a in letters for b in letters for c in letters]
+    for word in pieces + [left + right for left in pieces[:200] for right in pieces[:200]]:
+        for n in range(2, len(word) + 1):
+            if len(vocab) < 50_256 and word[:n] not in vocab:
+                vocab[word[:n]] = len(vocab)
+                merges.append([word[: n - 1], word[n - 1]])
+    tokenizer = Tokenizer(json.dumps(parts))
+    assert tokenizer.vocab_size == 50_257
+    config = ModelConfig(n_layer=4, n_head=4, n_embd=128, n_ff=352, n_ctx=256, vocab_size=50_257, tied=True)
+    weights = {name: np.zeros(shape, np.float32) for name, shape in expected_shapes(config).items()}
+    model = ModelBundle(config=config, weights=weights, tokenizer=tokenizer)
+    export(model, "html", tmp_path / "story.html")
+    n_bytes = sum(array.nbytes for array in load_int8(model).values())
+    assert (tmp_path / "story.html").stat().st_size <= 1.4 * n_bytes + 300_000
+
+
 def test_modules_import_what_others_export_and_ask_for_nothing() -> None:
     for entry in (PROGRAM, PAGE_SCRIPT):
         script = join_modules(PACKAGE, entry)
@@ -276,129 +284,3 @@ def test_modules_import_what_others_export_and_ask_for_nothing() -> None:
         assert not re.search(
             r"\beval\(|new Function|\bfetch\(|XMLHttpRequest|WebSocket|importScripts|innerHTML", script
         )
-
-
-NEXT = """
-function answer({ questions, ...data }) {
-  const storyteller = openStoryteller(data);
-  return questions.map((question) => storyteller.whatNext(question));
-}
-"""
-
-
-@needs_node
-def test_what_could_come_next_is_what_the_python_api_says(model: ModelBundle) -> None:
-    storyteller = engine_storyteller(model)
-    settings = [
-        OWN_SETTINGS,
-        dataclasses.replace(OWN_SETTINGS, top_k=5, top_p=0.7, min_p=0.0, temperature=1.4),
-        dataclasses.replace(OWN_SETTINGS, temperature=0.0),
-    ]
-    texts = ["Once upon a time", "", "Lily saw a cat. " * 40]  # the last is longer than the context
-    names = [field.name for field in dataclasses.fields(SamplingConfig)]
-    questions, expected = [], []
-    for text in texts:
-        for one in settings:
-            draw = {"seed": "3", "index": 2}
-            described = {name: getattr(one, name) for name in names}
-            questions.append({"text": text, "settings": described, "top": 12, "draw": draw})
-            expected.append(storyteller.next_token(text, **described))
-    for answer, step in zip(
-        run_script(OPEN + NEXT, page_data(model) | {"questions": questions}), expected, strict=True
-    ):
-        candidates = step.candidates(12)
-        assert [one["id"] for one in answer["candidates"]] == [one.id for one in candidates]
-        assert [one["cutBy"] for one in answer["candidates"]] == [one.cut_by for one in candidates]
-        for name, probs in (("modelProb", "model_prob"), ("finalProb", "final_prob")):
-            found = [one[name] for one in answer["candidates"]]
-            assert found == pytest.approx([getattr(one, probs) for one in candidates], abs=1e-6)
-        assert answer["nKept"] == step.n_kept
-        assert answer["entropy"] == pytest.approx(step.entropy_bits, abs=1e-4)
-        drawn = answer["drawn"]
-        assert step.final_probs[drawn["id"]] > 0
-        assert drawn["below"] <= drawn["u"] + 1e-6
-        assert drawn["u"] <= drawn["below"] + drawn["finalProb"] + 1e-6
-
-
-TELL = """
-function answer({ questions, ...data }) {
-  const storyteller = openStoryteller(data);
-  const read = storyteller.engine.readToken.bind(storyteller.engine);
-  let nRead = 0;
-  storyteller.engine.readToken = (...args) => { nRead += 1; return read(...args); };
-  return questions.map((question) => {
-    nRead = 0;
-    const { candidates } = storyteller.whatNext(question);
-    return { nRead, best: candidates[0] };
-  });
-}
-"""
-
-
-@needs_node
-def test_the_cache_keeps_what_two_questions_have_in_common(model: ModelBundle) -> None:
-    """And a question gets the same answer whatever came before it."""
-    settings = {field.name: getattr(OWN_SETTINGS, field.name) for field in dataclasses.fields(SamplingConfig)}
-    texts = ["Once upon a time", "Once upon a time there was", "Once upon a time", "The cat", "Once upon a time"]
-    questions = [{"text": text, "settings": settings} for text in texts]
-    answers = run_script(OPEN + TELL, page_data(model) | {"questions": questions})
-    n_ids = [1 + len(model.tokenizer.encode(text)) for text in texts]
-    assert [answer["nRead"] for answer in answers][:3] == [n_ids[0], n_ids[1] - n_ids[0], 1]
-    assert answers[4]["nRead"] == n_ids[4] - 1  # END is common
-    assert answers[0]["best"] == answers[2]["best"] == answers[4]["best"]
-
-
-WORKER = """
-async function answer({ header, weights }) {
-  const messages = [];
-  const scope = { postMessage: (message) => message.isLoaded || messages.push(message) };
-  serveWorker(scope);
-  const send = (data) => scope.onmessage({ data });
-  const settings = header.sampling;
-  const question = { text: 'Once', settings, top: 3 };
-  header.tokenizer.special_ids = []; // no token ends a story
-  const waitFor = async (n) => { while (messages.length < n) await new Promise((resolve) => setImmediate(resolve)); };
-  await send({ kind: 'open', header });
-  await send({ kind: 'weights', base64: weights });
-  const request = { prompt: 'Once', seed: '1', settings, maxTokens: 1e9 }; // without Stop it would take days
-  const telling = send({ id: 1, kind: 'tell', request });
-  await waitFor(5);
-  await send({ id: 2, kind: 'next', question });
-  await waitFor(messages.length + 20);
-  await send({ id: 3, kind: 'stop' });
-  await telling;
-  const nWhenStopped = messages.length;
-  await send({ id: 4, kind: 'tell', request: { ...request, maxTokens: 30 } });
-  await send({ id: 5, kind: 'next', question: { ...question, settings: null } });
-  return { messages, nWhenStopped };
-}
-"""
-
-
-@needs_node
-def test_the_worker_stops_and_answers_while_it_tells(model: ModelBundle) -> None:
-    """A question in between does not change the story, which shares the cache with it; what fails is reported."""
-    answer = run_script(OPEN + WORKER, page_data(model))
-    messages, n = answer["messages"], answer["nWhenStopped"]
-    first, second = ([one["text"] for one in part if "text" in one] for part in (messages[:n], messages[n:]))
-    assert not [one for one in messages[:n] if one.get("reason")]
-    assert [one["id"] for one in messages[:n] if "answer" in one] == [2]
-    assert first[:25] == second[:25]
-    assert messages[-2]["reason"] == "length"
-    assert messages[-1]["id"] == 5
-    assert messages[-1]["failure"]
-
-
-@needs_node
-def test_damaged_weights_are_reported(model: ModelBundle) -> None:
-    name = "norm.weight"
-    weights = dict(model.weights) | {name: np.full_like(model.weights[name], np.nan)}
-    script = (
-        OPEN
-        + """
-    function answer(data) {
-      const request = { prompt: '', seed: '1', settings: data.header.sampling, maxTokens: 3 };
-      try { return [...openStoryteller(data).tell(request)]; } catch (error) { return error.message; }
-    }"""
-    )
-    assert run_script(script, page_data(dataclasses.replace(model, weights=weights))).endswith("damaged")

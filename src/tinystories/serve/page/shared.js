@@ -8,11 +8,12 @@ export const newSeed = () => crypto.getRandomValues(new Uint32Array(1))[0];
 const countWords = (text) => text.trim().split(/\s+/).length;
 
 // Where the first sentence after so many words ends; -1: not yet. It does not matter in which pieces the text has come.
-export function findEnd(text, nWords) {
+// `nGiven`: the characters of the beginning, which is never cut, however long it is.
+export function findEnd(text, nWords, nGiven = 0) {
   if (nWords === Infinity) return -1;
   for (const match of text.matchAll(SENTENCE_END)) {
     const end = match.index + match[0].length;
-    if (countWords(text.slice(0, end)) >= nWords) return end;
+    if (end > nGiven && countWords(text.slice(0, end)) >= nWords) return end;
   }
   return -1;
 }

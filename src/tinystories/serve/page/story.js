@@ -39,7 +39,7 @@ function Storyteller() {
     try {
       for await (const piece of tell(request, abort.signal)) {
         text += piece;
-        const end = findEnd(text, LENGTHS[now.length]);
+        const end = findEnd(text, LENGTHS[now.length], beginning.length);
         if (end >= 0) text = text.slice(0, end);
         setStory(text);
         if (end >= 0) break;

@@ -7,14 +7,17 @@ import { make, makeNextPane } from './next.js';
 const TEXTS = {
   seed: 'Seed',
   seedHint: 'new each time',
+  seedFormat: 'A whole number: 0, 1, 2, ...',
   opening: 'The storyteller is waking up …',
   failed: 'The storyteller cannot go on:',
+  notOpened: 'The storyteller cannot be opened; perhaps this browser does not have enough memory for it:',
   noWorker: 'this browser does not let a page from a file compute on its own. Another browser may.',
   sameStory: 'The whole story on the command line:',
 };
 const MAX_TOKENS = 900;
 const PARTS_ON_THEIR_WAY = 4; // of the weights, 4 MB each: more would only take memory
 const SEED = /^\d{1,20}$/;
+const SEED_FIELD = '\\s*\\d{1,20}\\s*'; // the pattern of the input, where spaces do no harm
 
 // The worker runs the program of this page, which is in the element with that id. Its policy lets it load nothing else.
 function startWorker() {
@@ -42,20 +45,21 @@ function buildPage(header) {
   let number = 0; // of the newest message to the worker
   let telling = null; // the story that is coming: {id, text, length, temperature, seed, beginning}
   let story = null; // the story that is shown
+  let hasChosenWord = false; // in this story, so that the pane shows what comes after that word
+  let nRead = 0; // how often the address was read
   let frame = 0;
 
   // What the page consists of.
-  const beginning = make('textarea', { id: 'beginning', rows: 3, maxlength: 1500, onkeydown: (event) => {
+  const beginning = make('textarea', { id: 'beginning', rows: 3, maxlength: 1500, oninput: showBeginning, onkeydown: (event) => {
     if (event.key === 'Enter' && (event.ctrlKey || event.metaKey)) start();
   } });
-  beginning.value = T.examples[0];
   const examples = make('div', { class: 'examples', role: 'group', 'aria-label': T.examplesLabel },
-    ...T.examples.map((text) => make('button', { type: 'button', class: 'chip', onclick: () => (beginning.value = text) }, text)));
+    ...T.examples.map((text) => make('button', { type: 'button', class: 'chip', onclick: () => setBeginning(text) }, text)));
   const lengths = Object.keys(LENGTHS).map((name) => make('input', { type: 'radio', name: 'length', value: name }));
   lengths[1].checked = true;
   const bold = make('output', { for: 'boldness' });
   const boldness = make('input', { id: 'boldness', type: 'range', min: 0, max: 4, step: 1, value: 2, oninput: showBoldness });
-  const seed = make('input', { id: 'seed', inputmode: 'numeric', pattern: '\\d{1,20}', maxlength: 20, autocomplete: 'off', placeholder: TEXTS.seedHint });
+  const seed = make('input', { id: 'seed', inputmode: 'numeric', pattern: SEED_FIELD, title: TEXTS.seedFormat, maxlength: 20, autocomplete: 'off', placeholder: TEXTS.seedHint });
   const stopButton = make('button', { type: 'button', class: 'primary', onclick: stop }, T.stop);
   const tellButton = make('button', { class: 'primary' }, T.tell);
   const againButton = make('button', { type: 'button', onclick: () => start({ isNew: true }) }, T.again);
@@ -74,13 +78,14 @@ function buildPage(header) {
   const cursor = make('span', { class: 'cursor', 'aria-hidden': 'true' });
   const notice = make('span', { role: 'status' });
   const command = make('code', { class: 'command' });
+  const commandLine = make('p', { class: 'soft' }, TEXTS.sameStory, make('br'), command);
   const tools = make('div', {},
     make('div', { class: 'row tools' },
       make('button', { type: 'button', onclick: () => copy(story.text, T.copied) }, T.copy),
       make('button', { type: 'button', onclick: save }, T.save),
       make('button', { type: 'button', onclick: () => copy(location.href, T.linkCopied) }, T.link), notice),
-    make('p', { class: 'soft' }, TEXTS.sameStory, make('br'), command));
-  const article = make('article', { class: 'card story', 'aria-label': T.storyLabel, hidden: true }, words);
+    commandLine);
+  const article = make('article', { class: 'card story', 'aria-label': T.storyLabel, tabindex: -1, hidden: true }, words);
   const hint = make('p', { class: 'hint', hidden: true }, T.wordHint);
   const spoken = make('div', { class: 'sr-only', 'aria-live': 'polite' }); // whole sentences, for screen readers
   const pane = makeNextPane({ ask, settings: header.sampling, vocabSize: header.config.vocab_size, getSeed: () => story?.seed ?? '1', fail });
@@ -89,10 +94,28 @@ function buildPage(header) {
       make('button', { type: 'button', class: 'plain', onclick: toggleTheme, 'aria-label': T.theme, title: T.theme }, '◐')),
     form, opening, problem, article, hint, pane.element, spoken, make('p', { class: 'hint' }, T.footer));
 
-  function fail(error) {
+  function fail(error, lead = TEXTS.failed) {
     opening.remove();
-    problem.textContent = `${TEXTS.failed} ${error.message}`;
+    problem.textContent = `${lead} ${error.message}`;
     problem.hidden = false;
+  }
+
+  // Without a storyteller nothing can be told; messages of the worker that follow only repeat it.
+  function failToOpen(error, lead) {
+    worker?.terminate();
+    stop();
+    tellButton.disabled = againButton.disabled = true;
+    fail(error, lead);
+  }
+
+  function setBeginning(text) {
+    beginning.value = text;
+    showBeginning();
+  }
+
+  // Until a story is told, the pane shows what could come after its beginning.
+  function showBeginning() {
+    if (!story) pane.show(beginning.value.trimEnd());
   }
 
   function showBoldness() {
@@ -101,8 +124,11 @@ function buildPage(header) {
   }
 
   function showActions() {
-    // Two elements: Stop must not become a submit button while it is being clicked.
+    // Two elements: Stop must not become a submit button while it is being clicked. For the same reason the focus moves from
+    // Stop to the story, not to Tell.
+    const hadFocus = actions.contains(document.activeElement);
     actions.replaceChildren(telling ? stopButton : tellButton, ...(story && !telling ? [againButton] : []));
+    if (hadFocus) (telling ? stopButton : article).focus({ preventScroll: true });
   }
 
   // The weights go to the worker in parts, of which only a few are on their way, and each leaves the memory of the page.
@@ -126,11 +152,13 @@ function buildPage(header) {
       nPosted -= 1;
       if (outbox) sendWeights();
     } else if (data.failure) {
-      waiting.get(data.id)?.reject(new Error(data.failure));
-      if (!waiting.delete(data.id)) {
-        fail(new Error(data.failure));
-        stop();
-      }
+      const error = new Error(data.failure);
+      if (!data.id) return failToOpen(error, TEXTS.notOpened);
+      waiting.get(data.id)?.reject(error);
+      waiting.delete(data.id);
+      if (data.id !== telling?.id) return; // of a story that was stopped
+      fail(error);
+      stop();
     } else if (data.answer) {
       waiting.get(data.id)?.resolve(data.answer);
       waiting.delete(data.id);
@@ -147,24 +175,26 @@ function buildPage(header) {
     return number;
   }
 
-  // What could come next, for the pane. It waits until no story is being told, and stops none.
+  // What could come next, for the pane. A story that is being told goes on afterwards.
   function ask(question) {
     const id = send({ kind: 'next', question });
     return new Promise((resolve, reject) => waiting.set(id, { resolve, reject }));
   }
 
   async function start({ isNew = false } = {}) {
+    const given = seed.value.trim();
+    if (given && !SEED.test(given)) return seed.reportValidity();
+    if (tellButton.disabled) return;
     stop();
     problem.hidden = true;
     notice.textContent = '';
-    const given = seed.value.trim();
-    if (given && !SEED.test(given)) return seed.reportValidity();
     const text = beginning.value.trimEnd();
     const length = lengths.find((input) => input.checked).value;
     const temperature = temperatures[boldness.value];
-    telling = { text, beginning: text, length, temperature, seed: given && !isNew ? given : String(newSeed()) };
+    const newest = { text, beginning: text, length, temperature, seed: given && !isNew ? given : String(newSeed()) };
     if (isNew) seed.value = '';
-    story = telling;
+    telling = story = newest;
+    hasChosenWord = false;
     const settings = { ...header.sampling, temperature };
     telling.id = send({ kind: 'tell', request: { prompt: text, seed: telling.seed, settings, maxTokens: MAX_TOKENS } });
     words.replaceChildren();
@@ -173,16 +203,14 @@ function buildPage(header) {
     tools.remove();
     showActions();
     showStory();
-    const fragment = await makeFragment({ b: text, len: length, bold: boldness.value, s: telling.seed });
-    history.replaceState(null, '', fragment);
+    const fragment = await makeFragment({ b: text, len: length, bold: boldness.value, s: newest.seed });
+    if (story === newest) history.replaceState(null, '', fragment); // otherwise another story has begun meanwhile
   }
 
   // Some more of the story has come.
-  function grow({ text, reason, n, seconds }) {
+  function grow({ text, reason }) {
     telling.text += text;
-    telling.nTokens = n;
-    telling.seconds = seconds;
-    const end = findEnd(telling.text, LENGTHS[telling.length]);
+    const end = findEnd(telling.text, LENGTHS[telling.length], telling.beginning.length);
     if (end >= 0) telling.text = telling.text.slice(0, end);
     if (end >= 0 || reason) return stop();
     if (/[.!?]/.test(text)) spoken.textContent = telling.text;
@@ -199,7 +227,8 @@ function buildPage(header) {
     showActions();
     article.append(tools);
     command.textContent = describeCommand(story);
-    pane.show(story.text);
+    commandLine.hidden = story.beginning.includes('\0'); // which no command line can pass on
+    if (!hasChosenWord) pane.show(story.text);
   }
 
   function describeCommand({ beginning: prompt, seed: number, temperature }) {
@@ -209,21 +238,26 @@ function buildPage(header) {
     return parts.join(' ');
   }
 
-  // Words that are shown stay as they are; the last one may have grown.
+  // Words that are shown stay as they are, and so does the focus; the last one may have grown.
   function showStory() {
     frame = 0;
     const parts = [...story.text.matchAll(/(\n+)|[^\S\n]+|\S+/g)];
     cursor.remove();
-    while (words.childNodes.length > Math.max(0, Math.min(words.childNodes.length, parts.length) - 1)) words.lastChild.remove();
-    for (let i = words.childNodes.length; i < parts.length; i++) words.append(makeWord(parts[i], i === 0));
+    while (words.childNodes.length > parts.length) words.lastChild.remove();
+    if (words.lastChild?.matches?.('.word')) words.lastChild.textContent = parts[words.childNodes.length - 1][0];
+    for (let i = words.childNodes.length; i < parts.length; i++) words.append(makeWord(parts[i]));
     if (telling) words.append(cursor);
   }
 
-  function makeWord(part, isFirst) {
+  function makeWord(part) {
     const text = part[0];
     if (part[1]) return make('span', {}, make('br'), make('span', { class: 'paragraph' }));
     if (!text.trim()) return document.createTextNode(' ');
-    const open = () => pane.show(story.text.slice(0, part.index).trimEnd(), { open: true });
+    const open = () => {
+      hasChosenWord = true;
+      pane.show(story.text.slice(0, part.index).trimEnd(), { open: true });
+    };
+    const isFirst = !words.querySelector('.word');
     return make('span', {
       class: part.index < story.beginning.length ? 'word given' : 'word', role: 'button', 'data-item': true, tabindex: isFirst ? 0 : -1,
       onclick: open, onkeydown: (event) => event.key === 'Enter' && open(),
@@ -245,31 +279,35 @@ function buildPage(header) {
     setTimeout(() => URL.revokeObjectURL(link.href), 1000);
   }
 
+  // A link to a story: when the page is opened, and when another one is pasted into the address of the open page.
   async function readAddress() {
+    const number = (nRead += 1);
     const state = await readFragment();
-    if (state.b === undefined && !SEED.test(state.s ?? '')) return;
-    beginning.value = state.b ?? '';
+    if (number !== nRead) return; // a newer address is being read
+    const hasSeed = SEED.test(state.s ?? '');
+    if (state.b === undefined && !hasSeed) return;
     (lengths.find((input) => input.value === state.len) ?? lengths[1]).checked = true;
-    if (/^[0-4]$/.test(state.bold ?? '')) boldness.value = state.bold;
+    boldness.value = /^[0-4]$/.test(state.bold ?? '') ? state.bold : 2;
     showBoldness();
-    if (!SEED.test(state.s ?? '')) return;
-    seed.value = state.s;
-    start();
+    seed.value = hasSeed ? state.s : '';
+    setBeginning(state.b ?? '');
+    if (hasSeed) start();
   }
 
   showBoldness();
   showActions();
+  setBeginning(T.examples[0]);
   addEventListener('keydown', (event) => event.key === 'Escape' && stop());
   try {
     worker = startWorker();
   } catch {
-    return fail(new Error(TEXTS.noWorker));
+    return failToOpen(new Error(TEXTS.noWorker));
   }
   worker.onmessage = receive;
-  worker.onerror = () => fail(new Error(TEXTS.noWorker));
+  worker.onerror = () => failToOpen(new Error(TEXTS.noWorker));
   worker.postMessage({ kind: 'open', header });
   sendWeights();
-  pane.show(beginning.value);
+  addEventListener('hashchange', readAddress);
   readAddress();
 }
 

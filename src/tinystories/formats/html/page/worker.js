@@ -8,8 +8,10 @@ export function serveWorker(scope) {
   let storyteller = null;
   let current = null; // the story that is being told
   const channel = new MessageChannel();
+  const waiting = []; // one of each story that lets others have their turn
+  channel.port1.onmessage = () => waiting.shift()();
   const nextTurn = () => new Promise((resolve) => {
-    channel.port1.onmessage = resolve;
+    waiting.push(resolve);
     channel.port2.postMessage(null);
   });
   const handlers = {
