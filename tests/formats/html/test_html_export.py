@@ -16,7 +16,7 @@ from format_helpers import Build
 from page_helpers import NODE, OWN_SETTINGS, engine_storyteller, needs_node
 
 from tinystories.checkpoint import BUNDLED_MODEL, INT8_WEIGHTS
-from tinystories.config import ModelConfig
+from tinystories.config import ModelConfig, SamplingConfig
 from tinystories.data.tokenizer import Tokenizer
 from tinystories.errors import UserError
 from tinystories.formats.bundle import ModelBundle
@@ -68,12 +68,19 @@ def no_runner(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @needs_node
 @pytest.mark.parametrize("kind", ["qwen3", "gpt2"])
 def test_fifty_seeds_tell_the_engines_stories(portable: Build, tmp_path: Path, kind: str) -> None:
-    """With a penalty, spared names, and stories far longer than the context; and a seed of more than 64 bits."""
+    """With all kinds of settings, and stories far longer than the context; and a seed of more than 64 bits."""
     model = dataclasses.replace(portable(kind, True), sampling=OWN_SETTINGS)
     export(model, "html", tmp_path / "story.html", require_check=True)
     prompts = ("Once upon a time", "", 'Lily 🙂 said: "é" ', "Tom and Lily went to the park. " * 12)
+    settings = (
+        OWN_SETTINGS,
+        dataclasses.replace(OWN_SETTINGS, temperature=1.5, top_k=7, min_p=0.0, repetition_window=0),
+        dataclasses.replace(OWN_SETTINGS, top_k=40, top_p=0.8, penalize_names=True),
+        SamplingConfig(temperature=1e-3, top_p=0.5),
+        SamplingConfig(temperature=1.0, min_p=0.0, repetition_penalty=0.8, repetition_window=3),
+    )
     requests = [
-        Request(prompt=prompts[seed % 4], settings=OWN_SETTINGS, seed=seed, max_tokens=40, number=seed % 3)
+        Request(prompt=prompts[seed % 4], settings=settings[seed % 5], seed=seed, max_tokens=40, number=seed % 3)
         for seed in range(48)
     ]
     greedy = dataclasses.replace(OWN_SETTINGS, temperature=0.0)
@@ -84,7 +91,7 @@ def test_fifty_seeds_tell_the_engines_stories(portable: Build, tmp_path: Path, k
     assert NODE is not None
     results = run_page(tmp_path / "story.html", requests, ("node", NODE))
     stories = {i: item for i, item in engine_storyteller(model).events(requests) if not isinstance(item, str)}
-    assert len({tuple(story.ids) for story in stories.values()}) > 40
+    assert len({tuple(story.ids) for story in stories.values()}) > 30
     for i, result in enumerate(results):
         assert result == {"ids": list(stories[i].ids), "text": stories[i].continuation}, requests[i]
 
@@ -155,7 +162,7 @@ def test_a_runner_that_fails_is_named(model: ModelBundle, tmp_path: Path, name: 
     program = tmp_path / "empty" / name
     program.write_text("#!/bin/sh\necho 'no such flag' >&2\nexit 3\n")
     program.chmod(0o755)
-    with pytest.raises(UserError, match=f"verification failed: {name} cannot run the page: .*no such flag"):
+    with pytest.raises(UserError, match=f"{name} cannot run the page, which needs at least Node.js 16 .*no such flag"):
         export(model, "html", tmp_path / "story.html")
     assert not (tmp_path / "story.html").exists()
 
@@ -165,7 +172,7 @@ def test_a_browser_that_shows_nothing_is_named(model: ModelBundle, tmp_path: Pat
     program = tmp_path / "empty" / "chromium"
     program.write_text("#!/bin/sh\necho '<html></html>'\n")
     program.chmod(0o755)
-    with pytest.raises(UserError, match="verification failed: chromium cannot run the page: the page shows no result"):
+    with pytest.raises(UserError, match=r"chromium cannot run the page, .*: the page shows no result"):
         export(model, "html", tmp_path / "story.html")
 
 
@@ -189,8 +196,8 @@ def test_what_a_browser_does_not_bear_is_refused(model: ModelBundle, tmp_path: P
     large = ModelConfig(n_layer=24, n_embd=1024, n_head=16, n_ff=2816, n_ctx=512, vocab_size=400, tied=True)
     long = ModelConfig(n_layer=4, n_embd=64, n_head=4, n_ff=64, n_ctx=1 << 20, vocab_size=400, tied=True)
     for config, message in (
-        (large, r"a page of this model would have 4\d\d MB, more than a browser bears \(250 MB\); use --format"),
-        (long, r"would need 2,147 MB for a context of 1,048,576 tokens, more than a browser bears \(500 MB\)"),
+        (large, r"a page of this model would have 4\d\d MB, more than a browser can handle \(250 MB\); use --format"),
+        (long, r"would need 2,147 MB for a context of 1,048,576 tokens, more than a browser can handle \(500 MB\)"),
     ):
         with pytest.raises(UserError, match=message):
             export(dataclasses.replace(model, config=config, weights={}), "html", tmp_path / "story.html")

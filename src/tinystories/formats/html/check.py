@@ -55,7 +55,10 @@ def run_page(path: Path, requests: Sequence[Request], runner: tuple[str, str], *
         results = json.loads(output)
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", "") or error
-        raise UserError(f"verification failed: {Path(program).name} cannot run the page: {sanitize(detail)}") from None
+        raise UserError(
+            f"verification failed: {Path(program).name} cannot run the page, which needs at least Node.js 16 or"
+            f" Chromium 91: {sanitize(detail)}"
+        ) from None
     assert len(results) == len(requests)
     return list(results)
 

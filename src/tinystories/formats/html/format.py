@@ -17,8 +17,8 @@ from tinystories.generate.batching import Request, check_text
 from tinystories.generate.storyteller import Storyteller
 from tinystories.weights.names import expected_shapes
 
-# What a browser bears. Opening a page takes about three times its size in memory for a moment, and then the weights and
-# the KV cache.
+# What browsers can handle. Opening a page takes about three times its size in memory for a moment, and then the weights
+# and the KV cache.
 MAX_FILE_BYTES = 250_000_000
 MAX_CACHE_BYTES = 500_000_000
 CHECK_PROMPT, CHECK_TOKENS = "Once upon a time", 48
@@ -34,20 +34,20 @@ def write(model: ModelBundle, path: Path, precision: str) -> None:
 
 
 def check_size(config: ModelConfig) -> None:
-    """Raise `UserError` if a page of this model is more than a browser bears."""
+    """Raise `UserError` if a page of this model is more than a browser can handle."""
     n_bytes = 0
     for shape in expected_shapes(config).values():
         n_bytes += math.prod(shape) + 4 * shape[0] if len(shape) > 1 else 4 * shape[0]
     file_bytes, cache_bytes = n_bytes * 4 // 3, 8 * config.n_layer * config.kv_heads * config.n_ctx * config.head_dim
     if file_bytes > MAX_FILE_BYTES:
         raise UserError(
-            f"a page of this model would have {file_bytes / 1e6:,.0f} MB, more than a browser bears"
+            f"a page of this model would have {file_bytes / 1e6:,.0f} MB, more than a browser can handle"
             f" ({MAX_FILE_BYTES / 1e6:,.0f} MB); use --format onnx or gguf"
         )
     if cache_bytes > MAX_CACHE_BYTES:
         raise UserError(
             f"a page of this model would need {cache_bytes / 1e6:,.0f} MB for a context of {config.n_ctx:,} tokens,"
-            f" more than a browser bears ({MAX_CACHE_BYTES / 1e6:,.0f} MB); use --format onnx or gguf"
+            f" more than a browser can handle ({MAX_CACHE_BYTES / 1e6:,.0f} MB); use --format onnx or gguf"
         )
 
 
