@@ -61,7 +61,7 @@ def squeeze(text: str) -> str:
 def tell(page: Any, seed: int | str = "", *, beginning: str = "", length: str = "long") -> str:
     """Tell a whole story, and return it."""
     page.get_by_label("How does the story begin?").fill(beginning)
-    page.get_by_text(length, exact=True).click()
+    page.locator(".segments").get_by_text(length).click()
     page.get_by_label("Seed").fill(str(seed))
     page.get_by_role("button", name="Tell").click()
     page.get_by_role("button", name="Copy").wait_for()
@@ -72,7 +72,7 @@ def start(page: Any, seed: int | str = "", *, beginning: str = "", n_tokens: int
     """Tell a long story of which only so many tokens come, until `window.allow` lets others through."""
     page.evaluate(f"window.allow({n_tokens})")
     page.get_by_label("How does the story begin?").fill(beginning)
-    page.get_by_text("long", exact=True).click()
+    page.locator(".segments").get_by_text("long").click()
     page.get_by_label("Seed").fill(str(seed))
     page.get_by_role("button", name="Tell").click()
     page.locator("[data-held]").wait_for()
