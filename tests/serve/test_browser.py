@@ -94,6 +94,17 @@ def test_a_link_tells_the_same_story(lab_server: Running, open_page: Callable[..
     wait_for_script(second, "url => location.href !== url", arg=url)
 
 
+def test_a_beginning_is_never_cut(lab_server: Running, open_page: Callable[..., Any]) -> None:
+    """A short story has 60 words; after a longer beginning it ends with the next sentence."""
+    page = open_page(lab_server)
+    page.get_by_text("short", exact=True).click()
+    beginning = ("Tom saw a dog. The dog was big. " * 12).rstrip()
+    begin(page, beginning)
+    wait_for_end(page)
+    assert story_of(page).startswith(beginning)
+    assert len(story_of(page)) > len(beginning)
+
+
 def test_the_storyteller_by_keyboard_alone(serve_script: Serve, open_page: Callable[..., Any]) -> None:
     with serve_script(STORY) as running:
         page = open_page(running, allow="501")  # the lab of a scripted engine has no weights to show
