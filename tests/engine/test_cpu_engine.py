@@ -22,8 +22,9 @@ from safetensors.numpy import load_file, save_file
 from tinystories import checkpoint
 from tinystories.config import ModelConfig, SamplingConfig
 from tinystories.data.tokenizer import Tokenizer
-from tinystories.engine.cpu import jit, thread_pool
+from tinystories.engine.cpu import jit, thread_pool, weight_table
 from tinystories.engine.cpu.engine import CpuEngine
+from tinystories.engine.cpu.kernels.layout import MODEL
 from tinystories.engine.engine_config import EngineConfig
 from tinystories.engine.select import has_cuda, select_engine
 from tinystories.engine.torch_engine import TorchEngine
@@ -99,6 +100,18 @@ def test_neither_threads_nor_other_rows_change_a_logit(
     for one in found[1:]:
         assert (one[0] == found[0][0]).all()
         assert (one[1] == found[0][1]).all()
+
+
+def test_weights_read_from_memory_give_the_same_bits_as_from_caches(
+    build: Build, shape: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for cache_bytes in (0, 10**9):
+        monkeypatch.setattr(weight_table, "CACHE_BYTES", cache_bytes)
+        engine = fp32(build(**shape | {"vocab_size": 403}))
+        assert engine.runtime.weight_table.table[MODEL.exceeds_caches] == (cache_bytes == 0)
+        found.append(np.stack([engine.prefill(0, IDS[:9]), *(engine.step([0], [i])[0] for i in range(3))]))
+    assert (found[0] == found[1]).all()
 
 
 def test_the_caller_may_keep_what_it_was_given(build: Build) -> None:

@@ -32,6 +32,8 @@ LAYER_MATRICES = {
     LAYER.up: "mlp.up_proj",
     LAYER.down: "mlp.down_proj",
 }
+# Above this, matrices count as read from memory and not from the last cache, which has 16 to 32 MB on most processors.
+CACHE_BYTES = 32_000_000
 SHORTLIST_HEAD = "shortlist.weight"  # in memory only: the shortlist's rows of the LM head
 
 
@@ -70,6 +72,7 @@ class WeightTable:
             for field, name in LAYER_MATRICES.items():
                 self.add_matrix(layer_base + field, prefix + name)
         self.add_embedding()
+        table[MODEL.exceeds_caches] = int(self.n_bytes > CACHE_BYTES)
 
     def tensor_address(self, name: str, dtype: type, size: int) -> int:
         """Return the address of a weight; raise UserError unless it has this dtype and number of elements.

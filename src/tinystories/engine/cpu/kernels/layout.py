@@ -68,7 +68,8 @@ class ModelLayout(NamedTuple):
     scale_scores: int = 19  # 1: attention scores are divided by sqrt(head_dim)
     embedding: int = 20  # a matrix: 7 integers; it may be the LM head's
     position_embedding: int = 27  # address of a (S, C) fp32 table; 0 if there is none
-    layers: int = 28
+    exceeds_caches: int = 28  # 1: the matrices are larger than caches, so each call reads them from memory
+    layers: int = 29
 
 
 class CallLayout(NamedTuple):

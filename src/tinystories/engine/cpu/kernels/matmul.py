@@ -123,11 +123,13 @@ def matmul_fp32(m, base, lo, hi, first_row, n_rows, y_address, ctx):
     weights, in_features = m[base + MATRIX.weights], m[base + MATRIX.in_features]
     padded_out, hi = m[base + MATRIX.padded_out], min(hi, m[base + MATRIX.out_features])
     n_chunks, stride, y_stride = in_features // 8, 4 * in_features, 4 * padded_out
+    # With one row of x, memory is read twice as fast in one sequence as in four; caches are not.
+    max_weight_rows = 1 if m[MODEL.exceeds_caches] and n_rows - first_row == 1 else 4
     for block in range(lo, hi, FP32_BLOCK_ROWS):
         for group in range(first_row, n_rows, FP32_GROUP_ROWS):
             i, last_row = block, min(group + FP32_GROUP_ROWS, n_rows)
             while i < min(block + FP32_BLOCK_ROWS, hi):
-                n_weight_rows = 4 if i + 4 <= hi else 1
+                n_weight_rows = max_weight_rows if i + 4 <= hi else 1
                 w_ptr, b, ahead = weights + stride * i, group, 4 * stride
                 while b < last_row:
                     x_ptr, y_ptr = ctx.x + stride * b, y_address + y_stride * b + 4 * i
