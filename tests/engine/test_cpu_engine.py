@@ -102,13 +102,14 @@ def test_neither_threads_nor_other_rows_change_a_logit(
         assert (one[1] == found[0][1]).all()
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_weights_read_from_memory_give_the_same_bits_as_from_caches(
-    build: Build, shape: dict[str, object], monkeypatch: pytest.MonkeyPatch
+    folder: Path, precision: load.Precision, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = []
     for cache_bytes in (0, 10**9):
         monkeypatch.setattr(weight_table, "CACHE_BYTES", cache_bytes)
-        engine = fp32(build(**shape | {"vocab_size": 403}))
+        engine = opened(folder, precision)
         assert engine.runtime.weight_table.table[MODEL.exceeds_caches] == (cache_bytes == 0)
         found.append(np.stack([engine.prefill(0, IDS[:9]), *(engine.step([0], [i])[0] for i in range(3))]))
     assert (found[0] == found[1]).all()

@@ -29,6 +29,7 @@ int8_kernel_32x8, int8_kernel_32x4, int8_kernel_32x2 = (make_int8_kernel(n_rows,
 int8_kernel_16x8, int8_kernel_16x4, int8_kernel_16x2 = (make_int8_kernel(n_rows, 1) for n_rows in (8, 4, 2))
 int4_kernel_16x8, int4_kernel_16x4 = (make_int4_kernel(n_rows, 2) for n_rows in (8, 4))
 int4_kernel_8x4, int4_kernel_8x1 = (make_int4_kernel(n_rows, 1) for n_rows in (4, 1))
+int4_kernel_8x1_from_memory = make_int4_kernel(1, 1, from_memory=True)
 fp32_kernel_1x1, fp32_kernel_4x1 = make_fp32_kernel(1, 1), make_fp32_kernel(4, 1)
 fp32_kernel_4x2, fp32_kernel_4x4 = make_fp32_kernel(4, 2), make_fp32_kernel(4, 4)
 
@@ -208,6 +209,7 @@ def matmul_int4(m, base, lo, hi, first_row, n_rows, y_address, ctx):
     # Bytes between rows of the quantized x (padded to whole groups), of y, and of the scales and offsets of the groups.
     x_stride, y_stride, g_stride = GROUP_SIZE * n_groups, 4 * m[base + MATRIX.padded_out], 4 * n_groups
     i, many = lo, n_rows - first_row >= 4
+    from_memory = m[MODEL.exceeds_caches] and n_rows - first_row == 1
     while i < hi:
         n_blocks, block = 2 if many and i + 2 * BLOCK_ROWS <= hi else 1, i // BLOCK_ROWS * n_groups
         w, w_scales = m[base + MATRIX.weights] + BLOCK_BYTES * block, m[base + MATRIX.scales] + SCALE_BYTES * block
@@ -219,9 +221,14 @@ def matmul_int4(m, base, lo, hi, first_row, n_rows, y_address, ctx):
                 for k in range(n_blocks):
                     w_k, scales_k = w + BLOCK_BYTES * n_groups * k, w_scales + SCALE_BYTES * n_groups * k
                     y_k = y + 4 * BLOCK_ROWS * k
-                    int4_kernel_8x1(
-                        w_k, n_groups, x, x_stride, y_k, y_stride, scales_k, x_scales, x_offsets, g_stride, 1
-                    )
+                    if from_memory:
+                        int4_kernel_8x1_from_memory(
+                            w_k, n_groups, x, x_stride, y_k, y_stride, scales_k, x_scales, x_offsets, g_stride, 1
+                        )
+                    else:
+                        int4_kernel_8x1(
+                            w_k, n_groups, x, x_stride, y_k, y_stride, scales_k, x_scales, x_offsets, g_stride, 1
+                        )
                 b += 1
             elif n_blocks == 1:
                 n = (n_rows - b) // 4

@@ -26,6 +26,7 @@ from tinystories.engine.cpu.kernels.simd import (
     is_x86,
     load,
     madd_i16,
+    prefetch,
     splat,
 )
 from tinystories.weights.quantize import BLOCK_ROWS, GROUP_SIZE
@@ -33,6 +34,9 @@ from tinystories.weights.quantize import BLOCK_ROWS, GROUP_SIZE
 I8X32, I16X16, I32X16 = ir.VectorType(I8, 32), ir.VectorType(I16, 16), ir.VectorType(I32, 16)
 I32X8 = ir.VectorType(I32, 8)
 BLOCK_BYTES, SCALE_BYTES = BLOCK_ROWS * GROUP_SIZE // 2, 2 * BLOCK_ROWS  # of a group of columns of a block
+# Weights and scales are two sequences, which Zen 4 reads from memory a fifth faster if they are prefetched this many
+# bytes ahead; from its caches, a tenth slower.
+WEIGHT_PREFETCH, SCALE_PREFETCH = 8192, 512
 
 
 def has_byte_dot(context: Any) -> bool:
@@ -95,8 +99,10 @@ class TileArgs(NamedTuple):
     n_tiles: Value  # number; each is the next n_rows rows of x
 
 
-def make_int4_kernel(n_rows: int, n_blocks: int) -> Callable[..., None]:
+def make_int4_kernel(n_rows: int, n_blocks: int, *, from_memory: bool = False) -> Callable[..., None]:
     """Make the int4 matmul kernel: n_blocks blocks of 8 weight rows times tiles of n_rows rows of x.
+
+    `from_memory`: prefetch the weights, which are not in the caches.
 
     The arguments are `TileArgs`. It computes y[i, :8 n_blocks] = sum over groups g of
     scales[g] * x_scales[i, g] * (w[g] . x[i, g] + x_offsets[i, g]) with the stored weights w in 0..15 (value + 8). The
@@ -113,7 +119,8 @@ def make_int4_kernel(n_rows: int, n_blocks: int) -> Callable[..., None]:
             def emit(b: Builder, values: Sequence[Value]) -> None:
                 args = TileArgs(*values)
                 with cgutils.for_range(b, b.mul(args.n_tiles, const_i64(n_rows // rows))) as loop:
-                    emit_tile(context, b, skip_rows(b, args, b.mul(loop.index, const_i64(rows))), rows, blocks)
+                    tile_args = skip_rows(b, args, b.mul(loop.index, const_i64(rows)))
+                    emit_tile(context, b, tile_args, rows, blocks, from_memory=from_memory)
 
             for block in range(0, n_blocks, blocks):
                 groups = b.mul(args.n_groups, const_i64(block))
@@ -154,7 +161,9 @@ def load_blocks(b: Builder, address: Value, block_bytes: Value, n_blocks: int, k
     return b.shuffle_vector(first, second, ir.Constant(ir.VectorType(I32, n), list(range(n))))
 
 
-def emit_tile(context: Any, b: Builder, args: TileArgs, n_rows: int, n_blocks: int) -> None:
+def emit_tile(
+    context: Any, b: Builder, args: TileArgs, n_rows: int, n_blocks: int, *, from_memory: bool = False
+) -> None:
     """Multiply n_rows rows of x by 1 or 2 blocks. Products of a group that are summed in 16 bits do not overflow.
 
     15 * 127 * 2 * 8 < 2^15.
@@ -189,6 +198,9 @@ def emit_tile(context: Any, b: Builder, args: TileArgs, n_rows: int, n_blocks: i
                     else:
                         sums_16[i] = b.add(sums_16[i], maddubs(b, weights, x, avx2=avx2))
         address = b.add(args.scales, b.mul(loop.index, const_i64(SCALE_BYTES)))
+        if from_memory:  # the two cache lines of a group's weights, and its scales
+            for base, ahead in ((w, WEIGHT_PREFETCH), (w, WEIGHT_PREFETCH + 64), (address, SCALE_PREFETCH)):
+                prefetch(b, b.add(base, const_i64(ahead)))
         scale_bits = b.zext(load_blocks(b, address, scale_bytes, n_blocks, ir.VectorType(I16, BLOCK_ROWS)), integers)
         scales = b.bitcast(b.shl(scale_bits, ir.Constant(integers, [16] * lanes)), floats)
         for i, (pointer, row) in enumerate(zip(totals, scale_rows, strict=True)):
