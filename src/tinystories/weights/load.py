@@ -37,7 +37,7 @@ LAYOUT_VERSIONS: dict[Precision, str] = {"int8": "3", "int4": "2"}
 def load_fp32(files: ModelFiles) -> Mapping[str, Array]:
     """Load the model's fp32 weights by name; raise UserError unless names, shapes and dtypes match and all are finite.
 
-    The weights of an int8-only directory are dequantized; others stay memory-mapped.
+    The weights of an int8-only directory are dequantized; others are views of the file's buffer.
     """
     if files.is_int8_only:
         return dequantize(files)
@@ -99,7 +99,7 @@ def load_or_quantize(files: ModelFiles, precision: Precision) -> Mapping[str, Ar
 def load_int8_only(files: ModelFiles) -> Mapping[str, Array]:
     """Load the quantized weights of a directory that has only int8 weights (see `write_int8_model`).
 
-    They are memory-mapped. Those in layout 2, which earlier versions wrote, are converted to the present layout in
+    They are views of the file's buffer. Those in layout 2, which earlier versions wrote, are converted to the present layout in
     memory. Raises UserError if they are damaged, as they cannot be made again.
     """
     path = files.weights_path
