@@ -99,8 +99,8 @@ def load_or_quantize(files: ModelFiles, precision: Precision) -> Mapping[str, Ar
 def load_int8_only(files: ModelFiles) -> Mapping[str, Array]:
     """Load the quantized weights of a directory that has only int8 weights (see `write_int8_model`).
 
-    They are views of the file's buffer. Those in layout 2, which earlier versions wrote, are converted to the present layout in
-    memory. Raises UserError if they are damaged, as they cannot be made again.
+    They are views of the file's buffer. Those in layout 2, which earlier versions wrote, are converted to the present
+    layout in memory. Raises UserError if they are damaged, as they cannot be made again.
     """
     path = files.weights_path
     try:

@@ -1,1 +1,1 @@
-"""CPU inference without torch: JIT-compiled kernels that read the weights as they lie in the file. See docs/cpu-engine.md."""
+"""CPU inference without torch: JIT-compiled kernels on weights as they lie in the file. See docs/cpu-engine.md."""
