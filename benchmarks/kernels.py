@@ -40,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["matmul", "engine"])
     parser.add_argument("--base", type=Path, help="root of a checkout of the commit to compare with")
-    parser.add_argument("--precision", default="int8", choices=["int8", "int4", "fp32"])
+    parser.add_argument("--precision", default="int8", choices=["int8", "int8-a8", "int4", "fp32"])
     parser.add_argument("--shapes", default="240x240,4096x240,1408x512,50257x512", help="of matmul: outputs x inputs")
     parser.add_argument("--rows", default="1,8,32,256", help="of matmul: rows of x")
     parser.add_argument(
@@ -121,7 +121,7 @@ def make_matmul_measurement(options: argparse.Namespace) -> Callable[[str, str],
     from tinystories.engine.cpu.kernels.memory import make_context
     from tinystories.weights.quantize import GROUP_SIZE, QUANTIZERS, allocate_aligned, round_up
 
-    base = MODEL.lm_head
+    base, weights_precision = MODEL.lm_head, options.precision.removesuffix("-a8")
 
     if "source" in inspect.signature(quantize_rows.py_func).parameters:
 
@@ -173,17 +173,17 @@ def make_matmul_measurement(options: argparse.Namespace) -> Callable[[str, str],
             if options.precision == "fp32":
                 values, scales = weight.reshape(-1), np.zeros(1, np.float32)
             else:
-                values, scales = QUANTIZERS[options.precision](weight)
+                values, scales = QUANTIZERS[weights_precision](weight)
             n_copies = max(1, round(WORKING_SETS.get(shape, options.working_set) / values.nbytes))
             cache[shape] = align(np.tile(values, n_copies)), align(scales), n_copies
         values, scales, n_copies = cache[shape]
-        padded_out = len(scales) if options.precision == "int8" else round_up(out_features, 8)
+        padded_out = len(scales) if weights_precision == "int8" else round_up(out_features, 8)
         m, c = np.zeros(MODEL.layers, np.int64), np.zeros(CALL.size, np.int64)
         width = round_up(in_features, GROUP_SIZE)
         scratch = allocate_aligned((n_rows * (8 * width + 64),), np.uint8)
         y = allocate_aligned((n_rows, padded_out), np.float32)
         for field, value in {
-            MATRIX.kind: KINDS[options.precision],
+            MATRIX.kind: KINDS[weights_precision],
             MATRIX.weights: values.ctypes.data,
             MATRIX.scales: scales.ctypes.data,
             MATRIX.out_features: out_features,

@@ -70,6 +70,7 @@ class CpuEngine:
             engine_config.threads or count_physical_cores(),
             shortlist_ids,
             min_shared_bytes=min_shared_bytes,
+            precision="int8-a8" if engine_config.precision == "int8-a8" else None,
         )
         self.sampler = Sampler(n_slots, config.vocab_size)
         self._idle_scoring_caches: list[CpuKVCache] = []
