@@ -18,6 +18,7 @@ Target = tuple[str, str, str]  # triple, processor, features
 SHAPES = [(1, 1), *((n_rows, n_blocks) for n_rows in (2, 4, 8) for n_blocks in (1, 2))]
 X86, ARM = "x86_64-unknown-linux-gnu", "aarch64-unknown-linux-gnu"
 HERE = llvm.get_default_triple()
+BITS = [16, 8]  # of x
 
 
 def targets_of_this_machine() -> dict[str, Target]:
@@ -26,21 +27,27 @@ def targets_of_this_machine() -> dict[str, Target]:
     targets = {"its own": (HERE, llvm.get_host_cpu_name(), own)}
     for name in list_available_levels(HERE, features):
         targets[name] = (HERE, LEVELS[name].processor, LEVELS[name].features)
+    if "avx512-vnni" in targets:  # the tiles of AVX-VNNI, whose instructions have another encoding
+        targets["256 bits"] = (HERE, "x86-64-v3", "+avx2,+avx512f,+avx512vl,+avx512vnni")
     return targets
 
 
 TARGETS_HERE = targets_of_this_machine()
 
 
-def compile_tiles(target: Target) -> tuple[llvm.ModuleRef, llvm.TargetMachine]:
+def select_tiling(target: Target, bits: int) -> simd_int8.Tiling:
+    codegen = SimpleNamespace(magic_tuple=lambda: target)
+    return simd_int8.select_tiling(SimpleNamespace(codegen=lambda: codegen), bits)
+
+
+def compile_tiles(target: Target, bits: int) -> tuple[llvm.ModuleRef, llvm.TargetMachine]:
     """Compile a function for every shape; a single row of x has a loop of its own."""
     triple, processor, features = target
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
     module = ir.Module()
     module.triple = triple
-    codegen = SimpleNamespace(magic_tuple=lambda: target)
-    tiling = simd_int8.select_tiling(SimpleNamespace(codegen=lambda: codegen))
+    tiling = select_tiling(target, bits)
     for n_rows, n_blocks in SHAPES:
         kind = ir.FunctionType(ir.VoidType(), [I64] * len(simd_int8.TileArgs._fields))
         function = ir.Function(module, kind, f"kernel_{n_rows}_{n_blocks}")
@@ -57,24 +64,39 @@ def compile_tiles(target: Target) -> tuple[llvm.ModuleRef, llvm.TargetMachine]:
     return parsed, machine
 
 
+def store_x(values: np.ndarray, *, as_bytes: bool) -> np.ndarray:
+    """Store integers as the tiles read them: 16 bits, or bytes and -128 times their sum in the second half of a row."""
+    n_rows, width = values.shape
+    padded = round_up(width, 32)
+    x = allocate_aligned((n_rows, padded), np.int16)
+    x[...] = 0
+    if as_bytes:
+        x.view(np.int8)[:, :width] = values
+        x.view(np.int32)[:, padded // 4] = -128 * values.sum(axis=1)
+        x.view(np.int32)[:, padded // 4 + 1 :] = -1  # read by none
+    else:
+        x[:, :width] = values
+    return x
+
+
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("target", TARGETS_HERE.values(), ids=TARGETS_HERE)
-def test_tiles_compute_exact_sums(target: Target) -> None:
+def test_tiles_compute_exact_sums(target: Target, bits: int) -> None:
     """Bit for bit, up to the largest sums that the range of x allows, for widths that fill no vector."""
     rng = np.random.default_rng(0)
-    module, machine = compile_tiles(target)
+    module, machine = compile_tiles(target, bits)
+    as_bytes = select_tiling(target, bits).tile is simd_int8.ByteTile
     engine = llvm.create_mcjit_compiler(module, machine)
     engine.finalize_object()
     for n_rows, n_blocks in SHAPES:
         call = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * len(simd_int8.TileArgs._fields))
         kernel = call(engine.get_function_address(f"kernel_{n_rows}_{n_blocks}"))
         for width in (1, 4, 6, 20, 36, 240, 1376):
-            n_out, limit = 16 * n_blocks, min(32767, (2**31 - 1) // (127 * width))
+            n_out, limit = 16 * n_blocks, min(2 ** (bits - 1) - 1, (2**31 - 1) // (127 * width))
             weights = rng.integers(-127, 128, (n_out, width)).astype(np.int8)
             values = rng.integers(-limit, limit + 1, (n_rows, width))
             weights[0], weights[1], values[0], values[-1, ::2] = 127, -127, limit, -limit
-            x = allocate_aligned((n_rows, round_up(width, 32)), np.int16)
-            x[...] = 0
-            x[:, :width] = values
+            x = store_x(values, as_bytes=as_bytes)
             scales, x_scales = (allocate_aligned((n,), np.float32) for n in (n_out, n_rows))
             scales[:], x_scales[:] = rng.standard_normal(n_out), rng.standard_normal(n_rows)
             y = allocate_aligned((n_rows, n_out), np.float32)
@@ -99,22 +121,26 @@ def test_tiles_compute_exact_sums(target: Target) -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "instruction"),
+    ("target", "words", "bytes_"),
     [
-        ((X86, "znver4", "+avx2,+avx512f,+avx512bw,+avx512vl,+avx512vnni"), r"vpdpwssd\s.*%zmm"),
-        ((X86, "x86-64-v4", LEVELS["avx512"].features), r"vpmaddwd\s.*%zmm"),
-        ((X86, "alderlake", "+avx2,+fma,+avxvnni"), r"vpdpwssd\s.*%ymm"),
-        ((X86, "x86-64-v3", LEVELS["avx2"].features), r"vpmaddwd\s.*%ymm"),
-        ((X86, "x86-64-v2", ""), r"\spmaddwd\s.*%xmm"),
-        ((ARM, "neoverse-n1", "+neon,+dotprod"), r"sdot\s+v\d+\.4s"),
-        (("arm64-apple-darwin23.0.0", "apple-m1", ""), r"sdot"),
-        ((ARM, "generic", LEVELS["neon"].features), r"smlal2?\s"),
+        ((X86, "znver4", LEVELS["avx512-vnni"].features), r"vpdpwssd\s.*%zmm", r"vpdpbusd\s.*%zmm"),
+        ((X86, "x86-64-v4", LEVELS["avx512"].features), r"vpmaddwd\s.*%zmm", None),
+        ((X86, "alderlake", "+avx2,+fma,+avxvnni"), r"vpdpwssd\s.*%ymm", r"vpdpbusd\s.*%ymm"),
+        ((X86, "x86-64-v3", LEVELS["avx2"].features), r"vpmaddwd\s.*%ymm", None),
+        ((X86, "x86-64-v2", ""), r"\spmaddwd\s.*%xmm", None),
+        ((ARM, "neoverse-n1", "+neon,+dotprod"), r"sdot\s+v\d+\.4s", r"sdot\s+v\d+\.4s"),
+        (("arm64-apple-darwin23.0.0", "apple-m1", ""), r"sdot", r"sdot"),
+        ((ARM, "generic", LEVELS["neon"].features), r"smlal2?\s", None),
     ],
     ids=["AVX-512 VNNI", "AVX-512", "AVX-VNNI", "AVX2", "SSE", "dotprod", "Apple", "neon"],
 )
-def test_tiles_stay_in_registers(target: Target, instruction: str) -> None:
-    """No wide vector goes to the stack and back (with SSE, two of a tile do)."""
-    module, machine = compile_tiles(target)
+@pytest.mark.parametrize("bits", BITS)
+def test_tiles_stay_in_registers(target: Target, words: str, bytes_: str | None, bits: int) -> None:
+    """No wide vector goes to the stack and back (with SSE, two of a tile do).
+
+    Where no instruction multiplies four bytes, x of 8 bits is multiplied as x of 16 bits.
+    """
+    module, machine = compile_tiles(target, bits)
     assembly = machine.emit_assembly(module)
-    assert re.search(instruction, assembly)
+    assert re.search((bytes_ if bits == 8 else None) or words, assembly)
     assert not re.search(r"[yz]mm\d+.*\(%rsp\)|\(%rsp\).*[yz]mm\d+|\sst[rp]\s+q\d+.*\[sp", assembly)

@@ -37,7 +37,7 @@ Array = npt.NDArray[Any]
 
 
 class CpuEngine:
-    """An `Engine` that runs on the CPU in fp32, int8 or int4. See the protocol for its methods."""
+    """An `Engine` that runs on the CPU in fp32, int8, int8-a8 or int4. See the protocol for its methods."""
 
     def __init__(
         self,

@@ -65,7 +65,10 @@ class Runtime:
         self.min_shared_bytes = min_shared_bytes
         shared_pool()  # now, so that the first calls from two threads do not make two
         self.weight_table = WeightTable(config, weights, shortlist)
-        self.forward = jit.load_forward(precision or self.weight_table.precision)
+        precision = precision or self.weight_table.precision
+        if precision.removesuffix("-a8") != self.weight_table.precision:  # the machine code would misread the weights
+            raise UserError(f"precision {precision} needs other weights than {self.weight_table.precision}")
+        self.forward = jit.load_forward(precision)
         self.workspace = Workspace(config, self.weight_table, threads)
 
     def run(

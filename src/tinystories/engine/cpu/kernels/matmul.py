@@ -48,9 +48,9 @@ class PrecisionKernels(NamedTuple):
 def quantize_rows(m, c, base, source, stride, ctx):
     """Quantize rows of x in the format that the matrix at `base` multiplies.
 
-    They are `stride` floats apart, the first at the address `source`. INT8 weights take 16-bit activations with one
-    scale per row, INT4 weights 8-bit ones with a scale per group; FP32 weights take x as it is, copied to `ctx.x`
-    unless it is there.
+    They are `stride` floats apart, the first at the address `source`. INT8 weights take 16-bit activations (int8-a8:
+    8-bit ones) with one scale per row, INT4 weights 8-bit ones with a scale per group; FP32 weights take x as it is,
+    copied to `ctx.x` unless it is there.
     """
     for b in range(c[CALL.n_rows]):
         ctx.precision.quantize_row(source + 4 * stride * b, m[base + MATRIX.in_features], b, ctx)

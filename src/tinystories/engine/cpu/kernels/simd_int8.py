@@ -1,8 +1,8 @@
 """The inner loops of the int8 matmul as LLVM IR: tiles of sums that stay in registers, in a shape for each processor.
 
-Weights are 8-bit and activations 16-bit integers, and 32-bit sums of their products are exact (`quantize_row_i16`), so
-every tile and every processor computes the same sums. A block of weights is 16 rows; the layout is that of
-`weights.quantize`: a step of 4 columns is 64 bytes, two pairs of columns of 32 bytes each.
+Weights are 8-bit and activations 16-bit integers, or with int8-a8 8-bit ones, and 32-bit sums of their products are
+exact (`matmul.make_row_quantizer`), so every tile and every processor computes the same sums. A block of weights is 16
+rows; the layout is that of `weights.quantize`: a step of 4 columns is 64 bytes, two pairs of columns of 32 bytes each.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,6 @@ from tinystories.engine.cpu.kernels.simd import (
     Builder,
     Value,
     call_intrinsic,
-    concatenate,
     const_i64,
     dot_bytes,
     has_byte_dot,
@@ -221,22 +220,6 @@ class Tile:
             prefetch(b, b.add(b.add(base, offset), self.args.prefetch))
         return load(b, base, offset, ir.VectorType(I8, 2 * n_outputs), 1)
 
-    def load_quads(self, step: Value) -> list[Value]:
-        """Load 4 columns of all outputs as vectors in which the 4 bytes of a row are adjacent."""
-        b, n = self.b, min(INT8_BLOCK_ROWS, self.n_vectors * self.lanes)  # rows of a block that belong to the tile
-        quads = []
-        for first in range(0, self.n_vectors * self.lanes, n):
-            if n == INT8_BLOCK_ROWS:  # both pairs are adjacent
-                pairs = self.load_weights(step, 0, first, 2 * n)
-            else:
-                pairs = concatenate(b, *(self.load_weights(step, pair, first, n) for pair in range(2)))
-            pairs = b.bitcast(pairs, ir.VectorType(I16, 2 * n))
-            for row in range(0, n, self.lanes):
-                order = [i for k in range(row, row + self.lanes) for i in (k, k + n)]
-                quad = b.shuffle_vector(pairs, pairs, ir.Constant(ir.VectorType(I32, len(order)), order))
-                quads.append(b.bitcast(quad, ir.VectorType(I8, 4 * self.lanes)))
-        return quads
-
     def accumulate(self, pointer: Value, add: Callable[[Value], Value]) -> None:
         """Replace a vector of sums by `add` of it."""
         self.b.store(add(self.b.load(pointer)), pointer)
@@ -288,6 +271,18 @@ class ByteTile(Tile):
             x = b.bitcast(splat(b, load(b, row, b.mul(step, const_i64(4)), I32, 4), integers), quads[0].type)
             for w, parts in zip(quads, sums, strict=True):
                 self.accumulate(parts[chain % self.n_chains], lambda total, w=w, x=x: dot_bytes(b, total, w, x))  # type: ignore[misc]
+
+    def load_quads(self, step: Value) -> list[Value]:
+        """Load 4 columns of all outputs, which are whole blocks, so that the 4 bytes of a row are adjacent."""
+        b, n, quads = self.b, INT8_BLOCK_ROWS, []
+        for first_output in range(0, self.n_vectors * self.lanes, n):
+            both_pairs = self.load_weights(step, 0, first_output, 2 * n)  # the second follows the first
+            words = b.bitcast(both_pairs, ir.VectorType(I16, 2 * n))
+            for first_row in range(0, n, self.lanes):
+                order = [i for k in range(first_row, first_row + self.lanes) for i in (k, k + n)]
+                quad = b.shuffle_vector(words, words, ir.Constant(ir.VectorType(I32, len(order)), order))
+                quads.append(b.bitcast(quad, ir.VectorType(I8, 4 * self.lanes)))
+        return quads
 
     def emit_total(self, i: int, v: int) -> Value:
         """Return the vector of sums of row i of x and vector v of outputs."""
