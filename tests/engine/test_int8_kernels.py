@@ -2,14 +2,19 @@
 
 import ctypes
 import re
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import llvmlite.binding as llvm
+import numba
 import numpy as np
 import pytest
 from llvmlite import ir
 
 from tinystories.engine.cpu.kernels import simd_int8
+from tinystories.engine.cpu.kernels.layout import CALL
+from tinystories.engine.cpu.kernels.matmul import KERNELS
+from tinystories.engine.cpu.kernels.memory import make_context
 from tinystories.engine.cpu.kernels.simd import I64
 from tinystories.engine.cpu.target import LEVELS, list_available_levels, read_host_features
 from tinystories.weights.quantize import allocate_aligned, pack_int8, round_up
@@ -118,6 +123,75 @@ def test_tiles_compute_exact_sums(target: Target, bits: int) -> None:
             sums = values @ weights.T.astype(np.int64)
             assert np.abs(sums).max() < 2**31
             assert (y == sums.astype(np.float32) * (scales * x_scales[:, None])).all(), (n_rows, n_blocks, width)
+
+
+ROWS = {
+    "of any size": lambda rng: rng.standard_normal((5, 70)) * np.float32(10) ** rng.integers(-20, 20, (5, 1)),
+    "of integers and halves": lambda rng: np.append(rng.integers(-254, 255, (5, 69)) / 2, np.full((5, 1), 127), axis=1),
+    "that is long": lambda rng: rng.standard_normal((2, 4000)),
+    "of zeros": lambda _: np.zeros((1, 33)),
+    "of almost zeros": lambda _: np.full((1, 33), 1e-31),
+    "with infinity": lambda _: np.array([[1, np.inf, -2]]),
+    "with NaN": lambda _: np.array([[1, -np.nan, np.inf]]),
+}
+
+
+@pytest.fixture(scope="module")
+def quantize_x() -> Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]:
+    """Return a function that quantizes rows of floats for int8 weights; it returns the integers and the scales."""
+    runs = {}
+    for bits, precision in ((16, "int8"), (8, "int8-a8")):
+        kernels = KERNELS[precision]
+
+        @numba.njit(error_model="numpy")
+        def run(c, n, kernels=kernels):  # type: ignore[no-untyped-def]
+            ctx = make_context(c, kernels, np.float32(0), 0, 1, 0)
+            for b in range(c[CALL.n_rows]):
+                kernels.quantize_row(ctx.x + 4 * n * b, n, b, ctx)
+
+        runs[bits] = run
+
+    def quantize(x: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
+        n_rows, n = x.shape
+        width, c = round_up(n, 32), np.zeros(CALL.size, np.int64)
+        scratch = allocate_aligned((n_rows * (8 * width + 64),), np.uint8)
+        scratch[...] = 0xFF
+        scratch[: 4 * x.size].view(np.float32)[:] = x.reshape(-1)
+        c[CALL.n_rows], c[CALL.max_rows], c[CALL.scratch_width] = n_rows, n_rows, width
+        c[CALL.scratch] = scratch.ctypes.data
+        runs[bits](c, n)
+        scales = scratch[6 * n_rows * width :][: 4 * n_rows].view(np.float32)
+        rows = scratch[4 * n_rows * width : 6 * n_rows * width].reshape(n_rows, -1)
+        if bits == 8 and select_tiling(TARGETS_HERE["its own"], bits).tile is simd_int8.ByteTile:
+            integers = rows[:, :width].view(np.int8)
+            assert (rows[:, width : width + 4].view(np.int32)[:, 0] == -128 * integers.sum(axis=1, dtype=int)).all()
+        else:
+            integers = rows.view(np.int16)
+        assert not integers[:, n:].any()
+        return integers[:, :n], scales
+
+    return quantize
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+def test_rows_are_quantized_as_defined(
+    quantize_x: Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]],
+    rows: Callable[[np.random.Generator], np.ndarray],
+    bits: int,
+) -> None:
+    """Bit for bit as docs/cpu-engine.md says."""
+    x = rows(np.random.default_rng(0)).astype(np.float32)
+    integers, scales = quantize_x(x, bits)
+    limit = np.float32(min(2 ** (bits - 1) - 1, (2**31 - 1) // (127 * x.shape[1])))
+    for row, found, scale in zip(x, integers, scales, strict=True):
+        largest = np.abs(row).max()
+        if not np.isfinite(row).all():
+            assert np.isnan(scale)
+            continue
+        inverse = limit / largest if largest > np.float32(1e-30) else np.float32(0)
+        assert (found == np.rint(row * inverse)).all()
+        assert scale == largest / limit
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def select_tiling(context: Any, x_bits: int) -> Tiling:
 
 
 @intrinsic
-def multiplies_bytes(context: Any) -> Any:  # noqa: ARG001
+def multiplies_bytes(context):  # type: ignore[no-untyped-def]  # noqa: ARG001
     """Return whether x of 8 bits is stored as bytes, because the target multiplies them; else as 16-bit integers."""
     return types.boolean(), lambda context, b, _, args: ir.Constant(ir.IntType(1), has_byte_dot(context))  # noqa: ARG005
 
