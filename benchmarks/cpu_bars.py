@@ -5,7 +5,8 @@
 
 `generate` of both commits tells stories with the weights of the first storyteller (5.1M parameters) and one thread, in
 turns. Everything else is `tinystories bench` with all other programs that are installed, on those weights and on random
-ones of modern-89m. With `--limits avx2` all programs are held to AVX2: ours by TINYSTORIES_CPU, CTranslate2 and PyTorch
+ones of modern-89m; for the ratios to the best other program, those of each of our precisions are printed beside the
+fastest one's. With `--limits avx2` all programs are held to AVX2: ours by TINYSTORIES_CPU, CTranslate2 and PyTorch
 by their variables, and llama.cpp by a library built without AVX-512 (`cmake -DGGML_NATIVE=OFF`), whose folder is
 `--llama-avx2`. Ratios are medians over rounds. Prints a table for each limit, then a JSON line.
 """
@@ -49,11 +50,23 @@ class Bar:
     name: str
     goals: dict[str, float]
     reached: Callable[[dict[str, Any]], float]
+    task: str = ""  # whose ratios of all our precisions to the best other program belong to the bar
 
 
-def best_ratio(task: str) -> Callable[[dict[str, Any]], float]:
+def best_bar(name: str, goals: dict[str, float], task: str) -> Bar:
     """Our fastest row over the fastest of the other programs."""
-    return lambda result: next(r for name, r in result[task]["ratios"].items() if name.startswith("fastest: "))
+    return Bar(name, goals, lambda result: max(ratios_to_best(result[task]["runs"]).values()), task)
+
+
+def ratios_to_best(runs: dict[str, list[float]]) -> dict[str, float]:
+    """Return for each of our precisions the ratio of its rates to those of the fastest other program."""
+    rivals = [rates for name, rates in runs.items() if not name.startswith(("tinystories ", "torch "))]
+    best = max(rivals, key=statistics.median)
+    return {
+        name.removeprefix("tinystories "): round(statistics.median(a / b for a, b in zip(rates, best, strict=True)), 3)
+        for name, rates in runs.items()
+        if name.startswith("tinystories ")
+    }
 
 
 def llama_ratio(precision: str) -> Callable[[dict[str, Any]], float]:
@@ -67,18 +80,18 @@ BENCHES = (
     (
         "first storyteller, 1 thread",
         ["decode", "{model}", "--threads", "1"],
-        (Bar("prompt of 256 / best other program", {"native": 1.2, "avx2": 1.1}, best_ratio("prefill")),),
+        (best_bar("prompt of 256 / best other program", {"native": 1.2, "avx2": 1.1}, "prefill"),),
     ),
     (
         "modern-89m, 1 thread",
         ["decode", "--threads", "1", "--tokens", "100"],
-        (Bar("prompt of 256 / best other program", {"native": 1.2, "avx2": 1.1}, best_ratio("prefill")),),
+        (best_bar("prompt of 256 / best other program", {"native": 1.2, "avx2": 1.1}, "prefill"),),
     ),
     (
         "modern-89m, 2 threads",
         ["decode", "--threads", "2", "--tokens", "100"],
         (
-            Bar("prompt of 256 / best other program", {"native": 1.2, "avx2": 1.1}, best_ratio("prefill")),
+            best_bar("prompt of 256 / best other program", {"native": 1.2, "avx2": 1.1}, "prefill"),
             Bar("one stream, int4 / llama.cpp Q4_0", {"native": 2.2, "avx2": 1.8}, llama_ratio("int4")),
             Bar("one stream, int8 / llama.cpp Q8_0", {"native": 2.0, "avx2": 1.5}, llama_ratio("int8")),
             Bar("one stream, fp32 / llama.cpp F32", {"native": 1.1, "avx2": 1.0}, llama_ratio("fp32")),
@@ -88,7 +101,7 @@ BENCHES = (
         "modern-89m, 1 thread",
         ["batch", "--threads", "1"],
         (
-            Bar("32 streams / best other program", {"native": 1.8, "avx2": 1.5}, best_ratio("batch")),
+            best_bar("32 streams / best other program", {"native": 1.8, "avx2": 1.5}, "batch"),
             Bar(
                 f"32 streams, int8, {MAX_STREAMS_MB} MB / peak memory",
                 {"native": 1.0, "avx2": 1.0},
@@ -97,10 +110,11 @@ BENCHES = (
         ),
     ),
 )
-# (name, options of `tinystories generate`, goals)
+# (name, options of `tinystories generate`, our precision, goals)
 STORIES = (
-    ("generate, one stream / e574ec6", ["--ignore-end"], {"native": 2.5, "avx2": 1.5}),
-    ("generate --num 64 / e574ec6", ["--num", "64"], {"native": 4.0, "avx2": 2.0}),
+    ("generate, one stream / e574ec6", ["--ignore-end"], "int8", {"native": 2.5, "avx2": 1.5}),
+    ("generate --num 64 / e574ec6", ["--num", "64"], "int8", {"native": 4.0, "avx2": 2.0}),
+    ("generate --num 64, int8-a8 / e574ec6", ["--num", "64"], "int8-a8", {"native": 4.0, "avx2": 2.0}),
 )
 
 
@@ -133,7 +147,7 @@ def main() -> None:
         rows = measure_stories(options, model, limit, environment) + measure_benches(options, model, limit, environment)
         print(f"\n{limit}: goal, reached")
         for row in rows:
-            print(f"  {row['bar']:72} {row['goal']:5.2f} {row['reached']:6.2f}  {row['rates']}")
+            print(f"  {row['bar']:72} {row['goal']:5.2f} {row['reached']:6.2f}  {row.get('ours', '')}  {row['rates']}")
         results += rows
     print(json.dumps({"benchmark": "cpu_bars", "results": results}))
 
@@ -142,15 +156,16 @@ def measure_stories(
     options: argparse.Namespace, model: Path, limit: str, environment: dict[str, str]
 ) -> list[dict[str, Any]]:
     """Run `tinystories generate` of both commits in turns."""
-    roots = {"base": options.base, "ours": ROOT}
     rows = []
-    for name, arguments, goals in STORIES:
+    for name, arguments, precision, goals in STORIES:
         if not re.search(options.only, name):
             continue
-        rates: dict[str, list[float]] = {label: [] for label in roots}
+        programs = {"base": (options.base, "int8"), "ours": (ROOT, precision)}
+        rates: dict[str, list[float]] = {label: [] for label in programs}
         for number in range(options.rounds + 1):
-            for label, root in roots.items():
-                rate = tell(root, [str(model), "--seed", str(number), *arguments], environment, options.cpu_seconds)
+            for label, (root, own) in programs.items():
+                words = [str(model), "--seed", str(number), *arguments, "--precision", own]
+                rate = tell(root, words, environment, options.cpu_seconds)
                 if number:  # the first round is a warm-up
                     rates[label].append(rate)
         ratio = statistics.median(a / b for a, b in zip(rates["ours"], rates["base"], strict=True))
@@ -201,7 +216,10 @@ def measure_benches(
         for bar in bars:
             reached = round(bar.reached(result), 3)
             label = f"{name}: {bar.name}"
-            rows.append({"limit": limit, "bar": label, "goal": bar.goals[limit], "reached": reached, "rates": rates})
+            row = {"limit": limit, "bar": label, "goal": bar.goals[limit], "reached": reached, "rates": rates}
+            if bar.task:
+                row["ours"] = ratios_to_best(result[bar.task]["runs"])
+            rows.append(row)
     return rows
 
 

@@ -7,6 +7,7 @@ processor, not of the clock, so that other programs on the machine matter less.
     python benchmarks/kernels.py matmul --base ../base                 G multiply-adds/s of single matrices
     python benchmarks/kernels.py engine --base ../base                 tokens/s of the bundled model
     python benchmarks/kernels.py engine --base ../base --preset modern-89m --vocab 50257     of random weights
+    python benchmarks/kernels.py engine --base . --precision int8-a8 --base-precision int8   two precisions of this tree
 
 Matrices are read from memory as in a model: as many copies, one after the other, as fill the cache (`--working-set`).
 """
@@ -40,7 +41,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["matmul", "engine"])
     parser.add_argument("--base", type=Path, help="root of a checkout of the commit to compare with")
-    parser.add_argument("--precision", default="int8", choices=["int8", "int4", "fp32"])
+    parser.add_argument("--precision", default="int8", choices=["int8", "int8-a8", "int4", "fp32"])
+    parser.add_argument("--base-precision", choices=["int8", "int8-a8", "int4", "fp32"], help="default: --precision")
     parser.add_argument("--shapes", default="240x240,4096x240,1408x512,50257x512", help="of matmul: outputs x inputs")
     parser.add_argument("--rows", default="1,8,32,256", help="of matmul: rows of x")
     parser.add_argument(
@@ -56,14 +58,16 @@ def main() -> None:
         work(options)
         return
     roots = {"this": ROOT} | ({"base": options.base} if options.base else {})
-    workers = {name: Worker(root) for name, root in roots.items()}
+    precisions = {"this": options.precision, "base": options.base_precision or options.precision}
+    workers = {name: Worker(root, precisions[name]) for name, root in roots.items()}
     table = []
+    title = " and ".join(dict.fromkeys(precisions[name] for name in workers))
     if options.what == "matmul":
         cases = [(shape, rows) for shape in options.shapes.split(",") for rows in options.rows.split(",")]
-        print(f"{options.precision}, G multiply-adds/s", flush=True)
+        print(f"{title}, G multiply-adds/s", flush=True)
     else:
         cases = [(task, "") for task in options.tasks.split(",")]
-        print(f"{options.preset} {options.precision}, tokens/s", flush=True)
+        print(f"{options.preset} {title}, tokens/s", flush=True)
     for case in cases:
         rates: dict[str, list[float]] = {name: [] for name in workers}
         for _ in range(options.rounds):
@@ -77,16 +81,17 @@ def main() -> None:
             text += f"ratio {row['ratio']:.2f}   {'equal bits' if row['equal'] else 'different bits'}"
         print(text, flush=True)
         table.append(row)
-    facts = {"precision": options.precision, "machine": platform.processor() or platform.machine()}
+    facts = {"precision": options.precision, "base_precision": precisions["base"]}
+    facts["machine"] = platform.processor() or platform.machine()
     print(json.dumps({"benchmark": f"kernels {options.what}", **facts, "preset": options.preset, "rows": table}))
 
 
 class Worker:
     """A process that measures with the kernels of a tree."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, precision: str) -> None:
         environment = os.environ | {"PYTHONPATH": str(root / "src"), "OMP_NUM_THREADS": "1"}
-        words = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:], "--worker"]
+        words = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:], "--precision", precision, "--worker"]
         pipe = subprocess.PIPE
         self.root = root
         self.process = subprocess.Popen(words, stdin=pipe, stdout=pipe, env=environment, text=True)
@@ -111,6 +116,11 @@ def work(options: argparse.Namespace) -> None:
         print(json.dumps(measure(*json.loads(line))), flush=True)
 
 
+def weights_precision(precision: str) -> str:
+    """Return the precision of the weights: int8-a8 has int8 weights."""
+    return precision.removesuffix("-a8")
+
+
 def make_matmul_measurement(options: argparse.Namespace) -> Callable[[str, str], tuple[float, str]]:
     """Compile the matmul of this tree and return a function that measures a shape with a number of rows."""
     import numba
@@ -121,7 +131,7 @@ def make_matmul_measurement(options: argparse.Namespace) -> Callable[[str, str],
     from tinystories.engine.cpu.kernels.memory import make_context
     from tinystories.weights.quantize import GROUP_SIZE, QUANTIZERS, allocate_aligned, round_up
 
-    base = MODEL.lm_head
+    base, precision = MODEL.lm_head, weights_precision(options.precision)
 
     if "source" in inspect.signature(quantize_rows.py_func).parameters:
 
@@ -170,20 +180,20 @@ def make_matmul_measurement(options: argparse.Namespace) -> Callable[[str, str],
         if shape not in cache:
             cache.clear()
             weight = np.random.default_rng(0).standard_normal((out_features, in_features), dtype=np.float32)
-            if options.precision == "fp32":
+            if precision == "fp32":
                 values, scales = weight.reshape(-1), np.zeros(1, np.float32)
             else:
-                values, scales = QUANTIZERS[options.precision](weight)
+                values, scales = QUANTIZERS[precision](weight)
             n_copies = max(1, round(WORKING_SETS.get(shape, options.working_set) / values.nbytes))
             cache[shape] = align(np.tile(values, n_copies)), align(scales), n_copies
         values, scales, n_copies = cache[shape]
-        padded_out = len(scales) if options.precision == "int8" else round_up(out_features, 8)
+        padded_out = len(scales) if precision == "int8" else round_up(out_features, 8)
         m, c = np.zeros(MODEL.layers, np.int64), np.zeros(CALL.size, np.int64)
         width = round_up(in_features, GROUP_SIZE)
         scratch = allocate_aligned((n_rows * (8 * width + 64),), np.uint8)
         y = allocate_aligned((n_rows, padded_out), np.float32)
         for field, value in {
-            MATRIX.kind: KINDS[options.precision],
+            MATRIX.kind: KINDS[precision],
             MATRIX.weights: values.ctypes.data,
             MATRIX.scales: scales.ctypes.data,
             MATRIX.out_features: out_features,
@@ -259,14 +269,15 @@ def make_random_weights(options: argparse.Namespace) -> tuple[Any, dict[str, Any
     from tinystories.weights.quantize import QUANTIZERS, allocate_aligned
 
     config = dataclasses.replace(load_config(options.preset).model, vocab_size=options.vocab)
+    precision = weights_precision(options.precision)
     rng, weights = np.random.default_rng(0), {}
     for name, shape in expected_shapes(config).items():
         if len(shape) == 1:
             arrays = {name: np.full(shape, 0 if name.endswith("bias") else 1, dtype=np.float32)}
         else:
             weight = rng.standard_normal(shape, dtype=np.float32) / np.float32(shape[1] ** 0.5)
-            encoding = quantized_encoding(name, shape, config, options.precision)
-            if options.precision == "fp32" or not encoding:
+            encoding = quantized_encoding(name, shape, config, precision)
+            if precision == "fp32" or not encoding:
                 arrays = {name: weight}
             else:
                 values, scales = QUANTIZERS[encoding](weight)

@@ -27,7 +27,8 @@ def load(
         model: a model directory, or hf:OWNER/NAME[@REVISION]. None: the model bundled with the package.
         engine: auto, cpu or torch. auto: torch if CUDA is available, otherwise cpu (no torch needed, starts instantly).
         device: device of the torch engine: auto, cpu, cuda, cuda:1 or mps.
-        precision: auto or fp32; int8 or int4 (cpu engine); bf16 (torch engine, if the hardware supports it).
+        precision: auto or fp32; int8, int8-a8 (int8 weights and 8-bit activations: faster prompts and batches) or int4
+            (cpu engine); bf16 (torch engine, if the hardware supports it).
         n_slots: stories generated at once.
         threads: threads of the CPU engine. None: one per core, but one to continue a story with a small model, which
             more would not make faster.

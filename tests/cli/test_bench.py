@@ -6,11 +6,12 @@ import logging
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from tinystories.bench.runner import Task, run_rounds
+from tinystories.bench.runner import Measurement, Task, run_rounds, speed_ratios
 from tinystories.bench.setup import REQUIRED_PACKAGES, Competitor, prepare_competitors, write_random_weights
 from tinystories.checkpoint import BUNDLED_MODEL, read_model
 from tinystories.cli import cli
@@ -67,6 +68,20 @@ def test_a_shortlist_is_compared_with_peers(capsys: pytest.CaptureFixture[str]) 
     assert list(found["decode"]["ratios"])[:2] == names
 
 
+def test_int8_with_activations_of_8_bits_is_compared_with_int8_of_peers() -> None:
+    def measured(name: str, precision: str, rate: float) -> Measurement:
+        process: Any = SimpleNamespace(competitor=Competitor(name, precision))
+        return Measurement(process, [rate])
+
+    ours = [measured("tinystories", precision, rate) for precision, rate in (("int8", 3), ("int8-a8", 4), ("int4", 2))]
+    assert speed_ratios([*ours, measured("ctranslate2", "int8", 2), measured("llama.cpp", "int4", 1)]) == {
+        "tinystories int8 / ctranslate2 int8": 1.5,
+        "tinystories int8-a8 / ctranslate2 int8": 2,
+        "tinystories int4 / llama.cpp int4": 2,
+        "fastest: tinystories int8-a8 / ctranslate2 int8": 2,
+    }
+
+
 def test_the_classic_architecture_runs_beside_ctranslate2(capsys: pytest.CaptureFixture[str]) -> None:
     skip_unless_installed("ctranslate2")
     shape = [*SMALL, "--preset", "seed-89m", "--tokens", "3", "--prompt-tokens", "4"]
@@ -102,7 +117,8 @@ def test_a_model_of_only_int8_weights_runs_dequantized_in_every_program(
     with caplog.at_level(logging.INFO):
         found = measure(capsys, *task, "--runs", "1", "--threads", "1", "--tokens", "4", "--only", programs)
     same = found[command]["same_ids"]
-    assert {"tinystories fp32", "tinystories int8", "tinystories int4", "torch fp32"} <= same.keys()
+    ours = {f"tinystories {precision}" for precision in ("fp32", "int8", "int8-a8", "int4")}
+    assert ours | {"torch fp32"} <= same.keys()
     assert all(share == 1 for label, share in same.items() if label.endswith("fp32"))
     assert "has only int8 weights: every program starts from them dequantized to fp32" in caplog.text
     assert found["parameters"] == read_model(int8_model).config.n_params

@@ -290,6 +290,9 @@ def test_an_int8_model_directory_tells_the_same_story(run: Path, tmp_path: Path)
     expected = tinystories("generate", str(run), *words, "--precision", "int8")
     for precision in ("auto", "int8"):
         assert tinystories("generate", str(small), *words, "--precision", precision).stdout == expected.stdout
+    from_both = [tinystories("generate", str(model), *words, "--precision", "int8-a8") for model in (run, small)]
+    assert from_both[0].returncode == 0, from_both[0].stderr
+    assert from_both[0].stdout == from_both[1].stdout
     assert tinystories("generate", str(small), *words[:4], "--engine", "torch").returncode == 0
     assert "exists; choose another --out" in one_line_error(tinystories("quantize", str(run), "--out", str(small)))
     wrong = tinystories("quantize", str(run), "--out", str(tmp_path / "x"), "--precision", "int4")
@@ -323,7 +326,7 @@ def test_a_shortlist_is_written_described_and_used(run: Path, sample_data: Path,
     assert lines[0] == f"{model}/shortlist.json: 205 of 400 ids, 100.00% of the training tokens"
     assert re.fullmatch(r"not in it: 0\.\d\d% of the validation tokens; \d+\.\d% of the stories need one", lines[1])
     assert lines[2].startswith(f"{model}/packed-int4.safetensors: ")
-    for precision in ("fp32", "int8", "int4"):
+    for precision in ("fp32", "int8", "int8-a8", "int4"):
         listed = tinystories(*generate, precision, "--shortlist")
         assert listed.returncode == 0, listed.stderr
         assert listed.stdout == tinystories(*generate, precision).stdout

@@ -22,7 +22,7 @@ def open_engine(build: Build, data: Path, folder: Path, precision: str, changes:
     return opened(saved(folder / "model", model, data), precision, n_slots=3)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int8-a8", "int4"])
 def test_every_way_to_the_same_context_gives_the_same_bits(
     build: Build, sample_data: Path, tmp_path: Path, precision: str, shape: dict[str, object]
 ) -> None:

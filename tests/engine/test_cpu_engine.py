@@ -37,6 +37,7 @@ from tinystories.weights.names import expected_shapes
 from tinystories.weights.safetensors_file import SafetensorsFile, write_safetensors
 
 PRECISIONS: list[load.Precision] = ["fp32", "int8", "int4"]
+ENGINE_PRECISIONS = [*PRECISIONS, "int8-a8"]
 
 
 @pytest.fixture
@@ -86,9 +87,9 @@ def test_slots_do_not_touch_each_other(build: Build, name: str, seed: int) -> No
     exercise(engine, rng, lambda ids: uncached(model, ids)[-1])
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", ENGINE_PRECISIONS)
 def test_neither_threads_nor_other_rows_change_a_logit(
-    build: Build, sample_data: Path, tmp_path: Path, precision: load.Precision, shape: dict[str, object]
+    build: Build, sample_data: Path, tmp_path: Path, precision: str, shape: dict[str, object]
 ) -> None:
     """Bit for bit."""
     folder = saved(tmp_path / "model", build(**shape | {"vocab_size": 400}), sample_data)
@@ -272,15 +273,32 @@ def test_weights_of_two_precisions_are_refused(build: Build) -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("precision", ["int8", "int8-a8", "int4"])
 def test_packed_weights_are_near_the_models(
-    build: Build, sample_data: Path, tmp_path: Path, precision: load.Precision, tied: bool
+    build: Build, sample_data: Path, tmp_path: Path, precision: str, tied: bool
 ) -> None:
     model = build(vocab_size=400, tied=tied)
     engine = opened(saved(tmp_path / "model", model, sample_data), precision)
     found, expected = engine.prefill(0, IDS), uncached(model, IDS)[-1]
     correlation = np.corrcoef(found, expected)[0, 1]
-    assert correlation > (0.9995 if precision == "int8" else 0.95)
+    assert correlation > {"int8": 0.9995, "int8-a8": 0.999, "int4": 0.95}[precision]
+
+
+def test_activations_of_8_bits_use_the_file_of_int8(folder: Path) -> None:
+    first = opened(folder).prefill(0, IDS)
+    packed = (folder / "packed-int8.safetensors").stat().st_mtime_ns
+    found = opened(folder, "int8-a8").prefill(0, IDS)
+    assert (found != first).all()
+    assert [(path.name, path.stat().st_mtime_ns) for path in folder.glob("packed-*")] == [
+        ("packed-int8.safetensors", packed)
+    ]
+
+
+def test_activations_of_8_bits_need_int8_weights(build: Build, sample_data: Path, tmp_path: Path) -> None:
+    files = checkpoint.read_model(saved(tmp_path / "model", build(vocab_size=400), sample_data))
+    weights = load.load_or_quantize(files, "int4")
+    with pytest.raises(UserError, match="precision int8-a8 needs other weights than int4"):
+        CpuEngine(files.config, weights, EngineConfig(precision="int8-a8"))
 
 
 def test_a_packed_file_is_made_once_and_read_by_others(folder: Path) -> None:
@@ -439,10 +457,8 @@ def test_requests_out_of_range_are_refused(build: Build) -> None:
         fp32(build(), n_slots=10**10).prefill(0, [1])
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_logits_that_overflow_are_an_error(
-    build: Build, sample_data: Path, tmp_path: Path, precision: load.Precision
-) -> None:
+@pytest.mark.parametrize("precision", ENGINE_PRECISIONS)
+def test_logits_that_overflow_are_an_error(build: Build, sample_data: Path, tmp_path: Path, precision: str) -> None:
     model = build(vocab_size=400, architecture="classic")
     with torch.no_grad():
         model.layers[0].mlp.up_proj.weight.mul_(1e30)  # type: ignore[operator, union-attr]
@@ -620,6 +636,7 @@ def test_auto_selects_the_engine_that_the_settings_need(given: dict[str, Any], e
         ({"engine": "cpu", "device": "cuda"}, "device cuda"),
         ({"engine": "cpu", "precision": "bf16"}, "bf16"),
         ({"engine": "torch", "precision": "int8"}, "int8"),
+        ({"engine": "torch", "precision": "int8-a8"}, "does not support int8-a8"),
         ({"engine": "torch", "shortlist": True}, "--shortlist is for the CPU engine"),
         ({"engine": "torch", "threads": 2}, "--threads is for the CPU engine"),
         ({"n_slots": 0}, "number of slots must be at least 1, not 0"),

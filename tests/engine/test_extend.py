@@ -15,9 +15,8 @@ from tinystories.engine.cpu.engine import CpuEngine
 from tinystories.engine.protocol import Engine
 from tinystories.engine.torch_engine import TorchEngine
 from tinystories.errors import UserError
-from tinystories.weights import load
 
-PRECISIONS: list[load.Precision] = ["fp32", "int8", "int4"]
+PRECISIONS = ["fp32", "int8", "int8-a8", "int4"]
 N_CTX = 150  # more than two calls of the kernels (64 rows each)
 CONTEXT = np.random.default_rng(4).integers(0, 61, N_CTX).tolist()
 EngineOf = Callable[[str, int], CpuEngine]

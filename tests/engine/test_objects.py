@@ -178,7 +178,7 @@ def test_the_same_sources_give_the_same_object(
 @pytest.mark.slow
 def test_objects_compute_the_same_bits_as_code_compiled_here(tmp_path: Path) -> None:
     objects.make_objects([BEST], tmp_path / "objects")
-    for precision in ("int8", "int4", "fp32"):
+    for precision in ("int8", "int8-a8", "int4", "fp32"):
         with_objects, compiled = (
             run_python("-c", LOGITS, precision, str(folder), TINYSTORIES_CACHE=str(tmp_path / "cache"))
             for folder in (tmp_path / "objects", tmp_path / "none")

@@ -52,16 +52,17 @@ def best_stories() -> str:
 
 
 @pytest.fixture(scope="module")
-def best_logits() -> str:
-    return run_python("-c", LOGITS, "int8").stdout
+def best_logits() -> dict[str, str]:
+    return {precision: run_python("-c", LOGITS, precision).stdout for precision in ("int8", "int8-a8")}
 
 
 @pytest.mark.extended
 @pytest.mark.parametrize("level", available)
 def test_every_level_of_this_machine_computes_the_same_bits_in_int8(
-    tmp_path: Path, best_logits: str, level: str
+    tmp_path: Path, best_logits: dict[str, str], level: str
 ) -> None:
-    assert run_program(LOGITS, "int8", tmp_path, TINYSTORIES_CPU=level) == best_logits
+    for precision, expected in best_logits.items():
+        assert run_program(LOGITS, precision, tmp_path, TINYSTORIES_CPU=level) == expected
     assert run_program(STORIES, "fp32", tmp_path, TINYSTORIES_CPU=level)  # equal only up to rounding
 
 

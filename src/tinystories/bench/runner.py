@@ -156,8 +156,8 @@ def time_startup(commands: dict[str, tuple[list[str], str]], runs: int) -> dict[
 def speed_ratios(measurements: Sequence[Measurement]) -> dict[str, float]:
     """Return the median speedups by label, "ours / other".
 
-    They are ours over each competitor of the same precision, a shortlist over the full vocabulary, and our fastest over
-    the fastest competitor. TorchEngine counts as neither.
+    They are ours over each competitor with weights of the same precision, a shortlist over the full vocabulary, and our
+    fastest over the fastest competitor. TorchEngine counts as neither.
     """
     ours = [m for m in measurements if m.competitor.name == "tinystories"]
     competitors = [m for m in measurements if m.competitor.name not in ("tinystories", "torch")]
@@ -166,7 +166,8 @@ def speed_ratios(measurements: Sequence[Measurement]) -> dict[str, float]:
         f"{a.competitor} / {b.competitor}": a.speedup_over(b)
         for b in competitors + full_vocabulary
         for a in ours
-        if a.competitor.precision == b.competitor.precision and (a.competitor.shortlist or b in competitors)
+        if (b in competitors and a.competitor.precision.removesuffix("-a8") == b.competitor.precision)
+        or (b in ours and a.competitor.shortlist and a.competitor.precision == b.competitor.precision)
     }
     if ours and competitors:
         best, rival = (max(group, key=lambda m: m.median) for group in (ours, competitors))

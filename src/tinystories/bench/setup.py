@@ -17,14 +17,14 @@ from tinystories.config import ModelConfig
 from tinystories.errors import UserError
 from tinystories.files import sha256, write_json
 from tinystories.formats.gguf import format as gguf
-from tinystories.weights.load import Precision, load_fp32, load_or_quantize
+from tinystories.weights.load import load_fp32, load_or_quantize
 from tinystories.weights.names import expected_shapes
 
 log = logging.getLogger(__name__)
 
 # The precisions of each program, and the Python packages that it needs; `tinystories` itself needs none.
-PRECISIONS: dict[str, tuple[Precision, ...]] = {
-    "tinystories": ("fp32", "int8", "int4"),
+PRECISIONS: dict[str, tuple[str, ...]] = {
+    "tinystories": ("fp32", "int8", "int8-a8", "int4"),
     "torch": ("fp32",),
     "transformers": ("fp32",),
     "ctranslate2": ("fp32", "int8"),
@@ -44,7 +44,7 @@ class Competitor(NamedTuple):
     """A program in one of its precisions; `shortlist`: see `Workload`."""
 
     name: str
-    precision: Precision
+    precision: str
     shortlist: int = 0
 
     def __str__(self) -> str:
@@ -135,10 +135,10 @@ def package_version(name: str) -> str:
     return importlib.metadata.version(package)
 
 
-def prepare_files(folder: Path, name: str, precision: Precision) -> None:
+def prepare_files(folder: Path, name: str, precision: str) -> None:
     """Convert the weights in `folder` to the files that program `name` loads; call it once per precision."""
     if name == "tinystories" and precision != "fp32":
-        load_or_quantize(read_model_files(folder), precision)
+        load_or_quantize(read_model_files(folder), "int4" if precision == "int4" else "int8")
     elif name == "llama.cpp":
         prepare_gguf(folder, precision)
     elif name in ("transformers", "ctranslate2"):
@@ -152,7 +152,7 @@ def prepare_files(folder: Path, name: str, precision: Precision) -> None:
             converter.convert(str(folder / f"ct2-{precision}"), quantization=quantization)
 
 
-def prepare_gguf(folder: Path, precision: Precision) -> None:
+def prepare_gguf(folder: Path, precision: str) -> None:
     """Write `fp32.gguf` and let llama.cpp itself quantize it to `precision`."""
     fp32_path = folder / "fp32.gguf"
     if not fp32_path.exists():

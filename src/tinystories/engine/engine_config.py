@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     import torch
 
 ENGINES = ("auto", "cpu", "torch")
-ENGINE_PRECISIONS = ("auto", "fp32", "bf16", "int8", "int4")
-QUANTIZED_PRECISIONS = ("int8", "int4")
+ENGINE_PRECISIONS = ("auto", "fp32", "bf16", "int8", "int8-a8", "int4")
+QUANTIZED_PRECISIONS = ("int8", "int8-a8", "int4")  # int8-a8: int8 weights, and activations of 8 bits instead of 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class EngineConfig:
         if self.engine == "cpu" and str(self.device) not in ("auto", "cpu"):
             raise UserError(f"the CPU engine does not run on device {self.device}; use --engine torch")
         if self.engine == "cpu" and self.precision == "bf16":
-            raise UserError("the CPU engine does not support bf16; use fp32, int8 or int4, or --engine torch")
+            raise UserError("the CPU engine does not support bf16; use fp32, int8, int8-a8 or int4, or --engine torch")
         if self.engine == "torch" and self.precision in QUANTIZED_PRECISIONS:
             raise UserError(f"the torch engine does not support {self.precision}; use fp32 or bf16, or --engine cpu")
         if self.engine == "torch":

@@ -52,7 +52,7 @@ def parse_tasks(_context: click.Context, _option: click.Parameter, value: str | 
 @click.option("--items", type=FILE, help="With --tasks: write what was asked, with the scores, to FILE.jsonl.")
 @engine_options(
     "Inference engine. auto: torch if it is installed, otherwise cpu.",
-    "Weight precision. auto: fp32, as trained (torch on CUDA: bf16). int8 and int4 run on the cpu engine.",
+    "Precision. auto: fp32, as trained (torch on CUDA: bf16). int8, int8-a8 and int4 run on the cpu engine.",
 )
 @json_option
 def evaluate(
@@ -66,7 +66,7 @@ def evaluate(
     """Measure MODEL, or the bundled storyteller, in bits per byte over whole stories (docs/evaluation.md).
 
     Each story is scored on its own, after <|endoftext|>; its closing <|endoftext|> counts. Lower is better. With
-    --precision int8 or int4, the difference to fp32 is the cost of quantization.
+    --precision int8, int8-a8 or int4, the difference to fp32 is the cost of quantization.
 
     With --tasks, the stories are searched for sentences with one of two characters, or one of two things, that the
     story has mentioned. The accuracy is the share of those that the model finds more likely as they are than with the

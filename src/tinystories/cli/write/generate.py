@@ -44,7 +44,8 @@ def parse_stop(_context: click.Context, _option: click.Parameter, stop: tuple[st
 @click.option("--ignore-end", is_flag=True, help="Continue with a new story after <|endoftext|>, up to --max-tokens.")
 @engine_options(
     "Inference engine. auto: torch if CUDA is available, otherwise cpu (no torch needed, starts instantly).",
-    "Weight precision. cpu: int8 (auto), int4 or fp32; torch: bf16 if the hardware supports it, else fp32 (auto).",
+    "Precision. cpu: int8 (auto), int8-a8 (int8 weights, 8-bit activations: faster prompts and batches), int4 or fp32;"
+    " torch: bf16 if the hardware supports it, else fp32 (auto).",
 )
 @click.option(
     "--shortlist", is_flag=True, help="Faster: generate only ids chosen by `tinystories quantize --shortlist`."

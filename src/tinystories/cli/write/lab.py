@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 @lab_options
 @engine_options(
     "Inference engine. auto: torch if CUDA is available, otherwise cpu (no torch needed, starts instantly).",
-    "Weight precision. cpu: int8 (auto), int4 or fp32; torch: bf16 if the hardware supports it, else fp32 (auto).",
+    "Precision. cpu: int8 (auto), int8-a8 (int8 weights, 8-bit activations: faster prompts and batches), int4 or fp32;"
+    " torch: bf16 if the hardware supports it, else fp32 (auto).",
 )
 def lab(
     model: Path,

@@ -11,7 +11,7 @@ import json
 import sys
 from typing import Any, NamedTuple
 
-ENTRY_POINTS = ("fp32", "int8", "int4", "sample")  # the forward pass in each precision, and sampling
+ENTRY_POINTS = ("fp32", "int8", "int8-a8", "int4", "sample")  # the forward pass in each precision, and sampling
 # What LLVM may turn into a call of the C library, on processors without an instruction for it.
 LIBRARY_CALLS = {"llvm.memset": "memset", "llvm.rint.f32": "rintf", "llvm.ceil.f64": "ceil"}
 

@@ -37,7 +37,7 @@ Array = npt.NDArray[Any]
 
 
 class CpuEngine:
-    """An `Engine` that runs on the CPU in fp32, int8 or int4. See the protocol for its methods."""
+    """An `Engine` that runs on the CPU in fp32, int8, int8-a8 or int4. See the protocol for its methods."""
 
     def __init__(
         self,
@@ -70,6 +70,7 @@ class CpuEngine:
             engine_config.threads or count_physical_cores(),
             shortlist_ids,
             min_shared_bytes=min_shared_bytes,
+            precision="int8-a8" if engine_config.precision == "int8-a8" else None,
         )
         self.sampler = Sampler(n_slots, config.vocab_size)
         self._idle_scoring_caches: list[CpuKVCache] = []

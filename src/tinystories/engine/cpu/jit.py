@@ -32,7 +32,7 @@ from tinystories.files import atomic_file
 
 log = logging.getLogger(__name__)
 
-MAX_CACHED_FILES = 32  # of other versions and environments, four for each; the oldest are deleted
+MAX_CACHED_FILES = 32  # of other versions and environments, five for each; the oldest are deleted
 _alive: list[Any] = []  # execution engines, which own the memory of the machine code
 Forward = Callable[[int, int, float, int, int, int, int], None]
 Sample = Callable[[int, int, int, int, int, int, int, int, int, int], None]
@@ -161,7 +161,7 @@ def function_address(function: Any) -> int:
 
 
 def load_forward(precision: str) -> Forward:
-    """Return the entry point of the forward pass of models with weights in this precision.
+    """Return the entry point of the forward pass in a precision, one of those in `compiler.ENTRY_POINTS`.
 
     Its arguments are those of `forward.make_entry_point`: address of the model table, address of the call table, norm
     eps, address of the work queue, epoch, number of pieces, thread. Being a ctypes function, it releases the GIL during

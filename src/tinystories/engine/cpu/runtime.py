@@ -50,12 +50,14 @@ class Runtime:
         shortlist: Array | None = None,
         *,
         min_shared_bytes: int = MIN_SHARED_BYTES,
+        precision: str | None = None,
     ) -> None:
         """Compile or load the machine code and set up its tables.
 
         `weights`: fp32 arrays by their names in `model.safetensors`, or the quantized arrays of `load_or_quantize`.
         `shortlist`: ids whose rows of the LM head are computed; the logits of all other ids are -inf. Calls that
-        multiply fewer than `min_shared_bytes` (bytes of weights times rows) use one thread, others all.
+        multiply fewer than `min_shared_bytes` (bytes of weights times rows) use one thread, others all. `precision`:
+        that of the weights (the default), or int8-a8 for int8 weights.
         """
         if PHASES_PER_LAYER * config.n_layer + 2 > MAX_PHASES:
             raise UserError(f"the CPU engine does not support {config.n_layer:,} layers; use --engine torch")
@@ -63,7 +65,10 @@ class Runtime:
         self.min_shared_bytes = min_shared_bytes
         shared_pool()  # now, so that the first calls from two threads do not make two
         self.weight_table = WeightTable(config, weights, shortlist)
-        self.forward = jit.load_forward(self.weight_table.precision)
+        precision = precision or self.weight_table.precision
+        if precision.removesuffix("-a8") != self.weight_table.precision:  # the machine code would misread the weights
+            raise UserError(f"precision {precision} needs other weights than {self.weight_table.precision}")
+        self.forward = jit.load_forward(precision)
         self.workspace = Workspace(config, self.weight_table, threads)
 
     def run(

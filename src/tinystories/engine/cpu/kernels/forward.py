@@ -124,7 +124,8 @@ SIGNATURE = types.void(
 def make_entry_point(precision: str) -> Any:
     """Compile the forward pass to a C function of (model table, call table, eps, queue, epoch, n_pieces, thread).
 
-    All matrices of the model have this precision, fp32, int8 or int4; the embedding may have another.
+    All matrices of the model have this precision, fp32, int8 (with activations of 16 bits, or of 8: int8-a8) or int4;
+    the embedding may have another.
 
     All threads of a call run it with the same arguments except `thread`, and return when the call is complete. A thread
     that comes late, perhaps after the tables have been freed or filled for the next call, finds that the epoch of the

@@ -17,7 +17,12 @@ from tinystories.engine.cpu.kernels.layout import CALL, MATRIX, MODEL
 from tinystories.engine.cpu.kernels.memory import njit, view_f32, view_i8, view_i16, view_i32
 from tinystories.engine.cpu.kernels.simd import bitcast_f32, make_fp32_kernel
 from tinystories.engine.cpu.kernels.simd_int4 import BLOCK_BYTES, SCALE_BYTES, make_int4_kernel
-from tinystories.engine.cpu.kernels.simd_int8 import STEP_BYTES, int8_row_kernel, make_int8_kernel
+from tinystories.engine.cpu.kernels.simd_int8 import (
+    STEP_BYTES,
+    make_int8_kernel,
+    make_int8_row_kernel,
+    multiplies_bytes,
+)
 from tinystories.weights.quantize import BLOCK_ROWS, GROUP_SIZE, INT8_BLOCK_ROWS
 
 # Rows of x whose largest magnitude is below this are quantized to zeros: the inverse scale would overflow.
@@ -25,8 +30,6 @@ MIN_AMAX = np.float32(1e-30)
 # Rows of an fp32 matrix that stay in the second cache while groups of rows of x, which stay in the first, use them.
 FP32_BLOCK_ROWS, FP32_GROUP_ROWS = 64, 8
 # Inner loops of the matmuls. The suffix is (weight rows)x(rows of x) that one call multiplies.
-int8_kernel_32x8, int8_kernel_32x4, int8_kernel_32x2 = (make_int8_kernel(n_rows, 2) for n_rows in (8, 4, 2))
-int8_kernel_16x8, int8_kernel_16x4, int8_kernel_16x2 = (make_int8_kernel(n_rows, 1) for n_rows in (8, 4, 2))
 int4_kernel_16x8, int4_kernel_16x4 = (make_int4_kernel(n_rows, 2) for n_rows in (8, 4))
 int4_kernel_8x4, int4_kernel_8x1 = (make_int4_kernel(n_rows, 1) for n_rows in (4, 1))
 int4_kernel_8x1_from_memory = make_int4_kernel(1, 1, from_memory=True)
@@ -46,9 +49,9 @@ class PrecisionKernels(NamedTuple):
 def quantize_rows(m, c, base, source, stride, ctx):
     """Quantize rows of x in the format that the matrix at `base` multiplies.
 
-    They are `stride` floats apart, the first at the address `source`. INT8 weights take 16-bit activations with one
-    scale per row, INT4 weights 8-bit ones with a scale per group; FP32 weights take x as it is, copied to `ctx.x`
-    unless it is there.
+    They are `stride` floats apart, the first at the address `source`. INT8 weights take 16-bit activations (int8-a8:
+    8-bit ones) with one scale per row, INT4 weights 8-bit ones with a scale per group; FP32 weights take x as it is,
+    copied to `ctx.x` unless it is there.
     """
     for b in range(c[CALL.n_rows]):
         ctx.precision.quantize_row(source + 4 * stride * b, m[base + MATRIX.in_features], b, ctx)
@@ -75,22 +78,36 @@ def choose_scales(x, n, quant_max):
     return quant_max / amax if amax > MIN_AMAX else np.float32(0), amax / quant_max
 
 
-@njit
-def quantize_row_i16(x, in_features, b, ctx):
-    """Quantize a row of floats at x, row b of the input, to 16-bit integers with one scale, for int8 weights.
+def make_row_quantizer(x_bits: int) -> Any:
+    """Make the function that quantizes a row of floats at x, row b of the input, to 16 or 8 bits, for int8 weights.
 
-    The range of the integers is chosen so that a sum of in_features products with 8-bit weights cannot overflow 32
-    bits.
+    A row has one scale. The range of the integers is chosen so that a sum of in_features products with 8-bit weights
+    cannot overflow 32 bits. Where `multiplies_bytes`, 8 bits are stored as bytes, in the first half of the memory of a
+    row, and -128 times their sum at the start of the second half.
     """
-    width = (in_features + GROUP_SIZE - 1) // GROUP_SIZE * GROUP_SIZE
-    quantized = ctx.quantized + 2 * width * b
-    quant_max = np.float32(min(32767, (2**31 - 1) // (127 * in_features)))
-    inverse_scale, scale = choose_scales(x, in_features, quant_max)
-    quantize_i16((quantized,), (x,), in_features, (inverse_scale,))
-    padding = view_i16(quantized + 2 * in_features, width - in_features)
-    for j in range(width - in_features):  # the kernels read whole groups
-        padding[j] = 0
-    view_f32(ctx.scales, b + 1)[b] = scale
+    x_max = 2 ** (x_bits - 1) - 1
+
+    @njit
+    def quantize_row(x, in_features, b, ctx):
+        width = (in_features + GROUP_SIZE - 1) // GROUP_SIZE * GROUP_SIZE
+        quantized = ctx.quantized + 2 * width * b
+        quant_max = np.float32(min(x_max, (2**31 - 1) // (127 * in_features)))
+        inverse_scale, scale = choose_scales(x, in_features, quant_max)
+        n_padding = width - in_features  # the kernels read whole groups
+        if x_bits == 8 and multiplies_bytes():
+            quantize_i8((quantized,), (x,), in_features, (inverse_scale,))
+            byte_padding = view_i8(quantized + in_features, n_padding)
+            for j in range(n_padding):
+                byte_padding[j] = 0
+            view_i32(quantized + width, 1)[0] = -128 * sum_i8(quantized, in_features, ())
+        else:
+            quantize_i16((quantized,), (x,), in_features, (inverse_scale,))
+            padding = view_i16(quantized + 2 * in_features, n_padding)
+            for j in range(n_padding):
+                padding[j] = 0
+        view_f32(ctx.scales, b + 1)[b] = scale
+
+    return quantize_row
 
 
 @njit
@@ -157,49 +174,57 @@ def matmul_fp32(m, base, lo, hi, first_row, n_rows, y_address, ctx):
                     y[b * padded_out + i] += w[i * in_features + j] * x[b * in_features + j]
 
 
-@njit
-def matmul_int8(m, base, lo, hi, first_row, n_rows, y_address, ctx):
-    """Multiply rows lo..hi-1 of an int8 matrix by rows first_row..n_rows-1 of the quantized x, as in `matmul_rows`.
+def make_matmul_int8(x_bits: int) -> Any:
+    """Make the matmul of int8 weights and x of 16 or 8 bits."""
+    row_kernel = make_int8_row_kernel(x_bits)
+    kernel_32x8, kernel_32x4, kernel_32x2 = (make_int8_kernel(n_rows, 2, x_bits) for n_rows in (8, 4, 2))
+    kernel_16x8, kernel_16x4, kernel_16x2 = (make_int8_kernel(n_rows, 1, x_bits) for n_rows in (8, 4, 2))
 
-    Two blocks of weights at a time, while they are in the cache, by eight rows of x at a time.
-    """
-    in_features, padded_out = m[base + MATRIX.in_features], m[base + MATRIX.padded_out]
-    n_steps, n_groups = (in_features + 3) // 4, (in_features + GROUP_SIZE - 1) // GROUP_SIZE
-    # Bytes of a block, and between rows of the quantized x (padded to whole groups) and of y.
-    block, x_stride, y_stride = STEP_BYTES * n_steps, 2 * GROUP_SIZE * n_groups, 4 * padded_out
-    # A single row reads all blocks in one sequence.
-    i, i_step = lo, 2 * INT8_BLOCK_ROWS if n_rows - first_row > 1 else hi - lo
-    while i < hi:
-        n_blocks = min(i_step, hi - i) // INT8_BLOCK_ROWS
-        w, w_scales = m[base + MATRIX.weights] + block * (i // INT8_BLOCK_ROWS), m[base + MATRIX.scales] + 4 * i
-        b, ahead = first_row, n_blocks * block  # prefetch the next blocks during the first tile
-        while b < n_rows:
-            x, x_scales, y = ctx.quantized + x_stride * b, ctx.scales + 4 * b, y_address + y_stride * b + 4 * i
-            left = n_rows - b
-            if left == 1:
-                int8_row_kernel(n_blocks, w, block, n_steps, x, x_stride, y, y_stride, w_scales, x_scales)
-                b += 1
-            elif n_blocks == 2:
-                if left >= 8:
-                    int8_kernel_32x8(w, block, n_steps, x, x_stride, y, y_stride, w_scales, x_scales, ahead)
+    @njit
+    def matmul_int8(m, base, lo, hi, first_row, n_rows, y_address, ctx):
+        """Multiply rows lo..hi-1 of an int8 matrix by rows first_row..n_rows-1 of the quantized x, as in `matmul_rows`.
+
+        Two blocks of weights at a time, while they are in the cache, by eight rows of x at a time.
+        """
+        in_features, padded_out = m[base + MATRIX.in_features], m[base + MATRIX.padded_out]
+        n_steps, n_groups = (in_features + 3) // 4, (in_features + GROUP_SIZE - 1) // GROUP_SIZE
+        # Bytes of a block, and between rows of the quantized x (padded to whole groups) and of y.
+        block, x_stride, y_stride = STEP_BYTES * n_steps, 2 * GROUP_SIZE * n_groups, 4 * padded_out
+        # A single row reads all blocks in one sequence.
+        i, i_step = lo, 2 * INT8_BLOCK_ROWS if n_rows - first_row > 1 else hi - lo
+        while i < hi:
+            n_blocks = min(i_step, hi - i) // INT8_BLOCK_ROWS
+            w, w_scales = m[base + MATRIX.weights] + block * (i // INT8_BLOCK_ROWS), m[base + MATRIX.scales] + 4 * i
+            b, ahead = first_row, n_blocks * block  # prefetch the next blocks during the first tile
+            while b < n_rows:
+                x, x_scales, y = ctx.quantized + x_stride * b, ctx.scales + 4 * b, y_address + y_stride * b + 4 * i
+                left = n_rows - b
+                if left == 1:
+                    row_kernel(n_blocks, w, block, n_steps, x, x_stride, y, y_stride, w_scales, x_scales)
+                    b += 1
+                elif n_blocks == 2:
+                    if left >= 8:
+                        kernel_32x8(w, block, n_steps, x, x_stride, y, y_stride, w_scales, x_scales, ahead)
+                        b += 8
+                    elif left >= 4:
+                        kernel_32x4(w, block, n_steps, x, x_stride, y, y_stride, w_scales, x_scales, ahead)
+                        b += 4
+                    else:
+                        kernel_32x2(w, block, n_steps, x, x_stride, y, y_stride, w_scales, x_scales, ahead)
+                        b += 2
+                elif left >= 8:
+                    kernel_16x8(w, block, n_steps, x, x_stride, y, y_stride, w_scales, x_scales, ahead)
                     b += 8
                 elif left >= 4:
-                    int8_kernel_32x4(w, block, n_steps, x, x_stride, y, y_stride, w_scales, x_scales, ahead)
+                    kernel_16x4(w, block, n_steps, x, x_stride, y, y_stride, w_scales, x_scales, ahead)
                     b += 4
                 else:
-                    int8_kernel_32x2(w, block, n_steps, x, x_stride, y, y_stride, w_scales, x_scales, ahead)
+                    kernel_16x2(w, block, n_steps, x, x_stride, y, y_stride, w_scales, x_scales, ahead)
                     b += 2
-            elif left >= 8:
-                int8_kernel_16x8(w, block, n_steps, x, x_stride, y, y_stride, w_scales, x_scales, ahead)
-                b += 8
-            elif left >= 4:
-                int8_kernel_16x4(w, block, n_steps, x, x_stride, y, y_stride, w_scales, x_scales, ahead)
-                b += 4
-            else:
-                int8_kernel_16x2(w, block, n_steps, x, x_stride, y, y_stride, w_scales, x_scales, ahead)
-                b += 2
-            ahead = 0
-        i += n_blocks * INT8_BLOCK_ROWS
+                ahead = 0
+            i += n_blocks * INT8_BLOCK_ROWS
+
+    return matmul_int8
 
 
 @njit
@@ -245,9 +270,11 @@ def matmul_int4(m, base, lo, hi, first_row, n_rows, y_address, ctx):
 
 
 FP32_KERNELS = PrecisionKernels(copy_row_f32, matmul_fp32, BLOCK_ROWS)
-INT8_KERNELS = PrecisionKernels(quantize_row_i16, matmul_int8, INT8_BLOCK_ROWS)
+INT8_KERNELS, INT8_A8_KERNELS = (
+    PrecisionKernels(make_row_quantizer(x_bits), make_matmul_int8(x_bits), INT8_BLOCK_ROWS) for x_bits in (16, 8)
+)
 INT4_KERNELS = PrecisionKernels(quantize_row_i8, matmul_int4, BLOCK_ROWS)
-KERNELS = {"fp32": FP32_KERNELS, "int8": INT8_KERNELS, "int4": INT4_KERNELS}
+KERNELS = {"fp32": FP32_KERNELS, "int8": INT8_KERNELS, "int8-a8": INT8_A8_KERNELS, "int4": INT4_KERNELS}
 
 
 @njit

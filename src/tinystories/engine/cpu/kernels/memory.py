@@ -39,7 +39,8 @@ class ThreadContext(NamedTuple):
 
         offset                type           elements   field
         0                     fp32           R W        x
-        4 R W                 int16 or int8  R W        quantized: int16 for int8 weights, int8 for int4 weights
+        4 R W                 int16 or int8  R W        quantized: for int8 weights int16 (int8-a8: see
+                                                        `matmul.make_row_quantizer`), for int4 weights int8
         6 R W                 fp32           R          scales: one per row (int8 weights)
         6 R W + 4 R           int32          R W / G    group_offsets: -8 times the sum of a group (int4 weights)
         6 R W + 4 R + 4 R W/G fp32           R W / G    group_scales: one per group (int4 weights)

@@ -63,6 +63,30 @@ def madd_i16(b: Builder, weights: Value, x: Value) -> Value:
     return b.add(first, second)
 
 
+def has_byte_dot(context: Any) -> bool:
+    """Return whether the target multiplies 4 adjacent bytes and adds the products in one instruction (`dot_bytes`)."""
+    if has_feature(context, "avx512vnni") and has_feature(context, "avx512vl"):
+        return True
+    return has_feature(context, "avxvnni") or has_feature(context, "dotprod")
+
+
+def dot_bytes(b: Builder, totals: Value, weights: Value, x: Value) -> Value:
+    """Add to a vector of totals the exact dot products of 4 bytes of weights with 4 signed bytes of x each.
+
+    Weights are unsigned on x86, which takes 8 or 16 totals, and signed on ARM, which takes a multiple of 4.
+    """
+    n = totals.type.count
+    if is_x86(b):
+        return call_intrinsic(b, f"llvm.x86.avx512.vpdpbusd.{32 * n}", totals.type, totals, weights, x)
+    if n == 4:
+        return call_intrinsic(b, "llvm.aarch64.neon.sdot.v4i32.v16i8", totals.type, totals, weights, x)
+    halves = []
+    for i in (0, 1):
+        parts = (split_half(b, vector, i) for vector in (totals, weights, x))
+        halves.append(dot_bytes(b, *parts))
+    return concatenate(b, *halves)
+
+
 def call_intrinsic(b: Builder, name: str, result: Value, *operands: Value) -> Value:
     """Call an LLVM intrinsic by name; `result` is the type it returns."""
     kind = ir.FunctionType(result, [operand.type for operand in operands])
@@ -192,11 +216,15 @@ def concatenate(b: Builder, low: Value, high: Value) -> Value:
     return b.shuffle_vector(low, high, ir.Constant(ir.VectorType(I32, n), list(range(n))))
 
 
+def split_half(b: Builder, vector: Value, i: int) -> Value:
+    """Return the first (i = 0) or second (i = 1) half of a vector."""
+    n = vector.type.count // 2
+    return b.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(I32, n), list(range(n * i, n * i + n))))
+
+
 def add_halves(b: Builder, vector: Value) -> Value:
     """Add the second half of a vector to the first."""
-    n = vector.type.count // 2
-    low, high = (ir.Constant(ir.VectorType(I32, n), list(range(first, first + n))) for first in (0, n))
-    return b.fadd(b.shuffle_vector(vector, vector, low), b.shuffle_vector(vector, vector, high))
+    return b.fadd(split_half(b, vector, 0), split_half(b, vector, 1))
 
 
 def make_pointer_cast(kind: Any) -> Callable[[int], Any]:

@@ -22,8 +22,9 @@ from tinystories.engine.cpu.kernels.simd import (
     call_intrinsic,
     call_separately,
     const_i64,
+    dot_bytes,
+    has_byte_dot,
     has_feature,
-    is_x86,
     load,
     madd_i16,
     prefetch,
@@ -37,28 +38,6 @@ BLOCK_BYTES, SCALE_BYTES = BLOCK_ROWS * GROUP_SIZE // 2, 2 * BLOCK_ROWS  # of a 
 # Weights and scales are two sequences, which Zen 4 reads from memory a fifth faster if they are prefetched this many
 # bytes ahead; from its caches, a tenth slower.
 WEIGHT_PREFETCH, SCALE_PREFETCH = 8192, 512
-
-
-def has_byte_dot(context: Any) -> bool:
-    """Return whether the target multiplies 4 adjacent bytes and adds the products in one instruction (`dot_bytes`)."""
-    if has_feature(context, "avx512vnni") and has_feature(context, "avx512vl"):
-        return True
-    return has_feature(context, "avxvnni") or has_feature(context, "dotprod")
-
-
-def dot_bytes(b: Builder, totals: Value, weights: Value, x: Value) -> Value:
-    """Add to 8 or 16 totals the dot products of 4 unsigned bytes, at most 127, with 4 signed bytes each."""
-    if is_x86(b):
-        name = f"llvm.x86.avx512.vpdpbusd.{32 * totals.type.count}"
-        return call_intrinsic(b, name, totals.type, totals, weights, x)
-    halves = []
-    for first in (0, 16):
-        mask = ir.Constant(I32X16, list(range(first, first + 16)))
-        w, values = b.shuffle_vector(weights, weights, mask), b.shuffle_vector(x, x, mask)
-        mask = ir.Constant(ir.VectorType(I32, 4), list(range(first // 4, first // 4 + 4)))
-        half = b.shuffle_vector(totals, totals, mask)
-        halves.append(call_intrinsic(b, "llvm.aarch64.neon.sdot.v4i32.v16i8", half.type, half, w, values))
-    return b.shuffle_vector(*halves, ir.Constant(I32X8, list(range(8))))
 
 
 def maddubs(b: Builder, weights: Value, x: Value, *, avx2: bool) -> Value:

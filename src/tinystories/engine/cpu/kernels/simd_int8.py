@@ -1,8 +1,8 @@
 """The inner loops of the int8 matmul as LLVM IR: tiles of sums that stay in registers, in a shape for each processor.
 
-Weights are 8-bit and activations 16-bit integers, and 32-bit sums of their products are exact (`quantize_row_i16`), so
-every tile and every processor computes the same sums. A block of weights is 16 rows; the layout is that of
-`weights.quantize`: a step of 4 columns is 64 bytes, two pairs of columns of 32 bytes each.
+Weights are 8-bit and activations 16-bit integers, or with int8-a8 8-bit ones, and 32-bit sums of their products are
+exact (`matmul.make_row_quantizer`), so every tile and every processor computes the same sums. A block of weights is 16
+rows; the layout is that of `weights.quantize`: a step of 4 columns is 64 bytes, two pairs of columns of 32 bytes each.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,10 @@ from tinystories.engine.cpu.kernels.simd import (
     Value,
     call_intrinsic,
     const_i64,
+    dot_bytes,
+    has_byte_dot,
     has_feature,
+    is_x86,
     load,
     madd_i16,
     prefetch,
@@ -44,7 +47,7 @@ class Tiling(NamedTuple):
     lanes: int  # 32-bit sums in a vector
     n_rows: int  # of x
     n_vectors: int  # of sums for each row of x
-    tile: "type[MaddTile | DotTile]"
+    tile: "type[MaddTile | DotTile | ByteTile]"
 
 
 class TileArgs(NamedTuple):
@@ -53,7 +56,7 @@ class TileArgs(NamedTuple):
     w: Value  # address of the first weight
     block_bytes: Value  # from one block of weights to the next
     n_steps: Value  # columns / 4, rounded up
-    x: Value  # address of the first row of quantized x (16 bits)
+    x: Value  # address of the first row of quantized x
     x_stride: Value  # bytes
     y: Value  # address of the first output (fp32)
     y_stride: Value  # bytes
@@ -62,8 +65,12 @@ class TileArgs(NamedTuple):
     prefetch: Value | None  # bytes from the weights in use to those to prefetch; 0 or None for none
 
 
-def select_tiling(context: Any) -> Tiling:
-    """Return the tiling for the target that the code is compiled for, from its features."""
+def select_tiling(context: Any, x_bits: int) -> Tiling:
+    """Return the tiling for x of 16 or 8 bits and the target that the code is compiled for, from its features."""
+    if x_bits == 8 and has_byte_dot(context):
+        if has_feature(context, "dotprod"):
+            return Tiling(4, 4, 4, ByteTile)
+        return Tiling(16, 8, 2, ByteTile) if has_feature(context, "avx512bw") else Tiling(8, 4, 2, ByteTile)
     if has_feature(context, "dotprod"):
         return Tiling(4, 4, 2, DotTile)
     if has_feature(context, "avx512bw"):
@@ -73,8 +80,14 @@ def select_tiling(context: Any) -> Tiling:
     return Tiling(4, 4, 2, MaddTile)
 
 
-def make_int8_kernel(n_rows: int, n_blocks: int) -> Callable[..., None]:
-    """Make the kernel that multiplies n_blocks blocks of weights by n_rows rows of x.
+@intrinsic
+def multiplies_bytes(context):  # type: ignore[no-untyped-def]  # noqa: ARG001
+    """Return whether x of 8 bits is stored as bytes, because the target multiplies them; else as 16-bit integers."""
+    return types.boolean(), lambda context, b, _, args: ir.Constant(ir.IntType(1), has_byte_dot(context))  # noqa: ARG005
+
+
+def make_int8_kernel(n_rows: int, n_blocks: int, x_bits: int) -> Callable[..., None]:
+    """Make the kernel that multiplies n_blocks blocks of weights by n_rows rows of x, of 16 or 8 bits.
 
     It computes y[i, :16 n_blocks] = (w . x[i]) * (scales * x_scales[i]). The arguments are `TileArgs`.
     """
@@ -82,7 +95,7 @@ def make_int8_kernel(n_rows: int, n_blocks: int) -> Callable[..., None]:
     @intrinsic
     def kernel(context, w, block_bytes, n_steps, x, x_stride, y, y_stride, scales, x_scales, prefetch):  # type: ignore[no-untyped-def]  # noqa: ARG001
         def codegen(context: Any, b: Builder, _: Any, values: Any) -> Value:
-            emit_block_tiles(b, select_tiling(context), TileArgs(*values), n_rows, n_blocks)
+            emit_block_tiles(b, select_tiling(context, x_bits), TileArgs(*values), n_rows, n_blocks)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * len(TileArgs._fields)), codegen
@@ -90,26 +103,33 @@ def make_int8_kernel(n_rows: int, n_blocks: int) -> Callable[..., None]:
     return kernel
 
 
-@intrinsic
-def int8_row_kernel(context, n_blocks, w, block_bytes, n_steps, x, x_stride, y, y_stride, scales, x_scales):  # type: ignore[no-untyped-def]  # noqa: ARG001
-    """Multiply n_blocks adjacent blocks of weights by one row of x; the other arguments are as in `TileArgs`."""
+def make_int8_row_kernel(x_bits: int) -> Callable[..., None]:
+    """Make the kernel that multiplies n_blocks adjacent blocks of weights by one row of x, of 16 or 8 bits.
 
-    def codegen(context: Any, b: Builder, _: Any, values: Any) -> Value:
-        n_blocks, *addresses = values
-        _, processor, _ = context.codegen().magic_tuple()
-        prefetch = const_i64(ROW_PREFETCH) if processor in PREFETCHING_PROCESSORS else None
-        tiling, args, n_outputs = select_tiling(context), TileArgs._make([*addresses, prefetch]), INT8_BLOCK_ROWS
-        with cgutils.for_range(b, n_blocks) as loop:
-            outputs = b.mul(loop.index, const_i64(4 * n_outputs))
-            block = args._replace(
-                w=b.add(args.w, b.mul(args.block_bytes, loop.index)),
-                y=b.add(args.y, outputs),
-                scales=b.add(args.scales, outputs),
-            )
-            emit_tile(b, tiling, block, 1, n_outputs // tiling.lanes)
-        return context.get_dummy_value()
+    The other arguments are as in `TileArgs`.
+    """
 
-    return types.void(*[types.int64] * len(TileArgs._fields)), codegen
+    @intrinsic
+    def kernel(context, n_blocks, w, block_bytes, n_steps, x, x_stride, y, y_stride, scales, x_scales):  # type: ignore[no-untyped-def]  # noqa: ARG001
+        def codegen(context: Any, b: Builder, _: Any, values: Any) -> Value:
+            n_blocks, *addresses = values
+            _, processor, _ = context.codegen().magic_tuple()
+            prefetch = const_i64(ROW_PREFETCH) if processor in PREFETCHING_PROCESSORS else None
+            args, n_outputs = TileArgs._make([*addresses, prefetch]), INT8_BLOCK_ROWS
+            tiling = select_tiling(context, x_bits)
+            with cgutils.for_range(b, n_blocks) as loop:
+                outputs = b.mul(loop.index, const_i64(4 * n_outputs))
+                block = args._replace(
+                    w=b.add(args.w, b.mul(args.block_bytes, loop.index)),
+                    y=b.add(args.y, outputs),
+                    scales=b.add(args.scales, outputs),
+                )
+                emit_tile(b, tiling, block, 1, n_outputs // tiling.lanes)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * len(TileArgs._fields)), codegen
+
+    return kernel
 
 
 def emit_block_tiles(b: Builder, tiling: Tiling, args: TileArgs, n_rows: int, n_blocks: int) -> None:
@@ -134,7 +154,7 @@ def emit_block_tiles(b: Builder, tiling: Tiling, args: TileArgs, n_rows: int, n_
 
 def tile_function(module: Any, tiling: Tiling, n_rows: int, n_vectors: int) -> Value:
     """Return the function of a tile, whose arguments are `TileArgs`; add it to the module if it is not there yet."""
-    name = f"int8_tile_{n_rows}x{n_vectors}"
+    name = f"int8_{tiling.tile.__name__}_{n_rows}x{n_vectors}"
     if name in module.globals:
         return module.globals[name]
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * len(TileArgs._fields)), name)
@@ -150,12 +170,12 @@ def emit_tile(b: Builder, tiling: Tiling, args: TileArgs, n_rows: int, n_vectors
     """Multiply n_rows rows of x by n_vectors vectors of outputs and store the scaled sums."""
     tile = tiling.tile(b, args, n_rows, n_vectors, tiling.lanes)
     # Few sums are split into several each, which are added up at the end.
-    n_unrolled = max(1, tile.n_chains // 2)
+    n_unrolled = max(1, tile.n_chains // tile.chains_per_step)
     n_iterations = b.udiv(args.n_steps, const_i64(n_unrolled))
     with cgutils.for_range(b, n_iterations) as loop:
         first = b.mul(loop.index, const_i64(n_unrolled))
         for i in range(n_unrolled):
-            tile.emit_step(b.add(first, const_i64(i)), 2 * i)
+            tile.emit_step(b.add(first, const_i64(i)), tile.chains_per_step * i)
     if n_unrolled > 1:
         rest = b.mul(n_iterations, const_i64(n_unrolled))
         with cgutils.for_range_slice(b, rest, args.n_steps, const_i64(1)) as (step, _):
@@ -174,8 +194,11 @@ def emit_tile(b: Builder, tiling: Tiling, args: TileArgs, n_rows: int, n_vectors
 class Tile:
     """The sums of n_rows rows of x and n_vectors vectors of outputs, while a tile is emitted.
 
-    A sum is kept in `n_chains` parts, so that an addition need not wait for the previous one.
+    A sum is kept in `n_chains` parts, so that an addition need not wait for the previous one. A step adds to
+    `chains_per_step` of them.
     """
+
+    chains_per_step = 2
 
     def __init__(self, b: Builder, args: TileArgs, n_rows: int, n_vectors: int, lanes: int) -> None:
         self.b, self.args, self.n_rows, self.n_vectors, self.lanes = b, args, n_rows, n_vectors, lanes
@@ -201,6 +224,13 @@ class Tile:
         """Replace a vector of sums by `add` of it."""
         self.b.store(add(self.b.load(pointer)), pointer)
 
+    def emit_total(self, i: int, v: int) -> Value:
+        """Return the vector of sums of row i of x and vector v of outputs."""
+        total, *rest = [self.b.load(pointer) for pointer in self.sums[i][v]]
+        for part in rest:
+            total = self.b.add(total, part)
+        return total
+
 
 class MaddTile(Tile):
     """Weights are widened to 16 bits; an instruction multiplies pairs of 16-bit integers and adds the products.
@@ -222,12 +252,45 @@ class MaddTile(Tile):
                 for w, parts in zip(weights, sums, strict=True):
                     self.accumulate(parts[part], lambda total, w=w, x=x: b.add(total, madd_i16(b, w, x)))  # type: ignore[misc]
 
+
+class ByteTile(Tile):
+    """x has 8 bits: an instruction multiplies 4 bytes and adds the products.
+
+    On x86 one of the factors is unsigned, so 128 is added to the weights. The sums are corrected by -128 times the sum
+    of x, which follows the bytes of a row, in the second half of its memory.
+    """
+
+    chains_per_step = 1
+
+    def emit_step(self, step: Value, chain: int) -> None:
+        """Multiply 4 columns; `chain` is the part of the sums."""
+        b, quads, integers = self.b, self.load_quads(step), ir.VectorType(I32, self.lanes)
+        if is_x86(b):
+            quads = [b.xor(quad, ir.Constant(quad.type, [-128] * quad.type.count)) for quad in quads]
+        for row, sums in zip(self.x_rows, self.sums, strict=True):
+            x = b.bitcast(splat(b, load(b, row, b.mul(step, const_i64(4)), I32, 4), integers), quads[0].type)
+            for w, parts in zip(quads, sums, strict=True):
+                self.accumulate(parts[chain % self.n_chains], lambda total, w=w, x=x: dot_bytes(b, total, w, x))  # type: ignore[misc]
+
+    def load_quads(self, step: Value) -> list[Value]:
+        """Load 4 columns of all outputs, which are whole blocks, so that the 4 bytes of a row are adjacent."""
+        b, n, quads = self.b, INT8_BLOCK_ROWS, []
+        for first_output in range(0, self.n_vectors * self.lanes, n):
+            both_pairs = self.load_weights(step, 0, first_output, 2 * n)  # the second follows the first
+            words = b.bitcast(both_pairs, ir.VectorType(I16, 2 * n))
+            for first_row in range(0, n, self.lanes):
+                order = [i for k in range(first_row, first_row + self.lanes) for i in (k, k + n)]
+                quad = b.shuffle_vector(words, words, ir.Constant(ir.VectorType(I32, len(order)), order))
+                quads.append(b.bitcast(quad, ir.VectorType(I8, 4 * self.lanes)))
+        return quads
+
     def emit_total(self, i: int, v: int) -> Value:
         """Return the vector of sums of row i of x and vector v of outputs."""
-        total, *rest = [self.b.load(pointer) for pointer in self.sums[i][v]]
-        for part in rest:
-            total = self.b.add(total, part)
-        return total
+        b, total = self.b, super().emit_total(i, v)
+        if not is_x86(b):
+            return total
+        offset = load(b, self.x_rows[i], b.lshr(self.args.x_stride, const_i64(1)), I32, 4)
+        return b.add(total, splat(b, offset, total.type))
 
 
 class DotTile(Tile):
