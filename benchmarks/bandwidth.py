@@ -31,7 +31,7 @@ from script import run_main
 from tinystories.engine.cpu.kernels.memory import njit, view_i64
 from tinystories.engine.cpu.kernels.simd import atomic_increment, atomic_load, make_fp32_kernel, yield_core
 from tinystories.engine.cpu.kernels.simd_int4 import BLOCK_BYTES, SCALE_BYTES, make_int4_kernel
-from tinystories.engine.cpu.kernels.simd_int8 import int8_row_kernel
+from tinystories.engine.cpu.kernels.simd_int8 import make_int8_row_kernel
 from tinystories.weights.quantize import GROUP_SIZE, INT8_BLOCK_ROWS, allocate_aligned
 
 COLUMNS = 512
@@ -81,7 +81,7 @@ def make_turn(loop: Any) -> Callable[[int, int, int, int, int], None]:
 
 def make_loops() -> dict[str, Callable[[int, int, int, int, int], None]]:
     """Compile the loops, functions of (address, bytes), with `make_turn`."""
-    fp32_1x1, fp32_4x1 = make_fp32_kernel(1, 1), make_fp32_kernel(4, 1)
+    fp32_1x1, fp32_4x1, int8_row = make_fp32_kernel(1, 1), make_fp32_kernel(4, 1), make_int8_row_kernel(16)
     int4_kernels = {"int4": make_int4_kernel(1, 1), "int4, prefetched": make_int4_kernel(1, 1, from_memory=True)}
     row, block = 4 * COLUMNS, INT8_BLOCK_ROWS * COLUMNS
 
@@ -104,7 +104,7 @@ def make_loops() -> dict[str, Callable[[int, int, int, int, int], None]]:
 
     @njit
     def int8(address, n_bytes):  # type: ignore[no-untyped-def]
-        int8_row_kernel(n_bytes // block, address, block, COLUMNS // 4, X, 2 * COLUMNS, Y, 0, X, X)
+        int8_row(n_bytes // block, address, block, COLUMNS // 4, X, 2 * COLUMNS, Y, 0, X, X)
 
     def make_int4(kernel: Any) -> Any:
         @njit
