@@ -14,7 +14,8 @@ The server runs in a process of its own with 16 slots, all clients in this one, 
   Retry-After. Every story of those that stay must be the one that the Python API tells. A first load warms up, memory
   is compared around a second one;
 * peer: llama.cpp's `llama-server -np 16 -cb` with a GGUF export of the same weights, with each number of threads, and
-  ours take turns: 16 streams of equally many tokens, the same sampling.
+  ours take turns: 16 streams of equally many tokens, the same sampling. The number is both its `-t` and its `-tb`; a
+  step of several streams uses the latter. Beside other work its threads spin, and two may take minutes for a round.
 
 Prints the numbers beside the goals, then a JSON line. On a machine that does other work, only ratios mean something.
 """
