@@ -77,6 +77,7 @@ def main() -> None:
     parser.add_argument("--peer", type=Path, help="llama.cpp's llama-server")
     parser.add_argument("--peer-threads", default="1,2", help="numbers of threads to try, comma-separated")
     parser.add_argument("--peer-precision", default="q8_0", help="of the GGUF export")
+    parser.add_argument("--server-threads", type=int, help="of the server's engine (default: those of serve)")
     parser.add_argument("--parts", default=",".join(PARTS), help="which to measure, comma-separated")
     options = parser.parse_args()
     parts = options.parts.split(",")
@@ -84,7 +85,7 @@ def main() -> None:
         raise UserError(f"--parts: unknown part {', '.join(sorted(unknown))}; choose from {', '.join(PARTS)}")
     storyteller = Storyteller.load(options.model, EngineConfig(engine="cpu", n_slots=N_STREAMS))
     results: dict[str, Any] = {}
-    with running(serve_command(options.model)) as server:
+    with running(serve_command(options.model, options.server_threads)) as server:
         stream_all(server.port, story_requests(N_STREAMS, seed=0), N_STREAMS)  # warms up
         measurements: dict[str, Callable[[], dict[str, Any]]] = {
             "throughput": lambda: measure_throughput(server, storyteller, options.rounds),
@@ -99,13 +100,19 @@ def main() -> None:
             print_table(measured)
         if "Traceback" in server.errors:
             raise UserError(f"the server has failed: {server.errors[-2000:]}")
-    machine = {"machine": platform.machine(), "cores": os.cpu_count(), "load_average": os.getloadavg()[0]}
+    machine = {
+        "server_threads": options.server_threads,
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+    }
     print(json.dumps({"benchmark": "serve", "model": options.model.name, "rounds": options.rounds} | machine | results))
 
 
-def serve_command(model: Path) -> list[str]:
+def serve_command(model: Path, threads: int | None = None) -> list[str]:
     command = [sys.executable, "-m", "tinystories", "serve", str(model), "--port", "0", "--engine", "cpu"]
-    return [*command, "--slots", str(N_STREAMS), "--log-level", "warning", "--model-name", "model"]
+    command += ["--slots", str(N_STREAMS), "--log-level", "warning", "--model-name", "model"]
+    return command if threads is None else [*command, "--threads", str(threads)]
 
 
 def story_requests(n_stories: int, *, seed: int) -> list[Fields]:
