@@ -190,12 +190,16 @@ def make_matmul_int8(x_bits: int) -> Any:
         n_steps, n_groups = (in_features + 3) // 4, (in_features + GROUP_SIZE - 1) // GROUP_SIZE
         # Bytes of a block, and between rows of the quantized x (padded to whole groups) and of y.
         block, x_stride, y_stride = STEP_BYTES * n_steps, 2 * GROUP_SIZE * n_groups, 4 * padded_out
+        spread = 0
+        while 16 << spread <= n_rows - first_row:  # as many tiles of 8 rows
+            spread += 1
+        share = ((n_steps - 1 >> spread) + 1) * STEP_BYTES
         # A single row reads all blocks in one sequence.
         i, i_step = lo, 2 * INT8_BLOCK_ROWS if n_rows - first_row > 1 else hi - lo
         while i < hi:
             n_blocks = min(i_step, hi - i) // INT8_BLOCK_ROWS
             w, w_scales = m[base + MATRIX.weights] + block * (i // INT8_BLOCK_ROWS), m[base + MATRIX.scales] + 4 * i
-            b, ahead = first_row, n_blocks * block  # prefetch the next blocks during the first tile
+            b, ahead = first_row, n_blocks * block  # prefetch the next blocks, each tile a share
             while b < n_rows:
                 x, x_scales, y = ctx.quantized + x_stride * b, ctx.scales + 4 * b, y_address + y_stride * b + 4 * i
                 left = n_rows - b
@@ -204,24 +208,24 @@ def make_matmul_int8(x_bits: int) -> Any:
                     b += 1
                 elif n_blocks == 2:
                     if left >= 8:
-                        kernel_32x8(w, block, n_steps, x, x_stride, y, y_stride, w_scales, x_scales, ahead)
+                        kernel_32x8(w, block, n_steps, x, x_stride, y, y_stride, w_scales, x_scales, ahead, spread)
                         b += 8
                     elif left >= 4:
-                        kernel_32x4(w, block, n_steps, x, x_stride, y, y_stride, w_scales, x_scales, ahead)
+                        kernel_32x4(w, block, n_steps, x, x_stride, y, y_stride, w_scales, x_scales, ahead, spread)
                         b += 4
                     else:
-                        kernel_32x2(w, block, n_steps, x, x_stride, y, y_stride, w_scales, x_scales, ahead)
+                        kernel_32x2(w, block, n_steps, x, x_stride, y, y_stride, w_scales, x_scales, ahead, spread)
                         b += 2
                 elif left >= 8:
-                    kernel_16x8(w, block, n_steps, x, x_stride, y, y_stride, w_scales, x_scales, ahead)
+                    kernel_16x8(w, block, n_steps, x, x_stride, y, y_stride, w_scales, x_scales, ahead, spread)
                     b += 8
                 elif left >= 4:
-                    kernel_16x4(w, block, n_steps, x, x_stride, y, y_stride, w_scales, x_scales, ahead)
+                    kernel_16x4(w, block, n_steps, x, x_stride, y, y_stride, w_scales, x_scales, ahead, spread)
                     b += 4
                 else:
-                    kernel_16x2(w, block, n_steps, x, x_stride, y, y_stride, w_scales, x_scales, ahead)
+                    kernel_16x2(w, block, n_steps, x, x_stride, y, y_stride, w_scales, x_scales, ahead, spread)
                     b += 2
-                ahead = 0
+                ahead += share
             i += n_blocks * INT8_BLOCK_ROWS
 
     return matmul_int8

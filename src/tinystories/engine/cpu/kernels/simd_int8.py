@@ -62,7 +62,8 @@ class TileArgs(NamedTuple):
     y_stride: Value  # bytes
     scales: Value  # address of the scales of the weight rows (fp32)
     x_scales: Value  # address of the scales of the rows of x (fp32)
-    prefetch: Value | None  # bytes from the weights in use to those to prefetch; 0 or None for none
+    prefetch: Value | None  # bytes from the first weights in use to those to prefetch; 0 or None for none
+    spread: Value  # 2^spread tiles share the lines to prefetch: each step of a tile prefetches line step >> spread
 
 
 def select_tiling(context: Any, x_bits: int) -> Tiling:
@@ -93,7 +94,7 @@ def make_int8_kernel(n_rows: int, n_blocks: int, x_bits: int) -> Callable[..., N
     """
 
     @intrinsic
-    def kernel(context, w, block_bytes, n_steps, x, x_stride, y, y_stride, scales, x_scales, prefetch):  # type: ignore[no-untyped-def]  # noqa: ARG001
+    def kernel(context, w, block_bytes, n_steps, x, x_stride, y, y_stride, scales, x_scales, prefetch, spread):  # type: ignore[no-untyped-def]  # noqa: ARG001
         def codegen(context: Any, b: Builder, _: Any, values: Any) -> Value:
             emit_block_tiles(b, select_tiling(context, x_bits), TileArgs(*values), n_rows, n_blocks)
             return context.get_dummy_value()
@@ -115,7 +116,7 @@ def make_int8_row_kernel(x_bits: int) -> Callable[..., None]:
             n_blocks, *addresses = values
             _, processor, _ = context.codegen().magic_tuple()
             prefetch = const_i64(ROW_PREFETCH) if processor in PREFETCHING_PROCESSORS else None
-            args, n_outputs = TileArgs._make([*addresses, prefetch]), INT8_BLOCK_ROWS
+            args, n_outputs = TileArgs._make([*addresses, prefetch, const_i64(0)]), INT8_BLOCK_ROWS
             tiling = select_tiling(context, x_bits)
             with cgutils.for_range(b, n_blocks) as loop:
                 outputs = b.mul(loop.index, const_i64(4 * n_outputs))
@@ -127,7 +128,7 @@ def make_int8_row_kernel(x_bits: int) -> Callable[..., None]:
                 emit_tile(b, tiling, block, 1, n_outputs // tiling.lanes)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * len(TileArgs._fields)), codegen
+        return types.void(*[types.int64] * 10), codegen
 
     return kernel
 
@@ -217,7 +218,8 @@ class Tile:
         base = b.add(self.args.w, b.mul(self.args.block_bytes, const_i64(block)))
         offset = b.add(b.mul(step, const_i64(STEP_BYTES)), const_i64(STEP_BYTES // 2 * pair + 2 * row))
         if pair == 0 and row == 0 and self.args.prefetch is not None:
-            prefetch(b, b.add(b.add(base, offset), self.args.prefetch))
+            line = b.mul(b.lshr(step, self.args.spread), const_i64(STEP_BYTES))
+            prefetch(b, b.add(b.add(base, line), self.args.prefetch))
         return load(b, base, offset, ir.VectorType(I8, 2 * n_outputs), 1)
 
     def accumulate(self, pointer: Value, add: Callable[[Value], Value]) -> None:
